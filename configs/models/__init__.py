@@ -1,0 +1,1 @@
+"""Embedded models, one folder each in diffusers layout."""

@@ -1,0 +1,190 @@
+"""Every message between the engine and its workers: one `Command` union down, one `Event` union up.
+
+All are frozen tagged msgspec Structs, encoded as msgpack; decoding validates, constructing does not. Tensors never
+travel in a message: they lie in shared slabs, and a message names the slot. Commands are self-contained (a worker
+keeps no request table), so any worker can take over a request from any other.
+
+`command_id` is unique per engine; a group command is the same message sent to every member. `state_id` is unique per
+attempt at a request (a request that starts again gets a new one): it tags a slot's contents, so that what an earlier
+owner left there is never taken for this request's.
+"""
+
+from typing import Literal
+
+import msgspec
+
+
+class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Text-encode a prompt and draw the starting noise into `slot` of the receiving worker's slab."""
+
+    command_id: int
+    request_id: str
+    state_id: int
+    slot: int
+    prompt: str
+    width: int
+    height: int
+    seed: int
+
+
+class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Run steps `step_index … step_index + chunk_steps` of a request on the sequence-parallel group `members`.
+
+    `members` is ordered: position = rank. Members not in `holders` first pull the request's state (prompt embeddings,
+    latents) from device `source`, waiting until the source's slot has reached `step_index`.
+    """
+
+    command_id: int
+    round_id: int
+    request_id: str
+    state_id: int
+    slot: int
+    members: tuple[int, ...]
+    holders: tuple[int, ...]
+    source: int
+    step_index: int
+    chunk_steps: int
+    num_steps: int
+    width: int
+    height: int
+    guidance: float
+
+
+class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """VAE-decode a finished request's latents (pulled from `source` if that is another device) to `image_slot`."""
+
+    command_id: int
+    request_id: str
+    state_id: int
+    slot: int
+    source: int
+    num_steps: int
+    width: int
+    height: int
+    image_slot: int
+
+
+class CopyLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Copy a request's latents (fp32, [tokens, channels]) as they stand on this worker to `image_slot`."""
+
+    command_id: int
+    request_id: str
+    state_id: int
+    slot: int
+    width: int
+    height: int
+    image_slot: int
+
+
+class LoadWeights(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Load the model. The worker with `publish` fills the shared weights segment; the others map what it wrote."""
+
+    command_id: int
+    publish: bool
+
+
+class ResetBarriers(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Zero this device's pairwise counters, then its abort word. Sent only while every surviving worker is idle."""
+
+    command_id: int
+
+
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Does nothing; answered with `Pong`."""
+
+    command_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Finish what is queued before this message, then exit with status 0."""
+
+    command_id: int
+
+
+Command = EncodePrompt | Denoise | Decode | CopyLatents | LoadWeights | ResetBarriers | Ping | Shutdown
+GroupCommand = EncodePrompt | Denoise | Decode | CopyLatents
+"""Commands that occupy devices and belong to a request."""
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The worker process runs, has mapped its segments and imported its libraries."""
+
+    device_id: int
+    pid: int
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The model is resident and the worker takes requests. `weights_bytes` counts the shared weights."""
+
+    command_id: int
+    device_id: int
+    weights_bytes: int
+
+
+class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Times are CLOCK_MONOTONIC seconds, the same clock in every process."""
+
+    command_id: int
+    device_id: int
+    request_id: str
+    started_s: float
+    ended_s: float
+    num_text_tokens: int
+
+
+class Denoised(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """This member has finished its chunk and holds the latents of `step_index` (steps done so far).
+
+    `waited_s` is the time from `started_s` until the entry barrier was passed and the state was pulled.
+    """
+
+    command_id: int
+    device_id: int
+    request_id: str
+    step_index: int
+    started_s: float
+    ended_s: float
+    waited_s: float
+
+
+class Decoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """uint8 RGB [height, width, 3] lies in `image_slot`. `started_s` is when the latents had arrived."""
+
+    command_id: int
+    device_id: int
+    request_id: str
+    image_slot: int
+    started_s: float
+    ended_s: float
+
+
+class LatentsCopied(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    command_id: int
+    device_id: int
+    request_id: str
+    image_slot: int
+    num_tokens: int
+    num_channels: int
+
+
+class BarriersReset(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    command_id: int
+    device_id: int
+
+
+class Pong(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    command_id: int
+    device_id: int
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A command ended without its result. `aborted`: the engine set the abort word; `error`: `message` says what."""
+
+    command_id: int
+    device_id: int
+    request_id: str
+    kind: Literal["aborted", "out_of_memory", "error"]
+    message: str
+
+
+Event = Started | Loaded | Encoded | Denoised | Decoded | LatentsCopied | BarriersReset | Pong | Failed

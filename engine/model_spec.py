@@ -1,0 +1,173 @@
+"""What the engine must know of a checkpoint, read from its JSON files alone (no torch, no weights).
+
+A checkpoint is a folder in diffusers layout: `model_index.json` and one folder per component. An optional `preset.json`
+in the folder gives sizes, steps and text length; otherwise FLUX.1's own defaults hold.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+REQUIRED_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "transformer/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "text_encoder_2/config.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer_2/tokenizer_config.json",
+)
+COMPONENTS_WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder is missing, incomplete or of an architecture that is not supported."""
+
+
+class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Defaults and limits of a model; the values here are FLUX.1-dev's. Sizes in pixels."""
+
+    name: str = ""
+    num_steps: int = 28
+    guidance: float | None = 3.5
+    max_text_tokens: int = 512
+    min_size: int = 128
+    max_size: int = 2048
+    default_width: int = 1024
+    default_height: int = 1024
+
+
+class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a FlowMatchEulerDiscreteScheduler config that decides the noise levels."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    time_shift_type: str = "exponential"
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Shapes and limits of one model. One packed image token covers 2 × 2 latent pixels (`size_multiple` pixels)."""
+
+    name: str
+    path: str
+    architecture: str
+    num_heads: int
+    head_dim: int
+    in_channels: int
+    text_dim: int
+    pooled_dim: int
+    guidance_embeds: bool
+    vae_scale_factor: int
+    scheduler: SchedulerSpec
+    num_steps: int
+    guidance: float
+    max_text_tokens: int
+    min_size: int
+    max_size: int
+    default_width: int
+    default_height: int
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    @property
+    def max_image_tokens(self) -> int:
+        return self.num_image_tokens(self.max_size, self.max_size)
+
+    def num_image_tokens(self, width: int, height: int) -> int:
+        """Packed tokens of a picture of `width` × `height` pixels."""
+        return (width // self.size_multiple) * (height // self.size_multiple)
+
+    def legal_degrees(self, num_devices: int) -> tuple[int, ...]:
+        """Degrees at which every member gets the same number of heads: 1, 2, 3, 4, 6, 8, … for FLUX.1's 24."""
+        return tuple(n for n in range(1, num_devices + 1) if self.num_heads % n == 0)
+
+
+def read_model_spec(path: Path) -> ModelSpec:
+    """Read and check a checkpoint folder.
+
+    Raises CheckpointError naming the first thing that is missing or not supported.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"model: {str(path)!r} is not a folder")
+    missing = [name for name in REQUIRED_FILES if not (path / name).is_file()]
+    missing += [
+        f"{part}/*.safetensors" for part in COMPONENTS_WITH_WEIGHTS if not any((path / part).glob("*.safetensors"))
+    ]
+    if missing:
+        raise CheckpointError(f"model: {str(path)!r} is missing {', '.join(missing)}")
+    read = functools.partial(_read_json, path)
+    pipeline = read("model_index.json").get("_class_name")
+    if pipeline != "FluxPipeline":
+        raise CheckpointError(f"model: architecture {pipeline!r} is not supported (supported: FluxPipeline)")
+    scheduler = read("scheduler/scheduler_config.json")
+    if scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+        raise CheckpointError(
+            f"model: scheduler {scheduler.get('_class_name')!r} is not supported"
+            " (supported: FlowMatchEulerDiscreteScheduler)"
+        )
+    for option in (
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "invert_sigmas",
+        "shift_terminal",
+        "stochastic_sampling",
+    ):
+        if scheduler.get(option):
+            raise CheckpointError(f"model: scheduler option {option} is not supported")
+    transformer, vae, preset = read("transformer/config.json"), read("vae/config.json"), read_preset(path)
+    if transformer.get("_class_name") != "FluxTransformer2DModel":
+        raise CheckpointError(f"model: transformer {transformer.get('_class_name')!r} is not supported")
+    try:
+        guidance_embeds = bool(transformer.get("guidance_embeds", False))
+        return ModelSpec(
+            name=preset.name or path.name,
+            path=str(path.resolve()),
+            architecture="flux",
+            num_heads=transformer["num_attention_heads"],
+            head_dim=transformer["attention_head_dim"],
+            in_channels=transformer["in_channels"],
+            text_dim=transformer["joint_attention_dim"],
+            pooled_dim=transformer["pooled_projection_dim"],
+            guidance_embeds=guidance_embeds,
+            vae_scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+            scheduler=msgspec.convert(scheduler, SchedulerSpec),
+            num_steps=preset.num_steps,
+            guidance=preset.guidance or 0.0,
+            max_text_tokens=preset.max_text_tokens,
+            min_size=preset.min_size,
+            max_size=preset.max_size,
+            default_width=preset.default_width,
+            default_height=preset.default_height,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"model: {str(path)!r} has a config without {error}") from None
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"model: {str(path)!r}: scheduler_config.json: {error}") from None
+
+
+def read_preset(path: Path) -> Preset:
+    """The folder's `preset.json`, or FLUX.1-dev's defaults."""
+    try:
+        return msgspec.json.decode((path / "preset.json").read_bytes(), type=Preset)
+    except FileNotFoundError:
+        return Preset()
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"model: {str(path / 'preset.json')!r}: {error}") from None
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode((path / name).read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"model: {str(path / name)!r} is not a JSON object: {error}") from None

@@ -1,0 +1,139 @@
+"""What a caller asks for (`ImageRequest`) and what comes back (`Progress`, `ImageResult`, `Failure`). Values only.
+
+One request is one picture. `resolve_request` is the one place where bounds are checked.
+"""
+
+from typing import Any
+
+import msgspec
+
+from tetrion.engine.model_spec import ModelSpec
+
+MAX_PROMPT_CHARS = 32_000
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+
+
+class RequestError(ValueError):
+    """A request is not acceptable; `field` names what is wrong with it, the message names the bound."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class EngineOverloaded(RuntimeError):
+    """The queue is full; try again later."""
+
+
+class GenerationError(RuntimeError):
+    """An accepted request could not be served (worker lost, out of memory, ...)."""
+
+
+class RequestCancelled(Exception):
+    """The request was cancelled before its picture was finished."""
+
+
+class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One picture to draw. None means the model's default (`resolve_request` fills it in).
+
+    `slo_ms`: deadline relative to arrival, in milliseconds; None = no deadline. `priority`: larger goes first among
+    equal deadlines. `weight`: worth of meeting this deadline relative to others. `force_degrees`: the degree of each
+    step, for tests and experiments; its last entry holds for the remaining steps.
+    """
+
+    prompt: str
+    width: int | None = None
+    height: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    slo_ms: float | None = None
+    priority: int = 0
+    weight: float = 1.0
+    force_degrees: tuple[int, ...] = ()
+    request_id: str = ""
+
+
+class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished picture. `image`: numpy uint8 RGB [height, width, 3]. `degrees`: the degree used at each step.
+    `latency_s` from arrival to finish; `encode_s`, `denoise_s`, `decode_s` are time on devices; `slo_met` is None
+    without an SLO."""
+
+    request_id: str
+    image: Any
+    prompt: str
+    width: int
+    height: int
+    num_steps: int
+    seed: int
+    degrees: tuple[int, ...]
+    num_text_tokens: int
+    latency_s: float
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    slo_met: bool | None
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """`state` is the request's state (lower case), `step_index` counts finished steps, `degree` that of the last."""
+
+    request_id: str
+    state: str
+    step_index: int
+    num_steps: int
+    degree: int
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that ended without a picture: `error` is a GenerationError or RequestCancelled."""
+
+    request_id: str
+    error: Exception
+
+
+Output = Progress | ImageResult | Failure
+"""Everything the engine says of a request."""
+
+
+def resolve_request(request: ImageRequest, spec: ModelSpec, num_devices: int) -> ImageRequest:
+    """A copy of `request` with every default filled in (except `seed` and `request_id`), checked against the model.
+
+    Raises RequestError.
+    """
+    if not request.prompt.strip():
+        raise RequestError("prompt", "must not be empty")
+    if len(request.prompt) > MAX_PROMPT_CHARS:
+        raise RequestError("prompt", f"has {len(request.prompt)} characters, at most {MAX_PROMPT_CHARS} are allowed")
+    width = spec.default_width if request.width is None else request.width
+    height = spec.default_height if request.height is None else request.height
+    for field, value in (("width", width), ("height", height)):
+        if value % spec.size_multiple or not spec.min_size <= value <= spec.max_size:
+            raise RequestError(
+                field,
+                f"must be a multiple of {spec.size_multiple} from {spec.min_size} to {spec.max_size}"
+                f" for model {spec.name!r}, got {value}",
+            )
+    num_steps = spec.num_steps if request.num_steps is None else request.num_steps
+    if not 1 <= num_steps <= MAX_STEPS:
+        raise RequestError("num_steps", f"must be from 1 to {MAX_STEPS}, got {num_steps}")
+    guidance = spec.guidance if request.guidance is None else request.guidance
+    if not 0 <= guidance <= 100:
+        raise RequestError("guidance", f"must be from 0 to 100, got {guidance}")
+    if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
+        raise RequestError("seed", f"must be from 0 to {MAX_SEED}, got {request.seed}")
+    if request.slo_ms is not None and not 0 < request.slo_ms <= 86_400_000:
+        raise RequestError("slo_ms", f"must be above 0 and at most 86400000 (a day), got {request.slo_ms}")
+    if not -1_000_000 <= request.priority <= 1_000_000:
+        raise RequestError("priority", f"must be from -1000000 to 1000000, got {request.priority}")
+    if not 0 < request.weight <= 1e6:
+        raise RequestError("weight", f"must be above 0 and at most 1000000, got {request.weight}")
+    legal = spec.legal_degrees(num_devices)
+    for degree in request.force_degrees:
+        if degree not in legal:
+            raise RequestError("force_degrees", f"{degree} is not one of {', '.join(map(str, legal))}")
+    if len(request.force_degrees) > num_steps:
+        raise RequestError("force_degrees", f"has {len(request.force_degrees)} entries for {num_steps} steps")
+    return msgspec.structs.replace(request, width=width, height=height, num_steps=num_steps, guidance=guidance)
