@@ -1,0 +1,70 @@
+"""Which degrees a policy may use for a request, and how long its chunks are. Pure arithmetic over the cost table."""
+
+from collections.abc import Sequence
+
+from tetrion.engine.planning.profile import SizeCost
+from tetrion.engine.planning.snapshot import RequestView, Snapshot
+
+MIN_SPEED_UP = 1.02
+
+
+class DegreeTable:
+    """The useful degrees of one size: legal, in the profile, at most the number of devices, and each at least 2 %
+    faster than every narrower one (CPU workers that share cores often gain nothing).
+
+    `degrees` ascending; `step_s[degree]` seconds (0.0 where not useful); `largest[n]`: the widest useful degree that
+    fits on n devices (0: none); `work_s`: GPU-seconds of one step at the narrowest, the measure of size among requests.
+    """
+
+    __slots__ = ("cost", "degrees", "fastest_step_s", "largest", "narrowest", "step_s", "widest", "work_s")
+
+    def __init__(self, cost: SizeCost, legal_degrees: Sequence[int], num_devices: int) -> None:
+        self.cost = cost
+        self.degrees = useful_degrees(cost, legal_degrees, num_devices)
+        self.step_s = [0.0] * (num_devices + 1)
+        self.largest = [0] * (num_devices + 1)
+        for degree in self.degrees:
+            self.step_s[degree] = cost.step_s(degree)
+            self.largest[degree:] = [degree] * (num_devices + 1 - degree)
+        self.narrowest, self.widest = self.degrees[0], self.degrees[-1]
+        self.fastest_step_s = self.step_s[self.widest]
+        self.work_s = self.step_s[self.narrowest] * self.narrowest
+
+
+def legal_on(legal_degrees: Sequence[int], num_devices: int) -> tuple[int, ...]:
+    """Legal degrees that `num_devices` devices can form, ascending. One device is always enough for degree 1."""
+    return tuple(sorted({degree for degree in legal_degrees if 1 <= degree <= num_devices})) or (1,)
+
+
+def usable_degrees(cost: SizeCost, legal_degrees: Sequence[int], num_devices: int) -> tuple[int, ...]:
+    """Legal degrees with a known cost; if there is none, the narrowest legal one, so that nobody is unservable."""
+    legal = legal_on(legal_degrees, num_devices)
+    return tuple(degree for degree in legal if degree in cost.step_by_degree_s) or legal[:1]
+
+
+def useful_degrees(cost: SizeCost, legal_degrees: Sequence[int], num_devices: int) -> tuple[int, ...]:
+    """Usable degrees of which each is at least 2 % faster than the one before."""
+    useful: list[int] = []
+    best_s = float("inf")
+    for degree in usable_degrees(cost, legal_degrees, num_devices):
+        step_s = cost.step_s(degree)
+        if step_s * MIN_SPEED_UP <= best_s:
+            useful.append(degree)
+            best_s = step_s
+    return tuple(useful)
+
+
+def chunk_steps(request: RequestView, step_s: float, chunk_s: float) -> int:
+    """Steps of the next chunk: as many whole steps as `chunk_s` holds, at least one, at most those remaining."""
+    return max(1, min(int(chunk_s / step_s + 1e-9), request.num_steps - request.step_index))
+
+
+def degree_tables(snapshot: Snapshot) -> dict[tuple[int, int], DegreeTable]:
+    """A table for each size in the snapshot."""
+    tables: dict[tuple[int, int], DegreeTable] = {}
+    num_devices = len(snapshot.devices)
+    for request in snapshot.requests:
+        size = (request.width, request.height)
+        if size not in tables:
+            tables[size] = DegreeTable(snapshot.profile.cost(*size), snapshot.legal_degrees, num_devices)
+    return tables

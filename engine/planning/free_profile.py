@@ -1,0 +1,86 @@
+"""How many devices are free over time: a step function that the forward fill takes requests out of.
+
+It counts devices, it does not name them; who gets which is `placement`'s business.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+
+from tetrion.engine.planning.degrees import DegreeTable
+
+State = tuple[list[float], list[int]]
+
+
+class FreeProfile:
+    """`free[i]` devices are free in [times[i], times[i + 1]), the last interval being endless.
+
+    times   now      t1       t2            t3
+    free     2   |   4    |    1     |      8   …
+    """
+
+    __slots__ = ("free", "times")
+
+    def __init__(self, now_s: float, free_s: Iterable[float]) -> None:
+        """`free_s`: when each device becomes free (now or earlier: at once)."""
+        self.times = [now_s]
+        self.free = [0]
+        for time_s in sorted(free_s):
+            if time_s <= now_s or time_s == self.times[-1]:
+                self.free[-1] += 1
+            else:
+                self.times.append(time_s)
+                self.free.append(self.free[-1] + 1)
+
+    def save(self) -> State:
+        """A copy to `restore` later."""
+        return self.times.copy(), self.free.copy()
+
+    def restore(self, state: State) -> None:
+        self.times, self.free = state[0].copy(), state[1].copy()
+
+    def finish_s(self, table: DegreeTable, level: int, start_s: float, num_steps: float, due_s: float) -> float:
+        """When a malleable request ends that from `start_s` on always uses the widest useful degree that is at most
+        `level` and free; infinity if that is after `due_s`. Steps count as divisible."""
+        times, free, largest, step_s = self.times, self.free, table.largest, table.step_s
+        i = max(bisect_right(times, start_s) - 1, 0)
+        last = len(times) - 1
+        time_s = max(start_s, times[i])
+        while True:
+            available = free[i]
+            degree = largest[available if available < level else level]
+            if degree:
+                end_s = time_s + num_steps * step_s[degree]
+                if i == last or end_s <= times[i + 1]:
+                    return end_s if end_s <= due_s else math.inf
+                num_steps -= (times[i + 1] - time_s) / step_s[degree]
+            elif i == last:
+                return math.inf
+            i += 1
+            time_s = times[i]
+            if time_s > due_s:
+                return math.inf
+
+    def take(self, table: DegreeTable, level: int, start_s: float, end_s: float) -> None:
+        """Subtract what `finish_s` walked through, which ended at `end_s`."""
+        first, last = self._cut(start_s), self._cut(end_s)
+        free, largest = self.free, table.largest
+        for i in range(first, last):
+            free[i] -= largest[min(free[i], level)]
+
+    def take_devices(self, count: int, start_s: float, end_s: float) -> None:
+        """Subtract up to `count` devices in [start_s, end_s)."""
+        first, last = self._cut(start_s), self._cut(end_s)
+        for i in range(first, last):
+            self.free[i] = max(0, self.free[i] - count)
+
+    def _cut(self, time_s: float) -> int:
+        """Index of the interval that begins at `time_s`, made if there is none."""
+        times = self.times
+        if time_s <= times[0]:
+            return 0
+        i = bisect_left(times, time_s)
+        if i == len(times) or times[i] != time_s:
+            times.insert(i, time_s)
+            self.free.insert(i, self.free[i - 1])
+        return i

@@ -1,0 +1,68 @@
+"""A plan in the making: which devices are idle, when the others become free, what has been assigned so far."""
+
+from collections.abc import Collection, Iterable
+
+from tetrion.engine.planning.degrees import chunk_steps
+from tetrion.engine.planning.placement import NO_CLAIMS, choose_members
+from tetrion.engine.planning.snapshot import Assignment, RequestView, RoundPlan, Snapshot
+
+
+class RoundBuilder:
+    """Collects the assignments of one decision. `limit_s`: devices and requests that are free or ready by then may be
+    assigned (the command waits in the queue until both are); `idle`: the devices of which that holds."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.limit_s = snapshot.now_s + snapshot.config.lead_s
+        self.free_s = {device.device_id: max(device.free_s, snapshot.now_s) for device in snapshot.devices}
+        self.idle = {device_id for device_id, free_s in self.free_s.items() if free_s <= self.limit_s}
+        self._assignments: list[Assignment] = []
+        self._wake_s: float | None = None
+
+    def is_ready(self, request: RequestView) -> bool:
+        return request.ready_s <= self.limit_s
+
+    def occupy(self, device_ids: Iterable[int], until_s: float) -> None:
+        """These devices are busy until then."""
+        for device_id in device_ids:
+            self.free_s[device_id] = until_s
+            self.idle.discard(device_id)
+
+    def start(
+        self,
+        request: RequestView,
+        degree: int = 1,
+        claimed: Collection[int] = NO_CLAIMS,
+        num_steps: int | None = None,
+    ) -> Assignment:
+        """Assign the request's stage to `degree` idle devices (`claimed` ones last), which are busy then until
+        `free_s`; `num_steps` overrides the chunk's usual length."""
+        cost = self.snapshot.profile.cost(request.width, request.height)
+        members = choose_members(request.members, degree, self.idle, self.free_s.__getitem__, claimed)
+        step_index = steps = 0
+        if request.stage == "denoise":
+            step_s = cost.step_s(degree)
+            step_index = request.step_index
+            steps = num_steps or chunk_steps(request, step_s, self.snapshot.config.chunk_s)
+            duration_s = steps * step_s
+        else:
+            duration_s = cost.encode_s if request.stage == "encode" else cost.decode_s
+        start_s = max(request.ready_s, *(self.free_s[device_id] for device_id in members))
+        self.occupy(members, start_s + duration_s)
+        assignment = Assignment(
+            request_id=request.request_id,
+            stage=request.stage,
+            members=members,
+            step_index=step_index,
+            chunk_steps=steps,
+        )
+        self._assignments.append(assignment)
+        return assignment
+
+    def wake_at(self, time_s: float) -> None:
+        """Ask for another decision at this time (the earliest asked for counts)."""
+        time_s = max(time_s, self.snapshot.now_s)
+        self._wake_s = time_s if self._wake_s is None else min(self._wake_s, time_s)
+
+    def build(self) -> RoundPlan:
+        return RoundPlan(assignments=tuple(self._assignments), wake_s=self._wake_s)

@@ -1,0 +1,73 @@
+"""What a planner sees (`Snapshot`) and what it answers (`RoundPlan`). Values only: no clock, no I/O, no torch."""
+
+from typing import Literal, Protocol
+
+import msgspec
+
+from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.profile import Profile
+
+Stage = Literal["encode", "denoise", "decode"]
+
+
+class RequestView(msgspec.Struct, frozen=True, kw_only=True):
+    """One admitted request. `stage` is what it needs next, startable from `ready_s` on (now or earlier: at once;
+    later: when its running command is predicted to end, `members` being busy with it until then). `step_index` is
+    the number of steps done by `ready_s`; `members` are the devices that hold, or by then will hold, its latents.
+    `deadline_s` is None without an SLO. A request whose last stage already runs is not in the snapshot."""
+
+    request_id: str
+    stage: Stage
+    width: int
+    height: int
+    step_index: int
+    num_steps: int
+    arrival_s: float
+    deadline_s: float | None
+    ready_s: float
+    members: tuple[int, ...] = ()
+    weight: float = 1.0
+    priority: int = 0
+    force_degrees: tuple[int, ...] = ()
+
+
+class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
+    """`free_s`: when the device's last queued command is predicted to end (now or earlier: idle)."""
+
+    device_id: int
+    free_s: float
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Times are seconds on one clock. Requests and devices are ordered by id."""
+
+    now_s: float
+    requests: tuple[RequestView, ...]
+    devices: tuple[DeviceView, ...]
+    legal_degrees: tuple[int, ...]
+    profile: Profile
+    config: PlannerConfig
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+    """Run `stage` of a request on `members` next. For `denoise`: `chunk_steps` steps from `step_index` on."""
+
+    request_id: str
+    stage: Stage
+    members: tuple[int, ...]
+    step_index: int = 0
+    chunk_steps: int = 0
+
+
+class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """`assignments` in the order they are to be dispatched. `wake_s`: plan again at this time even if nothing happens
+    (None: only at the next event)."""
+
+    assignments: tuple[Assignment, ...] = ()
+    wake_s: float | None = None
+
+
+class Planner(Protocol):
+    """A policy. Same snapshot, same plan."""
+
+    def __call__(self, snapshot: Snapshot) -> RoundPlan: ...

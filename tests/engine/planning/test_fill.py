@@ -1,0 +1,160 @@
+"""The free profile, the forward fill, the knapsack, the placement: the parts that policies share."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetrion.engine.planning.degrees import DegreeTable, useful_degrees
+from tetrion.engine.planning.forward_fill import Work, fill, fill_soft
+from tetrion.engine.planning.free_profile import FreeProfile
+from tetrion.engine.planning.leftover import gain, widen
+from tetrion.engine.planning.placement import choose_members
+from tetrion.engine.planning.snapshot import RequestView
+
+from .simulation import SIZES, flux_profile, legal_degrees, make_profile
+
+DEVICES = 8
+
+
+def table(size: int = 2, num_devices: int = DEVICES) -> DegreeTable:
+    return DegreeTable(flux_profile().cost(*SIZES[size]), legal_degrees(num_devices), num_devices)
+
+
+def work(name: str, size: int, due_s: float, steps: int = 28, start_s: float = 0.0, weight: float = 1.0) -> Work:
+    view = RequestView(
+        request_id=name,
+        stage="denoise",
+        width=SIZES[size][0],
+        height=SIZES[size][1],
+        step_index=0,
+        num_steps=steps,
+        arrival_s=0.0,
+        deadline_s=due_s,
+        ready_s=start_s,
+        weight=weight,
+    )
+    return Work(view, table(size), start_s, due_s, True)
+
+
+def test_degrees_that_gain_nothing_are_not_useful() -> None:
+    shared_cores = {"step_ms": {1: 100.0, 2: 99.5, 3: 130.0, 4: 60.0}, "encode_ms": 1, "decode_ms": 1}
+    cost = make_profile({"64x64": shared_cores}).cost(64, 64)
+    assert useful_degrees(cost, (1, 2, 3, 4, 6), 8) == (1, 4)
+    assert useful_degrees(cost, (1, 2, 3, 4, 6), 3) == (1,)
+    only_wide = make_profile({"64x64": {"step_ms": {4: 60.0}, "encode_ms": 1, "decode_ms": 1}}).cost(64, 64)
+    assert useful_degrees(only_wide, (1, 2, 4), 8) == (4,)
+    assert useful_degrees(only_wide, (1, 2, 4), 2) == (1,), "nothing else is possible"
+    assert DegreeTable(cost, (1, 2, 3, 4), 6).largest == [0, 1, 1, 1, 4, 4, 4]
+
+
+starts = st.lists(st.floats(0, 10), min_size=1, max_size=DEVICES)
+
+
+@given(starts, st.lists(st.tuples(st.sampled_from(legal_degrees(DEVICES)), st.floats(0, 10), st.integers(1, 28))))
+def test_what_is_taken_is_what_was_walked(free_s: list[float], takes: list[tuple[int, float, int]]) -> None:
+    profile = FreeProfile(0.0, free_s)
+    assert profile.free[-1] == len(free_s)
+    degrees = table()
+    for level, start_s, steps in takes:
+        before = FreeProfile(0.0, ())
+        before.restore(profile.save())
+        end_s = profile.finish_s(degrees, level, start_s, steps, math.inf)
+        if end_s == math.inf:
+            continue
+        profile.take(degrees, level, start_s, end_s)
+        assert min(profile.free) >= 0
+        assert profile.times == sorted(set(profile.times))
+        done = 0.0
+        for i, (begin, left) in enumerate(zip(profile.times, profile.free, strict=True)):
+            index = max(j for j, time_s in enumerate(before.times) if time_s <= begin)
+            used = before.free[index] - left
+            end = profile.times[i + 1] if i + 1 < len(profile.times) else begin
+            assert used == 0 or (used in degrees.degrees and used <= level and start_s <= begin < end_s)
+            done += (end - begin) / degrees.step_s[used] if used else 0.0
+        assert done == pytest.approx(steps, rel=1e-6, abs=1e-6)
+
+
+def test_the_least_level_that_meets_the_deadline_is_placed() -> None:
+    steps_s = {level: 28 * table().step_s[level] for level in table().degrees}
+    for level, time_s in steps_s.items():
+        item = work("a", 2, time_s + 0.001)
+        assert fill(FreeProfile(0.0, [0.0] * 8), [item]) == []
+        assert item.level == level
+
+
+def test_the_largest_is_dropped_unless_its_weight_says_otherwise() -> None:
+    def three(weight: float) -> list[Work]:
+        return [work("a", 2, 1.8), work("b", 2, 1.8), work("large", 3, 4.2, weight=weight)]
+
+    first, second, large = three(weight=1.0)
+    assert fill(FreeProfile(0.0, [0.0] * 8), [first, second, large]) == [large]
+    assert (first.level, second.level, large.level) == (4, 4, 0)
+    first, second, large = three(weight=100.0)
+    assert fill(FreeProfile(0.0, [0.0] * 8), [first, second, large]) == [first, second]
+    assert large.level == 8
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0.2, 20), st.floats(0, 2), st.integers(1, 28)), max_size=14))
+def test_everybody_is_placed_or_dropped_and_the_placed_fit(items: list[tuple[int, float, float, int]]) -> None:
+    works = sorted(
+        (work(f"r{i}", size, due_s, steps, start_s) for i, (size, due_s, start_s, steps) in enumerate(items)),
+        key=lambda item: item.due_s,
+    )
+    candidates = [item for item in works if not item.is_late]
+    profile = FreeProfile(0.0, [0.0] * 8)
+    dropped = fill(profile, candidates)
+    assert all(bool(item.level) != (item in dropped) for item in candidates)
+    assert min(profile.free) >= 0
+    again = FreeProfile(0.0, [0.0] * 8)
+    placed = [item for item in candidates if item.level]
+    levels = [item.level for item in placed]
+    assert fill(again, placed) == [], "the fill of those placed is reproducible"
+    assert [item.level for item in placed] == levels
+
+
+def test_requests_without_slo_are_all_placed() -> None:
+    works = [work(f"r{i}", 3, 1.0) for i in range(12)]
+    fill_soft(FreeProfile(0.0, [0.0] * 8), works)
+    assert all(item.level == 1 for item in works)
+
+
+@given(st.integers(0, 7), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=4))
+def test_the_knapsack_is_optimal(num_left: int, kinds: list[tuple[int, int]]) -> None:
+    works = [work(f"r{i}", size, 100.0) for i, (size, _) in enumerate(kinds)]
+    for item, (_, target) in zip(works, kinds, strict=True):
+        item.target = target
+    options = [[(d, gain(item, d)) for d in item.table.degrees if d > item.target] for item in works]
+    cases = itertools.product(*([(item.target, 0.0), *choice] for item, choice in zip(works, options, strict=True)))
+    used = sum(item.target for item in works)
+    best = max(
+        sum(worth for _, worth in case) for case in cases if sum(degree for degree, _ in case) - used <= num_left
+    )
+    worth = [{item.target: 0.0, **dict(choice)} for item, choice in zip(works, options, strict=True)]
+    left = widen(list(zip(works, options, strict=True)), num_left)
+    assert sum(values[item.target] for values, item in zip(worth, works, strict=True)) == pytest.approx(best)
+    assert left == num_left - (sum(item.target for item in works) - used) >= 0
+
+
+@given(
+    st.lists(st.integers(0, 9), unique=True),
+    st.sets(st.integers(0, 9), min_size=1),
+    st.sets(st.integers(0, 9)),
+    st.data(),
+)
+def test_previous_members_stay_in_order(previous: list[int], idle: set[int], claimed: set[int], data) -> None:
+    degree = data.draw(st.integers(1, len(idle)))
+    members = choose_members(previous, degree, idle, float, claimed)
+    kept = [device for device in previous if device in idle][:degree]
+    assert list(members[: len(kept)]) == kept
+    assert len(set(members)) == degree and set(members) <= idle
+    newcomers, unused = members[len(kept) :], idle - set(members)
+    assert not any(device in claimed for device in newcomers) or unused <= claimed
+    assert members == choose_members(previous, degree, sorted(idle, reverse=True), float, claimed)
+
+
+def test_too_few_idle_devices() -> None:
+    with pytest.raises(ValueError, match="degree 3 does not fit on 2 idle devices"):
+        choose_members((), 3, (0, 1), float)

@@ -1,0 +1,160 @@
+"""What `horizon` decides in single situations."""
+
+import math
+
+from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
+
+from .simulation import SimRequest, Simulation, flux_profile, legal_degrees, make_profile
+
+NOW_S = 100.0
+
+
+def request(request_id: str, **fields: object) -> RequestView:
+    """A 1024² request ready to denoise, with a deadline far away."""
+    values: dict[str, object] = {
+        "stage": "denoise",
+        "width": 1024,
+        "height": 1024,
+        "step_index": 0,
+        "num_steps": 28,
+        "arrival_s": NOW_S,
+        "deadline_s": NOW_S + 100,
+        "ready_s": NOW_S,
+    }
+    return RequestView(request_id=request_id, **{**values, **fields})  # type: ignore[arg-type]
+
+
+def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **config: float) -> RoundPlan:
+    snapshot = Snapshot(
+        now_s=NOW_S,
+        requests=tuple(sorted(requests, key=lambda r: r.request_id)),
+        devices=tuple(DeviceView(device_id=i, free_s=NOW_S + wait_s) for i, wait_s in enumerate(free_in_s)),
+        legal_degrees=legal_degrees(len(free_in_s)),
+        profile=profile or flux_profile(),
+        config=PlannerConfig(**config),
+    )
+    return get_planner("horizon")(snapshot)
+
+
+def by_id(round_plan: RoundPlan) -> dict[str, Assignment]:
+    return {assignment.request_id: assignment for assignment in round_plan.assignments}
+
+
+def test_alone_a_request_is_widened_and_under_contention_degrees_shrink() -> None:
+    assert len(by_id(plan([request("a")], [0.0] * 8))["a"].members) == 8
+    crowd = by_id(plan([request(f"r{i}") for i in range(8)], [0.0] * 8))
+    assert {len(assignment.members) for assignment in crowd.values()} == {1}
+
+
+def test_decode_goes_before_encode_before_denoise_and_stays_where_the_latents_are() -> None:
+    waiting = [
+        request("a"),
+        request("b", stage="encode"),
+        request("c", stage="decode", step_index=28, members=(1, 0)),
+    ]
+    first = plan(waiting, [0.0, 0.0])
+    assert [(a.request_id, a.stage) for a in first.assignments] == [("c", "decode"), ("b", "encode")]
+    assert by_id(first)["c"].members == (1,)
+    assert by_id(plan(waiting, [0.0, 0.0, 0.0]))["a"].members == (2,)
+
+
+def test_a_chunk_holds_as_many_whole_steps_as_fit() -> None:
+    chunk = by_id(plan([request("a", step_index=3)], [0.0]))["a"]
+    assert (chunk.step_index, chunk.chunk_steps) == (3, 1)
+    chunk = by_id(plan([request("a", width=256, height=256)], [0.0]))["a"]
+    assert chunk.chunk_steps == 4
+    chunk = by_id(plan([request("a", width=256, height=256, step_index=26)], [0.0]))["a"]
+    assert chunk.chunk_steps == 2
+
+
+def test_the_earlier_deadline_goes_first_then_the_larger_priority_then_the_id() -> None:
+    due_s = NOW_S + 40
+    pair = [request("a", deadline_s=due_s + 1), request("b", deadline_s=due_s)]
+    assert list(by_id(plan(pair, [0.0]))) == ["b"]
+    pair = [request("a", deadline_s=due_s), request("b", deadline_s=due_s, priority=1)]
+    assert list(by_id(plan(pair, [0.0]))) == ["b"]
+    pair = [request("a", deadline_s=due_s), request("b", deadline_s=due_s)]
+    assert list(by_id(plan(pair, [0.0]))) == ["a"]
+
+
+def test_a_request_with_an_slo_goes_before_one_without() -> None:
+    pair = [request("a", deadline_s=None, arrival_s=NOW_S - 59), request("b", deadline_s=NOW_S + 100)]
+    assert list(by_id(plan(pair, [0.0]))) == ["b"]
+
+
+def test_a_request_without_slo_goes_first_once_it_is_very_old() -> None:
+    pair = [request("a", deadline_s=None, arrival_s=NOW_S - 601), request("b")]
+    assert list(by_id(plan(pair, [0.0]))) == ["a"]
+
+
+def test_a_late_request_gets_what_is_left() -> None:
+    late = request("a", arrival_s=NOW_S - 5, deadline_s=NOW_S - 1)
+    tight = request("b", deadline_s=NOW_S + 0.12 + 28 * 0.0598 + 0.05)
+    assert by_id(plan([late, tight], [0.0] * 4)).keys() == {"b"}
+    assert by_id(plan([late, tight], [0.0] * 5)).keys() == {"a", "b"}
+
+
+def test_a_late_request_is_rescued_unless_that_costs_somebody_the_deadline() -> None:
+    late = request("a", arrival_s=NOW_S - 60, deadline_s=NOW_S - 55)
+    assert by_id(plan([late, request("b", deadline_s=NOW_S + 30)], [0.0])).keys() == {"a"}
+    assert by_id(plan([late, request("b", deadline_s=NOW_S + 8)], [0.0])).keys() == {"b"}
+    crowd = [request(f"c{i}", arrival_s=NOW_S - 5, deadline_s=NOW_S - 1) for i in range(8)]
+    assert by_id(plan([late, *crowd, request("b", deadline_s=NOW_S + 30)], [0.0])).keys() == {"b"}
+
+
+def test_previous_members_stay_in_order() -> None:
+    tight_s = NOW_S + 0.12 + 28 * 0.1057 + 0.05
+    pair = [
+        request("a", deadline_s=tight_s, members=(3, 1)),
+        request("b", deadline_s=tight_s + 1e-3, members=(0, 2)),
+    ]
+    members = {key: assignment.members for key, assignment in by_id(plan(pair, [0.0] * 4)).items()}
+    assert members == {"a": (3, 1), "b": (0, 2)}
+
+
+def test_it_waits_for_a_device_that_is_free_soon_and_says_when_to_wake_it() -> None:
+    tight = request("a", width=2048, height=2048, deadline_s=NOW_S + 0.48 + 28 * 0.4699 + 0.06)
+    soon = plan([tight], [0.0, 0.020])
+    assert soon.assignments == ()
+    assert soon.wake_s is not None and math.isclose(soon.wake_s, NOW_S + 0.020 - 0.005)
+    within_lead = plan([tight], [0.0, 0.004])
+    assert by_id(within_lead)["a"].members == (0, 1)
+    assert by_id(plan([tight], [0.0, 0.400]))["a"].members == (0,)
+
+
+def test_nothing_is_assigned_that_is_not_ready_or_not_free() -> None:
+    assert plan([request("a", ready_s=NOW_S + 0.1, members=(0,))], [0.1]).assignments == ()
+    assert plan([request("a")], [0.1]).assignments == ()
+    assert plan([], [0.0]).assignments == ()
+    assert plan([request("a")], []).assignments == ()
+
+
+def test_a_degree_that_is_not_faster_is_never_used() -> None:
+    slow = make_profile({"1024x1024": {"step_ms": {1: 100.0, 2: 101.0, 4: 140.0}, "encode_ms": 5, "decode_ms": 5}})
+    assert len(by_id(plan([request("a")], [0.0] * 4, slow))["a"].members) == 1
+    late = request("a", deadline_s=NOW_S - 1)
+    assert len(by_id(plan([late], [0.0] * 4, slow))["a"].members) == 1
+
+
+def test_degrees_the_profile_lacks_are_not_used() -> None:
+    sparse = make_profile({"1024x1024": {"step_ms": {1: 100.0, 4: 30.0}, "encode_ms": 5, "decode_ms": 5}})
+    assert len(by_id(plan([request("a")], [0.0] * 3, sparse))["a"].members) == 1
+    assert len(by_id(plan([request("a")], [0.0] * 8, sparse))["a"].members) == 4
+
+
+def test_a_stream_of_newcomers_starves_nobody_without_slo() -> None:
+    old = SimRequest("old", 0.0, 2048, 2048, 4, None)
+    stream = [SimRequest(f"r{i:04d}", 0.4 * i, 1024, 1024, 4, None) for i in range(200)]
+    config = PlannerConfig(patience_s=2.0)
+    Simulation(get_planner("horizon"), [old, *stream], 1, flux_profile(), config).run()
+    assert old.finish_s < 60
+
+
+def test_overload_with_slos_does_not_starve_those_without() -> None:
+    old = SimRequest("old", 0.0, 1024, 1024, 4, None)
+    stream = [SimRequest(f"r{i:04d}", 0.4 * i, 1024, 1024, 4, 5.0) for i in range(200)]
+    config = PlannerConfig(patience_s=2.0)
+    Simulation(get_planner("horizon"), [old, *stream], 1, flux_profile(), config).run()
+    assert old.finish_s < 60

@@ -1,0 +1,128 @@
+import itertools
+import json
+import math
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetrion.engine.planning.profile import Profile, parse_profile, parse_size, read_profile
+
+from .simulation import flux_profile, make_profile
+
+BY_HAND = """{"heads": 24, "classes": {"1024x1024": {"step_ms": {"1": 164.7, "2": 105.7, "4": 59.8},
+    "encode_ms": 25, "decode_ms": 120, "step_j": {"1": 90.5}, "note": "mine"}}, "gpu": "H100", "who": "me"}"""
+
+
+def test_a_table_written_by_hand_works() -> None:
+    profile = parse_profile(BY_HAND)
+    assert profile.degrees(1024, 1024) == (1, 2, 4)
+    assert profile.step_s(1024, 1024, 2) == pytest.approx(0.1057)
+    assert profile.encode_s(1024, 1024) == pytest.approx(0.025)
+    assert profile.decode_s(1024, 1024) == pytest.approx(0.120)
+    assert profile.gpu == "H100"
+    assert profile.classes["1024x1024"].step_j == {1: 90.5}
+    assert parse_profile(msgspec.json.encode(profile)) == profile
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 0}, r"heads: must be at least 1, got 0"),
+        ({"classes": {}}, r"classes: must name at least one size"),
+        ({"classes": {"big": {}}}, r"\$\.classes\[\.\.\.\]"),
+        ({"size": "1024"}, r'expected sizes like "1024x1024", got \'1024\''),
+        ({"step_ms": {}}, r"classes\.64x64\.step_ms: must have at least one degree"),
+        ({"step_ms": {"1": -3.0}}, r"classes\.64x64\.step_ms\.1: must be above 0 and finite, got -3"),
+        ({"step_ms": {"25": 3.0}}, r"degree 25 must be from 1 to 24"),
+        ({"step_ms": {"1": "fast"}}, r"Expected `float`"),
+        ({"step_j": {"1": 0}}, r"classes\.64x64\.step_j\.1: must be above 0"),
+        ({"encode_ms": -1}, r"classes\.64x64\.encode_ms: must be at least 0"),
+        ({"decode_ms": -1}, r"classes\.64x64\.decode_ms: must be at least 0"),
+    ],
+)
+def test_malformed_tables_name_the_field_and_the_bound(change: dict[str, object], message: str) -> None:
+    size = change.pop("size", "64x64")
+    cost = {"step_ms": {"1": 2.0}, "encode_ms": 1, "decode_ms": 1}
+    table: dict[str, object] = {"heads": 24, "classes": {size: cost}}
+    for key, value in change.items():
+        (table if key in table else cost)[key] = value
+    with pytest.raises(ValueError, match=message):
+        parse_profile(json.dumps(table))
+
+
+def test_unreadable_text(tmp_path) -> None:
+    with pytest.raises(ValueError, match="not JSON"):
+        parse_profile("{")
+    path = tmp_path / "table.json"
+    path.write_text('{"heads": 3}')
+    with pytest.raises(ValueError, match=r"table\.json: profile: .*classes"):
+        read_profile(path)
+    with pytest.raises(ValueError, match="must be above 0 and finite"):
+        make_profile({"64x64": {"step_ms": {1: math.nan}, "encode_ms": 1, "decode_ms": 1}})
+
+
+@given(st.lists(st.integers(1, 256), min_size=2, max_size=12))
+def test_estimates_grow_with_the_picture_and_are_positive(sides: list[int]) -> None:
+    profile = flux_profile()
+    sizes = sorted(side * 16 for side in sides)
+    for degree in (1, 4, 8):
+        times = [profile.step_s(side, side, degree) for side in sizes]
+        assert all(time_s > 0 for time_s in times)
+        assert all(small <= large * (1 + 1e-9) for small, large in itertools.pairwise(times))
+    assert all(profile.decode_s(side, side) > 0 for side in sizes)
+
+
+def test_estimates_lie_between_the_neighbours() -> None:
+    profile = flux_profile()
+    assert 0.1647 < profile.step_s(1408, 1408, 1) < 0.8245
+    assert profile.step_s(1024, 512, 2) == pytest.approx(profile.step_s(512, 1024, 2))
+    assert profile.step_s(4096, 4096, 1) <= 0.8245 * 16
+    assert profile.step_s(512, 512, 1) == pytest.approx(0.0535)
+
+
+def test_noise_cannot_make_a_larger_picture_cheaper() -> None:
+    cost = {"encode_ms": 1, "decode_ms": 1}
+    profile = make_profile({"64x64": {"step_ms": {1: 9.0}, **cost}, "128x128": {"step_ms": {1: 8.0}, **cost}})
+    assert profile.step_s(96, 96, 1) == pytest.approx(0.009)
+    assert profile.step_s(256, 256, 1) == pytest.approx(0.009)
+    assert profile.step_s(128, 128, 1) == pytest.approx(0.008)
+
+
+def test_one_class_scales_with_its_tokens_and_free_stages_stay_free() -> None:
+    profile = make_profile({"64x64": {"step_ms": {1: 10.0, 2: 6.0}, "encode_ms": 0, "decode_ms": 0}})
+    assert profile.step_s(128, 64, 2) == pytest.approx(0.012)
+    assert profile.encode_s(64, 64) == 0
+    assert 0 <= profile.decode_s(128, 128) < 1e-6
+
+
+def test_degrees_that_the_table_lacks_are_not_offered_but_can_be_estimated() -> None:
+    profile = parse_profile(BY_HAND)
+    assert 3 not in profile.degrees(1024, 1024)
+    assert 0.0598 < profile.step_s(1024, 1024, 3) < 0.1057
+    assert profile.step_s(1024, 1024, 8) == pytest.approx(0.0598)
+    with pytest.raises(ValueError, match="degree: must be at least 1, got 0"):
+        profile.step_s(1024, 1024, 0)
+    with pytest.raises(ValueError, match="at least 1, got 0x16"):
+        profile.cost(0, 16)
+
+
+def test_an_interpolated_size_offers_what_both_neighbours_offer() -> None:
+    cost = {"encode_ms": 1, "decode_ms": 1}
+    small, large = {1: 9.0, 2: 6.0, 3: 5.0}, {1: 90.0, 2: 50.0, 4: 30.0}
+    profile = make_profile({"64x64": {"step_ms": small, **cost}, "256x256": {"step_ms": large, **cost}})
+    assert profile.degrees(128, 128) == (1, 2)
+    assert profile.degrees(512, 512) == (1, 2, 4)
+
+
+def test_a_profile_is_a_value() -> None:
+    profile = flux_profile()
+    before = msgspec.json.encode(profile)
+    profile.cost(640, 480)
+    assert msgspec.json.encode(profile) == before
+    assert profile == flux_profile()
+    with pytest.raises(AttributeError):
+        profile.heads = 3  # type: ignore[misc]
+    assert isinstance(profile, Profile)
+    assert parse_size("640x480") == (640, 480)

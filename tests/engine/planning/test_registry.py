@@ -1,0 +1,28 @@
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.registry import get_planner
+
+
+def test_known_names() -> None:
+    for name in ("horizon", "fixed-1", "fixed-2", "fixed-16", PlannerConfig().policy):
+        assert callable(get_planner(name))
+
+
+@pytest.mark.parametrize("name", ["", "Horizon", "fixed", "fixed-", "fixed-0", "fixed-x", "fixed-1.5", "fixed--1"])
+def test_unknown_names_are_answered_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"policy: expected one of horizon, fixed-K.*got '{re.escape(name)}'"):
+        get_planner(name)
+
+
+def test_planning_imports_no_torch_and_no_io() -> None:
+    code = (
+        "import sys; import tetrion.engine.planning.registry, tetrion.engine.planning.correction\n"
+        "print([name for name in ('torch', 'numpy', 'asyncio') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
