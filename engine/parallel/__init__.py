@@ -1,0 +1,1 @@
+"""Sequence parallelism: slab layout, groups as values, pairwise barrier, exchange. No process group anywhere."""

@@ -1,0 +1,166 @@
+"""Four real processes over shared memory, started once for all tests of this folder."""
+
+import json
+import mmap
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
+from tetrion.engine.parallel.layout import ControlLayout, SlabLayout, slab_layout
+from tetrion.engine.parallel.words import AbortWords
+
+NUM_DEVICES = 4
+ANSWER_TIMEOUT_S = 20.0
+
+
+class Fleet:
+    """The engine's side: memory, abort words, and a pipe to each device."""
+
+    def __init__(self, layout: SlabLayout) -> None:
+        self.layout = layout
+        self._slab_fds = [anonymous_file(layout.num_bytes) for _ in range(layout.num_devices)]
+        control = ControlLayout(num_devices=layout.num_devices)
+        self._control_fd = anonymous_file(control.num_bytes)
+        self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in self._slab_fds]
+        self.abort = AbortWords(memoryview(mmap.mmap(self._control_fd, 0)), layout.num_devices)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        for device in range(layout.num_devices):
+            self.start(device)
+        for device in range(layout.num_devices):
+            self.receive(device)
+
+    def start(self, device: int) -> None:
+        start = {
+            "layout": msgspec.to_builtins(self.layout),
+            "device_id": device,
+            "parent": os.getpid(),
+            "slab_fds": self._slab_fds,
+            "control_fd": self._control_fd,
+        }
+        self._processes[device] = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), json.dumps(start)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[*self._slab_fds, self._control_fd],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def send(self, device: int, *operations: dict[str, Any]) -> None:
+        stdin = self._processes[device].stdin
+        assert stdin is not None
+        stdin.write(json.dumps(operations).encode() + b"\n")
+        stdin.flush()
+
+    def _stdout(self, device: int) -> IO[bytes]:
+        stdout = self._processes[device].stdout
+        assert stdout is not None
+        return stdout
+
+    def has_answered(self, device: int, timeout_s: float) -> bool:
+        return bool(select.select([self._stdout(device)], [], [], timeout_s)[0])
+
+    def receive(self, device: int) -> dict[str, Any]:
+        assert self.has_answered(device, ANSWER_TIMEOUT_S), f"device {device} does not answer"
+        answer: dict[str, Any] = json.loads(self._stdout(device).readline())
+        return answer
+
+    def results(self, device: int) -> list[Any]:
+        return results_of(self.receive(device))
+
+    def run(self, operations: dict[int, list[dict[str, Any]]]) -> dict[int, list[Any]]:
+        """Send every device its operations, then collect all results. If one fails, the others are freed first."""
+        for device, own in operations.items():
+            self.send(device, *own)
+        answers: dict[int, dict[str, Any]] = {}
+        pipes = {self._stdout(device): device for device in operations}
+        while pipes:
+            ready = select.select(list(pipes), [], [], ANSWER_TIMEOUT_S)[0]
+            answers |= {device: self.receive(device) for device in map(pipes.pop, ready)}
+            if not ready or any("error" in answer for answer in answers.values()):
+                for device in pipes.values():
+                    self.abort.set(device)
+        if any("results" not in answer for answer in answers.values()):
+            self.reset()
+        for answer in sorted(answers.values(), key=lambda answer: "error" not in answer):
+            results_of(answer)
+        return {device: answers[device]["results"] for device in operations}
+
+    def reset(self) -> None:
+        self.run({device: [{"op": "reset"}] for device in self._processes})
+
+    def kill(self, device: int) -> None:
+        self._processes[device].kill()
+        self._processes[device].wait()
+
+    def version(self, device: int, slot: int) -> int:
+        return self.buffers[device].cast("Q")[self.layout.version_offset(slot) // 8]
+
+    def state(self, device: int, slot: int, num_text: int, num_image: int) -> tuple[np.ndarray, ...]:
+        """Text, pooled and latents of a slot, as they lie in the slab now."""
+        layout, buffer = self.layout, self.buffers[device]
+
+        def view(offset: int, *shape: int) -> np.ndarray:
+            return np.frombuffer(buffer, np.float32, int(np.prod(shape)), offset).reshape(shape).copy()
+
+        return (
+            view(layout.text_offset(slot), num_text, layout.text_dim),
+            view(layout.pooled_offset(slot), layout.pooled_dim),
+            view(layout.latents_offset(slot), num_image, layout.in_channels),
+        )
+
+    def stop(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.communicate()
+        for fd in (*self._slab_fds, self._control_fd):
+            os.close(fd)
+
+
+def results_of(answer: dict[str, Any]) -> list[Any]:
+    assert "results" in answer, answer.get("error", answer)
+    results: list[Any] = answer["results"]
+    return results
+
+
+def anonymous_file(num_bytes: int) -> int:
+    with tempfile.TemporaryFile() as file:
+        fd = os.memfd_create("test") if hasattr(os, "memfd_create") else os.dup(file.fileno())
+    os.ftruncate(fd, num_bytes)
+    return fd
+
+
+def tiny_spec(num_heads: int = 6) -> ModelSpec:
+    """At most 13 text tokens and 100 image tokens; 6 heads of 8."""
+    return ModelSpec(
+        name="tiny", path="", architecture="flux", num_heads=num_heads, head_dim=8, in_channels=16, text_dim=12,
+        pooled_dim=10, guidance_embeds=False, vae_scale_factor=8, scheduler=SchedulerSpec(), num_steps=4, guidance=0.0,
+        max_text_tokens=13, min_size=16, max_size=160, default_width=160, default_height=160,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shared_fleet() -> Iterator[Fleet]:
+    fleet = Fleet(slab_layout(tiny_spec(), NUM_DEVICES, num_slots=4))
+    yield fleet
+    fleet.stop()
+
+
+@pytest.fixture
+def fleet(shared_fleet: Fleet) -> Fleet:
+    shared_fleet.reset()
+    return shared_fleet
+
+
+@pytest.fixture
+def spec() -> ModelSpec:
+    return tiny_spec()
