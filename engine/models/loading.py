@@ -1,0 +1,256 @@
+"""Checkpoint weights as one safetensors image in shared memory, mapped by every worker without a copy.
+
+Owns the way from a folder's safetensors files to named fp32 tensors: which file holds which tensor, conversion, fusing,
+and the image all workers map. Knows no architecture: a *plan* says which tensors are wanted. Nothing is unpickled.
+
+The image is an ordinary safetensors file (8 bytes of header length, JSON header, data), with every tensor placed at a
+multiple of 64 bytes, so that kernels see the same alignment in every process.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.transport.available_memory import available_memory_bytes
+from tetrion.engine.transport.segment import SharedMemoryError
+
+ALIGNMENT = 64
+WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class Part(NamedTuple):
+    """One tensor of the image: the named checkpoint tensors, concatenated along dimension 0, as fp32.
+
+    `shape`, where the architecture knows it, is checked.
+    """
+
+    sources: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
+
+
+Plan = Mapping[str, Part]
+
+
+class ComponentFiles:
+    """The safetensors files of one component folder (`transformer/`, `vae/`, …): one file, or shards with an index."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens (maps) every file. Raises CheckpointError naming the file or tensor that is missing or damaged."""
+        self.folder = folder
+        self._path_of = _weight_map(folder)
+        self._opened = {path: _open_safetensors(path) for path in sorted(set(self._path_of.values()))}
+        names_in = {path: set(file.keys()) for path, file in self._opened.items()}
+        for name, path in self._path_of.items():
+            if name not in names_in[path]:
+                raise CheckpointError(f"model: {str(path)!r} has no tensor {name}, though its index says so")
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._path_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its file's header. Raises CheckpointError if there is no such tensor."""
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in its stored dtype, mapped from its file."""
+        return self._file(name).get_tensor(name)
+
+    def _file(self, name: str) -> safe_open:
+        if name not in self._path_of:
+            raise CheckpointError(f"model: {str(self.folder)!r} has no tensor {name}")
+        return self._opened[self._path_of[name]]
+
+
+def _weight_map(folder: Path) -> dict[str, Path]:
+    indices = [folder / f"{name}.index.json" for name in WEIGHTS_FILES]
+    for index in filter(Path.is_file, indices):
+        return _read_index(index)
+    candidates = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
+    candidates = candidates or sorted(folder.glob("*.safetensors"))
+    if len(candidates) != 1:
+        found = ", ".join(path.name for path in candidates) or "none"
+        raise CheckpointError(
+            f"model: {str(folder)!r} needs one .safetensors file or a *.safetensors.index.json (found: {found})"
+        )
+    return {name: candidates[0] for name in _open_safetensors(candidates[0]).keys()}  # noqa: SIM118 - not a dict
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        file_of = {str(name): index.parent / str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"model: {str(index)!r} is not a safetensors index (no weight_map)") from None
+    missing = sorted({path.name for path in file_of.values() if not path.is_file()})
+    if missing:
+        raise CheckpointError(f"model: {str(index.parent)!r} is missing {', '.join(missing)}, named by {index.name}")
+    if any(path.parent != index.parent or path.suffix != ".safetensors" for path in file_of.values()):
+        raise CheckpointError(f"model: {str(index)!r} names files that are not .safetensors files beside it")
+    return file_of
+
+
+def _open_safetensors(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"model: {str(path)!r} cannot be read as safetensors: {error}") from None
+
+
+class Component(NamedTuple):
+    """Files of one component and which of their tensors, under which names, the image takes."""
+
+    files: ComponentFiles
+    plan: Plan
+
+
+def publish(fd: int, components: Mapping[str, Component]) -> int:
+    """Write the planned tensors of all components as one safetensors image into the shared segment `fd`.
+
+    Tensor names in the image are `component/name`. Converts and fuses on the way, one tensor at a time: the only full
+    copy is the image. Returns its size in bytes. Raises CheckpointError for missing or misshapen tensors, before
+    anything is written, and SharedMemoryError if there is no room.
+    """
+    shapes = {
+        f"{component}/{name}": _planned_shape(files, name, part)
+        for component, (files, plan) in components.items()
+        for name, part in plan.items()
+    }
+    header, offsets, num_bytes = _layout(shapes)
+    _reserve(fd, num_bytes)
+    with mmap.mmap(fd, num_bytes) as image:
+        image[: len(header)] = header
+        for component, (files, plan) in components.items():
+            for name, part in plan.items():
+                key = f"{component}/{name}"
+                target = _view(image, shapes[key], len(header) + offsets[key])
+                _fill(target, files, part)
+                del target  # a view would keep the mapping from closing
+    return num_bytes
+
+
+def attach(fd: int) -> dict[str, Tensor]:
+    """Map an image that `publish` wrote: names -> fp32 tensors over shared pages, no copy.
+
+    The mapping is copy-on-write: a stray write would stay in this process. It lives as long as any of its tensors.
+    Raises CheckpointError if `fd` holds no such image.
+    """
+    num_bytes = os.fstat(fd).st_size
+    try:
+        image = mmap.mmap(fd, num_bytes, access=mmap.ACCESS_COPY)
+        data_start = 8 + int.from_bytes(image[:8], "little")
+        header = json.loads(image[8:data_start])
+        return {
+            name: _view(image, tuple(entry["shape"]), data_start + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if entry["dtype"] == "F32"
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"model: the shared weights segment holds no complete image: {error}") from None
+
+
+def component_tensors(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+    """The tensors of one component, by their names within it."""
+    prefix = f"{component}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def build_module(
+    build: Callable[[], ModuleT], tensors: Mapping[str, Tensor], what: str, unused: tuple[str, ...] = ()
+) -> ModuleT:
+    """A library module for inference whose parameters *are* the given tensors.
+
+    `build` runs on the meta device, so nothing is allocated. Parameters whose names start with one of `unused` may be
+    absent and stay on the meta device. Raises CheckpointError naming tensors that are missing or misshapen.
+    """
+    with torch.device("meta"):
+        module = build()
+    missing = sorted(
+        name for name in module.state_dict().keys() - tensors.keys() if not name.startswith(unused or ("\0",))
+    )
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"model: {what} has no tensor {', '.join(missing[:3])}{more}")
+    try:
+        module.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"model: {what}: {error}") from None
+    return module.requires_grad_(False).eval()
+
+
+def _planned_shape(files: ComponentFiles, name: str, part: Part) -> tuple[int, ...]:
+    shapes = [files.shape(source) for source in part.sources]
+    if len({shape[1:] for shape in shapes}) != 1:
+        raise CheckpointError(f"model: {str(files.folder)!r}: {', '.join(part.sources)} do not fit together: {shapes}")
+    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+    if part.shape is not None and shape != part.shape:
+        sources = part.sources[0] if len(part.sources) == 1 else f"{part.sources[0]} … {part.sources[-1]}"
+        raise CheckpointError(
+            f"model: {str(files.folder)!r}: {sources} has shape {list(shape)}, config.json means {list(part.shape)}"
+        )
+    return shape
+
+
+def _fill(target: Tensor, files: ComponentFiles, part: Part) -> None:
+    row = 0
+    for source in part.sources:
+        tensor = files.read(source)
+        if tensor.ndim == 0:
+            target.copy_(tensor)
+            continue
+        target[row : row + len(tensor)].copy_(tensor)
+        row += len(tensor)
+
+
+def _layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, int], int]:
+    """Header bytes, data offset of each tensor, size of the whole image.
+
+    safetensors allows no gaps, so filler tensors lie between those whose sizes are no multiples of the alignment.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    offsets: dict[str, int] = {}
+    position = 0
+    for name, shape in shapes.items():
+        num_bytes = 4 * torch.Size(shape).numel()
+        offsets[name] = position
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, position + num_bytes]}
+        position += num_bytes
+        if gap := -position % ALIGNMENT:
+            filler = {"dtype": "U8", "shape": [gap], "data_offsets": [position, position + gap]}
+            entries[f"__filler__{len(offsets)}"] = filler
+            position += gap
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return header, offsets, len(header) + position
+
+
+def _view(image: mmap.mmap, shape: tuple[int, ...], offset: int) -> Tensor:
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.empty(shape)
+    return torch.frombuffer(image, dtype=torch.float32, count=count, offset=offset).view(shape)
+
+
+def _reserve(fd: int, num_bytes: int) -> None:
+    """Size the segment and take its pages now: lack of memory is an error here, not a SIGBUS later."""
+    available = available_memory_bytes()
+    if available is not None and num_bytes - os.fstat(fd).st_size > available:
+        raise SharedMemoryError("weights", num_bytes, available, "checked before reserving")
+    try:
+        os.ftruncate(fd, num_bytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        raise SharedMemoryError("weights", num_bytes, available, error.strerror or str(error)) from error

@@ -1,0 +1,131 @@
+"""Prompt -> what the transformer is conditioned on: T5 embeddings and CLIP's pooled vector, as FluxPipeline does it.
+
+Owns tokenizers and text encoders (library modules over shared weights). Worker-only: importing it takes seconds.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.t5.configuration_t5 import T5Config
+from transformers.models.t5.modeling_t5 import T5EncoderModel
+from transformers.models.t5.tokenization_t5 import T5Tokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.models.loading import build_module
+
+ConfigT = TypeVar("ConfigT", CLIPTextConfig, T5Config)
+CLIP_PREFIX = "text_model."
+T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
+
+
+class PromptEmbedding(NamedTuple):
+    """embeds: [max_text_tokens, text_dim]; pooled: [pooled_dim]. `num_tokens`: the prompt's own T5 tokens with the end
+    mark, before padding or truncation; more than max_text_tokens means that the prompt was cut."""
+
+    embeds: Tensor
+    pooled: Tensor
+    num_tokens: int
+
+
+class TextEncoders:
+    """Both text encoders of a FLUX checkpoint."""
+
+    def __init__(
+        self,
+        clip_tensors: Mapping[str, Tensor],
+        t5_tensors: Mapping[str, Tensor],
+        spec: ModelSpec,
+    ) -> None:
+        """Raises CheckpointError if a config, tokenizer or tensor is missing, or widths are not the transformer's."""
+        path = Path(spec.path)
+        self._max_text_tokens = spec.max_text_tokens
+        self._clip_tokenizer = _load_tokenizer(CLIPTokenizer, path / "tokenizer")
+        self._t5_tokenizer = _load_tokenizer(T5Tokenizer, path / "tokenizer_2")
+        self._clip = _build_clip(path / "text_encoder", clip_tensors, spec.pooled_dim)
+        self._t5 = _build_t5(path / "text_encoder_2", t5_tensors, spec.text_dim)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> PromptEmbedding:
+        """T5 padded to max_text_tokens without an attention mask; CLIP padded to its own length, pooled output.
+
+        On one thread: the GEMMs of a narrow encoder round differently with more, and encoding is a small share of a
+        picture's work.
+        """
+        clip_ids = _token_ids(self._clip_tokenizer, prompt, self._clip_tokenizer.model_max_length)
+        t5_ids = _token_ids(self._t5_tokenizer, prompt, self._max_text_tokens)
+        with _one_thread():
+            embeds, pooled = self._t5(t5_ids)[0][0], self._clip(clip_ids).pooler_output[0]
+        num_tokens = len(self._t5_tokenizer(prompt, verbose=False).input_ids)
+        return PromptEmbedding(embeds=embeds, pooled=pooled, num_tokens=num_tokens)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> Tensor:
+    return tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def _load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.__name__}: {error}") from None
+
+
+def _load_config(kind: type[ConfigT], folder: Path) -> ConfigT:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.__name__}: {error}") from None
+
+
+def _check_width(folder: Path, width: int, expected: int) -> None:
+    if width != expected:
+        raise CheckpointError(f"model: {str(folder)!r} gives vectors of {width}, the transformer takes {expected}")
+
+
+def _build_clip(folder: Path, tensors: Mapping[str, Tensor], pooled_dim: int) -> CLIPTextModel:
+    config = _load_config(CLIPTextConfig, folder)
+    _check_width(folder, config.hidden_size, pooled_dim)
+    tensors = {name.removeprefix(CLIP_PREFIX): tensor for name, tensor in tensors.items()}
+    clip = build_module(lambda: CLIPTextModel(config), _with_module_prefix(CLIPTextModel, config, tensors), str(folder))
+    for module in clip.modules():
+        if hasattr(module, "position_ids"):  # a buffer that no checkpoint stores, so still on the meta device
+            module.position_ids = torch.arange(config.max_position_embeddings).expand((1, -1))
+    return clip
+
+
+def _with_module_prefix(
+    kind: type[CLIPTextModel], config: CLIPTextConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """CLIPTextModel called its tensors `text_model.…` until transformers 5; checkpoints have either."""
+    with torch.device("meta"):
+        names = kind(config).state_dict()
+    prefix = CLIP_PREFIX if any(name.startswith(CLIP_PREFIX) for name in names) else ""
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _build_t5(folder: Path, tensors: Mapping[str, Tensor], text_dim: int) -> T5EncoderModel:
+    config = _load_config(T5Config, folder)
+    _check_width(folder, config.d_model, text_dim)
+    tensors = dict(tensors)
+    for name, other in (T5_EMBEDDINGS, T5_EMBEDDINGS[::-1]):  # one table under two names; checkpoints have either
+        if name not in tensors and other in tensors:
+            tensors[name] = tensors[other]
+    return build_module(lambda: T5EncoderModel(config), tensors, str(folder))

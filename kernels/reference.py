@@ -1,0 +1,79 @@
+"""The transformer's operators in plain PyTorch: the oracle for every GPU kernel and the CPU path itself.
+
+Owns nothing and must know nothing of models, groups or requests. Shapes: L tokens of the whole sequence, n tokens of
+this call, H heads (h: the heads of this call), D head dimension.
+
+**Row exactness.** A token's result must not depend, bit for bit, on which other rows are in the call, nor on the number
+of threads. Measured with MKL on x86-64 (fp32): a GEMM keeps that promise from 12 rows on, so `linear` pads below 16.
+ATen's vectorised loops end in a scalar tail, which rounds differently for tanh, sigmoid, GELU and SiLU, and where a
+thread's share ends depends on its size; `exp` has no such tail, so the activations here are built on it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-6
+MIN_EXACT_ROWS = 16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x [n, in] @ weight [out, in].T + bias [out]` -> [n, out], row-exact."""
+    num_rows = x.shape[0]
+    if num_rows >= MIN_EXACT_ROWS:
+        return F.linear(x, weight, bias)
+    return F.linear(F.pad(x, (0, 0, 0, MIN_EXACT_ROWS - num_rows)), weight, bias)[:num_rows]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v without a mask; q, k, v and the result are [L, h, D]. Exact per head."""
+    q_1hLD, k_1hLD, v_1hLD = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q_1hLD, k_1hLD, v_1hLD).squeeze(0).transpose(0, 1)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm of q and k over D, then FLUX's rotary embedding: pairs (2i, 2i+1) turned by one angle.
+
+    qkv: [n, 3, H, D] or [n, 3·H·D]; q_norm, k_norm: [D]; cos, sin: [n, D], each value twice (diffusers' layout).
+    Returns q, k, v, each [n, H, D]; v is a view of qkv.
+    """
+    head_dim = q_norm.shape[0]
+    q, k, v = qkv.view(qkv.shape[0], 3, -1, head_dim).unbind(1)
+    cos_n1D, sin_n1D = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _norm_rope(q, q_norm, cos_n1D, sin_n1D), _norm_rope(k, k_norm, cos_n1D, sin_n1D), v
+
+
+def _norm_rope(x_nHD: Tensor, weight: Tensor, cos_n1D: Tensor, sin_n1D: Tensor) -> Tensor:
+    x_nHD = F.rms_norm(x_nHD, weight.shape, weight, EPS)
+    pairs_nHd = torch.view_as_complex(x_nHD.view(*x_nHD.shape[:-1], -1, 2))
+    # i · (a + bi) = −b + ai, exactly; a complex product with cos + i sin would round differently in loop tails.
+    turned_nHD = torch.view_as_real(pairs_nHd * 1j).flatten(-2)
+    return x_nHD.mul_(cos_n1D).add_(turned_nHD.mul_(sin_n1D))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x [n, C]) without affine weights, times (1 + scale [C]), plus shift [C]."""
+    return F.layer_norm(x, x.shape[-1:], 1 + scale, shift, EPS)
+
+
+def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x [n, C] + gate [C] · y [n, C]."""
+    return torch.addcmul(x, gate, y)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's tanh approximation (arXiv:1606.08415): ½x(1 + tanh u) = x / (1 + exp(−2u)), u = √(2/π)(x + 0.044715x³)."""
+    twice = 2 * math.sqrt(2 / math.pi)
+    exponent = x.square().mul_(-0.044715 * twice).sub_(twice).mul_(x)
+    denominator = exponent.exp_().add_(1)
+    return torch.div(x, denominator, out=denominator)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x) = x / (1 + exp(−x))."""
+    denominator = x.neg().exp_().add_(1)
+    return torch.div(x, denominator, out=denominator)

@@ -1,0 +1,159 @@
+"""Tiny FLUX checkpoints with random weights in diffusers layout, and the pipelines to compare on them."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from tetrion.engine.model_spec import read_model_spec
+from tetrion.engine.models.registry import Pipeline, load_pipeline
+from tetrion.engine.parallel.exchange import Stream
+from tetrion.engine.sampling.flow_match import euler_step, initial_noise, sigmas, timesteps
+from tetrion.kernels.reference import attention, qk_norm_rope
+
+T5_DIM, CLIP_DIM = 24, 20
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_no_grad() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Builds a checkpoint folder once per set of options."""
+    made: dict[str, Path] = {}
+
+    def make(guidance_embeds: bool = False, dynamic_shift: bool = True, max_text_tokens: int = 32) -> Path:
+        key = f"guidance-{guidance_embeds}-dynamic-{dynamic_shift}-text-{max_text_tokens}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("checkpoint") / key
+            _save_checkpoint(made[key], guidance_embeds, dynamic_shift, max_text_tokens)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[[Path], Pipeline]]:
+    """Loads a checkpoint folder through a shared segment of its own."""
+    fds: list[int] = []
+
+    def load_folder(path: Path) -> Pipeline:
+        fds.append(os.memfd_create("test-weights"))
+        return load_pipeline(read_model_spec(path), fds[-1], publish=True)
+
+    yield load_folder
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.fixture
+def generate() -> Callable[..., tuple[Tensor, np.ndarray]]:
+    return _generate
+
+
+@pytest.fixture
+def attend_locally() -> Callable[[Sequence[Stream], tuple[Tensor, Tensor]], Tensor]:
+    return _attend
+
+
+def _generate(
+    pipeline: Pipeline, prompt: str, width: int, height: int, seed: int, num_steps: int, guidance: float = 3.5
+) -> tuple[Tensor, np.ndarray]:
+    """The whole pipeline at degree 1: latents and picture."""
+    spec, flux = pipeline.spec, pipeline.flux
+    prompt_embedding = pipeline.encode(prompt)
+    levels = sigmas(spec.scheduler, num_steps, spec.num_image_tokens(width, height))
+    steps = torch.from_numpy(timesteps(spec.scheduler, levels))
+    tables = flux.modulations(steps, guidance, prompt_embedding.pooled)
+    text = flux.project_text(prompt_embedding.embeds)
+    rope = flux.rope(height // spec.size_multiple, width // spec.size_multiple, len(text))
+    latents = initial_noise(seed, width, height, spec)
+    for i in range(num_steps):
+        velocity = flux.step(latents, text, tables[i], rope, _attend)
+        latents = euler_step(latents, velocity, levels[i], levels[i + 1])
+    return latents, pipeline.decode(latents, width, height)
+
+
+def _attend(streams: Sequence[Stream], rope: tuple[Tensor, Tensor]) -> Tensor:
+    rows = [len(stream.qkv) for stream in streams]
+    parts = [
+        qk_norm_rope(stream.qkv, stream.q_norm, stream.k_norm, cos, sin)
+        for stream, cos, sin in zip(streams, rope[0].split(rows), rope[1].split(rows), strict=True)
+    ]
+    q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
+    return attention(q, k, v).flatten(1)
+
+
+def _save_checkpoint(path: Path, guidance_embeds: bool, dynamic_shift: bool, max_text_tokens: int) -> None:
+    torch.manual_seed(len(path.name))
+    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=dynamic_shift, shift=1.0 if dynamic_shift else 3.0
+        ),
+        vae=_random(AutoencoderKL(
+            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+            scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=True,
+        )),
+        text_encoder=CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(clip_tokenizer), hidden_size=CLIP_DIM, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=2, projection_dim=CLIP_DIM, bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id, pad_token_id=clip_tokenizer.pad_token_id,
+        )),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=T5EncoderModel(T5Config(
+            vocab_size=len(t5_tokenizer), d_model=T5_DIM, d_kv=6, d_ff=32, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )),
+        tokenizer_2=t5_tokenizer,
+        transformer=_random(FluxTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=12,
+            joint_attention_dim=T5_DIM, pooled_projection_dim=CLIP_DIM, guidance_embeds=guidance_embeds,
+            axes_dims_rope=(2, 2, 4),
+        )),
+    )  # fmt: skip
+    pipeline.save_pretrained(path, max_shard_size="1MB")
+    preset: dict[str, Any] = {"name": "tiny", "num_steps": 3, "max_text_tokens": max_text_tokens, "guidance": 3.5}
+    (path / "preset.json").write_bytes(msgspec.json.encode(preset))
+
+
+def _random(module: torch.nn.Module) -> torch.nn.Module:
+    """Random norms and biases too: at their initial ones and zeros, a mixed-up pair would not show."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data = torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name and "weight" in name else 0.0)
+    return module
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    words = ["red", "blue", "circle", "square", "above", *"abcdefghijklmnopqrstuvwxyz"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
+    pieces += [(word, -2.0 - 0.01 * i) for i, word in enumerate(words)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)

@@ -1,0 +1,227 @@
+"""The shared weights image, and clear errors for checkpoints that are not whole."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tetrion.engine.model_spec import CheckpointError, read_model_spec
+from tetrion.engine.models.loading import Component, ComponentFiles, Part, attach, component_tensors, publish
+from tetrion.engine.models.registry import load_pipeline
+from tetrion.engine.transport.segment import SharedMemoryError
+
+CHILD = """
+import re, sys, torch
+from tetrion.engine.models.loading import attach
+tensor = attach(int(sys.argv[1]))["part/big"]
+total = float(tensor.sum(dtype=torch.float64))
+address, sizes = tensor.data_ptr(), {}
+for line in open("/proc/self/smaps"):
+    if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+        inside = int(head[1], 16) <= address < int(head[2], 16)
+    elif inside and (row := re.match(r"(Rss|Pss|Private_Dirty): +(\\d+) kB", line)):
+        sizes[row[1]] = int(row[2])
+print(total, sizes["Rss"], sizes["Pss"], sizes["Private_Dirty"])
+"""
+
+
+@pytest.fixture
+def fd():
+    fd = os.memfd_create("test-weights")
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def broken(make_checkpoint, tmp_path) -> Path:
+    """A copy of a checkpoint, to be damaged by the test."""
+    return Path(shutil.copytree(make_checkpoint(), tmp_path / "broken"))
+
+
+def test_image_holds_converted_fused_aligned_tensors(tmp_path, fd) -> None:
+    stored = {
+        "q": torch.randn(3, 5).half(),
+        "k": torch.randn(2, 5).bfloat16(),
+        "bias": torch.randn(7),
+        "scale": torch.tensor(2.5),
+    }
+    files = _component(tmp_path, stored)
+    plan = {"qk": Part(("q", "k"), (5, 5)), "bias": Part(("bias",)), "scale": Part(("scale",))}
+    num_bytes = publish(fd, {"part": Component(files, plan)})
+    assert os.fstat(fd).st_size == num_bytes
+    tensors = component_tensors(attach(fd), "part")
+    assert set(tensors) == {"qk", "bias", "scale"}
+    assert torch.equal(tensors["qk"], torch.cat([stored["q"].float(), stored["k"].float()]))
+    assert torch.equal(tensors["bias"], stored["bias"])
+    assert tensors["scale"].shape == () and tensors["scale"] == 2.5
+    assert all(tensor.dtype == torch.float32 and tensor.data_ptr() % 64 == 0 for tensor in tensors.values())
+
+
+def test_image_is_a_safetensors_file(tmp_path, fd) -> None:
+    weight = torch.randn(3, 3)
+    publish(fd, {"part": Component(_component(tmp_path, {"weight": weight}), {"weight": Part(("weight",))})})
+    with safe_open(f"/proc/self/fd/{fd}", framework="pt") as image:
+        assert torch.equal(image.get_tensor("part/weight"), weight)
+
+
+def test_processes_share_the_pages(tmp_path, fd) -> None:
+    big = torch.randn(1 << 20)
+    publish(fd, {"part": Component(_component(tmp_path, {"big": big}), {"big": Part(("big",))})})
+    ours = attach(fd)["part/big"]
+    total = float(ours.sum(dtype=torch.float64))
+    child = subprocess.run(
+        [sys.executable, "-P", "-c", CHILD, str(fd)], pass_fds=[fd], capture_output=True, text=True, check=True
+    )
+    child_total, rss, pss, private_dirty = map(float, child.stdout.split())
+    assert child_total == total
+    assert rss >= big.nbytes / 1024
+    assert pss <= 0.6 * rss  # two processes map every page
+    assert private_dirty <= 16
+
+
+def test_a_stray_write_stays_in_its_own_mapping(tmp_path, fd) -> None:
+    files = _component(tmp_path, {"weight": torch.ones(4)})
+    publish(fd, {"part": Component(files, {"weight": Part(("weight",))})})
+    ours, theirs = attach(fd)["part/weight"], attach(fd)["part/weight"]
+    ours.zero_()
+    assert torch.equal(theirs, torch.ones(4))
+
+
+def test_attach_needs_a_complete_image(fd) -> None:
+    with pytest.raises(CheckpointError, match="holds no complete image"):
+        attach(fd)
+    os.write(fd, b"\xff" * 100)
+    with pytest.raises(CheckpointError, match="holds no complete image"):
+        attach(fd)
+
+
+def test_no_room_for_the_segment(tmp_path, fd, monkeypatch) -> None:
+    monkeypatch.setattr("tetrion.engine.models.loading.available_memory_bytes", lambda: 1000)
+    files = _component(tmp_path, {"weight": torch.ones(1000)})
+    with pytest.raises(SharedMemoryError, match="1,000 bytes are available"):
+        publish(fd, {"part": Component(files, {"weight": Part(("weight",))})})
+    assert os.fstat(fd).st_size == 0
+
+
+def test_second_worker_maps_what_the_first_wrote(make_checkpoint, fd) -> None:
+    spec = read_model_spec(make_checkpoint())
+    first, second = load_pipeline(spec, fd, publish=True), load_pipeline(spec, fd, publish=False)
+    assert first.weights_bytes == second.weights_bytes > 0
+    one, other = first.encode("red circle"), second.encode("red circle")
+    assert torch.equal(one.embeds, other.embeds) and torch.equal(one.pooled, other.pooled)
+
+
+def test_missing_shard(broken, fd) -> None:
+    shard = sorted((broken / "transformer").glob("*-00002-of-*.safetensors"))[0]
+    shard.unlink()
+    _assert_error(broken, fd, rf"transformer' is missing {re.escape(shard.name)}, named by diffusion_pytorch_model")
+
+
+def test_truncated_shard(broken, fd) -> None:
+    shard = sorted((broken / "transformer").glob("*.safetensors"))[0]
+    os.truncate(shard, 1000)
+    _assert_error(broken, fd, rf"{re.escape(shard.name)}' cannot be read as safetensors")
+
+
+def test_missing_transformer_tensor(broken, fd) -> None:
+    _drop_from_index(broken / "transformer", "transformer_blocks.1.attn.to_k.weight")
+    _assert_error(broken, fd, r"transformer' has no tensor transformer_blocks.1.attn.to_k.weight")
+
+
+def test_index_names_a_tensor_its_shard_lacks(broken, fd) -> None:
+    index = next((broken / "transformer").glob("*.index.json"))
+    content = json.loads(index.read_text())
+    shard = content["weight_map"]["proj_out.bias"]
+    content["weight_map"]["phantom"] = shard
+    index.write_text(json.dumps(content))
+    _assert_error(broken, fd, rf"{re.escape(shard)}' has no tensor phantom, though its index says so")
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "tensor"),
+    [
+        ("text_encoder_2", "model.safetensors", "encoder.block.1.layer.0.SelfAttention.k.weight"),
+        ("vae", "diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+    ],
+)
+def test_missing_module_tensor(broken, fd, folder, file, tensor) -> None:
+    path = broken / folder / file
+    tensors = load_file(path)
+    del tensors[tensor]
+    save_file(tensors, path)
+    _assert_error(broken, fd, rf"{folder} has no tensor {re.escape(tensor)}")
+
+
+def test_clip_tensors_under_their_older_names(broken, make_checkpoint, fd, load) -> None:
+    path = broken / "text_encoder/model.safetensors"
+    save_file({f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(path).items()}, path)
+    pooled = load_pipeline(read_model_spec(broken), fd, publish=True).encode("red").pooled
+    assert torch.equal(pooled, load(make_checkpoint()).encode("red").pooled)
+
+
+def test_shape_that_the_config_does_not_mean(broken, fd) -> None:
+    path = broken / "transformer/config.json"
+    config = msgspec.json.decode(path.read_bytes()) | {"joint_attention_dim": 99}
+    path.write_bytes(msgspec.json.encode(config))
+    _assert_error(broken, fd, r"context_embedder.weight has shape \[96, 24\], config.json means \[96, 99\]")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "text_encoder_2/config.json",
+            {"d_model": 16},
+            "encoder_2' gives vectors of 16, the transformer takes 24",
+        ),
+        (
+            "text_encoder/config.json",
+            {"hidden_size": 10},
+            "encoder' gives vectors of 10, the transformer takes 20",
+        ),
+        ("vae/config.json", {"latent_channels": 8}, "vae' has 8 latent channels, .* in_channels 16"),
+        ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "vae 'AutoencoderTiny' is not supported"),
+    ],
+)
+def test_components_that_do_not_fit_together(broken, fd, file, change, message) -> None:
+    path = broken / file
+    path.write_bytes(msgspec.json.encode(msgspec.json.decode(path.read_bytes()) | change))
+    _assert_error(broken, fd, message)
+
+
+def test_damaged_tokenizer(broken, fd) -> None:
+    for file in (broken / "tokenizer_2").iterdir():
+        file.write_text("{")
+    _assert_error(broken, fd, "tokenizer_2' holds no usable T5Tokenizer")
+
+
+def test_wrong_architecture(make_checkpoint, fd) -> None:
+    spec = msgspec.structs.replace(read_model_spec(make_checkpoint()), architecture="sd3")
+    with pytest.raises(CheckpointError, match="architecture 'sd3' is not supported \\(supported: flux\\)"):
+        load_pipeline(spec, fd, publish=True)
+
+
+def _component(folder: Path, tensors: dict[str, torch.Tensor]) -> ComponentFiles:
+    save_file(tensors, folder / "model.safetensors")
+    return ComponentFiles(folder)
+
+
+def _drop_from_index(folder: Path, tensor: str) -> None:
+    index = next(folder.glob("*.index.json"))
+    content = json.loads(index.read_text())
+    del content["weight_map"][tensor]
+    index.write_text(json.dumps(content))
+
+
+def _assert_error(path: Path, fd: int, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_pipeline(read_model_spec(path), fd, publish=True)

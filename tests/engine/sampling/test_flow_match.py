@@ -1,0 +1,90 @@
+"""Noise levels, starting noise and the Euler step against diffusers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetrion.engine.model_spec import SchedulerSpec, read_model_spec
+from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.sampling.flow_match import (
+    euler_step,
+    initial_noise,
+    pack_latents,
+    sigmas,
+    timesteps,
+    unpack_latents,
+)
+
+SCHEDULERS = [
+    SchedulerSpec(use_dynamic_shifting=True, shift=3.0),
+    SchedulerSpec(use_dynamic_shifting=True, time_shift_type="linear"),
+    SchedulerSpec(use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0, base_image_seq_len=64),
+    SchedulerSpec(shift=1.0),
+    SchedulerSpec(shift=3.0),
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scheduler=st.sampled_from(SCHEDULERS),
+    num_steps=st.integers(1, 60),
+    num_image_tokens=st.integers(1, 16384),
+    seed=st.integers(0, 1000),
+)
+def test_equals_diffusers_scheduler(scheduler, num_steps, num_image_tokens, seed) -> None:
+    theirs = _diffusers_scheduler(scheduler, num_steps, num_image_tokens)
+    levels = sigmas(scheduler, num_steps, num_image_tokens)
+    assert levels.dtype == np.float32 and levels.shape == (num_steps + 1,) and levels[-1] == 0
+    assert np.array_equal(levels, theirs.sigmas.numpy())
+    assert np.array_equal(timesteps(scheduler, levels), theirs.timesteps.numpy())
+    latents = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+    velocity = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed + 1))
+    for i, timestep in enumerate(theirs.timesteps[:3]):
+        expected = theirs.step(velocity, timestep, latents, return_dict=False)[0]
+        assert torch.equal(euler_step(latents, velocity, levels[i], levels[i + 1]), expected)
+        latents = expected
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (128, 512), (144, 208)])
+def test_noise_equals_diffusers(width, height) -> None:
+    spec = read_model_spec(resolve_model("shapes"))
+    noise = initial_noise(2**63 + 5, width, height, spec)
+    channels, rows, columns = spec.in_channels // 4, height // 8, width // 8
+    drawn = torch.randn(1, channels, rows, columns, generator=torch.Generator("cpu").manual_seed(2**63 + 5))
+    expected = FluxPipeline._pack_latents(drawn, 1, channels, rows, columns)[0]
+    assert noise.shape == (spec.num_image_tokens(width, height), spec.in_channels)
+    assert torch.equal(noise, expected)
+    assert not torch.equal(noise, initial_noise(6, width, height, spec))
+
+
+def test_unpack_inverts_pack() -> None:
+    latents = torch.randn(3, 10, 6)
+    packed = pack_latents(latents)
+    assert packed.shape == (15, 12)
+    assert torch.equal(unpack_latents(packed, 5, 3), latents)
+
+
+def test_bad_schedules() -> None:
+    with pytest.raises(ValueError, match="num_steps: must be at least 1, got 0"):
+        sigmas(SCHEDULERS[0], 0, 64)
+    with pytest.raises(ValueError, match="time_shift_type: expected exponential or linear, got 'cubic'"):
+        sigmas(SchedulerSpec(use_dynamic_shifting=True, time_shift_type="cubic"), 4, 64)
+
+
+def _diffusers_scheduler(spec: SchedulerSpec, num_steps: int, num_image_tokens: int) -> FlowMatchEulerDiscreteScheduler:
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=spec.num_train_timesteps,
+        shift=spec.shift,
+        use_dynamic_shifting=spec.use_dynamic_shifting,
+        time_shift_type=spec.time_shift_type,
+    )
+    mu = calculate_shift(
+        num_image_tokens, spec.base_image_seq_len, spec.max_image_seq_len, spec.base_shift, spec.max_shift
+    )
+    scheduler.set_timesteps(num_steps, sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+    scheduler.set_begin_index(0)
+    return scheduler
