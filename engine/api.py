@@ -1,0 +1,301 @@
+"""The embedded engine: `AsyncEngine`, and its synchronous twin `Engine` in the manner of vLLM's `LLMEngine`.
+
+async with AsyncEngine() as engine:
+    result = await engine.generate("a red circle above a blue square")
+    result.image                                   # numpy uint8 RGB [height, width, 3]
+
+with Engine() as engine:
+    results = engine.generate(["a red circle", "a green star"])
+"""
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from typing import Self
+
+import msgspec
+
+from tetrion.engine.calibration import calibrate
+from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.event_loop import new_event_loop
+from tetrion.engine.loop import EngineLoop
+from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.process_executor import ProcessExecutor
+from tetrion.engine.request import (
+    Failure,
+    GenerationError,
+    ImageRequest,
+    ImageResult,
+    Output,
+    Progress,
+    RequestError,
+    resolve_request,
+)
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A moment's counts. `profile` is the cost table in use; `inexact_degrees` failed the start-up self-test."""
+
+    num_devices: int
+    num_alive: int
+    num_queued: int
+    num_admitted: int
+    weights_bytes: int
+    inexact_degrees: tuple[int, ...]
+    profile: Profile
+
+
+class RequestHandle:
+    """One submitted request. Await `result()`, iterate over it for `Progress`, or `cancel()` it."""
+
+    def __init__(self, request: ImageRequest, loop: EngineLoop) -> None:
+        self.request = request
+        self._loop = loop
+        self._result: asyncio.Future[ImageResult] = asyncio.get_running_loop().create_future()
+        self._updates: asyncio.Queue[Progress | None] = asyncio.Queue()
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def done(self) -> bool:
+        return self._result.done()
+
+    async def result(self) -> ImageResult:
+        """The picture. Raises GenerationError, or RequestCancelled."""
+        return await asyncio.shield(self._result)
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        """Progress from now on, until the request has ended (one iterator at a time)."""
+        while not (self.done and self._updates.empty()):
+            update = await self._updates.get()
+            if update is None:
+                return
+            yield update
+
+    def cancel(self) -> None:
+        """Give the request up; takes effect at its next chunk boundary."""
+        self._loop.cancel(self.request_id)
+
+    def receive(self, output: Output) -> None:
+        """Called by the engine with everything it says of this request."""
+        match output:
+            case Progress():
+                self._updates.put_nowait(output)
+                return
+            case ImageResult() if not self.done:
+                self._result.set_result(output)
+            case Failure() if not self.done:
+                self._result.set_exception(output.error)
+                self._result.exception()  # retrieved: nobody need await a request that was given up
+        self._updates.put_nowait(None)
+
+
+class AsyncEngine:
+    """An engine on the running asyncio loop. An async context manager; `start` and `close` by hand do as well."""
+
+    def __init__(self, config: EngineConfig | None = None) -> None:
+        """Checks configuration and model folder; starts nothing. Raises ValueError (CheckpointError for the model)."""
+        self.config = config or EngineConfig()
+        self.spec: ModelSpec = read_model_spec(resolve_model(self.config.model))
+        self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
+        self._planner = get_planner(self.config.planner.policy)
+        self._handles: dict[str, RequestHandle] = {}
+        self._executor: ProcessExecutor | None = None
+        self._loop: EngineLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._inexact_degrees: tuple[int, ...] = ()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Start the workers, load the model, measure or read the cost table.
+
+        Raises SharedMemoryError if memory does not suffice, GenerationError if a worker does not come up.
+        """
+        assert self._executor is None, "the engine was started before"
+        self._executor = ProcessExecutor(self.devices, self.spec, self.config)
+        await self._executor.start()
+        try:
+            calibration = await calibrate(self._executor, self.spec, self.config)
+        except BaseException:
+            await self._executor.close()
+            raise
+        self._inexact_degrees = calibration.inexact_degrees
+        self._loop = EngineLoop(
+            executor=self._executor,
+            planner=self._planner,
+            cost_model=CostModel(calibration.profile),
+            spec=self.spec,
+            config=self.config,
+            outputs=self._route,
+        )
+        self._task = asyncio.create_task(self._loop.run(), name="tetrion-engine-loop")
+        self._task.add_done_callback(self._on_loop_end)
+
+    async def close(self) -> None:
+        """End the loop (requests still alive fail with GenerationError), the workers and their shared memory."""
+        if self._loop is not None and self._task is not None:
+            self._loop.stop()
+            await asyncio.wait([self._task])
+        if self._executor is not None:
+            await self._executor.close()
+
+    def submit(self, request: ImageRequest | str) -> RequestHandle:
+        """Queue a request; a string is a prompt with all defaults.
+
+        Raises RequestError naming field and bound, EngineOverloaded if the queue is full, GenerationError if the
+        engine is not running.
+        """
+        if self._loop is None or self._task is None or self._task.done():
+            raise GenerationError("the engine is not running")
+        if isinstance(request, str):
+            request = ImageRequest(prompt=request)
+        resolved = resolve_request(request, self.spec, len(self.devices))
+        resolved = msgspec.structs.replace(
+            resolved,
+            seed=secrets.randbelow(2**32) if resolved.seed is None else resolved.seed,
+            request_id=resolved.request_id or uuid.uuid4().hex,
+        )
+        if resolved.request_id in self._handles:
+            raise RequestError("request_id", f"{resolved.request_id!r} is in use")
+        self._loop.submit(resolved)
+        handle = self._handles[resolved.request_id] = RequestHandle(resolved, self._loop)
+        return handle
+
+    async def generate(self, request: ImageRequest | str) -> ImageResult:
+        """Draw one picture. Raises as `submit`, and GenerationError. Cancelling the task cancels the request."""
+        handle = self.submit(request)
+        try:
+            return await handle.result()
+        finally:
+            if not handle.done:
+                handle.cancel()
+
+    def stats(self) -> EngineStats:
+        """Raises GenerationError if the engine was not started."""
+        if self._loop is None or self._executor is None:
+            raise GenerationError("the engine is not running")
+        table = self._loop.table
+        return EngineStats(
+            num_devices=len(self.devices),
+            num_alive=len(self._executor.alive),
+            num_queued=table.num_queued,
+            num_admitted=len(table) - table.num_queued,
+            weights_bytes=self._executor.weights_bytes,
+            inexact_degrees=self._inexact_degrees,
+            profile=self._loop.cost_model.profile,
+        )
+
+    def worker_pids(self) -> dict[int, int]:
+        """Process id of each worker still alive, by device id."""
+        return {} if self._executor is None else self._executor.worker_pids()
+
+    def _route(self, output: Output) -> None:
+        handle = self._handles.get(output.request_id)
+        if handle is not None:
+            handle.receive(output)
+            if handle.done:
+                del self._handles[output.request_id]
+
+    def _on_loop_end(self, task: asyncio.Task[None]) -> None:
+        """A loop that ended by an error takes its requests with it; none may wait for ever."""
+        error = None if task.cancelled() else task.exception()
+        reason = GenerationError(f"the engine loop ended: {error!r}" if error else "the engine was stopped")
+        for request_id, handle in list(self._handles.items()):
+            handle.receive(Failure(request_id=request_id, error=reason))
+        self._handles.clear()
+
+
+class Engine:
+    """The engine for synchronous code. Owns an event loop, which runs only inside its methods."""
+
+    def __init__(self, config: EngineConfig | None = None) -> None:
+        """Starts the engine at once; raises as `AsyncEngine.start`. Call `close`, or use it in a `with`."""
+        self._runner = asyncio.Runner(loop_factory=new_event_loop)
+        self._finished: list[ImageResult | Failure] = []
+        self._unfinished: dict[str, RequestHandle] = {}
+        self._engine = AsyncEngine(config)
+        try:
+            self._runner.run(self._engine.start())
+        except BaseException:
+            self._runner.close()
+            raise
+        self.spec = self._engine.spec
+        self.devices = self._engine.devices
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        try:
+            self._runner.run(self._engine.close())
+        finally:
+            self._runner.close()
+
+    def add_request(self, request: ImageRequest | str) -> str:
+        """Queue a request and return its id. Raises as `AsyncEngine.submit`."""
+        handle = self._runner.run(self._submit(request))
+        self._unfinished[handle.request_id] = handle
+        return handle.request_id
+
+    def abort_request(self, request_id: str) -> None:
+        """Give a request up; it comes back from `step` as a Failure with RequestCancelled."""
+        if request_id in self._unfinished:
+            self._unfinished[request_id].cancel()
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._unfinished)
+
+    def step(self) -> list[ImageResult | Failure]:
+        """Run until at least one request has ended; return all that have. Nothing unfinished: an empty list."""
+        return self._runner.run(self._step()) if self._unfinished else []
+
+    def generate(self, requests: Iterable[ImageRequest | str]) -> list[ImageResult]:
+        """Draw all pictures and return them in order. Raises the first failure (the others are drawn all the same)."""
+        ids = [self.add_request(request) for request in requests]
+        ended: dict[str, ImageResult | Failure] = {}
+        while any(request_id not in ended for request_id in ids):
+            ended.update({output.request_id: output for output in self.step()})
+        results = []
+        for request_id in ids:
+            output = ended[request_id]
+            if isinstance(output, Failure):
+                raise output.error
+            results.append(output)
+        return results
+
+    async def _submit(self, request: ImageRequest | str) -> RequestHandle:
+        return self._engine.submit(request)
+
+    async def _step(self) -> list[ImageResult | Failure]:
+        tasks = {asyncio.create_task(_outcome(handle)): handle for handle in self._unfinished.values()}
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        for task in done:
+            del self._unfinished[tasks[task].request_id]
+        return [task.result() for task in done]
+
+
+async def _outcome(handle: RequestHandle) -> ImageResult | Failure:
+    try:
+        return await handle.result()
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        return Failure(request_id=handle.request_id, error=error)

@@ -1,0 +1,72 @@
+"""From an assignment to the command that carries it out, and how long that is predicted to take."""
+
+from tetrion.engine.messages import CopyLatents, Decode, Denoise, EncodePrompt, GroupCommand
+from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.snapshot import Assignment
+from tetrion.engine.request_table import Request
+
+
+def encode_command(request: Request, command_id: int) -> EncodePrompt:
+    width, height = request.size
+    assert request.params.seed is not None
+    return EncodePrompt(
+        command_id=command_id,
+        request_id=request.request_id,
+        state_id=request.state_id,
+        slot=request.slot,
+        prompt=request.params.prompt,
+        width=width,
+        height=height,
+        seed=request.params.seed,
+    )
+
+
+def denoise_command(request: Request, command_id: int, round_id: int, assignment: Assignment) -> Denoise:
+    """The chunk that follows everything already dispatched for the request."""
+    width, height = request.size
+    assert request.params.guidance is not None
+    return Denoise(
+        command_id=command_id,
+        round_id=round_id,
+        request_id=request.request_id,
+        state_id=request.state_id,
+        slot=request.slot,
+        members=assignment.members,
+        holders=request.planned_holders,
+        source=request.planned_holders[0],
+        step_index=request.planned_step_index,
+        chunk_steps=assignment.chunk_steps,
+        num_steps=request.num_steps,
+        width=width,
+        height=height,
+        guidance=request.params.guidance,
+    )
+
+
+def decode_command(request: Request, command_id: int, device_id: int, image_slot: int) -> Decode:
+    width, height = request.size
+    holders = request.planned_holders
+    return Decode(
+        command_id=command_id,
+        request_id=request.request_id,
+        state_id=request.state_id,
+        slot=request.slot,
+        source=device_id if device_id in holders else holders[0],
+        num_steps=request.num_steps,
+        width=width,
+        height=height,
+        image_slot=image_slot,
+    )
+
+
+def predict_s(command: GroupCommand, profile: Profile) -> float:
+    """Seconds the command will take once its devices are free."""
+    match command:
+        case EncodePrompt():
+            return profile.encode_s(command.width, command.height)
+        case Denoise():
+            return command.chunk_steps * profile.step_s(command.width, command.height, len(command.members))
+        case Decode():
+            return profile.decode_s(command.width, command.height)
+        case CopyLatents():
+            return 0.0

@@ -1,0 +1,52 @@
+"""Where commands go and events come from, as the loop sees it: the `Executor` protocol."""
+
+from collections.abc import Collection
+from typing import Any, Protocol
+
+import msgspec
+
+from tetrion.engine.messages import Command, Event
+
+
+class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker process has ended. Not a message: the executor itself says so, after the worker's last events."""
+
+    device_id: int
+    reason: str
+
+
+class Executor(Protocol):
+    """Devices that execute commands in FIFO order. `device_ids` never changes; `alive` shrinks."""
+
+    device_ids: tuple[int, ...]
+    alive: frozenset[int]
+
+    def now_s(self) -> float:
+        """The engine's clock, in seconds."""
+
+    def submit(self, command: Command, members: tuple[int, ...]) -> bool:
+        """Give a command to all members, or to none and return False if one of them cannot take it now."""
+
+    def poll(self) -> list[Event | WorkerLost]:
+        """All events since the last call; never blocks."""
+
+    async def wait(self, until_s: float | None) -> None:
+        """Return at the next event, at `wake`, or at `until_s`."""
+
+    def wake(self) -> None:
+        """Make the current or next `wait` return at once."""
+
+    def abort(self, device_ids: Collection[int]) -> None:
+        """Make these devices give up waiting for peers, until they have executed `ResetBarriers`."""
+
+    def kill(self, device_id: int, reason: str) -> None:
+        """End a worker that does not answer; `poll` will report it lost."""
+
+    def acquire_image_slot(self) -> int | None:
+        """A free slot of the image slab, None if there is none now."""
+
+    def release_image_slot(self, image_slot: int) -> None:
+        """Give a slot back."""
+
+    def read_image(self, image_slot: int, width: int, height: int) -> Any:
+        """A copy of a decoded picture: uint8 [height, width, 3]."""

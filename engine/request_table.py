@@ -1,0 +1,206 @@
+"""The life of a request inside the engine, and the table that owns it.
+
+    QUEUED ──▶ WAITING ──▶ ENCODING ──▶ READY ⇄ DENOISING ──▶ DENOISED ──▶ DECODING ──▶ FINISHED
+       │          │            │          │         │            │            │
+       └──────────┴────────────┴──────────┴────┬────┴────────────┴────────────┘
+                                               ▼
+                                     FAILED or CANCELLED          (a lost worker: back to WAITING)
+
+QUEUED requests hold nothing; from WAITING on a request owns a state slot in every worker's slab. `RequestTable` is the
+only owner of these states; it knows nothing of processes, planners or torch.
+"""
+
+import enum
+from collections.abc import Iterator
+from typing import Any
+
+from tetrion.engine.request import EngineOverloaded, ImageRequest, ImageResult, Progress, RequestError
+
+
+class RequestState(enum.Enum):
+    QUEUED = "queued"
+    WAITING = "waiting"
+    ENCODING = "encoding"
+    READY = "ready"
+    DENOISING = "denoising"
+    DENOISED = "denoised"
+    DECODING = "decoding"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+_S = RequestState
+LEGAL_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    _S.QUEUED: frozenset({_S.WAITING, _S.FAILED, _S.CANCELLED}),
+    _S.WAITING: frozenset({_S.ENCODING, _S.FAILED, _S.CANCELLED}),
+    _S.ENCODING: frozenset({_S.READY, _S.WAITING, _S.FAILED, _S.CANCELLED}),
+    _S.READY: frozenset({_S.DENOISING, _S.WAITING, _S.FAILED, _S.CANCELLED}),
+    _S.DENOISING: frozenset({_S.READY, _S.DENOISED, _S.WAITING, _S.FAILED, _S.CANCELLED}),
+    _S.DENOISED: frozenset({_S.DECODING, _S.WAITING, _S.FAILED, _S.CANCELLED}),
+    _S.DECODING: frozenset({_S.FINISHED, _S.DENOISED, _S.WAITING, _S.FAILED, _S.CANCELLED}),
+    _S.FINISHED: frozenset(),
+    _S.FAILED: frozenset(),
+    _S.CANCELLED: frozenset(),
+}
+TERMINAL_STATES = frozenset(state for state, following in LEGAL_TRANSITIONS.items() if not following)
+
+
+class Request:
+    """One accepted request while it lives. Written by `RequestTable` (state, slot) and `EngineLoop` (progress).
+
+    `step_index` counts finished steps; `planned_step_index` also those dispatched; `holders` are the devices whose
+    slot holds the latents of `step_index`, `planned_holders` those of `planned_step_index`.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "attempts",
+        "cancelled",
+        "deadline_s",
+        "decode_s",
+        "degrees",
+        "denoise_s",
+        "encode_s",
+        "holders",
+        "image",
+        "num_text_tokens",
+        "params",
+        "planned_holders",
+        "planned_step_index",
+        "slot",
+        "started_s",
+        "state",
+        "state_id",
+        "step_index",
+    )
+
+    def __init__(self, params: ImageRequest, arrival_s: float) -> None:
+        self.params = params
+        self.arrival_s = arrival_s
+        self.deadline_s = None if params.slo_ms is None else arrival_s + params.slo_ms / 1000
+        self.state = RequestState.QUEUED
+        self.slot = -1
+        self.state_id = 0
+        self.attempts = 0
+        self.cancelled = False
+        self.image: Any = None
+        self.started_s: float | None = None
+        self.reset_progress()
+
+    def reset_progress(self) -> None:
+        """Forget all work: nothing is encoded, no step is done."""
+        self.step_index = self.planned_step_index = 0
+        self.holders: tuple[int, ...] = ()
+        self.planned_holders: tuple[int, ...] = ()
+        self.degrees: list[int] = []
+        self.num_text_tokens = 0
+        self.encode_s = self.denoise_s = self.decode_s = 0.0
+
+    @property
+    def request_id(self) -> str:
+        return self.params.request_id
+
+    @property
+    def num_steps(self) -> int:
+        assert self.params.num_steps is not None
+        return self.params.num_steps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        assert self.params.width is not None and self.params.height is not None
+        return self.params.width, self.params.height
+
+    def progress(self) -> Progress:
+        return Progress(
+            request_id=self.request_id,
+            state=self.state.value,
+            step_index=self.step_index,
+            num_steps=self.num_steps,
+            degree=self.degrees[-1] if self.degrees else 0,
+        )
+
+    def result(self, finished_s: float) -> ImageResult:
+        width, height = self.size
+        assert self.params.seed is not None and self.started_s is not None
+        return ImageResult(
+            request_id=self.request_id,
+            image=self.image,
+            prompt=self.params.prompt,
+            width=width,
+            height=height,
+            num_steps=self.num_steps,
+            seed=self.params.seed,
+            degrees=tuple(self.degrees),
+            num_text_tokens=self.num_text_tokens,
+            latency_s=finished_s - self.arrival_s,
+            queue_s=self.started_s - self.arrival_s,
+            encode_s=self.encode_s,
+            denoise_s=self.denoise_s,
+            decode_s=self.decode_s,
+            slo_met=None if self.deadline_s is None else finished_s <= self.deadline_s,
+        )
+
+
+class RequestTable:
+    """All living requests and the state slots they own. A slot number is the same in every worker's slab."""
+
+    def __init__(self, num_slots: int, max_queued: int, patience_s: float) -> None:
+        self._max_queued = max_queued
+        self._patience_s = patience_s
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._queued: dict[str, Request] = {}
+        self._admitted: dict[str, Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._queued) + len(self._admitted)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._queued or request_id in self._admitted
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queued)
+
+    def get(self, request_id: str) -> Request | None:
+        return self._admitted.get(request_id) or self._queued.get(request_id)
+
+    def admitted(self) -> Iterator[Request]:
+        """Requests that own a slot, in order of admission."""
+        return iter(self._admitted.values())
+
+    def all(self) -> list[Request]:
+        return [*self._admitted.values(), *self._queued.values()]
+
+    def add(self, request: Request) -> None:
+        """Queue a new request. Raises EngineOverloaded, or RequestError for an id that is in use."""
+        if request.request_id in self:
+            raise RequestError("request_id", f"{request.request_id!r} is in use")
+        if len(self._queued) >= self._max_queued:
+            raise EngineOverloaded(f"{len(self._queued)} requests are queued already (max_queued)")
+        self._queued[request.request_id] = request
+
+    def admit(self) -> None:
+        """Give slots to queued requests, earliest deadline first; without one, `patience_s` after arrival counts."""
+        if not (self._free_slots and self._queued):
+            return
+        order = sorted(
+            self._queued.values(),
+            key=lambda r: (r.deadline_s or r.arrival_s + self._patience_s, -r.params.priority, r.request_id),
+        )
+        for request in order[: len(self._free_slots)]:
+            del self._queued[request.request_id]
+            self._admitted[request.request_id] = request
+            request.slot = self._free_slots.pop()
+            self.move(request, RequestState.WAITING)
+
+    def move(self, request: Request, state: RequestState) -> None:
+        """Change a request's state; a terminal state frees its slot and forgets it."""
+        assert state in LEGAL_TRANSITIONS[request.state], f"{request.state} → {state}"
+        request.state = state
+        if state in TERMINAL_STATES:
+            self._queued.pop(request.request_id, None)
+            if self._admitted.pop(request.request_id, None) is not None:
+                self._free_slots.append(request.slot)
+                request.slot = -1

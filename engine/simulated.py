@@ -1,0 +1,175 @@
+"""The executor in virtual time: the same commands and events, durations from a profile, no process and no picture.
+
+`EngineLoop` runs unchanged on it. Time moves only in `wait`, straight to the next thing that happens. A simulated
+device executes commands in FIFO order; a group command starts when all its members have come to it and the state that
+newcomers pull is there. Pictures are black.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+
+from tetrion.engine.commands import predict_s
+from tetrion.engine.executor import WorkerLost
+from tetrion.engine.messages import (
+    BarriersReset,
+    Command,
+    Decode,
+    Decoded,
+    Denoise,
+    Denoised,
+    Encoded,
+    EncodePrompt,
+    Event,
+    Failed,
+    ResetBarriers,
+)
+from tetrion.engine.planning.profile import Profile
+
+SimulatedCommand = EncodePrompt | Denoise | Decode
+
+
+class SimulatedExecutor:
+    """`num_devices` devices that cost what `profile` says. `duration(command, seconds)` may change it (noise, bias)."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        num_devices: int,
+        duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
+    ) -> None:
+        self.device_ids = tuple(range(num_devices))
+        self.alive = frozenset(self.device_ids)
+        self._profile = profile
+        self._duration = duration
+        self._now_s = 0.0
+        self._order = itertools.count()
+        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[Event | WorkerLost] = []
+        self._free_s = dict.fromkeys(self.device_ids, 0.0)
+        self._state_s: dict[int, float] = {}
+        self._unanswered: dict[int, list[tuple[int, SimulatedCommand]]] = {d: [] for d in self.device_ids}
+        self._woken = False
+
+    def at(self, time_s: float, action: Callable[[], None]) -> None:
+        """Do something at a point in virtual time: let a request arrive, lose a worker."""
+        heapq.heappush(self._agenda, (time_s, next(self._order), action))
+
+    def lose(self, device_id: int) -> None:
+        """The device dies now; its commands are never answered."""
+        self.alive -= {device_id}
+        self._unanswered[device_id].clear()
+        self._events.append(WorkerLost(device_id=device_id, reason="simulated loss"))
+
+    # Executor ----------------------------------------------------------------------------------------------------
+
+    def now_s(self) -> float:
+        return self._now_s
+
+    def submit(self, command: Command, members: tuple[int, ...]) -> bool:
+        if isinstance(command, ResetBarriers):
+            (device_id,) = members
+            self._events.append(BarriersReset(command_id=command.command_id, device_id=device_id))
+            return True
+        if not isinstance(command, (EncodePrompt, Denoise, Decode)):
+            raise ValueError(f"a simulated device does not execute {type(command).__name__}")
+        start_s = max(self._now_s, self._state_s.get(command.state_id, 0.0), *(self._free_s[m] for m in members))
+        end_s = start_s + self._duration(command, predict_s(command, self._profile))
+        self._state_s[command.state_id] = end_s
+        ticket = next(self._order)
+        for member in members:
+            self._free_s[member] = end_s
+            self._unanswered[member].append((ticket, command))
+        self.at(end_s, lambda: self._complete(ticket, command, members, start_s))
+        return True
+
+    def _complete(self, ticket: int, command: SimulatedCommand, members: tuple[int, ...], start_s: float) -> None:
+        if not all((ticket, command) in self._unanswered[member] for member in members):
+            return  # a member was lost or aborted: the others wait until they are aborted too
+        for member in members:
+            self._unanswered[member].remove((ticket, command))
+            self._events.append(_answer(command, member, start_s, self._now_s))
+
+    def poll(self) -> list[Event | WorkerLost]:
+        events, self._events = self._events, []
+        return events
+
+    async def wait(self, until_s: float | None) -> None:
+        """Move time to the next entry of the agenda or to `until_s`. Raises RuntimeError if there is neither."""
+        if self._woken or self._events:
+            self._woken = False
+            return
+        next_s = self._agenda[0][0] if self._agenda else None
+        if next_s is None and until_s is None:
+            raise RuntimeError(f"nothing will ever happen after {self._now_s} s")
+        self._now_s = max(self._now_s, min(time_s for time_s in (next_s, until_s) if time_s is not None))
+        while self._agenda and self._agenda[0][0] <= self._now_s:
+            heapq.heappop(self._agenda)[2]()
+
+    def wake(self) -> None:
+        self._woken = True
+
+    def abort(self, device_ids: Collection[int]) -> None:
+        for device_id in device_ids:
+            self._free_s[device_id] = self._now_s
+            for _, command in self._unanswered[device_id]:
+                self._events.append(_aborted(command, device_id))
+            self._unanswered[device_id].clear()
+
+    def kill(self, device_id: int, reason: str) -> None:
+        if device_id in self.alive:
+            self.lose(device_id)
+
+    def acquire_image_slot(self) -> int | None:
+        return 0
+
+    def release_image_slot(self, image_slot: int) -> None:
+        """Slots are not scarce here."""
+
+    def read_image(self, image_slot: int, width: int, height: int) -> Any:
+        return np.zeros((height, width, 3), np.uint8)
+
+
+def _answer(command: SimulatedCommand, device_id: int, started_s: float, ended_s: float) -> Event:
+    match command:
+        case EncodePrompt():
+            return Encoded(
+                command_id=command.command_id,
+                device_id=device_id,
+                request_id=command.request_id,
+                started_s=started_s,
+                ended_s=ended_s,
+                num_text_tokens=len(command.prompt.split()),
+            )
+        case Denoise():
+            return Denoised(
+                command_id=command.command_id,
+                device_id=device_id,
+                request_id=command.request_id,
+                step_index=command.step_index + command.chunk_steps,
+                started_s=started_s,
+                ended_s=ended_s,
+                waited_s=0.0,
+            )
+        case Decode():
+            return Decoded(
+                command_id=command.command_id,
+                device_id=device_id,
+                request_id=command.request_id,
+                image_slot=command.image_slot,
+                started_s=started_s,
+                ended_s=ended_s,
+            )
+
+
+def _aborted(command: SimulatedCommand, device_id: int) -> Failed:
+    return Failed(
+        command_id=command.command_id,
+        device_id=device_id,
+        request_id=command.request_id,
+        kind="aborted",
+        message="aborted",
+    )

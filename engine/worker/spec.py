@@ -1,0 +1,27 @@
+"""What a worker is told when it is started, passed as one JSON argument. All `_fd`s are inherited descriptors."""
+
+import msgspec
+
+from tetrion.engine.config import DeviceSpec
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.parallel.layout import SlabLayout
+from tetrion.engine.transport.channel import ChannelSpec
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """`slab_fds[d]` is device d's slab. `engine_life_fd` reads end-of-file when the engine is gone; `worker_life_fd`
+    is held open as long as the worker lives. `weights_fd` is a file that the first worker sizes and fills."""
+
+    device: DeviceSpec
+    num_threads: int
+    model: ModelSpec
+    layout: SlabLayout
+    channel: ChannelSpec
+    slab_fds: tuple[int, ...]
+    control_fd: int
+    image_slab_fd: int
+    num_image_slots: int
+    image_slot_bytes: int
+    weights_fd: int
+    engine_life_fd: int
+    worker_life_fd: int

@@ -1,0 +1,211 @@
+"""The real engine with real workers: right, exact at every degree, and never silent."""
+
+import asyncio
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tetrion.engine.api import AsyncEngine, Engine
+from tetrion.engine.config import EngineConfig, PlannerConfig
+from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.request import GenerationError, ImageRequest, ImageResult, Progress, RequestCancelled, RequestError
+
+
+def small(seed: int, **fields: object) -> ImageRequest:
+    return ImageRequest(**({"prompt": "a red circle", "width": 128, "height": 128, "seed": seed} | fields))  # type: ignore[arg-type]
+
+
+def digest(result: ImageResult) -> str:
+    return hashlib.sha256(result.image.tobytes()).hexdigest()
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_request_brings_a_picture_and_its_receipt(engine: AsyncEngine) -> None:
+    result = await engine.generate(small(7, num_steps=5, slo_ms=600_000.0))
+    assert result.image.shape == (128, 128, 3) and result.image.dtype == np.uint8
+    assert len(result.degrees) == 5 and result.seed == 7 and result.slo_met is True
+    assert result.num_text_tokens >= 3
+    assert result.latency_s >= result.encode_s + result.decode_s > 0
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_progress_counts_every_step_and_ends(engine: AsyncEngine) -> None:
+    handle = engine.submit(small(1, num_steps=6))
+    updates: list[Progress] = [update async for update in handle]
+    await handle.result()
+    assert updates[-1].state == "finished" and updates[-1].step_index == 6
+    assert [u.step_index for u in updates] == sorted(u.step_index for u in updates)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_same_seed_same_picture_at_every_degree(engine: AsyncEngine) -> None:
+    schedules: list[tuple[int, ...]] = [(1,), (2,), (3,), (4,), (1, 2, 3, 4), (4, 1, 3, 2, 2, 4)]
+    handles = [engine.submit(small(3, num_steps=6, force_degrees=degrees)) for degrees in schedules]
+    results = [await handle.result() for handle in handles]
+    assert [result.degrees for result in results[:4]] == [(n,) * 6 for n in (1, 2, 3, 4)]
+    assert results[4].degrees == (1, 2, 3, 4, 4, 4) and results[5].degrees == schedules[5]
+    assert len({digest(result) for result in results}) == 1
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_contention_uses_several_degrees_and_changes_no_picture(engine: AsyncEngine) -> None:
+    requests = [small(seed, width=256, height=256, num_steps=12) for seed in range(5)]
+    handles = []
+    for request in requests:
+        handles.append(engine.submit(request))
+        await asyncio.sleep(0.3)
+    crowd = [await handle.result() for handle in handles]
+    assert len({degree for result in crowd for degree in result.degrees}) >= 2
+    async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=2)) as alone:
+        for request, result in zip(requests[:2], crowd, strict=False):
+            assert digest(await alone.generate(request)) == digest(result)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_cancelling_ends_a_request_and_frees_its_slot(engine: AsyncEngine) -> None:
+    handle = engine.submit(small(1, width=512, height=512, num_steps=200))
+    await asyncio.sleep(0.2)
+    handle.cancel()
+    with pytest.raises(RequestCancelled):
+        await handle.result()
+    assert engine.stats().num_admitted == 0
+    task = asyncio.create_task(engine.generate(small(2, width=512, height=512, num_steps=200)))
+    await asyncio.sleep(0.2)
+    task.cancel()
+    while engine.stats().num_admitted:
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_bad_requests_are_refused_at_once(engine: AsyncEngine) -> None:
+    for request, field in ((small(1, width=100), "width"), (small(-1), "seed"), (small(1, prompt=""), "prompt")):
+        with pytest.raises(RequestError) as caught:
+            engine.submit(request)
+        assert caught.value.field == field
+    with pytest.raises(CheckpointError, match="no-such-model"):
+        AsyncEngine(EngineConfig(model="no-such-model"))
+    with pytest.raises(ValueError, match="policy"):
+        AsyncEngine(EngineConfig(planner=PlannerConfig(policy="none")))
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_the_engine_process_imports_no_torch() -> None:
+    code = """
+        import asyncio, sys
+        from tetrion.engine import AsyncEngine, EngineConfig, ImageRequest
+        async def main():
+            async with AsyncEngine(EngineConfig(devices="cpu:1")) as engine:
+                await engine.generate(ImageRequest(prompt="a star", width=128, height=128, num_steps=1))
+        asyncio.run(main())
+        print(sorted(name for name in ("torch", "transformers", "diffusers") if name in sys.modules))
+    """
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-P", "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_weights_are_resident_once(engine: AsyncEngine) -> None:
+    """Every worker maps all weights, but each page counts once among them (proportional set size)."""
+    weights = engine.stats().weights_bytes
+    shared = []
+    for pid in engine.worker_pids().values():
+        entry = [m for m in psutil.Process(pid).memory_maps(grouped=False) if "tetrion-weights" in m.path]
+        shared.append((sum(m.rss for m in entry), sum(m.pss for m in entry)))
+    assert all(rss > 0.5 * weights for rss, _ in shared)
+    assert sum(pss for _, pss in shared) < 1.1 * weights
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_killed_worker_costs_no_picture() -> None:
+    async with AsyncEngine(EngineConfig(devices="cpu:3", num_threads=1)) as engine:
+        reference = digest(await engine.generate(small(5, num_steps=8)))
+        handles = [engine.submit(small(5, num_steps=8, force_degrees=(n,))) for n in (3, 1, 2)]
+        handles += [engine.submit(small(5, num_steps=8)) for _ in range(3)]
+        await asyncio.sleep(0.15)
+        os.kill(engine.worker_pids()[1], signal.SIGKILL)
+        results = [await asyncio.wait_for(handle.result(), 60) for handle in handles]
+        assert {digest(result) for result in results} == {reference}
+        assert engine.stats().num_alive == 2
+        assert digest(await engine.generate(small(5, num_steps=8))) == reference
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_without_workers_requests_fail_at_once() -> None:
+    async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as engine:
+        handle = engine.submit(small(1, width=512, height=512, num_steps=100))
+        await asyncio.sleep(0.2)
+        os.kill(engine.worker_pids()[0], signal.SIGKILL)
+        with pytest.raises(GenerationError, match="signal 9"):
+            await asyncio.wait_for(handle.result(), 30)
+        with pytest.raises(GenerationError, match="no worker"):
+            engine.submit(small(1))
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_nothing_outlives_a_killed_engine() -> None:
+    """SIGKILL of the engine process: its workers go, and with them all shared memory."""
+    code = """
+        import asyncio
+        from tetrion.engine import AsyncEngine, EngineConfig, ImageRequest
+        async def main():
+            async with AsyncEngine(EngineConfig(devices="cpu:2", num_threads=1)) as engine:
+                print(*engine.worker_pids().values(), flush=True)
+                await engine.generate(ImageRequest(prompt="a star", width=512, height=512, num_steps=1000))
+        asyncio.run(main())
+    """
+    before = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen([sys.executable, "-P", "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = [int(pid) for pid in (await asyncio.to_thread(process.stdout.readline)).split()]
+    assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
+    await asyncio.sleep(0.5)
+    process.kill()
+    process.wait()
+    give_up_s = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < give_up_s:
+        await asyncio.sleep(0.05)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_closing_gives_everything_back() -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = descriptors()
+    engine = AsyncEngine(EngineConfig(devices="cpu:2", num_threads=1))
+    await engine.start()
+    pids = list(engine.worker_pids().values())
+    pending = engine.submit(small(1, width=512, height=512, num_steps=500))
+    await asyncio.sleep(0.1)
+    await engine.close()
+    with pytest.raises(GenerationError, match="stopped"):
+        await pending.result()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert descriptors() == before
+
+
+def test_the_synchronous_engine(tmp_path: Path) -> None:
+    with Engine(EngineConfig(devices="cpu:1", num_threads=1)) as engine:
+        first = engine.add_request(small(1, num_steps=2))
+        second = engine.add_request(small(2, num_steps=2))
+        ended = []
+        while engine.has_unfinished_requests():
+            ended += engine.step()
+        assert {output.request_id for output in ended} == {first, second}
+        results = engine.generate([small(1, num_steps=2), small(2, num_steps=2)])
+        assert [result.seed for result in results] == [1, 2]
+        with pytest.raises(RequestError):
+            engine.generate([small(1, height=1)])

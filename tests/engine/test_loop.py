@@ -1,0 +1,234 @@
+"""The real loop on the simulated executor: whole lives of requests in virtual time."""
+
+import asyncio
+import math
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.specs import make_spec
+from tetrion.engine.config import EngineConfig, PlannerConfig
+from tetrion.engine.loop import EngineLoop
+from tetrion.engine.messages import Command, Denoise
+from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.request import (
+    EngineOverloaded,
+    Failure,
+    GenerationError,
+    ImageRequest,
+    ImageResult,
+    Output,
+    Progress,
+    RequestCancelled,
+    resolve_request,
+)
+from tetrion.engine.simulated import SimulatedExecutor
+
+SPEC = make_spec()
+PROFILE = msgspec.convert(
+    {
+        "heads": 12,
+        "classes": {
+            "128x128": {"step_ms": {1: 20, 2: 12, 3: 9, 4: 7}, "encode_ms": 5, "decode_ms": 10},
+            "512x512": {"step_ms": {1: 200, 2: 105, 3: 72, 4: 56}, "encode_ms": 5, "decode_ms": 80},
+        },
+    },
+    Profile,
+)
+
+
+class Simulation:
+    """A loop on simulated devices; `at` schedules, `run` runs until every request has ended."""
+
+    def __init__(
+        self,
+        num_devices: int = 4,
+        policy: str = "horizon",
+        duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
+        **config: object,
+    ) -> None:
+        self.commands: list[Command] = []
+        self.results: dict[str, ImageResult] = {}
+        self.failures: dict[str, Exception] = {}
+        self.progress: dict[str, list[Progress]] = {}
+        self.executor = SimulatedExecutor(PROFILE, num_devices, self._spy(duration))
+        engine_config = EngineConfig(planner=PlannerConfig(policy=policy), **config)  # type: ignore[arg-type]
+        self.loop = EngineLoop(
+            executor=self.executor,
+            planner=get_planner(policy),
+            cost_model=CostModel(PROFILE),
+            spec=SPEC,
+            config=engine_config,
+            outputs=self._receive,
+        )
+        self._due = 0
+
+    def request(self, request_id: str, at_s: float = 0.0, **fields: object) -> None:
+        params = ImageRequest(**({"prompt": "x", "seed": 1, "request_id": request_id} | fields))  # type: ignore[arg-type]
+        params = resolve_request(params, SPEC, len(self.executor.device_ids))
+        self._due += 1
+        self.executor.at(at_s, lambda: self.loop.submit(params) and None)
+
+    def run(self) -> None:
+        self.executor.at(10_000.0, self.loop.stop)
+        asyncio.run(self.loop.run())
+
+    def _spy(self, duration: Callable[[Command, float], float]) -> Callable[[Command, float], float]:
+        def spied(command: Command, seconds: float) -> float:
+            self.commands.append(command)
+            return duration(command, seconds)
+
+        return spied
+
+    def _receive(self, output: Output) -> None:
+        match output:
+            case Progress():
+                self.progress.setdefault(output.request_id, []).append(output)
+            case ImageResult():
+                self.results[output.request_id] = output
+            case Failure():
+                self.failures[output.request_id] = output.error
+        if len(self.results) + len(self.failures) == self._due:
+            self.loop.stop()
+
+    def chunks(self, request_id: str) -> list[Denoise]:
+        return [c for c in self.commands if isinstance(c, Denoise) and c.request_id == request_id]
+
+
+@pytest.mark.parametrize("policy", ["horizon", "fixed-1", "fixed-2"])
+def test_a_request_passes_through_all_its_stages(policy: str) -> None:
+    simulation = Simulation(policy=policy)
+    simulation.request("a", width=512, height=512)
+    simulation.run()
+    result = simulation.results["a"]
+    assert len(result.degrees) == 12 and result.image.shape == (512, 512, 3)
+    assert sum(chunk.chunk_steps for chunk in simulation.chunks("a")) == 12
+    states = [update.state for update in simulation.progress["a"]]
+    assert states[-1] == "finished" and sorted(u.step_index for u in simulation.progress["a"])[-1] == 12
+    assert result.latency_s >= result.encode_s + result.denoise_s + result.decode_s - 1e-9
+
+
+def test_alone_it_is_wide_and_in_company_narrow() -> None:
+    simulation = Simulation()
+    simulation.request("first", width=512, height=512, num_steps=40)
+    for number in range(8):
+        simulation.request(f"r{number}", at_s=1.0, width=512, height=512)
+    simulation.run()
+    degrees = simulation.results["first"].degrees
+    assert degrees[0] == 4 and min(degrees) < 4
+    assert not simulation.failures and len(simulation.results) == 9
+
+
+def test_chunks_of_one_request_follow_each_other_without_a_gap() -> None:
+    simulation = Simulation(num_devices=1)
+    simulation.request("a", width=512, height=512, num_steps=20)
+    simulation.run()
+    result = simulation.results["a"]
+    assert result.latency_s == pytest.approx(0.005 + 20 * 0.2 + 0.08, abs=1e-6)
+
+
+def test_forced_degrees_are_used_step_by_step() -> None:
+    simulation = Simulation()
+    forced = (1, 1, 2, 4, 3, 3, 1, 2, 2, 4, 1, 1)
+    simulation.request("forced", force_degrees=forced)
+    for number in range(5):
+        simulation.request(f"r{number}", at_s=0.1 * number)
+    simulation.run()
+    assert simulation.results["forced"].degrees == forced
+    assert not simulation.failures
+
+
+def test_cancelling_takes_effect_at_the_chunk_boundary_and_frees_the_slot() -> None:
+    simulation = Simulation(num_devices=1, max_inflight=1)
+    simulation.request("a", width=512, height=512, num_steps=100)
+    simulation.request("b", at_s=0.5)
+    simulation.executor.at(1.0, lambda: simulation.loop.cancel("a"))
+    simulation.run()
+    assert isinstance(simulation.failures["a"], RequestCancelled)
+    assert simulation.results["b"].latency_s < 2.0
+
+
+def test_a_full_queue_is_refused() -> None:
+    simulation = Simulation(max_inflight=1, max_queued=1)
+    simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="a", seed=0), SPEC, 4))
+    with pytest.raises(EngineOverloaded):
+        simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="b", seed=0), SPEC, 4))
+
+
+def test_a_lost_worker_costs_time_but_no_request() -> None:
+    simulation = Simulation()
+    for number in range(6):
+        simulation.request(f"r{number}", at_s=0.05 * number, width=512, height=512)
+    simulation.executor.at(1.0, lambda: simulation.executor.lose(2))
+    simulation.run()
+    assert len(simulation.results) == 6 and not simulation.failures
+    late = [chunk for chunk in simulation.commands if isinstance(chunk, Denoise) and 2 in chunk.members]
+    assert late and all(len(result.degrees) == 12 for result in simulation.results.values())
+
+
+def test_without_workers_requests_fail_instead_of_waiting() -> None:
+    simulation = Simulation(num_devices=2)
+    for number in range(3):
+        simulation.request(f"r{number}", width=512, height=512)
+    simulation.executor.at(0.5, lambda: simulation.executor.lose(0))
+    simulation.executor.at(0.6, lambda: simulation.executor.lose(1))
+    simulation.run()
+    assert len(simulation.failures) == 3
+    assert all(isinstance(error, GenerationError) for error in simulation.failures.values())
+
+
+def test_a_worker_that_hangs_is_replaced_by_the_others() -> None:
+    hung: list[Command] = []
+
+    def duration(command: Command, seconds: float) -> float:
+        if isinstance(command, Denoise) and command.request_id == "r1" and not hung:
+            hung.append(command)
+            return math.inf
+        return seconds
+
+    simulation = Simulation(num_devices=3, duration=duration, stall_timeout_s=2.0)
+    for number in range(3):
+        simulation.request(f"r{number}", width=512, height=512)
+    simulation.run()
+    assert hung and set(simulation.results) == {"r0", "r1", "r2"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_every_request_ends_whatever_happens(data: st.DataObject) -> None:
+    """Random arrivals, sizes, deadlines, cancellations and losses: nobody waits for ever, nothing leaks."""
+    num_devices = data.draw(st.integers(1, 5))
+    noise = data.draw(st.randoms(use_true_random=False))
+    simulation = Simulation(
+        num_devices=num_devices,
+        policy=data.draw(st.sampled_from(["horizon", "fixed-1"])),
+        duration=lambda _, seconds: seconds * noise.uniform(0.7, 1.5),
+        max_inflight=data.draw(st.integers(1, 6)),
+    )
+    num_requests = data.draw(st.integers(1, 12))
+    for number in range(num_requests):
+        simulation.request(
+            f"r{number}",
+            at_s=data.draw(st.floats(0, 2)),
+            width=data.draw(st.sampled_from([128, 256, 512])),
+            num_steps=data.draw(st.integers(1, 8)),
+            slo_ms=data.draw(st.one_of(st.none(), st.floats(10, 5000))),
+        )
+        if data.draw(st.integers(0, 4)) == 0:
+            request_id = f"r{number}"
+            at_s = data.draw(st.floats(0, 3))
+            simulation.executor.at(at_s, lambda request_id=request_id: simulation.loop.cancel(request_id))
+    for device_id in range(num_devices - 1):
+        if data.draw(st.integers(0, 5)) == 0:
+            at_s = data.draw(st.floats(0, 3))
+            simulation.executor.at(at_s, lambda device_id=device_id: simulation.executor.lose(device_id))
+    simulation.run()
+    assert len(simulation.results) + len(simulation.failures) == num_requests
+    assert all(isinstance(error, RequestCancelled) for error in simulation.failures.values())
+    assert len(simulation.loop.table) == 0
+    assert simulation.executor.now_s() < 10_000

@@ -1,0 +1,65 @@
+"""Messages survive the wire, and what is not a message is refused."""
+
+import typing
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetrion.engine import messages
+
+IDS = st.integers(0, 2**63 - 1)
+DEVICES = st.lists(st.integers(0, 63), min_size=1, unique=True).map(tuple)
+DENOISE = st.builds(
+    messages.Denoise,
+    command_id=IDS,
+    round_id=IDS,
+    request_id=st.text(),
+    state_id=IDS,
+    slot=st.integers(0, 4095),
+    members=DEVICES,
+    holders=DEVICES,
+    source=st.integers(0, 63),
+    step_index=st.integers(0, 1000),
+    chunk_steps=st.integers(1, 1000),
+    num_steps=st.integers(1, 1000),
+    width=st.integers(16, 4096),
+    height=st.integers(16, 4096),
+    guidance=st.floats(0, 100),
+)
+FAILED = st.builds(messages.Failed, command_id=IDS, device_id=st.integers(0, 63))
+
+
+@given(DENOISE)
+def test_a_command_survives_the_wire(command: messages.Denoise) -> None:
+    decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=messages.Command)
+    assert decoded == command
+
+
+@given(FAILED)
+def test_an_event_survives_the_wire(event: messages.Failed) -> None:
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=messages.Event) == event
+
+
+@pytest.mark.parametrize("union", [messages.Command, messages.Event])
+def test_every_message_is_frozen_tagged_and_keyword_only(union: object) -> None:
+    for kind in typing.get_args(union):
+        config = kind.__struct_config__
+        assert config.frozen and config.tag == kind.__name__
+        with pytest.raises(TypeError):
+            kind(1)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"type": "Denoise", "command_id": 1},
+        {"type": "Ping", "command_id": "one"},
+        {"type": "NoSuchCommand", "command_id": 1},
+        {"command_id": 1},
+    ],
+)
+def test_a_malformed_command_is_refused(raw: dict[str, object]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(raw), type=messages.Command)
