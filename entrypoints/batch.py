@@ -1,0 +1,171 @@
+"""`tetrion batch`: a file of requests in, a folder of pictures and a manifest out; may be stopped and run again.
+
+A picture is skipped if the manifest says it is finished, its file is there and its digest (prompt, size, steps,
+guidance, seed, model) is the same. One run at a time owns the output folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.text import Text
+
+from tetrion.engine.request import (
+    EngineOverloaded,
+    GenerationError,
+    ImageRequest,
+    ImageResult,
+    RequestCancelled,
+    RequestError,
+    resolve_request,
+)
+from tetrion.entrypoints import drawing, pictures
+from tetrion.entrypoints.batch_lines import BadLine, BatchItem, parse_lines, read_lines
+from tetrion.entrypoints.errors import EXIT_FAILED, InputError
+from tetrion.entrypoints.manifest import FILE_NAME, Entry, Manifest
+
+if TYPE_CHECKING:
+    from tetrion.engine.api import AsyncEngine
+
+
+async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
+    """Draw what is not there yet. Returns the exit code: 0 if every line has its picture, else 1."""
+    lines = read_lines(requests_file)
+
+    def resolve(request: ImageRequest) -> ImageRequest:
+        return resolve_request(request, engine.spec, len(engine.devices))
+
+    parsed = list(parse_lines(lines, resolve, engine.spec.name))
+    items = [entry for entry in parsed if isinstance(entry, BatchItem)]
+    bad_lines = [entry for entry in parsed if isinstance(entry, BadLine)]
+    pictures.prepare_folder(output)
+    with _locked(output):
+        manifest = Manifest(output)
+        to_draw = [item for item in items if not _is_done(item, manifest, output)]
+        manifest.open(drop={item.id for item in to_draw})
+        try:
+            for bad in bad_lines:
+                click.echo(f"{requests_file}:{bad.line}: {bad.error}", err=True)
+                manifest.append(Entry(id=bad.id, line=bad.line, status="failed", error=bad.error))
+            num_failed = await _draw(to_draw, output, manifest, engine) if to_draw else 0
+        finally:
+            manifest.close()
+    num_drawn, num_skipped = len(to_draw) - num_failed, len(items) - len(to_draw)
+    click.echo(f"{num_drawn} drawn, {num_skipped} already there, {num_failed + len(bad_lines)} failed")
+    click.echo(f"manifest: {output / FILE_NAME}")
+    return EXIT_FAILED if num_failed or bad_lines else 0
+
+
+async def _draw(items: list[BatchItem], output: Path, manifest: Manifest, engine: AsyncEngine) -> int:
+    """Draw `items`; returns how many failed."""
+    with _progress_bar() as bar:
+        task = bar.add_task("starting engine", total=len(items))
+        try:
+            async with engine:
+                bar.reset(task, description="drawing")
+                run = _Run(items, output, manifest, engine, bar, task)
+                await drawing.for_each((item.request for item in items), run.draw_one)
+        except asyncio.CancelledError:
+            done = round(bar.tasks[0].completed)
+            bar.console.print(f"interrupted after {done} of {len(items)}; the same command goes on from here")
+            raise
+    return run.num_failed
+
+
+class _Run:
+    """Draws single items, writing each picture and its manifest line as soon as it is finished."""
+
+    def __init__(
+        self,
+        items: list[BatchItem],
+        output: Path,
+        manifest: Manifest,
+        engine: AsyncEngine,
+        bar: ProgressBar,
+        task: TaskID,
+    ) -> None:
+        self._items, self._output, self._manifest = items, output, manifest
+        self._engine, self._bar, self._task = engine, bar, task
+        self.num_failed = 0
+
+    async def draw_one(self, index: int, request: ImageRequest) -> None:
+        item = self._items[index]
+        try:
+            result = await drawing.draw(self._engine, request, lambda progress: None)
+        except (GenerationError, RequestError, EngineOverloaded, RequestCancelled) as error:
+            self.num_failed += 1
+            complaint = f"line {item.line} ({item.id}): {error}"
+            self._bar.console.print(complaint, markup=False, highlight=False, soft_wrap=True)
+            self._record(Entry(id=item.id, line=item.line, status="failed", digest=item.digest, error=str(error)))
+        else:
+            await drawing.uninterrupted(self._keep(item, result))
+
+    async def _keep(self, item: BatchItem, result: ImageResult) -> None:
+        self._record(await asyncio.to_thread(self._write_picture, item, result))
+
+    def _record(self, entry: Entry) -> None:
+        self._manifest.append(entry)
+        self._bar.advance(self._task)
+
+    def _write_picture(self, item: BatchItem, result: ImageResult) -> Entry:
+        model = self._engine.spec.name
+        data = pictures.encode(result.image, "png", text=pictures.metadata(result, model))
+        name = f"{item.id}.png"
+        pictures.replace_file(self._output / name, data)
+        return Entry(
+            id=item.id,
+            line=item.line,
+            status="finished",
+            file=name,
+            digest=item.digest,
+            model=model,
+            prompt=result.prompt,
+            seed=result.seed,
+            width=result.width,
+            height=result.height,
+            num_steps=result.num_steps,
+            latency_s=round(result.latency_s, 4),
+            degrees=result.degrees,
+            slo_met=result.slo_met,
+        )
+
+
+def _is_done(item: BatchItem, manifest: Manifest, output: Path) -> bool:
+    entry = manifest.finished.get(item.id)
+    return entry is not None and entry.digest == item.digest and (output / f"{item.id}.png").is_file()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Own `folder` until the end, or until this process dies. What a killed run left half-written is removed."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"output: another batch is writing to {str(folder)!r}") from None
+        for leftover in folder.glob(f"{pictures.TEMPORARY_PREFIX}*.tmp"):
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(fd)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.2f} pictures/s")
+
+
+def _progress_bar() -> ProgressBar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TextColumn("ETA"))
+    return ProgressBar(*columns, TimeRemainingColumn(), console=Console(stderr=True))

@@ -1,0 +1,120 @@
+"""The input of `tetrion batch`: one JSON object a line, each a picture to draw.
+
+    {"prompt": "a red circle", "size": "256x256", "seed": 7, "num_steps": 12, "guidance": 3.5, "slo_ms": 900, "id": "a"}
+
+Only `prompt` is required. `id` names the picture (`<id>.png`; default: the line's number, from 1). `priority` may be
+given too. Without `seed` a line gets one made from its id, so that every run draws the same picture. Blank lines are
+skipped.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from tetrion.engine.request import ImageRequest, RequestError
+from tetrion.entrypoints.arguments import checked_prompt, parse_size
+from tetrion.entrypoints.errors import InputError
+
+ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z"
+Identifier = Annotated[str, msgspec.Meta(pattern=ID_PATTERN)]
+
+Resolve = Callable[[ImageRequest], ImageRequest]
+
+
+class RequestLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    prompt: str
+    size: str | None = None
+    seed: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    slo_ms: float | None = None
+    priority: int = 0
+    id: Identifier | int | None = None
+
+
+class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
+    """A good line: a picture that can be drawn. `digest` identifies everything its pixels depend on."""
+
+    line: int
+    id: str
+    request: ImageRequest
+    digest: str
+
+
+class BadLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A line that names no drawable picture, and why. `id` is None where it could not be read."""
+
+    line: int
+    id: str | None
+    error: str
+
+
+def read_lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of `path` that are not blank, with their numbers from 1. Raises InputError."""
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise InputError(f"requests: cannot read {str(path)!r}: {error.strerror}") from None
+    return [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+
+
+def parse_lines(lines: list[tuple[int, bytes]], resolve: Resolve, model: str) -> Iterator[BatchItem | BadLine]:
+    """Each line as a picture to draw or as a complaint. `resolve` fills in defaults and raises RequestError.
+
+    `model` names what draws, for the digest. Two ids that differ only in case count as one: file systems may say so.
+    """
+    decoder = msgspec.json.Decoder(RequestLine)
+    line_of: dict[str, int] = {}
+    for number, text in lines:
+        identifier = None
+        try:
+            parsed = decoder.decode(text)
+            identifier = str(number if parsed.id is None else parsed.id)
+            first = line_of.setdefault(identifier.casefold(), number)
+            if first != number:
+                raise InputError(f"id: {identifier!r} is taken by line {first}")
+            request = resolve(_to_request(parsed, identifier))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            yield BadLine(line=number, id=identifier, error=_readable(error))
+        except (RequestError, InputError) as error:
+            yield BadLine(line=number, id=identifier, error=str(error))
+        else:
+            yield BatchItem(line=number, id=identifier, request=request, digest=_digest(request, model))
+
+
+def seed_of_id(identifier: str) -> int:
+    """The seed of a line that gives none: the first 32 bits of SHA-256 of its id."""
+    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:4], "big")
+
+
+def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
+    if isinstance(line.id, int) and not 0 <= line.id < 10**18:
+        raise InputError(f"id: must be a whole number from 0 to {10**18 - 1} or a name, got {line.id}")
+    width, height = parse_size(line.size) if line.size is not None else (None, None)
+    return ImageRequest(
+        prompt=checked_prompt(line.prompt),
+        width=width,
+        height=height,
+        num_steps=line.num_steps,
+        guidance=line.guidance,
+        seed=seed_of_id(identifier) if line.seed is None else line.seed,
+        slo_ms=line.slo_ms,
+        priority=line.priority,
+    )
+
+
+def _readable(error: Exception) -> str:
+    if not isinstance(error, msgspec.ValidationError):
+        return f"not valid JSON: {error}"
+    message, _, path = str(error).partition(" - at `$.")
+    if "matching regex" in message:
+        message = "expected 1 to 100 letters, digits, dots, dashes or underscores, starting with a letter or digit"
+    return f"{path.rstrip('`')}: {message}" if path else message
+
+
+def _digest(request: ImageRequest, model: str) -> str:
+    pixels = (request.prompt, request.width, request.height, request.num_steps, request.guidance, request.seed, model)
+    return hashlib.sha256(msgspec.json.encode(pixels)).hexdigest()[:32]

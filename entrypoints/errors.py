@@ -1,0 +1,34 @@
+"""What went wrong, as an exit code and one line for a terminal.
+
+Exit codes: 1 the engine or a request failed, 2 the input or the machine does not allow it, 130 interrupted by Ctrl-C.
+An exception that is not listed here is a defect: it keeps its traceback. Knows nothing of HTTP (see `http/errors.py`).
+"""
+
+from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.request import EngineOverloaded, GenerationError, RequestCancelled, RequestError
+from tetrion.engine.transport.segment import SharedMemoryError
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class InputError(ValueError):
+    """The command line, a file it names or the machine does not allow what was asked; the message names the field."""
+
+
+def exit_code_and_line(error: Exception) -> tuple[int, str]:
+    """The exit code for `error` and the line that tells a user about it. Raises `error` again if it is a defect."""
+    match error:
+        case InputError() | RequestError() | CheckpointError() | SharedMemoryError():
+            return EXIT_BAD_INPUT, str(error)
+        case GenerationError():
+            return EXIT_FAILED, f"generation failed: {error}"
+        case EngineOverloaded():
+            return EXIT_FAILED, f"engine overloaded: {error}"
+        case RequestCancelled():
+            return EXIT_FAILED, f"cancelled: {error}"
+        case OSError():
+            return EXIT_FAILED, str(error)
+        case _:
+            raise error

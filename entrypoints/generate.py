@@ -1,0 +1,217 @@
+"""`tetrion generate`: prompts in, picture files and a contact sheet out.
+
+Seeds: picture i of a prompt has seed `seed + i`; without `--seed` one is drawn at random and reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+
+from tetrion.engine.request import ImageRequest, ImageResult, Progress, resolve_request
+from tetrion.entrypoints import contact_sheet, drawing, pictures
+from tetrion.entrypoints.arguments import checked_prompt, parse_size
+from tetrion.entrypoints.errors import InputError
+
+if TYPE_CHECKING:
+    from tetrion.engine.api import AsyncEngine
+
+MAX_PER_PROMPT = 100
+RANDOM_SEEDS = 2**32
+
+
+class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The command line of `tetrion generate` without what concerns the engine."""
+
+    prompts: tuple[str, ...]
+    size: str | None = None
+    seed: int | None = None
+    num_steps: int | None = None
+    num_per_prompt: int = 1
+    guidance: float | None = None
+    slo_ms: float | None = None
+    force_degrees: tuple[int, ...] = ()
+    output: Path = Path("out")
+    as_json: bool = False
+
+
+class Drawn(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished picture as `--json` reports it (times in seconds); `file` is relative as the output folder was."""
+
+    prompt: str
+    file: str
+    seed: int
+    width: int
+    height: int
+    num_steps: int
+    latency_s: float
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    degrees: tuple[int, ...]
+    degrees_compact: str
+    slo_met: bool | None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The object that `--json` prints. `start_s`: the engine's start; `total_s`: from then to the last file. `sheet` is
+    None for a single picture."""
+
+    model: str
+    devices: tuple[str, ...]
+    start_s: float
+    total_s: float
+    images: tuple[Drawn, ...]
+    sheet: str | None
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts in a text file, one a line; blank lines are skipped. Raises InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompts: {str(path)!r} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise InputError(f"prompts: cannot read {str(path)!r}: {error.strerror}") from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageRequest]:
+    """Every picture to draw, resolved and checked against the model. Raises InputError, RequestError."""
+    if not options.prompts:
+        raise InputError("prompt: give at least one, or a file with --prompts")
+    if not 1 <= options.num_per_prompt <= MAX_PER_PROMPT:
+        raise InputError(f"n: must be from 1 to {MAX_PER_PROMPT}, got {options.num_per_prompt}")
+    width, height = parse_size(options.size) if options.size else (None, None)
+    seed = options.seed
+    if seed is None:
+        seed = secrets.randbelow(RANDOM_SEEDS - options.num_per_prompt)
+    requests = (
+        ImageRequest(
+            prompt=checked_prompt(prompt),
+            width=width,
+            height=height,
+            num_steps=options.num_steps,
+            guidance=options.guidance,
+            seed=seed + i,
+            slo_ms=options.slo_ms,
+            force_degrees=options.force_degrees,
+        )
+        for prompt in options.prompts
+        for i in range(options.num_per_prompt)
+    )
+    return [resolve_request(request, engine.spec, len(engine.devices)) for request in requests]
+
+
+async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:
+    """Check everything, start the engine, draw, write, report. Returns the exit code."""
+    requests = build_requests(options, engine)
+    pictures.prepare_folder(options.output)
+    started = time.monotonic()
+    with _progress_bar() as bar:
+        task = bar.add_task("starting engine", total=None)
+        async with engine:
+            ready = time.monotonic()
+            bar.update(task, description="drawing", total=sum(request.num_steps or 0 for request in requests))
+            job = _Job(options, engine, requests, lambda steps: bar.update(task, completed=steps))
+            await drawing.for_each(requests, job.draw_one)
+            finished = time.monotonic()
+    report = Report(
+        model=engine.spec.name,
+        devices=tuple(device.name for device in engine.devices),
+        start_s=round(ready - started, 4),
+        total_s=round(finished - ready, 4),
+        images=tuple(drawn for drawn in job.drawn if drawn is not None),
+        sheet=await asyncio.to_thread(job.write_sheet),
+    )
+    print_report(report, options.as_json)
+    return 0
+
+
+class _Job:
+    """The pictures of one command, as far as they are finished. Each file is written as soon as its picture is."""
+
+    def __init__(self, options: GenerateOptions, engine: AsyncEngine, requests: list[ImageRequest], show: Any) -> None:
+        self._options = options
+        self._engine = engine
+        self._show = show
+        self._steps = [0] * len(requests)
+        longest_side_px = max(max(request.width or 0, request.height or 0) for request in requests)
+        self._cell = contact_sheet.cell_px(len(requests), longest_side_px)
+        self._thumbnails: list[contact_sheet.Thumbnail | None] = [None] * len(requests)
+        self.drawn: list[Drawn | None] = [None] * len(requests)
+
+    async def draw_one(self, index: int, request: ImageRequest) -> None:
+        def on_progress(progress: Progress) -> None:
+            self._steps[index] = progress.step_index
+            self._show(sum(self._steps))
+
+        result = await drawing.draw(self._engine, request, on_progress)
+        self._steps[index] = result.num_steps
+        self._show(sum(self._steps))
+        await asyncio.to_thread(self._keep, index, result)
+
+    def _keep(self, index: int, result: ImageResult) -> None:
+        data = pictures.encode(result.image, "png", text=pictures.metadata(result, self._engine.spec.name))
+        stem = f"{pictures.slug(result.prompt)}-{result.seed}"
+        path = pictures.write_new_file(self._options.output, stem, ".png", data)
+        self._thumbnails[index] = contact_sheet.thumbnail(result.image, result.prompt, result.seed, self._cell)
+        self.drawn[index] = _describe(result, path)
+
+    def write_sheet(self) -> str | None:
+        if len(self._thumbnails) < 2:
+            return None
+        thumbnails = [item for item in self._thumbnails if item is not None]
+        data = pictures.encode(contact_sheet.contact_sheet(thumbnails, self._cell))
+        return str(pictures.write_new_file(self._options.output, "sheet", ".png", data))
+
+
+def _describe(result: ImageResult, path: Path) -> Drawn:
+    return Drawn(
+        prompt=result.prompt,
+        file=str(path),
+        seed=result.seed,
+        width=result.width,
+        height=result.height,
+        num_steps=result.num_steps,
+        latency_s=round(result.latency_s, 4),
+        queue_s=round(result.queue_s, 4),
+        encode_s=round(result.encode_s, 4),
+        denoise_s=round(result.denoise_s, 4),
+        decode_s=round(result.decode_s, 4),
+        degrees=result.degrees,
+        degrees_compact=pictures.compact_degrees(result.degrees),
+        slo_met=result.slo_met,
+    )
+
+
+def print_report(report: Report, as_json: bool) -> None:
+    """Write the report to stdout: one JSON object, or lines for people."""
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+        return
+    for drawn in report.images:
+        late = "  SLO missed" if drawn.slo_met is False else ""
+        click.echo(f"{drawn.file}")
+        click.echo(f"  {drawn.prompt}")
+        click.echo(
+            f"  seed {drawn.seed}  {drawn.width}x{drawn.height}  {drawn.num_steps} steps"
+            f"  latency {drawn.latency_s:.3f} s  degrees {drawn.degrees_compact}{late}"
+        )
+    if report.sheet is not None:
+        click.echo(f"sheet: {report.sheet}")
+
+
+def _progress_bar() -> ProgressBar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+    return ProgressBar(*columns, TimeElapsedColumn(), console=Console(stderr=True))

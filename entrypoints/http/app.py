@@ -1,0 +1,88 @@
+"""The ASGI app around `ImageService`: routes, a request id on every response, errors in OpenAI's form."""
+
+import re
+import secrets
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tetrion.entrypoints.http.errors import ApiError, error_response
+from tetrion.entrypoints.http.service import ImageService
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
+CLIENT_CLOSED_REQUEST = 499
+
+
+def create_app(service: ImageService) -> ASGIApp:
+    """The ASGI app around `service`."""
+    app = Starlette(
+        routes=[
+            Route("/v1/images/generations", service.generations, methods=["POST"]),
+            Route("/v1/images/files/{name}", service.file),
+            Route("/v1/models", service.models),
+            Route("/v1/models/{model}", service.model),
+            Route("/health", service.health),
+            Route("/ready", service.ready),
+        ],
+        exception_handlers={
+            ApiError: _on_api_error,
+            HTTPException: _on_http_exception,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_defect,
+        },
+    )
+    app.router.redirect_slashes = False
+    return RequestIds(app)
+
+
+class RequestIds:
+    """Puts `x-request-id` on every response: the client's own if it is short and plain, else a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    status, where = error.status_code, f"{request.method} {request.url.path}"
+    if status == 404:
+        api_error = ApiError(404, f"Unknown request URL: {where}", code="unknown_url")
+    elif status == 405:
+        api_error = ApiError(405, f"Method not allowed: {where}", code="method_not_allowed")
+    else:
+        api_error = ApiError(status, str(error.detail))
+    api_error.headers.update(error.headers or {})
+    return error_response(api_error)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it; access logs do
+
+
+async def _on_defect(request: Request, error: Exception) -> Response:
+    """What no handler foresaw. The traceback goes to the server's log (the framework raises it again), not out."""
+    return error_response(ApiError(500, "The server had an error while processing the request.", code="internal_error"))

@@ -1,0 +1,53 @@
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}` with a fitting status.
+
+OpenAI's client retries 408, 409, 429 and 5xx twice unless told not to by `x-should-retry`. Never shows a traceback.
+"""
+
+import msgspec
+from starlette.responses import Response
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer that is an error. `retry_after_s` becomes `retry-after`; `should_retry=False` stops the client's own
+    retries where they would only add load."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+        should_retry: bool | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message=message, type=_type_of(status), param=param, code=code)
+        self.headers: dict[str, str] = {}
+        if retry_after_s is not None:
+            self.headers["retry-after"] = str(retry_after_s)
+        if should_retry is not None:
+            self.headers["x-should-retry"] = "true" if should_retry else "false"
+
+
+def error_response(error: ApiError) -> Response:
+    body = msgspec.json.encode(ErrorBody(error=error.detail))
+    return Response(body, status_code=error.status, headers=error.headers, media_type="application/json")
+
+
+def _type_of(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"

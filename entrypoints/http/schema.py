@@ -1,0 +1,184 @@
+"""The bodies of the image API as typed values: what a client may send, what it gets back.
+
+Field names are OpenAI's where OpenAI has one, else those of other diffusion servers (`num_inference_steps`,
+`guidance_scale`), else ours (`slo_ms`, `priority`). Fields not listed here are accepted and ignored, so that clients of
+those servers run unchanged. Knows the engine's request, nothing of sockets.
+"""
+
+import re
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from tetrion.engine.request import ImageRequest, ImageResult, RequestError
+from tetrion.entrypoints.arguments import checked_prompt, parse_size
+from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.http.errors import ApiError
+from tetrion.entrypoints.pictures import PictureFormat
+
+PARAM_OF_FIELD = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
+ResponseQuality = Literal["low", "medium", "high", "xhigh", "max"]
+
+
+class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/images/generations`. None means the default of the model or of the API."""
+
+    prompt: str
+    n: Annotated[int, Meta(ge=1, le=10)] | None = None
+    size: str | None = None
+    width: int | None = None
+    height: int | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: PictureFormat | None = None
+    output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
+    stream: bool | None = None
+    seed: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    slo_ms: float | None = None
+    priority: int | None = None
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One entry of `data`: the picture as OpenAI gives it, then how it was drawn (times in seconds)."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    revised_prompt: str | None = None
+    request_id: str
+    seed: int
+    num_inference_steps: int
+    degrees: tuple[int, ...]
+    latency_s: float
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    slo_met: bool | None = None
+
+
+class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """The prompt's text tokens, counted once, and the packed image tokens of all pictures."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class GenerationResponse(msgspec.Struct, frozen=True, kw_only=True):
+    created: int
+    background: Literal["opaque"] = "opaque"
+    output_format: PictureFormat
+    quality: ResponseQuality = "high"
+    size: str
+    model: str
+    data: list[Picture]
+    usage: Usage
+
+
+def decode_body(data: bytes) -> GenerationBody:
+    """Decode and check a request body. Raises ApiError (400) with the field in `param`."""
+    try:
+        body = msgspec.json.decode(data, type=GenerationBody)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if body.stream:
+        raise ApiError(400, "stream: streaming is not supported", param="stream", code="unsupported_value")
+    if (body.output_format or "png") == "png" and body.output_compression not in (None, 100):
+        message = "output_compression: below 100 it needs output_format webp or jpeg; png is lossless"
+        raise ApiError(400, message, param="output_compression", code="invalid_value")
+    return body
+
+
+def to_requests(body: GenerationBody, seed: int) -> list[ImageRequest]:
+    """One request a picture, with seeds `seed`, `seed + 1`, … Raises ApiError (400)."""
+    width, height = _width_and_height(body)
+    try:
+        prompt = checked_prompt(body.prompt)
+    except InputError as error:
+        raise ApiError(400, str(error), param="prompt", code="invalid_value") from None
+    return [
+        ImageRequest(
+            prompt=prompt,
+            width=width,
+            height=height,
+            num_steps=body.num_inference_steps,
+            guidance=body.guidance_scale,
+            seed=seed + i,
+            slo_ms=body.slo_ms,
+            priority=body.priority or 0,
+        )
+        for i in range(body.n or 1)
+    ]
+
+
+def invalid_request(error: RequestError, body: GenerationBody) -> ApiError:
+    """The engine's complaint about a request in the names that the client used."""
+    detail = str(error).removeprefix(f"{error.field}: ")
+    param = PARAM_OF_FIELD.get(error.field, error.field)
+    if param in ("width", "height") and getattr(body, param) is None:
+        param, detail = "size", f"{param} {detail}"
+    return ApiError(400, f"{param}: {detail}", param=param, code="invalid_value")
+
+
+def describe_picture(result: ImageResult, *, b64_json: str | None = None, url: str | None = None) -> Picture:
+    return Picture(
+        b64_json=b64_json,
+        url=url,
+        request_id=result.request_id,
+        seed=result.seed,
+        num_inference_steps=result.num_steps,
+        degrees=result.degrees,
+        latency_s=result.latency_s,
+        queue_s=result.queue_s,
+        encode_s=result.encode_s,
+        denoise_s=result.denoise_s,
+        decode_s=result.decode_s,
+        slo_met=result.slo_met,
+    )
+
+
+def usage(num_text_tokens: int, num_image_tokens: int) -> Usage:
+    return Usage(
+        input_tokens=num_text_tokens,
+        input_tokens_details=InputTokensDetails(text_tokens=num_text_tokens, image_tokens=0),
+        output_tokens=num_image_tokens,
+        total_tokens=num_text_tokens + num_image_tokens,
+    )
+
+
+def _width_and_height(body: GenerationBody) -> tuple[int | None, int | None]:
+    if body.size is None or body.size == "auto":
+        return body.width, body.height
+    try:
+        width, height = parse_size(body.size)
+    except InputError as error:
+        raise ApiError(400, f"{error} (or 'auto')", param="size", code="invalid_value") from None
+    if body.width not in (None, width) or body.height not in (None, height):
+        raise ApiError(
+            400, f"size: {body.size!r} contradicts width and height; give one", param="size", code="invalid_value"
+        )
+    return width, height
+
+
+def _invalid(error: msgspec.ValidationError) -> ApiError:
+    """msgspec's ``Expected `int` <= 10 - at `$.n` `` as a message that starts with the field, which is also `param`."""
+    message, _, path = str(error).partition(" - at `$")
+    param = path.rstrip("`").lstrip(".") or None
+    missing = re.search(r"missing required field `(\w+)`", message)
+    if missing:
+        param, message = missing[1], "is required"
+    if param is None:
+        return ApiError(400, f"The body must be a JSON object: {message}", code="invalid_type")
+    message = message[0].lower() + message[1:]
+    code = "missing_required_parameter" if missing else "invalid_value"
+    return ApiError(400, f"{param}: {message}", param=param, code=code)

@@ -1,0 +1,251 @@
+"""The image API's handlers: from a decoded body to pictures, on one engine.
+
+Owns the way of a request through the engine and the picture store; routes and error handlers are in `app.py`, the
+bodies in `schema.py`. A closed connection cancels its requests. Encoding runs in threads, so that the loop that
+drives the engine is not held up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import math
+import secrets
+import time
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from tetrion.engine.request import (
+    EngineOverloaded,
+    GenerationError,
+    ImageRequest,
+    ImageResult,
+    RequestCancelled,
+    RequestError,
+)
+from tetrion.entrypoints import pictures
+from tetrion.entrypoints.http import schema
+from tetrion.entrypoints.http.errors import ApiError
+from tetrion.entrypoints.http.picture_store import PictureStore, Reservation, StoreFull
+
+if TYPE_CHECKING:
+    from tetrion.engine.api import AsyncEngine, RequestHandle
+
+MAX_BODY_BYTES = 1 << 20
+RANDOM_SEEDS = 2**32
+OVERLOAD_RETRY_AFTER_S = 1
+LONG_WAIT_S = 60
+
+T = TypeVar("T")
+
+log = logging.getLogger("tetrion.http")
+
+
+class ImageService:
+    """The handlers. `is_ready` is set by whoever starts the engine, and unset when it stops."""
+
+    def __init__(self, engine: AsyncEngine, store: PictureStore, public_url: str | None = None) -> None:
+        self._engine = engine
+        self._store = store
+        self._public_url = public_url.rstrip("/") if public_url else None
+        self._created = int(time.time())
+        self.is_ready = False
+
+    async def generations(self, request: Request) -> Response:
+        """`POST /v1/images/generations`."""
+        body = schema.decode_body(await _read_body(request))
+        self._check_ready()
+        seed = secrets.randbelow(RANDOM_SEEDS - (body.n or 1)) if body.seed is None else body.seed
+        requests = schema.to_requests(body, seed)
+        handles = self._submit(requests, body)
+        try:
+            with self._reserve(body, handles) as reservation:
+                drawing = self._draw(handles, body, reservation, self._base_url(request))
+                response = await _unless_disconnected(request, drawing)
+        finally:
+            for handle in handles:
+                handle.cancel()
+        data = await asyncio.to_thread(msgspec.json.encode, response)
+        return Response(data, media_type="application/json")
+
+    async def file(self, request: Request) -> Response:
+        """`GET /v1/images/files/{name}`: a picture that `response_format: url` pointed to."""
+        picture = self._store.get(request.path_params["name"])
+        if picture is None:
+            raise ApiError(404, "There is no such picture, or it is no longer kept.", code="not_found")
+        headers = {"cache-control": "private, max-age=3600, immutable", "x-content-type-options": "nosniff"}
+        return Response(picture.data, media_type=picture.media_type, headers=headers)
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        return _json({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/{id}`."""
+        name = request.path_params["model"]
+        if name != self._engine.spec.name:
+            raise ApiError(404, f"The model {name!r} is not served here.", param="model", code="model_not_found")
+        return _json(self._model())
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`: this process answers."""
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """`GET /ready`: the engine takes requests."""
+        self._check_ready()
+        stats = self._engine.stats()
+        if not stats.num_alive:
+            raise ApiError(503, "No device is alive.", code="not_ready")
+        counts = {name: getattr(stats, name) for name in ("num_devices", "num_alive", "num_queued", "num_admitted")}
+        return _json({"status": "ready", "model": self._engine.spec.name, **counts})
+
+    def _model(self) -> dict[str, object]:
+        return {"id": self._engine.spec.name, "object": "model", "created": self._created, "owned_by": "tetrion"}
+
+    def _check_ready(self) -> None:
+        if not self.is_ready:
+            raise ApiError(503, "The engine is not ready.", code="not_ready", retry_after_s=1)
+
+    def _submit(self, requests: list[ImageRequest], body: schema.GenerationBody) -> list[RequestHandle]:
+        """All of `requests` or none."""
+        handles: list[RequestHandle] = []
+        try:
+            for request in requests:
+                handles.append(self._engine.submit(request))
+        except (RequestError, EngineOverloaded, GenerationError) as error:
+            for handle in handles:
+                handle.cancel()
+            match error:
+                case RequestError():
+                    raise schema.invalid_request(error, body) from None
+                case EngineOverloaded():
+                    raise _overloaded(error, has_deadline=body.slo_ms is not None) from None
+                case GenerationError():
+                    raise ApiError(503, f"Not accepted: {error}", code="not_ready") from None
+        return handles
+
+    def _reserve(self, body: schema.GenerationBody, handles: list[RequestHandle]) -> Reservation:
+        """Room for the pictures if they are to be fetched by URL, else none."""
+        if body.response_format != "url":
+            return self._store.reserve(0)
+        num_bytes = sum(_max_encoded_bytes(handle.request) for handle in handles)
+        try:
+            return self._store.reserve(num_bytes)
+        except StoreFull as full:
+            if full.retry_after_s is None:
+                message = f"n: {full}; ask for fewer or smaller pictures, or response_format b64_json"
+                raise ApiError(400, message, param="n", code="picture_store_too_small") from None
+            wait_s = math.ceil(full.retry_after_s)
+            raise ApiError(
+                503,
+                f"The picture store is full; ask for response_format b64_json, or again in {wait_s} s.",
+                param="response_format",
+                code="picture_store_full",
+                retry_after_s=wait_s,
+                should_retry=wait_s <= LONG_WAIT_S,
+            ) from None
+
+    async def _draw(
+        self, handles: list[RequestHandle], body: schema.GenerationBody, reservation: Reservation, base_url: str
+    ) -> schema.GenerationResponse:
+        try:
+            results = await _all_results(handles)
+        except GenerationError as error:
+            log.error("generation failed: %s", error)
+            raise ApiError(500, f"Generation failed: {error}", code="generation_failed") from None
+        except RequestCancelled:
+            raise ApiError(503, "The request was cancelled by the server.", code="cancelled") from None
+        picture_format = body.output_format or "png"
+        model = self._engine.spec.name
+        data = []
+        for result in results:
+            encoded = await pictures.encode_in_thread(
+                result.image, picture_format, body.output_compression, pictures.metadata(result, model)
+            )
+            if body.response_format == "url":
+                media_type = pictures.MEDIA_TYPES[picture_format]
+                name = self._store.put(reservation, encoded, media_type, picture_format)
+                data.append(schema.describe_picture(result, url=f"{base_url}/v1/images/files/{name}"))
+            else:
+                text = (await asyncio.to_thread(base64.b64encode, encoded)).decode()
+                data.append(schema.describe_picture(result, b64_json=text))
+        first = results[0]
+        num_image_tokens = self._engine.spec.num_image_tokens(first.width, first.height) * len(results)
+        return schema.GenerationResponse(
+            created=int(time.time()),
+            output_format=picture_format,
+            size=f"{first.width}x{first.height}",
+            model=model,
+            data=data,
+            usage=schema.usage(first.num_text_tokens, num_image_tokens),
+        )
+
+    def _base_url(self, request: Request) -> str:
+        return self._public_url or str(request.base_url).rstrip("/")
+
+
+async def _read_body(request: Request) -> bytes:
+    """The whole body. Raises ApiError (413) as soon as it is more than MAX_BODY_BYTES."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY_BYTES:
+            raise ApiError(413, f"The body has more than {MAX_BODY_BYTES} bytes.", code="body_too_large")
+    return bytes(data)
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client goes away first. Raises ClientDisconnect then."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        await _end(working, watching)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _all_results(handles: list[RequestHandle]) -> list[ImageResult]:
+    """All results, in order. The first failure is raised at once; the caller cancels the rest."""
+    tasks = [asyncio.create_task(handle.result()) for handle in handles]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _end(*tasks)
+
+
+def _max_encoded_bytes(request: ImageRequest) -> int:
+    """More than a picture of this request can take in any format: noise in a PNG takes its raw size and a little."""
+    raw_bytes = 3 * (request.width or 0) * (request.height or 0)
+    return raw_bytes * 5 // 4 + 4 * len(request.prompt) + 16_384
+
+
+def _overloaded(error: EngineOverloaded, has_deadline: bool) -> ApiError:
+    """Without a deadline the client may try again; with one, its retries would only amplify the overload."""
+    message = f"The server is overloaded: {error}"
+    if has_deadline:
+        return ApiError(429, message, code="engine_overloaded", should_retry=False)
+    return ApiError(429, message, code="engine_overloaded", retry_after_s=OVERLOAD_RETRY_AFTER_S)
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,191 @@
+"""A test double of the engine: same surface, no workers. It draws a flat colour made from the seed.
+
+Prompts steer it: one with `fail` ends in GenerationError, with `crash` in a defect, with `slow` it never ends unless
+cancelled, with `full` it is refused as overload. The real engine is tested in `test_*_end_to_end.py`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
+from tetrion.engine.request import (
+    EngineOverloaded,
+    GenerationError,
+    ImageRequest,
+    ImageResult,
+    Progress,
+    RequestCancelled,
+    resolve_request,
+)
+from tetrion.entrypoints.cli import run
+
+SPEC = ModelSpec(
+    name="shapes",
+    path="",
+    architecture="flux",
+    num_heads=12,
+    head_dim=32,
+    in_channels=64,
+    text_dim=64,
+    pooled_dim=64,
+    guidance_embeds=False,
+    vae_scale_factor=8,
+    scheduler=SchedulerSpec(),
+    num_steps=4,
+    guidance=0.0,
+    max_text_tokens=64,
+    min_size=128,
+    max_size=512,
+    default_width=256,
+    default_height=256,
+)
+
+
+class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
+    num_devices: int
+    num_alive: int
+    num_queued: int
+    num_admitted: int
+
+
+class FakeHandle:
+    def __init__(self, request: ImageRequest) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.is_cancelled = False
+        self._outcome: asyncio.Future[ImageResult] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run())
+
+    async def result(self) -> ImageResult:
+        return await asyncio.shield(self._outcome)
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        for step_index in range(1, (self.request.num_steps or 0) + 1):
+            await asyncio.sleep(0)
+            if self._outcome.done():
+                return
+            yield Progress(
+                request_id=self.request_id,
+                state="denoising",
+                step_index=step_index,
+                num_steps=self.request.num_steps or 0,
+                degree=1,
+            )
+
+    def cancel(self) -> None:
+        if not self._outcome.done():
+            self.is_cancelled = True
+            self._task.cancel()
+            self._outcome.set_exception(RequestCancelled(self.request_id))
+            self._outcome.exception()
+
+    async def _run(self) -> None:
+        if "slow" in self.request.prompt:
+            await asyncio.sleep(3600)
+        await asyncio.sleep(0.001)
+        if self._outcome.done():
+            return
+        if "fail" in self.request.prompt:
+            self._outcome.set_exception(GenerationError("worker 1 was lost"))
+        elif "crash" in self.request.prompt:
+            self._outcome.set_exception(KeyError("secret detail"))
+        else:
+            self._outcome.set_result(draw(self.request))
+
+
+def draw(request: ImageRequest) -> ImageResult:
+    assert request.width and request.height and request.num_steps and request.seed is not None
+    colour = (request.seed % 256, request.seed // 256 % 256, 128)
+    image = np.full((request.height, request.width, 3), colour, dtype=np.uint8)
+    return ImageResult(
+        request_id=request.request_id,
+        image=image,
+        prompt=request.prompt,
+        width=request.width,
+        height=request.height,
+        num_steps=request.num_steps,
+        seed=request.seed,
+        degrees=request.force_degrees or (1, *(2,) * (request.num_steps - 1)),
+        num_text_tokens=len(request.prompt.split()),
+        latency_s=0.5,
+        queue_s=0.1,
+        encode_s=0.1,
+        denoise_s=0.2,
+        decode_s=0.1,
+        slo_met=None if request.slo_ms is None else request.slo_ms >= 500,
+    )
+
+
+class FakeEngine:
+    """`start_error` is raised on entering; `handles` are all accepted requests."""
+
+    def __init__(self, config: EngineConfig, start_error: Exception | None = None) -> None:
+        self.config = config
+        self.spec = SPEC
+        self.devices: tuple[DeviceSpec, ...] = parse_devices(config.devices)
+        self.start_error = start_error
+        self.is_running = False
+        self.num_starts = 0
+        self.handles: list[FakeHandle] = []
+
+    async def __aenter__(self) -> "FakeEngine":
+        if self.start_error is not None:
+            raise self.start_error
+        self.is_running = True
+        self.num_starts += 1
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            handle.cancel()
+        self.is_running = False
+
+    def submit(self, request: ImageRequest) -> FakeHandle:
+        if not self.is_running:
+            raise GenerationError("the engine is not running")
+        resolved = resolve_request(request, self.spec, len(self.devices))
+        if "full" in resolved.prompt:
+            raise EngineOverloaded("4096 requests are queued")
+        resolved = msgspec.structs.replace(resolved, request_id=f"r{len(self.handles)}")
+        self.handles.append(FakeHandle(resolved))
+        return self.handles[-1]
+
+    def stats(self) -> FakeStats:
+        return FakeStats(num_devices=len(self.devices), num_alive=len(self.devices), num_queued=0, num_admitted=0)
+
+
+class FakeFactory:
+    """Makes fake engines and remembers them."""
+
+    def __init__(self) -> None:
+        self.engines: list[FakeEngine] = []
+        self.start_error: Exception | None = None
+
+    def __call__(self, config: EngineConfig) -> Any:
+        self.engines.append(FakeEngine(config, self.start_error))
+        return self.engines[-1]
+
+    @property
+    def last(self) -> FakeEngine:
+        return self.engines[-1]
+
+
+@pytest.fixture
+def factory() -> FakeFactory:
+    return FakeFactory()
+
+
+@pytest.fixture
+def tetrion(factory: FakeFactory) -> Callable[..., int]:
+    """The command line on fake engines: arguments in, exit code out."""
+
+    def command(*arguments: object) -> int:
+        return run([str(argument) for argument in arguments], factory)
+
+    return command

@@ -1,0 +1,364 @@
+"""The HTTP surface on a test double, over a real socket: read with OpenAI's client and with plain HTTP."""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from openai.types import ImagesResponse
+from PIL import Image
+
+from tests.entrypoints.conftest import FakeEngine
+from tetrion.engine.config import EngineConfig
+from tetrion.engine.request import ImageRequest
+from tetrion.entrypoints import pictures
+from tetrion.entrypoints.http.app import create_app
+from tetrion.entrypoints.http.picture_store import PictureStore
+from tetrion.entrypoints.http.service import MAX_BODY_BYTES, ImageService, _max_encoded_bytes
+
+GENERATIONS = "/v1/images/generations"
+
+
+class Served:
+    """A running server around a fake engine."""
+
+    def __init__(self, engine: FakeEngine, service: ImageService, store: PictureStore, url: str) -> None:
+        self.engine, self.service, self.store, self.url = engine, service, store, url
+        self.http = httpx.AsyncClient(base_url=url, timeout=20)
+
+    async def post(self, **body: Any) -> httpx.Response:
+        return await self.http.post(GENERATIONS, json={"prompt": "a star"} | body)
+
+
+@asynccontextmanager
+async def serving(store_bytes: int = 1 << 24, public_url: str | None = None) -> AsyncIterator[Served]:
+    sock = socket.create_server(("127.0.0.1", 0))
+    store = PictureStore(store_bytes)
+    async with FakeEngine(EngineConfig(devices="cpu:2")) as engine:
+        service = ImageService(engine, store, public_url)  # type: ignore[arg-type]
+        service.is_ready = True
+        server = uvicorn.Server(uvicorn.Config(create_app(service), lifespan="off", log_config=None))
+        task = asyncio.create_task(server.serve([sock]))
+        served = Served(engine, service, store, f"http://127.0.0.1:{sock.getsockname()[1]}")
+        try:
+            yield served
+        finally:
+            await served.http.aclose()
+            server.should_exit = True
+            await task
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serving() as running:
+        yield running
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/json" and response.headers["x-request-id"]
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]
+
+
+async def test_the_openai_client_draws(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        response = await client.images.generate(
+            model="shapes",
+            prompt="a red circle",
+            n=2,
+            size="256x256",
+            quality="high",
+            response_format="b64_json",
+            user="someone",
+            extra_body={
+                "seed": 7,
+                "num_inference_steps": 3,
+                "guidance_scale": 2.5,
+                "slo_ms": 900,
+                "priority": 2,
+                "negative_prompt": "blue",
+                "made_up": {"deep": [1]},
+            },
+        )
+    assert response.data is not None and [item.seed for item in response.data] == [7, 8]  # type: ignore[attr-defined]
+    for item in response.data:
+        assert item.b64_json is not None
+        seed = item.seed  # type: ignore[attr-defined]
+        assert (pixels(base64.b64decode(item.b64_json)) == (seed, 0, 128)).all()
+    assert response.size == "256x256" and response.output_format == "png" and response.background == "opaque"
+    assert response.usage is not None
+    assert (response.usage.input_tokens, response.usage.output_tokens, response.usage.total_tokens) == (3, 512, 515)
+    sent = served.engine.handles[0].request
+    assert (sent.num_steps, sent.guidance, sent.slo_ms, sent.priority) == (3, 2.5, 900, 2)
+
+
+@pytest.mark.parametrize("body", [{}, {"n": 3}, {"response_format": "url"}, {"output_format": "jpeg"}, {"slo_ms": 100}])
+async def test_the_body_is_strictly_of_the_clients_own_type(served: Served, body: dict[str, Any]) -> None:
+    response = await served.post(**body)
+    assert response.status_code == 200 and response.headers["content-type"] == "application/json"
+    parsed = ImagesResponse.model_validate_json(response.content, strict=True)
+    assert parsed.data is not None and len(parsed.data) == body.get("n", 1)
+
+
+async def test_each_picture_has_a_receipt(served: Served) -> None:
+    (picture,) = (await served.post(seed=5, slo_ms=100, num_inference_steps=3)).json()["data"]
+    assert picture.pop("b64_json")
+    assert picture == {
+        "request_id": "r0",
+        "seed": 5,
+        "num_inference_steps": 3,
+        "degrees": [1, 2, 2],
+        "latency_s": 0.5,
+        "queue_s": 0.1,
+        "encode_s": 0.1,
+        "denoise_s": 0.2,
+        "decode_s": 0.1,
+        "slo_met": False,
+    }
+
+
+@pytest.mark.parametrize(("output_format", "pillow_name"), [("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")])
+async def test_output_formats(served: Served, output_format: str, pillow_name: str) -> None:
+    body = (await served.post(output_format=output_format, size="128x256", seed=0)).json()
+    picture = Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"])))
+    assert (picture.format, picture.size, body["output_format"]) == (pillow_name, (128, 256), output_format)
+
+
+async def test_sizes(served: Served) -> None:
+    for body, size in (
+        ({"size": "auto"}, "256x256"),
+        ({"size": None}, "256x256"),
+        ({"width": 512}, "512x256"),
+        ({"width": 128, "height": 512}, "128x512"),
+        ({"size": "128x128", "width": 128}, "128x128"),
+    ):
+        assert (await served.post(**body)).json()["size"] == size
+
+
+async def test_seeds_are_drawn_at_random_and_count_up(served: Served) -> None:
+    seeds = [[item["seed"] for item in (await served.post(n=2)).json()["data"]] for _ in range(2)]
+    assert seeds[0] != seeds[1] and all(b == a + 1 < 2**32 for a, b in seeds)
+
+
+async def test_pictures_by_url(served: Served) -> None:
+    response = await served.post(response_format="url", n=2, seed=9, output_format="webp")
+    urls = [item["url"] for item in response.json()["data"]]
+    assert len(set(urls)) == 2 and all(url.startswith(f"{served.url}/v1/images/files/") for url in urls)
+    fetched = await served.http.get(urls[1])
+    assert fetched.status_code == 200 and fetched.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(fetched.content)).size == (256, 256)
+    assert served.store.used_bytes == len(fetched.content) + len((await served.http.get(urls[0])).content)
+    assert error_of(await served.http.get("/v1/images/files/guess.png"))["code"] == "not_found"
+
+
+async def test_urls_behind_a_proxy() -> None:
+    async with serving(public_url="https://pictures.example/") as served:
+        url = (await served.post(response_format="url")).json()["data"][0]["url"]
+        assert url.startswith("https://pictures.example/v1/images/files/")
+
+
+async def test_a_full_store_refuses_urls_but_not_b64() -> None:
+    room = _max_encoded_bytes(ImageRequest(prompt="a star", width=256, height=256))
+    async with serving(store_bytes=room) as served:
+        assert (await served.post(response_format="url")).status_code == 200
+        refused = await served.post(response_format="url")
+        error = error_of(refused)
+        assert (refused.status_code, error["param"], error["code"]) == (503, "response_format", "picture_store_full")
+        assert 3500 < int(refused.headers["retry-after"]) <= 3600 and refused.headers["x-should-retry"] == "false"
+        too_many = await served.post(response_format="url", n=2)
+        assert (too_many.status_code, error_of(too_many)["param"]) == (400, "n")
+        assert (await served.post()).status_code == 200
+        assert served.engine.handles[1].is_cancelled
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"prompt": None}, "prompt", "expected `str`"),
+        ({"prompt": ""}, "prompt", "must not be empty"),
+        ({"prompt": "x" * 32_001}, "prompt", "at most 32000"),
+        ({"n": 0}, "n", ">= 1"),
+        ({"n": 11}, "n", "<= 10"),
+        ({"n": "2"}, "n", "expected `int"),
+        ({"n": True}, "n", "expected `int"),
+        ({"size": "100x100"}, "size", "multiple of 16 from 128 to 512"),
+        ({"size": "1024x1024"}, "size", "multiple of 16 from 128 to 512"),
+        ({"size": "large"}, "size", "expected WIDTHxHEIGHT"),
+        ({"size": 256}, "size", "expected `str"),
+        ({"size": "256x256", "width": 128}, "size", "contradicts"),
+        ({"width": 100}, "width", "multiple of 16"),
+        ({"height": -16}, "height", "from 128 to 512"),
+        ({"seed": -1}, "seed", "from 0 to"),
+        ({"seed": 2**63}, "seed", "from 0 to"),
+        ({"seed": 10**30}, "seed", ""),
+        ({"seed": 2**63 - 1, "n": 2}, "seed", "from 0 to"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 1000"),
+        ({"num_inference_steps": 1001}, "num_inference_steps", "from 1 to 1000"),
+        ({"guidance_scale": -1}, "guidance_scale", "from 0 to 100"),
+        ({"slo_ms": 0}, "slo_ms", "above 0"),
+        ({"priority": 10**9}, "priority", "from -1000000 to 1000000"),
+        ({"response_format": "file"}, "response_format", "'file'"),
+        ({"output_format": "gif"}, "output_format", "'gif'"),
+        ({"output_compression": 101, "output_format": "webp"}, "output_compression", "<= 100"),
+        ({"output_compression": 50}, "output_compression", "png is lossless"),
+        ({"stream": True}, "stream", "not supported"),
+        ({"stream": "yes"}, "stream", "expected `bool"),
+    ],
+)
+async def test_bad_values_name_the_field(served: Served, body: dict[str, Any], param: str, says: str) -> None:
+    response = await served.post(**body)
+    error = error_of(response)
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert error["message"].startswith(f"{param}: ") and says in error["message"]
+    assert all(handle.is_cancelled for handle in served.engine.handles)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{'prompt': 1}", b"\xff\xfe", b'{"a":' + b"[" * 100_000])
+async def test_malformed_json(served: Served, content: bytes) -> None:
+    response = await served.http.post(GENERATIONS, content=content)
+    assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
+
+
+async def test_a_body_that_is_no_object_and_one_without_prompt(served: Served) -> None:
+    response = await served.http.post(GENERATIONS, content=b"[1]")
+    assert (response.status_code, error_of(response)["param"]) == (400, None)
+    response = await served.http.post(GENERATIONS, content=b"{}")
+    assert (response.status_code, error_of(response)["param"]) == (400, "prompt")
+    response = await served.http.post(GENERATIONS, content=rb'{"prompt": "\ud800"}')
+    assert response.status_code == 400 and error_of(response)
+
+
+async def test_a_body_too_large(served: Served) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            yield b" " * 65_536
+
+    for content in (b" " * (MAX_BODY_BYTES + 1), endless()):
+        response = await served.http.post(GENERATIONS, content=content)
+        assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
+
+
+async def test_unknown_paths_and_methods(served: Served) -> None:
+    for method, path, status, code in (
+        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/v1/models/", 404, "unknown_url"),
+        ("POST", "/v1/images/edits", 404, "unknown_url"),
+        ("GET", GENERATIONS, 405, "method_not_allowed"),
+        ("DELETE", "/health", 405, "method_not_allowed"),
+    ):
+        response = await served.http.request(method, path)
+        assert (response.status_code, error_of(response)["code"]) == (status, code)
+    assert response.headers["allow"]
+
+
+async def test_overload_asks_to_come_back_unless_there_is_a_deadline(served: Served) -> None:
+    response = await served.post(prompt="full")
+    assert (response.status_code, error_of(response)["type"]) == (429, "rate_limit_error")
+    assert response.headers["retry-after"] == "1" and "x-should-retry" not in response.headers
+    response = await served.post(prompt="full", slo_ms=100)
+    assert response.status_code == 429 and response.headers["x-should-retry"] == "false"
+    assert "retry-after" not in response.headers
+
+
+async def test_a_failed_generation_is_an_error_object(served: Served) -> None:
+    response = await served.post(prompt="fail")
+    error = error_of(response)
+    assert (response.status_code, error["type"], error["code"]) == (500, "server_error", "generation_failed")
+    assert "worker 1 was lost" in error["message"]
+
+
+async def test_a_defect_tells_nothing_of_itself(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    response = await served.post(prompt="crash")
+    assert response.status_code == 500 and error_of(response)["code"] == "internal_error"
+    assert "secret detail" not in response.text and "Traceback" not in response.text
+    assert "secret detail" in caplog.text
+
+
+async def test_the_clients_errors_are_filled_in(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError) as bad:
+            await client.images.generate(prompt="a star", n=99)
+        with pytest.raises(openai.RateLimitError) as full:
+            await client.images.generate(prompt="full")
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("dall-e-9")
+    assert (bad.value.param, bad.value.type, bad.value.code) == ("n", "invalid_request_error", "invalid_value")
+    assert full.value.code == "engine_overloaded" and bad.value.request_id
+
+
+async def test_models_health_and_ready(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        assert [model.id async for model in client.models.list()] == ["shapes"]
+        assert (await client.models.retrieve("shapes")).owned_by == "tetrion"
+    assert (await served.http.get("/health")).json() == {"status": "ok"}
+    ready = (await served.http.get("/ready")).json()
+    assert ready["status"] == "ready" and ready["model"] == "shapes" and ready["num_alive"] == 2
+
+
+async def test_before_the_engine_is_ready(served: Served) -> None:
+    served.service.is_ready = False
+    assert (await served.http.get("/health")).status_code == 200
+    for response in (await served.http.get("/ready"), await served.post()):
+        assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
+        assert response.headers["retry-after"] == "1"
+
+
+async def test_request_ids(served: Served) -> None:
+    own = await served.http.get("/health", headers={"x-request-id": "my-id.1"})
+    assert own.headers["x-request-id"] == "my-id.1"
+    given = [{"x-request-id": "spaces and <tags>"}, {"x-request-id": "x" * 101}, {}]
+    ids = [(await served.http.get("/health", headers=headers)).headers["x-request-id"] for headers in given]
+    assert len(set(ids)) == 3 and all(name.startswith("req_") for name in ids)
+
+
+async def test_a_closed_connection_cancels_its_requests(served: Served) -> None:
+    body = json.dumps({"prompt": "slow", "n": 3}).encode()
+    _, writer = await asyncio.open_connection(*served.url.removeprefix("http://").split(":"))
+    writer.write(
+        b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (GENERATIONS.encode(), len(body), body)
+    )
+    await wait_until(lambda: len(served.engine.handles) == 3)
+    assert not any(handle.is_cancelled for handle in served.engine.handles)
+    writer.close()
+    await wait_until(lambda: all(handle.is_cancelled for handle in served.engine.handles))
+    assert (await served.post()).status_code == 200
+
+
+async def test_one_failed_picture_cancels_its_siblings(served: Served) -> None:
+    task = asyncio.create_task(served.post(prompt="slow", n=2))
+    await wait_until(lambda: len(served.engine.handles) == 2)
+    served.engine.handles[0].cancel()
+    response = await task
+    assert (response.status_code, error_of(response)["code"]) == (503, "cancelled")
+    assert served.engine.handles[1].is_cancelled
+
+
+async def wait_until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_no_encoding_needs_more_room_than_is_reserved() -> None:
+    for size in (128, 256):
+        image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        request = ImageRequest(prompt="ж" * 32_000, width=size, height=size)
+        text = {"prompt": request.prompt, "model": "m" * 200}
+        for picture_format in ("png", "webp", "jpeg"):
+            encoded = pictures.encode(image, picture_format, 100 if picture_format != "png" else None, text)
+            assert len(encoded) <= _max_encoded_bytes(request)

@@ -1,0 +1,204 @@
+"""`tetrion serve` as a user runs it: the console command, real workers, OpenAI's own client over a loopback socket."""
+
+import asyncio
+import base64
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+from openai.types import ImagesResponse
+from PIL import Image
+
+TETRION = str(Path(sys.executable).with_name("tetrion"))
+SIZES = ("128x128", "256x128", "128x256", "256x256", "192x144")
+
+pytestmark = pytest.mark.timeout(600)
+
+
+class Server:
+    """A `tetrion serve` process that is ready."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [TETRION, "serve", "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.stderr: list[str] = []
+        self._is_ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._is_ready.wait(200) or self.process.poll() is not None:
+            self.process.kill()
+            raise AssertionError("the server did not start:\n" + "".join(self.stderr))
+        match = re.search(r"http://\S+", "".join(self.stderr))
+        assert match is not None
+        self.url = match[0]
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.stderr.append(line)
+            if line.startswith("serving model"):
+                self._is_ready.set()
+        self._is_ready.set()
+
+    def client(self, max_retries: int = 0) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=max_retries, timeout=300)
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def num_fds(self) -> int:
+        return psutil.Process(self.process.pid).num_fds()
+
+    def stop(self, signum: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        code = self.process.wait(90)
+        self._reader.join(10)
+        return code
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = Server("--devices", "cpu:2")
+    yield running
+    running.stop(signal.SIGKILL)
+
+
+def named_segments(processes: list[psutil.Process]) -> set[Path]:
+    """Shared memory with a name, which could outlive its processes, that any of `processes` maps."""
+    maps = {entry.path for process in processes for entry in process.memory_maps()}
+    return {Path(path) for path in maps if path.startswith("/dev/shm/") and not path.endswith(" (deleted)")}
+
+
+def picture_of(response: ImagesResponse, index: int = 0) -> np.ndarray:
+    assert response.data is not None
+    data = response.data[index].b64_json
+    assert data is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+async def test_the_openai_client_draws_a_picture(server: Server) -> None:
+    async with server.client() as client:
+        response = await client.images.generate(
+            model="shapes",
+            prompt="a large red circle on a navy background",
+            size="256x256",
+            response_format="b64_json",
+            extra_body={"seed": 7},
+        )
+    picture = picture_of(response)
+    assert picture.shape == (256, 256, 3)
+    red, navy = np.array([0xE5, 0x39, 0x35]), np.array([0x0D, 0x1B, 0x4C])
+    assert np.abs(picture[4:12, 4:12].astype(int) - navy).mean() < 30
+    assert 0.08 < (np.abs(picture.astype(int) - red) <= 40).all(axis=2).mean() < 0.25
+    assert response.usage is not None and response.usage.output_tokens == 256
+
+
+async def test_the_same_seed_is_the_same_picture_and_urls_work(server: Server) -> None:
+    extra = {"seed": 11, "num_inference_steps": 4}
+    async with server.client() as client, httpx.AsyncClient() as http:
+        alone = await client.images.generate(prompt="a green star", extra_body=extra)
+        several = await client.images.generate(prompt="a green star", n=3, response_format="url", extra_body=extra)
+        assert several.data is not None and len(several.data) == 3
+        fetched = await http.get(several.data[0].url or "")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(fetched.content))), picture_of(alone))
+    assert fetched.headers["content-type"] == "image/png"
+
+
+async def test_bodies_are_strictly_of_the_clients_own_types(server: Server) -> None:
+    async with httpx.AsyncClient(timeout=200) as http:
+        body = {"prompt": "a blue ring", "num_inference_steps": 2, "slo_ms": 60_000, "output_format": "webp"}
+        response = await http.post(f"{server.url}/v1/images/generations", json=body)
+    assert response.status_code == 200, response.text
+    ImagesResponse.model_validate_json(response.content, strict=True)
+
+
+async def test_errors_over_the_wire(server: Server) -> None:
+    async with server.client() as client:
+        with pytest.raises(openai.BadRequestError) as size:
+            await client.images.generate(prompt="a", size="100x100")
+        with pytest.raises(openai.BadRequestError) as steps:
+            await client.images.generate(prompt="a", extra_body={"num_inference_steps": 0})
+        with pytest.raises(openai.BadRequestError) as stream:
+            await client.images.generate(prompt="a", stream=True)
+    assert (size.value.param, steps.value.param, stream.value.param) == ("size", "num_inference_steps", "stream")
+
+
+async def test_a_port_in_use_is_told_at_once(server: Server) -> None:
+    port = server.url.rpartition(":")[2]
+    process = await asyncio.create_subprocess_exec(TETRION, "serve", "--port", port, stderr=asyncio.subprocess.PIPE)
+    _, stderr = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 2
+    assert f"port: cannot listen on 127.0.0.1 port {port}" in stderr.decode()
+
+
+async def test_200_concurrent_requests_of_mixed_sizes_leave_nothing_behind() -> None:
+    server = await asyncio.to_thread(Server, "--devices", "cpu:2")
+    try:
+        workers = server.workers()
+        async with server.client() as client:
+
+            async def draw(i: int) -> tuple[int, ...]:
+                size, extra = SIZES[i % len(SIZES)], {"seed": i, "num_inference_steps": 1 + i % 2}
+                response = await client.images.generate(prompt=f"a red circle {i}", size=size, extra_body=extra)
+                return picture_of(response).shape
+
+            await asyncio.gather(*map(draw, range(4)))
+            num_fds = server.num_fds()
+            shapes = await asyncio.gather(*map(draw, range(200)))
+        wanted = [tuple(map(int, reversed(SIZES[i % len(SIZES)].split("x")))) for i in range(200)]
+        assert [shape[:2] for shape in shapes] == wanted
+        async with asyncio.timeout(30):
+            while server.num_fds() > num_fds:
+                await asyncio.sleep(0.1)
+        segments = named_segments([psutil.Process(server.process.pid), *workers])
+        assert await asyncio.to_thread(server.stop) == 0
+        assert not any("Traceback" in line for line in server.stderr)
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert workers and not alive
+        assert not [path for path in segments if path.exists()]
+    finally:
+        server.stop(signal.SIGKILL)
+
+
+async def test_a_killed_worker_means_an_error_or_a_picture_but_no_hang() -> None:
+    server = await asyncio.to_thread(Server, "--devices", "cpu:2")
+    try:
+        async with server.client() as client:
+            extra = {"seed": 1, "num_inference_steps": 200}
+            drawing = [
+                asyncio.create_task(client.images.generate(prompt=f"a star {i}", size="256x256", extra_body=extra))
+                for i in range(2)
+            ]
+            await asyncio.sleep(1.5)
+            server.workers()[0].kill()
+            async with asyncio.timeout(240):
+                outcomes = await asyncio.gather(*drawing, return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, ImagesResponse):
+                    assert picture_of(outcome).shape == (256, 256, 3)
+                else:
+                    assert isinstance(outcome, openai.InternalServerError) and outcome.code, repr(outcome)
+        assert (await asyncio.to_thread(httpx.get, f"{server.url}/health")).status_code == 200
+    finally:
+        assert await asyncio.to_thread(server.stop) == 0
+
+
+async def test_ctrl_c_stops_server_and_workers() -> None:
+    server = await asyncio.to_thread(Server, "--devices", "cpu:1")
+    workers = server.workers()
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert await asyncio.to_thread(server.process.wait, 60) == 130
+    assert workers and not psutil.wait_procs(workers, timeout=20)[1]
+    assert not any("Traceback" in line for line in server.stderr)

@@ -1,0 +1,242 @@
+"""`tetrion batch` on a test double: ids, seeds, bad lines, resuming, interruption."""
+
+import asyncio
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.entrypoints.conftest import FakeFactory
+from tetrion.engine.config import EngineConfig
+from tetrion.entrypoints import pictures as pictures_module
+from tetrion.entrypoints.batch import batch
+from tetrion.entrypoints.batch_lines import seed_of_id
+
+Tetrion = Callable[..., int]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def lines(*entries: object) -> Path:
+        path = tmp_path / "requests.jsonl"
+        path.write_text(
+            "".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in entries),
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+        return path
+
+    return lines
+
+
+def manifest(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def pictures(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir() if path.name != "manifest.jsonl")
+
+
+def wait_for_entries(out: Path, number: int) -> None:
+    while not (out / "manifest.jsonl").exists() or len(manifest(out)) < number:
+        time.sleep(0.005)
+
+
+def test_every_line_becomes_a_picture(tetrion: Tetrion, write: Callable[..., Path], out: Path, capsys: Capture) -> None:
+    requests = write(
+        {"prompt": "a star", "size": "128x256", "seed": 7, "num_steps": 3, "guidance": 2, "slo_ms": 900, "id": "a.1"},
+        "",
+        {"prompt": "a circle"},
+        {"prompt": "a ring", "id": 12},
+    )
+    assert tetrion("batch", requests, "--output", out) == 0
+    assert pictures(out) == ["12.png", "3.png", "a.1.png"]
+    assert Image.open(out / "a.1.png").size == (128, 256)
+    by_id = {entry["id"]: entry for entry in manifest(out)}
+    first = by_id["a.1"]
+    assert (first["line"], first["status"], first["file"], first["seed"]) == (1, "finished", "a.1.png", 7)
+    assert first["degrees"] == [1, 2, 2] and first["latency_s"] == 0.5 and first["slo_met"] is True
+    assert by_id["3"]["seed"] == seed_of_id("3") and by_id["3"]["line"] == 3
+    assert "3 drawn, 0 already there, 0 failed" in capsys.readouterr().out
+
+
+def test_a_rerun_draws_only_what_is_missing_or_changed(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], out: Path, capsys: Capture
+) -> None:
+    same, gone, changed = {"prompt": "same"}, {"prompt": "gone"}, {"prompt": "changed", "seed": 1}
+    assert tetrion("batch", write(same, gone, changed), "--output", out) == 0
+    before = (out / "1.png").stat().st_mtime_ns
+    (out / "2.png").unlink()
+    assert tetrion("batch", write(same, gone, changed | {"seed": 2}, {"prompt": "new"}), "--output", out) == 0
+    assert [handle.request.prompt for handle in factory.last.handles] == ["gone", "changed", "new"]
+    assert (out / "1.png").stat().st_mtime_ns == before
+    assert "3 drawn, 1 already there, 0 failed" in capsys.readouterr().out
+    assert sorted(entry["id"] for entry in manifest(out)) == ["1", "2", "3", "4"]
+    assert (np.asarray(Image.open(out / "3.png")) == (2, 0, 128)).all()
+
+
+def test_nothing_to_do_starts_no_engine(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], out: Path
+) -> None:
+    requests = write({"prompt": "a star"})
+    assert tetrion("batch", requests, "--output", out) == 0
+    kept = (out / "manifest.jsonl").read_text()
+    assert tetrion("batch", requests, "--output", out) == 0
+    assert [engine.num_starts for engine in factory.engines] == [1, 0]
+    assert (out / "manifest.jsonl").read_text() == kept
+
+
+BAD_LINES = [
+    ("{", "not valid JSON", None),
+    ('{"prompt": "\udcff"}', "not valid JSON", None),
+    ("[1]", "Expected `object`, got `array`", None),
+    ('{"prompt": 1}', "prompt: Expected `str`", None),
+    ('{"seed": 1}', "missing required field `prompt`", None),
+    ('{"prompt": "a", "stepz": 1}', "unknown field `stepz`", None),
+    ('{"prompt": "a", "id": "../up"}', "id: expected 1 to 100 letters", None),
+    ('{"prompt": "a", "id": ".hidden"}', "id: expected 1 to 100 letters", None),
+    ('{"prompt": "a", "id": "a\\nb"}', "id: expected 1 to 100 letters", None),
+    ('{"prompt": "a", "id": -1}', "id: must be a whole number from 0", "-1"),
+    ('{"prompt": " ", "id": "x"}', "prompt: must not be empty", "x"),
+    ('{"prompt": "a", "size": "100x100"}', "width: must be a multiple of 16", "2"),
+    ('{"prompt": "a", "size": "big"}', "size: expected WIDTHxHEIGHT", "2"),
+    ('{"prompt": "a", "num_steps": 0}', "num_steps: must be from 1 to 1000", "2"),
+    ('{"prompt": "a", "id": "FIRST"}', "id: 'FIRST' is taken by line 1", "FIRST"),
+    ("\x00\x01", "not valid JSON", None),
+]
+
+
+@pytest.mark.parametrize(("bad", "says", "identifier"), BAD_LINES)
+def test_a_bad_line_is_reported_with_its_number_and_stops_nothing(
+    tetrion: Tetrion,
+    write: Callable[..., Path],
+    out: Path,
+    capsys: Capture,
+    bad: str,
+    says: str,
+    identifier: str | None,
+) -> None:
+    requests = write({"prompt": "a", "id": "first"}, bad, {"prompt": "a", "id": "last"})
+    assert tetrion("batch", requests, "--output", out) == 1
+    assert pictures(out) == ["first.png", "last.png"]
+    captured = capsys.readouterr()
+    assert f"{requests}:2: " in captured.err and says in captured.err
+    assert "2 drawn, 0 already there, 1 failed" in captured.out
+    (failed,) = (entry for entry in manifest(out) if entry["status"] == "failed")
+    assert failed["line"] == 2 and says in failed["error"] and failed["id"] == identifier
+
+
+def test_a_failed_request_is_recorded_and_tried_again(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], out: Path, capsys: Capture
+) -> None:
+    requests = write({"prompt": "a star"}, {"prompt": "fail", "id": "f"}, {"prompt": "a ring"})
+    for already in (0, 2):
+        assert tetrion("batch", requests, "--output", out) == 1
+        captured = capsys.readouterr()
+        assert "line 2 (f): worker 1 was lost" in captured.err
+        assert f"{2 - already} drawn, {already} already there, 1 failed" in captured.out
+    assert [(e["id"], e["status"]) for e in manifest(out) if e["id"] == "f"] == [("f", "failed")]
+    assert [handle.request.prompt for handle in factory.last.handles] == ["fail"]
+    assert pictures(out) == ["1.png", "3.png"]
+
+
+def test_a_torn_manifest_and_leftovers_of_a_killed_run_are_mended(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], out: Path
+) -> None:
+    requests = write({"prompt": "a"}, {"prompt": "b"})
+    assert tetrion("batch", requests, "--output", out) == 0
+    whole = (out / "manifest.jsonl").read_bytes()
+    (out / "manifest.jsonl").write_bytes(whole[:-9])  # as after a power cut within the second line
+    (out / ".tetrion-0123.tmp").write_bytes(b"half a pic")
+    assert tetrion("batch", requests, "--output", out) == 0
+    assert len(factory.last.handles) == 1
+    assert sorted(entry["id"] for entry in manifest(out)) == ["1", "2"]
+    assert pictures(out) == ["1.png", "2.png"]
+
+
+async def test_an_interrupted_run_goes_on_where_it_stopped(
+    factory: FakeFactory, write: Callable[..., Path], out: Path, capsys: Capture
+) -> None:
+    requests = write({"prompt": "a"}, {"prompt": "slow"}, {"prompt": "b"})
+    running = asyncio.create_task(batch(requests, out, factory(EngineConfig(devices="cpu:1"))))
+    await asyncio.to_thread(wait_for_entries, out, 2)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert "interrupted after 2 of 3" in capsys.readouterr().err
+    assert factory.last.handles[1].is_cancelled and not factory.last.is_running
+    assert sorted(entry["id"] for entry in manifest(out)) == ["1", "3"] and pictures(out) == ["1.png", "3.png"]
+
+    faster = write({"prompt": "a"}, {"prompt": "quick"}, {"prompt": "b"})
+    assert await batch(faster, out, factory(EngineConfig(devices="cpu:1"))) == 0
+    assert [handle.request.prompt for handle in factory.last.handles] == ["quick"]
+
+
+async def test_a_picture_in_the_writing_is_finished_and_recorded_when_interrupted(
+    factory: FakeFactory, write: Callable[..., Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding, interrupted, encode = threading.Event(), threading.Event(), pictures_module.encode
+
+    def slow_encode(*arguments: Any, **options: Any) -> bytes:
+        encoding.set()
+        assert interrupted.wait(20)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(pictures_module, "encode", slow_encode)
+    running = asyncio.create_task(batch(write({"prompt": "a"}), out, factory(EngineConfig(devices="cpu:1"))))
+    assert await asyncio.to_thread(encoding.wait, 20)
+    running.cancel()
+    await asyncio.sleep(0)
+    interrupted.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [entry["id"] for entry in manifest(out)] == ["1"] and pictures(out) == ["1.png"]
+
+
+def test_entries_of_other_request_files_are_kept(tetrion: Tetrion, write: Callable[..., Path], out: Path) -> None:
+    assert tetrion("batch", write({"prompt": "a", "id": "one"}), "--output", out) == 0
+    assert tetrion("batch", write({"prompt": "b", "id": "two"}), "--output", out) == 0
+    assert [entry["id"] for entry in manifest(out)] == ["one", "two"]
+
+
+def test_one_run_at_a_time(tetrion: Tetrion, write: Callable[..., Path], out: Path, capsys: Capture) -> None:
+    out.mkdir()
+    fd = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        assert tetrion("batch", write({"prompt": "a"}), "--output", out) == 2
+    finally:
+        os.close(fd)
+    assert "output: another batch is writing to" in capsys.readouterr().err
+    assert pictures(out) == []
+
+
+def test_more_lines_than_may_be_in_flight(tetrion: Tetrion, write: Callable[..., Path], out: Path) -> None:
+    requests = write(*({"prompt": f"picture {i}"} for i in range(150)))
+    assert tetrion("batch", requests, "--output", out) == 0
+    assert len(pictures(out)) == len(manifest(out)) == 150
+
+
+def test_missing_file_and_empty_file(tetrion: Tetrion, write: Callable[..., Path], out: Path, capsys: Capture) -> None:
+    assert tetrion("batch", "nothing.jsonl", "--output", out) == 2
+    assert "requests: cannot read 'nothing.jsonl'" in capsys.readouterr().err
+    assert not out.exists()
+    assert tetrion("batch", write(), "--output", out) == 0
+
+
+def test_seeds_of_ids_are_fixed_for_ever() -> None:
+    assert [seed_of_id(name) for name in ("1", "2", "a")] == [1803989619, 3564330554, 3398926610]
