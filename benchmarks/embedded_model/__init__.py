@@ -1,0 +1,1 @@
+"""Renderer, training and evaluation of the embedded model `configs/models/shapes`."""

@@ -1,0 +1,120 @@
+"""Trains the embedded model, from nothing or from a model folder, within a time budget; writes a model folder.
+
+`python -m benchmarks.embedded_model.train --seconds 1500 --output checkpoints/shapes` does everything on one GPU.
+`--resume DIR` starts from the weights of a model folder; `--stages` then says what is trained further.
+"""
+
+import argparse
+import copy
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+
+from benchmarks.embedded_model.architecture import PRESET, Components, build
+from benchmarks.embedded_model.evaluate import evaluate_set, sheet
+from benchmarks.embedded_model.examples import ExamplePool
+from benchmarks.embedded_model.export import export, load
+from benchmarks.embedded_model.prompts import PROMPT_SETS
+from benchmarks.embedded_model.train_autoencoder import train_autoencoder
+from benchmarks.embedded_model.train_text_encoders import train_text_encoders
+from benchmarks.embedded_model.train_transformer import TransformerTrainer, cache_bucket, zero_gates
+from benchmarks.embedded_model.training_clock import log
+
+STAGES = ("autoencoder", "text", "transformer")
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = torch.device(args.device)
+    began = time.time()
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails at 12 heads of 32 in torch 2.11
+    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.suppress_errors = True
+    torch._inductor.config.triton.coalesce_tiling_analysis = False  # fails on dynamic shapes in torch 2.11
+    components = load(args.resume) if args.resume else build(args.seed)
+    pool = ExamplePool(args.seed, args.scale, max(1, (os.cpu_count() or 1) - 2))
+    if "autoencoder" in args.stages:
+        train_autoencoder(components.vae, args.autoencoder_seconds, device, int(args.scale * 32 * 256 * 256))
+    components.vae.to(device, memory_format=torch.channels_last).eval()
+    examples = pool.collect()
+    log("examples", counts=[len(e) for e in examples.values()], seconds=time.time() - began)
+    if "text" in args.stages:
+        train_text_encoders(
+            components.text_encoder_2,
+            components.text_encoder,
+            examples[256, 256],
+            args.text_seconds,
+            device,
+            max(16, int(args.scale * 512)),
+        )
+    components.text_encoder.to(device).eval().requires_grad_(False)
+    components.text_encoder_2.to(device).eval().requires_grad_(False)
+    export(on_cpu(components), args.output)
+    if "transformer" in args.stages:
+        train_and_report(components, examples, device, args, began)
+    log("done", seconds=time.time() - began)
+
+
+def train_and_report(components: Components, examples: dict, device: torch.device, args, began: float) -> None:
+    """The transformer's stage: cache latents, train, report now and then, export the moving average."""
+    pixels = max(4, int(args.scale * 192)) * 256 * 256
+    buckets = [cache_bucket(components.vae, e, w, h, device, pixels) for (w, h), e in examples.items()]
+    log("cached", seconds=time.time() - began)
+    if not args.resume or args.fresh_transformer:
+        zero_gates(components.transformer)
+    trainer = TransformerTrainer(components, buckets, device, max(400, int(args.scale * args.tokens_per_batch)))
+
+    def report(average) -> None:
+        finished = dataclasses.replace(components, transformer=average)
+        export(on_cpu(finished), args.output)
+        report_quality(finished, args.output, max(4, int(args.scale * 64)))
+
+    left = args.seconds - (time.time() - began) - args.reserve_seconds
+    trainer.train(max(left, 5.0), report, args.report_interval, args.peak_rate)
+    report(trainer.average)
+
+
+def on_cpu(components: Components) -> Components:
+    """A float32 copy that may be exported while training goes on."""
+    copies = {name: copy.deepcopy(module).cpu() for name, module in components.modules().items()}
+    return dataclasses.replace(components, **copies)
+
+
+@torch.no_grad()
+def report_quality(components: Components, folder: Path, n: int) -> None:
+    """Draw and check a few prompts of the first three sets; write a contact sheet of each beside the model folder."""
+    pipeline = FluxPipeline(**{name: getattr(components, name) for name in Components.__dataclass_fields__})
+    for prompts in PROMPT_SETS[:3]:
+        row, drawn = evaluate_set(pipeline, prompts, n, PRESET["num_steps"], 64 * 256 * 256)
+        log("quality", **row)
+        sheet(drawn[:64]).save(folder.parent / f"{folder.name}-{prompts.name}.png")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, required=True, help="budget of the whole run")
+    parser.add_argument("--output", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--resume", type=Path, help="model folder to start from")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--autoencoder-seconds", type=float, default=140.0)
+    parser.add_argument("--text-seconds", type=float, default=60.0)
+    parser.add_argument("--reserve-seconds", type=float, default=25.0, help="kept for the last report and export")
+    parser.add_argument("--report-interval", type=float, default=240.0, help="seconds between reports")
+    parser.add_argument("--tokens-per-batch", type=int, default=196_608)
+    parser.add_argument("--peak-rate", type=float, default=1.0, help="factor on the peak learning rates")
+    parser.add_argument("--fresh-transformer", action="store_true", help="with --resume: do not keep its transformer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on batch and data set sizes, for rehearsals")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Trains the FLUX transformer by flow matching on cached latents, in size buckets, on a wall-clock schedule."""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import nn
+
+from benchmarks.embedded_model.architecture import Components
+from benchmarks.embedded_model.examples import BUCKETS, Examples
+from benchmarks.embedded_model.renderer import draw
+from benchmarks.embedded_model.train_text_encoders import LENGTH_SHARES, TEXT_LENGTHS
+from benchmarks.embedded_model.training_clock import Clock, log
+
+MATRIX_RATE, OTHER_RATE = 2e-3, 1.5e-3  # peak learning rates of Muon and AdamW
+EMA_DECAY = 0.998
+TIMESTEP_SHIFT = 2.5  # at 256 tokens; the schedule at inference is shifted likewise
+
+
+@dataclass
+class Bucket:
+    """Cached latents (N, image tokens, 4 * channels) of one picture size, with their captions' token ids (N, 64)."""
+
+    width: int
+    height: int
+    latents: torch.Tensor
+    t5_ids: torch.Tensor
+    clip_ids: torch.Tensor
+    image_ids: torch.Tensor
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, H/2 * W/2, 4 C), FluxPipeline's order."""
+    n, c, h, w = latents.shape
+    return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h // 2 * (w // 2), 4 * c)
+
+
+def image_position_ids(width: int, height: int, device) -> torch.Tensor:
+    """Rotary position ids (height/16 * width/16, 3): 0, row, column."""
+    rows, columns = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).float().to(device)
+
+
+@torch.no_grad()
+def cache_bucket(vae: AutoencoderKL, examples: Examples, width: int, height: int, device, chunk: int) -> Bucket:
+    """Draw and encode every example once."""
+    step = max(1, chunk // (width * height))
+    latents = []
+    for first in range(0, len(examples), step):
+        part = examples[first : first + step]
+        pictures = draw(part.scenes, part.centres, width, height, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
+        latents.append(pack((mean - vae.config.shift_factor) * vae.config.scaling_factor).to(torch.float16))
+    return Bucket(
+        width,
+        height,
+        torch.cat(latents),
+        torch.as_tensor(examples.t5_ids, device=device).long(),
+        torch.as_tensor(examples.clip_ids, device=device).long(),
+        image_position_ids(width, height, device),
+    )
+
+
+def optimizers_of(transformer: FluxTransformer2DModel) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' square-ish matrices, AdamW for modulation, embeddings, norms, biases and the output."""
+    matrices, others = [], []
+    for name, parameter in transformer.named_parameters():
+        is_matrix = "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
+        (matrices if is_matrix else others).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    return [muon, adamw]
+
+
+def sample_sigmas(n: int, device) -> torch.Tensor:
+    """Noise levels (n,): logit-normal under the schedule's shift, a fifth uniform."""
+    u = torch.sigmoid(torch.randn(n, device=device))
+    u = torch.where(torch.rand(n, device=device) < 0.2, torch.rand(n, device=device), u)
+    return TIMESTEP_SHIFT * u / (1 + (TIMESTEP_SHIFT - 1) * u)
+
+
+@torch.no_grad()
+def zero_gates(transformer: FluxTransformer2DModel) -> None:
+    """adaLN-Zero (Peebles and Xie, 2023): every block starts as the identity, the model's output at zero."""
+    for name, parameter in transformer.named_parameters():
+        if ".norm1.linear" in name or ".norm1_context.linear" in name or ".norm.linear" in name:
+            parameter.zero_()
+        if name.startswith(("proj_out", "norm_out.linear")):
+            parameter.zero_()
+
+
+class TransformerTrainer:
+    """Owns the transformer, its moving average and the optimizers; text encoders stay as they were pre-trained."""
+
+    def __init__(
+        self,
+        components: Components,
+        buckets: list[Bucket],
+        device: torch.device,
+        tokens_per_batch: int,
+        compile_blocks: bool = False,
+    ):
+        self._components = components
+        self._buckets = buckets
+        self._device = device
+        self._tokens_per_batch = tokens_per_batch
+        self.transformer = components.transformer.to(device).train()
+        self.average = copy.deepcopy(self.transformer).eval().requires_grad_(False)
+        self._timestep = torch.zeros(1)
+        self.transformer.time_text_embed.register_forward_pre_hook(
+            lambda module, inputs: (self._timestep * 1000, *inputs[1:])  # the forward pass rounds it to bfloat16
+        )
+        self._optimizers = optimizers_of(self.transformer)
+        self._peaks = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
+        self._rng = np.random.default_rng(int(time.time()))
+        shares = np.array([BUCKETS[bucket.width, bucket.height][0] for bucket in buckets])
+        self._shares = shares / shares.sum()
+        if device.type == "cuda" and compile_blocks:
+            self.transformer.compile_repeated_blocks(dynamic=True)
+
+    def train(self, seconds: float, on_interval=None, interval_s: float = 240.0, peak: float = 1.0) -> int:
+        """Train for `seconds`; `on_interval(average)` is called now and then. Returns the number of steps."""
+        clock, step, began, num_samples = Clock(seconds, warmup_steps=150, hold=0.25), 0, time.time(), 0
+        last_call, smoothed = time.time(), None
+        while not clock.is_over:
+            rate = peak * clock.rate(step)
+            groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+            for group, base in zip(groups, self._peaks, strict=True):
+                group["lr"] = base * rate
+            loss, n = self._step()
+            self._update_average(min(EMA_DECAY, (step + 1) / (step + 20)))
+            num_samples += n
+            if step % 100 == 0:
+                smoothed = loss.item() if smoothed is None else 0.7 * smoothed + 0.3 * loss.item()
+                log(
+                    "transformer", step=step, loss=smoothed, rate=rate, samples=num_samples, seconds=time.time() - began
+                )
+            if on_interval is not None and time.time() - last_call > interval_s and clock.progress < 0.9:
+                on_interval(self.average)
+                last_call = time.time()
+            step += 1
+        log("transformer", step=step, loss=smoothed, samples=num_samples, seconds=time.time() - began)
+        return step
+
+    def _step(self) -> tuple[torch.Tensor, int]:
+        bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]
+        length = TEXT_LENGTHS[self._rng.choice(len(TEXT_LENGTHS), p=LENGTH_SHARES)]
+        n = max(2, self._tokens_per_batch // (bucket.latents.shape[1] + length))
+        chosen = torch.randint(len(bucket.latents), (n,), device=self._device)
+        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            ids = F.pad(bucket.t5_ids[chosen], (0, length - bucket.t5_ids.shape[1]))
+            text = self._components.text_encoder_2(ids).last_hidden_state
+            pooled = self._components.text_encoder(bucket.clip_ids[chosen]).pooler_output
+        clean = bucket.latents[chosen].float()
+        noise = torch.randn_like(clean)
+        sigma = sample_sigmas(n, self._device)
+        self._timestep = sigma
+        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            velocity = self.transformer(
+                hidden_states=noisy,
+                timestep=sigma,
+                pooled_projections=pooled,
+                encoder_hidden_states=text,
+                img_ids=bucket.image_ids,
+                txt_ids=torch.zeros(length, 3, device=self._device),
+                return_dict=False,
+            )[0]
+        loss = F.mse_loss(velocity.float(), noise - clean)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), n
+
+    @torch.no_grad()
+    def _update_average(self, decay: float) -> None:
+        source = [p.detach() for p in self.transformer.parameters()]
+        torch._foreach_lerp_(list(self.average.parameters()), source, 1 - decay)
