@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from tetrion.engine.config import EngineConfig, threads_per_worker
 from tetrion.engine.executor import WorkerLost
+from tetrion.engine.machine import cpu_name
 from tetrion.engine.messages import (
     CopyLatents,
     Decode,
@@ -203,18 +204,10 @@ def _cache_path(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig
         files,
         num_workers,
         threads_per_worker(config, num_workers),
-        (platform.machine(), platform.node(), _cpu_name(), os.cpu_count()),
+        (platform.machine(), platform.node(), cpu_name(), os.cpu_count()),
         (version("torch"), version("tetrion")),
     )
     return base / "tetrion" / "profiles" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _machine_is_busy() -> bool:

@@ -24,7 +24,7 @@ def engine_options(command: Command) -> Command:
             "--num-threads", type=click.IntRange(min=1), help="CPU threads per worker. Default: all, divided."
         ),
         click.option("--policy", metavar="NAME", help="Planner: horizon (default), fixed-1, fixed-2, …"),
-        click.option("--devices", metavar="LIST", help="cpu:4 or cuda:0,1. Default: all GPUs, else two CPU workers."),
+        click.option("--devices", metavar="LIST", help="cpu:N starts N CPU workers. Default: cpu:2."),
         click.option("--model", metavar="PATH", help="A FLUX.1 folder in diffusers layout. Default: the embedded one."),
     ):
         command = option(command)
@@ -135,6 +135,7 @@ def bench() -> None:
 @click.option(
     "--num-after-silence", type=click.IntRange(min=1), default=500, show_default=True, help="After 5 ms each."
 )
+@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def bench_ring(**options: Any) -> int:
     """The time from engine to worker and back for a command that does nothing."""

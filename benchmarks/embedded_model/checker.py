@@ -4,6 +4,7 @@ Segments against the background colour, finds connected components, and for each
 bounding box (at half coverage) and shape (overlap with templates drawn by PIL). Then compares with the scene asked for.
 """
 
+import functools
 from dataclasses import dataclass, field
 from itertools import permutations
 
@@ -126,21 +127,18 @@ def _classify(coverage: np.ndarray) -> tuple[str | None, tuple[float, float, flo
     return (best if overlaps[best] >= LEAST_OVERLAP else None), box
 
 
-_TEMPLATES: dict[str, np.ndarray] = {}
-
-
+@functools.cache
 def _templates() -> dict[str, np.ndarray]:
     """Boolean masks of every shape, centred, the longer side of its bounding box filling the square."""
-    if not _TEMPLATES:
-        n = 8 * TEMPLATE_PIXELS
-        for name, outlines in _outlines().items():
-            image = Image.new("L", (n, n), 0)
-            pen = ImageDraw.Draw(image)
-            for kind, points, ink in outlines:
-                getattr(pen, kind)([(0.5 + value) * n for value in points], fill=ink)
-            image = image.resize((TEMPLATE_PIXELS, TEMPLATE_PIXELS), Image.Resampling.BOX)
-            _TEMPLATES[name] = np.asarray(image) >= 128
-    return _TEMPLATES
+    n = 8 * TEMPLATE_PIXELS
+    templates = {}
+    for name, outlines in _outlines().items():
+        image = Image.new("L", (n, n), 0)
+        pen = ImageDraw.Draw(image)
+        for kind, points, ink in outlines:
+            getattr(pen, kind)([(0.5 + value) * n for value in points], fill=ink)
+        templates[name] = np.asarray(image.resize((TEMPLATE_PIXELS, TEMPLATE_PIXELS), Image.Resampling.BOX)) >= 128
+    return templates
 
 
 def _outlines() -> dict[str, list[tuple[str, list[float], int]]]:

@@ -9,22 +9,22 @@ spins but lets the event loop call `drain` when the doorbell rings, as an asynci
 
 import asyncio
 import importlib.util
-import json
 import multiprocessing
 import os
-import platform
 import select
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tetrion.engine.messages import Event, Ping, Pong
 from tetrion.engine.transport.channel import SPIN_S, EngineEnd, create_channel, send_to_all
+from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.ring_echo import echo_queues
 
 SILENCE_S = 0.005
@@ -55,7 +55,8 @@ def run(num_round_trips: int = 2000, num_after_silence: int = 500, queue: bool =
     if queue:
         with _queues() as round_trip:
             rows += [_row("multiprocessing.Queue", s, n, _measure(round_trip, s, n)) for s, n in counts.items()]
-    return {"host": _host(), "rows": rows}
+    line = f"tetrion bench ring --num-round-trips {num_round_trips} --num-after-silence {num_after_silence}"
+    return make_record(line, rows)
 
 
 def render(result: dict[str, Any]) -> str:
@@ -63,7 +64,7 @@ def render(result: dict[str, Any]) -> str:
     host = result["host"]
     lines = [
         f"{host['cpu']}, {host['num_cores']} cores (load {host['load_1min']:.1f}), "
-        f"{host['python']}, {host['system']}; spin at most {host['spin_us']:.0f} µs",
+        f"{host['python']}, {host['system']}; spin at most {1e6 * SPIN_S:.0f} µs",
         f"{'round trip over':24}{'silence':>9}{'p50 µs':>10}{'p99 µs':>10}{'max µs':>10}   wanted (idle machine)",
     ]
     for row in result["rows"]:
@@ -73,10 +74,13 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def command(num_round_trips: int = 2000, num_after_silence: int = 500, as_json: bool = False) -> dict[str, Any]:
-    """What `tetrion bench ring` does: measure, print the table (or one JSON object), return the result."""
+def command(
+    num_round_trips: int = 2000, num_after_silence: int = 500, output: Path | None = None, as_json: bool = False
+) -> dict[str, Any]:
+    """What `tetrion bench ring` does: measure, print the table (or one JSON object), write `output`."""
     result = run(num_round_trips, num_after_silence)
-    print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
+    text = write_record(result, output)
+    print(text if as_json else render(result))
     return result
 
 
@@ -233,25 +237,6 @@ def _row(transport: str, silence_s: float, count: int, times_s: list[float]) -> 
 def _percentile(ascending: list[float], percent: int) -> float:
     """Nearest rank: the smallest value that at least `percent` in a hundred do not exceed."""
     return ascending[-(-len(ascending) * percent // 100) - 1]
-
-
-def _host() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_name(),
-        "num_cores": os.cpu_count(),
-        "load_1min": os.getloadavg()[0],
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "spin_us": 1e6 * SPIN_S,
-    }
-
-
-def _cpu_name() -> str:
-    with suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ Two comparisons on the machine it runs on, every pair interleaved (A B A B …) 
 
 import asyncio
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import ImageRequest
+from tetrion.entrypoints.bench.record import make_record, write_record
 
 PROMPT = "a red circle left of a large blue star"
 SIZES = (256, 512)
@@ -110,19 +108,8 @@ def run(
     rows = asyncio.run(compare_with_diffusers(model, num_threads, num_steps, repeats))
     report(f"{len(workers)} one-thread workers, degree by degree")
     rows += asyncio.run(compare_degrees(model, len(workers), num_steps, repeats))
-    return {
-        "host": {
-            "machine": platform.machine(),
-            "cpu": _cpu_name(),
-            "num_cpus": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "diffusers": version("diffusers"),
-        },
-        "commit": _commit(),
-        "command": f"tetrion bench step --devices cpu:{len(workers)} --num-steps {num_steps} --repeats {repeats}",
-        "rows": rows,
-    }
+    line = f"tetrion bench step --devices cpu:{len(workers)} --num-steps {num_steps} --repeats {repeats}"
+    return make_record(line, rows)
 
 
 def command(
@@ -142,9 +129,7 @@ def command(
         repeats=repeats,
         report=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    if output is not None:
-        output.write_text(text + "\n")
+    text = write_record(result, output)
     print(text if as_json else table(result))
     return result
 
@@ -157,22 +142,3 @@ def table(result: dict[str, Any]) -> str:
             f"{row['system']:<14}{row['px']:>6}{row['degree']:>8}{row['threads']:>9}{row['ms']:>12.1f}{row['ratio']:>8.3f}"
         )
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _commit() -> str | None:
-    """The commit, where one can be known: TETRION_COMMIT, else git."""
-    if commit := os.environ.get("TETRION_COMMIT"):
-        return commit
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -1,0 +1,33 @@
+"""Where a measurement's record comes from and goes to: commit, command line, JSON file."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tetrion.engine.machine import describe_host
+
+
+def make_record(command: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """`{"host", "commit", "command", "rows"}`, the form of every file in `benchmarks/results/`."""
+    return {"host": describe_host(), "commit": _commit(), "command": command, "rows": rows}
+
+
+def write_record(record: dict[str, Any], output: Path | None) -> str:
+    """The record as JSON text, written to `output` too if one is given."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    if output is not None:
+        output.write_text(text + "\n")
+    return text
+
+
+def _commit() -> str | None:
+    """TETRION_COMMIT, else what git says; None where neither knows."""
+    if commit := os.environ.get("TETRION_COMMIT"):
+        return commit
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
