@@ -18,6 +18,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 from tetrion.engine.parallel.words import AbortWords
 from tetrion.engine.request import GenerationError
+from tetrion.engine.transport.available_memory import available_memory_bytes
 from tetrion.engine.transport.channel import EngineEnd, create_channel, send_to_all
 from tetrion.engine.transport.image_slab import ImageSlab
 from tetrion.engine.transport.segment import SharedSegment, open_anonymous_file
@@ -25,6 +26,8 @@ from tetrion.engine.worker.process import WorkerProcess
 from tetrion.engine.worker.spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
+WORKER_BYTES = 400_000_000
+"""What a worker process takes beside the shared memory: its libraries, mostly."""
 
 
 class ProcessExecutor:
@@ -61,6 +64,7 @@ class ProcessExecutor:
 
     def _spawn(self) -> None:
         spec, num = self._spec, len(self.devices)
+        self._check_memory()
         layout = slab_layout(spec, num, self._config.max_inflight)
         slabs = [self._segment(f"slab-{device_id}", layout.num_bytes) for device_id in self.device_ids]
         control = self._segment("control", ControlLayout(num_devices=num).num_bytes)
@@ -101,6 +105,15 @@ class ProcessExecutor:
         for device_id in self.device_ids:
             loop.add_reader(self._workers[device_id].life_fd, self._on_life_pipe, device_id)
             loop.add_reader(self._channels[device_id].events.fileno(), self._wake.set)
+
+    def _check_memory(self) -> None:
+        """Refuse what would only be killed later, half started."""
+        available, wanted = available_memory_bytes(), WORKER_BYTES * len(self.devices)
+        if available is not None and wanted > available:
+            raise GenerationError(
+                f"devices: {len(self.devices)} workers take about {wanted:,} bytes of memory,"
+                f" {available:,} are available"
+            )
 
     def _segment(self, name: str, num_bytes: int) -> SharedSegment:
         segment = SharedSegment.create(name, num_bytes)

@@ -1,6 +1,6 @@
 """Evaluates a model folder: FluxPipeline draws held-out prompts in float32, the checker judges every picture.
 
-`python -m benchmarks.embedded_model.evaluate --model configs/models/shapes --output benchmarks/results/embedded-model.json`
+`python -m benchmarks.embedded_model.evaluate --output benchmarks/results/embedded-model.json`
 """
 
 import argparse

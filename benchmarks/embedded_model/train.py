@@ -35,9 +35,6 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails at 12 heads of 32 in torch 2.11
-    torch._dynamo.config.cache_size_limit = 64
-    torch._dynamo.config.suppress_errors = True
-    torch._inductor.config.triton.coalesce_tiling_analysis = False  # fails on dynamic shapes in torch 2.11
     components = load(args.resume) if args.resume else build(args.seed)
     pool = ExamplePool(args.seed, args.scale, max(1, (os.cpu_count() or 1) - 2))
     if "autoencoder" in args.stages:
@@ -107,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-seconds", type=float, default=60.0)
     parser.add_argument("--reserve-seconds", type=float, default=25.0, help="kept for the last report and export")
     parser.add_argument("--report-interval", type=float, default=240.0, help="seconds between reports")
-    parser.add_argument("--tokens-per-batch", type=int, default=196_608)
+    parser.add_argument("--tokens-per-batch", type=int, default=98_304)
     parser.add_argument("--peak-rate", type=float, default=1.0, help="factor on the peak learning rates")
     parser.add_argument("--fresh-transformer", action="store_true", help="with --resume: do not keep its transformer")
     parser.add_argument("--seed", type=int, default=0)

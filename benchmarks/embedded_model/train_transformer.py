@@ -97,14 +97,7 @@ def zero_gates(transformer: FluxTransformer2DModel) -> None:
 class TransformerTrainer:
     """Owns the transformer, its moving average and the optimizers; text encoders stay as they were pre-trained."""
 
-    def __init__(
-        self,
-        components: Components,
-        buckets: list[Bucket],
-        device: torch.device,
-        tokens_per_batch: int,
-        compile_blocks: bool = False,
-    ):
+    def __init__(self, components: Components, buckets: list[Bucket], device: torch.device, tokens_per_batch: int):
         self._components = components
         self._buckets = buckets
         self._device = device
@@ -120,12 +113,10 @@ class TransformerTrainer:
         self._rng = np.random.default_rng(int(time.time()))
         shares = np.array([BUCKETS[bucket.width, bucket.height][0] for bucket in buckets])
         self._shares = shares / shares.sum()
-        if device.type == "cuda" and compile_blocks:
-            self.transformer.compile_repeated_blocks(dynamic=True)
 
     def train(self, seconds: float, on_interval=None, interval_s: float = 240.0, peak: float = 1.0) -> int:
         """Train for `seconds`; `on_interval(average)` is called now and then. Returns the number of steps."""
-        clock, step, began, num_samples = Clock(seconds, warmup_steps=150, hold=0.25), 0, time.time(), 0
+        clock, step, began, num_samples = Clock(seconds, warmup_steps=100, hold=0.25), 0, time.time(), 0
         last_call, smoothed = time.time(), None
         while not clock.is_over:
             rate = peak * clock.rate(step)

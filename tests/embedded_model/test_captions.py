@@ -38,7 +38,7 @@ def test_canonical(scene, text):
 
 def test_every_wording_fits_the_text_limit_and_owners_point_at_things():
     scenes = sample_scenes(np.random.default_rng(3), 300)
-    t5_ids, clip_ids, owners = encode_captions(scenes, CaptionWriter(3))
+    t5_ids, _, owners = encode_captions(scenes, CaptionWriter(3))
     lengths = (t5_ids > 0).sum(1)
     assert lengths.max() < TEXT_TOKENS and lengths.min() >= 3
     counts = (scenes.shape >= 0).sum(1)

@@ -209,3 +209,12 @@ def test_the_synchronous_engine(tmp_path: Path) -> None:
         assert [result.seed for result in results] == [1, 2]
         with pytest.raises(RequestError):
             engine.generate([small(1, height=1)])
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_more_workers_than_memory_are_refused_before_any_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetrion.engine.process_executor.available_memory_bytes", lambda: 10**9)
+    engine = AsyncEngine(EngineConfig(devices="cpu:3"))
+    with pytest.raises(GenerationError, match="3 workers take about 1,200,000,000 bytes"):
+        await engine.start()
+    assert engine.worker_pids() == {}
