@@ -24,7 +24,7 @@ from benchmarks.embedded_model.train_text_encoders import train_text_encoders
 from benchmarks.embedded_model.train_transformer import TransformerTrainer, cache_bucket, zero_gates
 from benchmarks.embedded_model.training_clock import log
 
-STAGES = ("autoencoder", "text", "transformer")
+STAGES = ("autoencoder", "decoder", "text", "transformer")
 
 
 def main() -> None:
@@ -39,6 +39,9 @@ def main() -> None:
     pool = ExamplePool(args.seed, args.scale, max(1, (os.cpu_count() or 1) - 2))
     if "autoencoder" in args.stages:
         train_autoencoder(components.vae, args.autoencoder_seconds, device, int(args.scale * 32 * 256 * 256))
+    if "decoder" in args.stages:
+        pixels = int(args.scale * 32 * 256 * 256)
+        train_autoencoder(components.vae, args.decoder_seconds, device, pixels, decoder_only=True)
     components.vae.to(device, memory_format=torch.channels_last).eval()
     examples = pool.collect()
     log("examples", counts=[len(e) for e in examples.values()], seconds=time.time() - began)
@@ -62,11 +65,12 @@ def main() -> None:
 def train_and_report(components: Components, examples: dict, device: torch.device, args, began: float) -> None:
     """The transformer's stage: cache latents, train, report now and then, export the moving average."""
     pixels = max(4, int(args.scale * 192)) * 256 * 256
-    buckets = [cache_bucket(components.vae, e, w, h, device, pixels) for (w, h), e in examples.items()]
+    buckets = [cache_bucket(components, e, w, h, device, pixels) for (w, h), e in examples.items()]
     log("cached", seconds=time.time() - began)
     if not args.resume or args.fresh_transformer:
         zero_gates(components.transformer)
-    trainer = TransformerTrainer(components, buckets, device, max(400, int(args.scale * args.tokens_per_batch)))
+    tokens = max(400, int(args.scale * args.tokens_per_batch))
+    trainer = TransformerTrainer(components, buckets, device, tokens, args.compile)
 
     def report(average) -> None:
         finished = dataclasses.replace(components, transformer=average)
@@ -100,6 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
     parser.add_argument("--resume", type=Path, help="model folder to start from")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--decoder-seconds", type=float, default=90.0, help="after the autoencoder, its encoder fixed")
     parser.add_argument("--autoencoder-seconds", type=float, default=140.0)
     parser.add_argument("--text-seconds", type=float, default=60.0)
     parser.add_argument("--reserve-seconds", type=float, default=25.0, help="kept for the last report and export")
@@ -107,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens-per-batch", type=int, default=98_304)
     parser.add_argument("--peak-rate", type=float, default=1.0, help="factor on the peak learning rates")
     parser.add_argument("--fresh-transformer", action="store_true", help="with --resume: do not keep its transformer")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks for the most frequent shape")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on batch and data set sizes, for rehearsals")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

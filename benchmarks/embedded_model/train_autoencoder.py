@@ -14,16 +14,28 @@ KL_WEIGHT = 2e-4  # on the mean over latent elements
 LATENT_NOISE = 0.1  # extra deviation of the decoder's input, so that small errors of the transformer do not show
 LEARNING_RATE = 1.5e-3
 SIZES = {(256, 256): 0.5, (128, 128): 0.4, (512, 512): 0.1}
+DECODER_SIZES = {(256, 256): 0.3, (128, 128): 0.6, (512, 512): 0.1}
 
 
-def train_autoencoder(vae: AutoencoderKL, seconds: float, device: torch.device, pixels_per_batch: int) -> None:
-    """Train in place; sets `shift_factor` and `scaling_factor` so that latents have mean 0 and deviation 1."""
-    rng = np.random.default_rng(1)
+def train_autoencoder(
+    vae: AutoencoderKL, seconds: float, device: torch.device, pixels_per_batch: int, decoder_only: bool = False
+) -> None:
+    """Train in place; sets `shift_factor` and `scaling_factor` so that latents have mean 0 and deviation 1.
+
+    `decoder_only` leaves the encoder, and so the latents and both factors, as they are: a transformer stays valid.
+    """
+    rng = np.random.default_rng(2 if decoder_only else 1)
+    sizes_and_shares = DECODER_SIZES if decoder_only else SIZES
     torch.backends.cudnn.benchmark = True
     vae.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    vae.requires_grad_(not decoder_only)
+    for module in (vae.decoder, vae.post_quant_conv):
+        if module is not None:
+            module.requires_grad_(True)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     clock, step, began = Clock(seconds, warmup_steps=50, hold=0.2), 0, time.time()
-    sizes, shares = list(SIZES), list(SIZES.values())
+    sizes, shares = list(sizes_and_shares), list(sizes_and_shares.values())
     while not clock.is_over:
         width, height = sizes[rng.choice(len(sizes), p=shares)]
         pictures = draw_batch(rng, max(2, pixels_per_batch // (width * height)), width, height, device)
@@ -38,13 +50,15 @@ def train_autoencoder(vae: AutoencoderKL, seconds: float, device: torch.device, 
         loss = difference.abs().mean() + difference.square().mean() + KL_WEIGHT * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % 200 == 0:
             log("autoencoder", step=step, l1=difference.abs().mean(), kl=kl, seconds=time.time() - began)
         step += 1
     torch.backends.cudnn.benchmark = False
-    measure_latents(vae.eval(), rng, device)
+    vae.eval().requires_grad_(True)
+    if not decoder_only:
+        measure_latents(vae, rng, device)
     log("autoencoder", step=step, l1=difference.abs().mean(), kl=kl, seconds=time.time() - began)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from benchmarks.embedded_model.architecture import Components
@@ -15,6 +15,7 @@ from benchmarks.embedded_model.examples import BUCKETS, Examples
 from benchmarks.embedded_model.renderer import draw
 from benchmarks.embedded_model.train_text_encoders import LENGTH_SHARES, TEXT_LENGTHS
 from benchmarks.embedded_model.training_clock import Clock, log
+from benchmarks.embedded_model.training_forward import TrainingForward
 
 MATRIX_RATE, OTHER_RATE = 2e-3, 1.5e-3  # peak learning rates of Muon and AdamW
 EMA_DECAY = 0.998
@@ -23,13 +24,14 @@ TIMESTEP_SHIFT = 2.5  # at 256 tokens; the schedule at inference is shifted like
 
 @dataclass
 class Bucket:
-    """Cached latents (N, image tokens, 4 * channels) of one picture size, with their captions' token ids (N, 64)."""
+    """Latents (N, image tokens, 4 * channels) of one picture size, with their captions' ids (N, 64) and vectors."""
 
     width: int
     height: int
     latents: torch.Tensor
     t5_ids: torch.Tensor
-    clip_ids: torch.Tensor
+    text: torch.Tensor  # T5's vectors at 64 tokens (N, 64, text_dim), for the usual text length
+    pooled: torch.Tensor
     image_ids: torch.Tensor
 
 
@@ -46,22 +48,30 @@ def image_position_ids(width: int, height: int, device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cache_bucket(vae: AutoencoderKL, examples: Examples, width: int, height: int, device, chunk: int) -> Bucket:
-    """Draw and encode every example once."""
+def cache_bucket(
+    components: Components, examples: Examples, width: int, height: int, device: torch.device, chunk: int
+) -> Bucket:
+    """Draw and encode every example once, its caption too."""
+    vae = components.vae
     step = max(1, chunk // (width * height))
-    latents = []
+    latents, text, pooled = [], [], []
+    t5_ids, clip_ids = (torch.as_tensor(ids, device=device).long() for ids in (examples.t5_ids, examples.clip_ids))
     for first in range(0, len(examples), step):
         part = examples[first : first + step]
         pictures = draw(part.scenes, part.centres, width, height, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
         latents.append(pack((mean - vae.config.shift_factor) * vae.config.scaling_factor).to(torch.float16))
+    for ids, other_ids in zip(t5_ids.split(2048), clip_ids.split(2048), strict=True):
+        text.append(components.text_encoder_2(ids).last_hidden_state.to(torch.bfloat16))
+        pooled.append(components.text_encoder(other_ids).pooler_output)
     return Bucket(
         width,
         height,
         torch.cat(latents),
-        torch.as_tensor(examples.t5_ids, device=device).long(),
-        torch.as_tensor(examples.clip_ids, device=device).long(),
+        t5_ids,
+        torch.cat(text),
+        torch.cat(pooled),
         image_position_ids(width, height, device),
     )
 
@@ -97,22 +107,29 @@ def zero_gates(transformer: FluxTransformer2DModel) -> None:
 class TransformerTrainer:
     """Owns the transformer, its moving average and the optimizers; text encoders stay as they were pre-trained."""
 
-    def __init__(self, components: Components, buckets: list[Bucket], device: torch.device, tokens_per_batch: int):
+    def __init__(
+        self,
+        components: Components,
+        buckets: list[Bucket],
+        device: torch.device,
+        tokens_per_batch: int,
+        compile_blocks: bool = False,
+    ):
         self._components = components
         self._buckets = buckets
         self._device = device
         self._tokens_per_batch = tokens_per_batch
         self.transformer = components.transformer.to(device).train()
         self.average = copy.deepcopy(self.transformer).eval().requires_grad_(False)
-        self._timestep = torch.zeros(1)
-        self.transformer.time_text_embed.register_forward_pre_hook(
-            lambda module, inputs: (self._timestep * 1000, *inputs[1:])  # the forward pass rounds it to bfloat16
-        )
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._forward = TrainingForward(self.transformer, dtype)
         self._optimizers = optimizers_of(self.transformer)
         self._peaks = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
         self._rng = np.random.default_rng(int(time.time()))
         shares = np.array([BUCKETS[bucket.width, bucket.height][0] for bucket in buckets])
         self._shares = shares / shares.sum()
+        if compile_blocks:
+            self._compile()
 
     def train(self, seconds: float, on_interval=None, interval_s: float = 240.0, peak: float = 1.0) -> int:
         """Train for `seconds`; `on_interval(average)` is called now and then. Returns the number of steps."""
@@ -138,31 +155,43 @@ class TransformerTrainer:
         log("transformer", step=step, loss=smoothed, samples=num_samples, seconds=time.time() - began)
         return step
 
-    def _step(self) -> tuple[torch.Tensor, int]:
-        bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]
-        length = TEXT_LENGTHS[self._rng.choice(len(TEXT_LENGTHS), p=LENGTH_SHARES)]
-        n = max(2, self._tokens_per_batch // (bucket.latents.shape[1] + length))
+    def _compile(self) -> None:
+        """Compile the blocks for the most frequent shape; where that fails, say so and stay eager."""
+        bucket = max(self._buckets, key=lambda bucket: BUCKETS[bucket.width, bucket.height][0])
+        num_image, length, began = bucket.latents.shape[1], TEXT_LENGTHS[0], time.time()
+        self._forward.compile_for(self._batch_size(bucket, length), length, num_image)
+        try:
+            self._loss(bucket, length)[0].backward()
+        except Exception as error:
+            self._forward.compile_nothing()
+            log("compile", failed=f"{type(error).__name__}: {error}"[:500])
+        self.transformer.zero_grad(set_to_none=True)
+        log("compile", seconds=time.time() - began)
+
+    def _batch_size(self, bucket: Bucket, length: int) -> int:
+        return max(2, self._tokens_per_batch // (bucket.latents.shape[1] + length))
+
+    def _loss(self, bucket: Bucket, length: int) -> tuple[torch.Tensor, int]:
+        """Mean squared error on the velocity of a random batch, and the batch's size."""
+        n = self._batch_size(bucket, length)
         chosen = torch.randint(len(bucket.latents), (n,), device=self._device)
-        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            ids = F.pad(bucket.t5_ids[chosen], (0, length - bucket.t5_ids.shape[1]))
-            text = self._components.text_encoder_2(ids).last_hidden_state
-            pooled = self._components.text_encoder(bucket.clip_ids[chosen]).pooler_output
+        text = bucket.text[chosen]
+        if length != TEXT_LENGTHS[0]:
+            with torch.no_grad():
+                ids = F.pad(bucket.t5_ids[chosen], (0, length - bucket.t5_ids.shape[1]))
+                text = self._components.text_encoder_2(ids).last_hidden_state
         clean = bucket.latents[chosen].float()
         noise = torch.randn_like(clean)
         sigma = sample_sigmas(n, self._device)
-        self._timestep = sigma
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            velocity = self.transformer(
-                hidden_states=noisy,
-                timestep=sigma,
-                pooled_projections=pooled,
-                encoder_hidden_states=text,
-                img_ids=bucket.image_ids,
-                txt_ids=torch.zeros(length, 3, device=self._device),
-                return_dict=False,
-            )[0]
-        loss = F.mse_loss(velocity.float(), noise - clean)
+        size = (bucket.width, bucket.height)
+        velocity = self._forward(noisy, sigma, text, bucket.pooled[chosen], bucket.image_ids, size)
+        return F.mse_loss(velocity, noise - clean), n
+
+    def _step(self) -> tuple[torch.Tensor, int]:
+        bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]
+        length = TEXT_LENGTHS[self._rng.choice(len(TEXT_LENGTHS), p=LENGTH_SHARES)]
+        loss, n = self._loss(bucket, length)
         loss.backward()
         nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
         for optimizer in self._optimizers:
