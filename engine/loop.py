@@ -51,6 +51,8 @@ from tetrion.engine.request_table import Request, RequestState, RequestTable
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
 """Ids below are the start-up's own."""
+SHORTEST_WAIT_S = 0.0005
+"""A plan that asks to be made again at once must not keep the loop spinning."""
 
 
 class EngineLoop:
@@ -200,7 +202,7 @@ class EngineLoop:
     def _next_wake_s(self) -> float | None:
         """When to tick without an event: when the plan asked for it, just before a command ends, to see stalls."""
         now_s = self.executor.now_s()
-        times = [] if self._wake_s is None else [self._wake_s]
+        times = [] if self._wake_s is None else [max(self._wake_s, now_s + SHORTEST_WAIT_S)]
         for entry in self._in_flight:
             lead_s = entry.end_s - self._config.lead_s
             times.append(lead_s if lead_s > now_s else now_s + 1.0)

@@ -70,9 +70,12 @@ async def compare_with_diffusers(model: str, num_threads: int, num_steps: int, r
     return rows
 
 
-async def compare_degrees(model: str, num_workers: int, num_steps: int, repeats: int) -> list[Row]:
-    """Step times at each legal degree of one-thread workers: milliseconds per step, ratio to degree 1."""
-    rows = []
+async def compare_degrees(model: str, num_workers: int, num_steps: int, repeats: int) -> tuple[list[Row], Row]:
+    """Step times at each legal degree of one-thread workers: milliseconds per step, ratio to degree 1.
+
+    Returns the rows, and what the workers' shared weights occupy.
+    """
+    rows: list[Row] = []
     config = EngineConfig(model=model, devices=f"cpu:{num_workers}", num_threads=1)
     async with AsyncEngine(config) as engine:
         degrees = engine.spec.legal_degrees(num_workers)
@@ -90,7 +93,28 @@ async def compare_degrees(model: str, num_workers: int, num_steps: int, repeats:
                 ms = medians[degree]
                 common = {"px": px, "degree": degree, "num_steps": num_steps, "threads": 1, "floor_ms": None}
                 rows.append({"system": "tetrion step", "ms": ms, "ratio": ms / medians[degrees[0]], **common})
-    return rows
+        return rows, weights_residency(list(engine.worker_pids().values()), engine.stats().weights_bytes)
+
+
+def weights_residency(pids: list[int], weights_bytes: int) -> Row:
+    """Resident and proportional set size of the shared weights over all workers, in bytes; null where /proc is not.
+
+    Each page counts whole for every worker that maps it in the resident size, and once in all in the proportional one.
+    """
+    totals = {"Rss": 0, "Pss": 0}
+    try:
+        for pid in pids:
+            is_weights = False
+            for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if "-" in name.split(" ")[0]:
+                    is_weights = "tetrion-weights" in line
+                elif is_weights and name in totals:
+                    totals[name] += 1024 * int(value.split()[0])
+    except OSError:
+        return {"num_workers": len(pids), "weights_bytes": weights_bytes, "rss_bytes": None, "pss_bytes": None}
+    sizes = {"rss_bytes": totals["Rss"], "pss_bytes": totals["Pss"]}
+    return {"num_workers": len(pids), "weights_bytes": weights_bytes, **sizes}
 
 
 def run(
@@ -107,9 +131,9 @@ def run(
     report(f"degree 1 on {num_threads} threads, beside diffusers")
     rows = asyncio.run(compare_with_diffusers(model, num_threads, num_steps, repeats))
     report(f"{len(workers)} one-thread workers, degree by degree")
-    rows += asyncio.run(compare_degrees(model, len(workers), num_steps, repeats))
+    degree_rows, weights = asyncio.run(compare_degrees(model, len(workers), num_steps, repeats))
     line = f"tetrion bench step --devices cpu:{len(workers)} --num-steps {num_steps} --repeats {repeats}"
-    return make_record(line, rows)
+    return make_record(line, rows + degree_rows) | {"weights": weights}
 
 
 def command(
@@ -140,5 +164,12 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         lines.append(
             f"{row['system']:<14}{row['px']:>6}{row['degree']:>8}{row['threads']:>9}{row['ms']:>12.1f}{row['ratio']:>8.3f}"
+        )
+    weights = result["weights"]
+    if weights["pss_bytes"] is not None:
+        rss, pss = weights["rss_bytes"] / 1e6, weights["pss_bytes"] / 1e6
+        lines.append(
+            f"weights {weights['weights_bytes'] / 1e6:.1f} MB, mapped by {weights['num_workers']} workers:"
+            f" resident {rss:.1f} MB counted per worker, {pss:.1f} MB counted once (proportional set size)"
         )
     return "\n".join(lines)
