@@ -7,6 +7,8 @@ newcomers pull is there. Pictures are black.
 
 import heapq
 import itertools
+import math
+import random
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -30,6 +32,44 @@ from tetrion.engine.messages import (
 from tetrion.engine.planning.profile import Profile
 
 SimulatedCommand = EncodePrompt | Denoise | Decode
+
+
+class Disturbance:
+    """How simulated durations differ from the profile: a `duration` for `SimulatedExecutor`. Same seed, same durations.
+
+    `bias`: 0.05 makes everything 5 % slower than the profile says; `noise`: standard deviation of the logarithm of a
+    random factor with mean 1, drawn for each command; `step_overhead_s` is added to each denoising step, `regroup_s` to
+    each chunk whose members are not those of the one before.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        bias: float = 0.0,
+        noise: float = 0.0,
+        step_overhead_s: float = 0.0,
+        regroup_s: float = 0.0,
+    ) -> None:
+        if not -1 < bias < math.inf:
+            raise ValueError(f"bias: must be above -1, got {bias}")
+        for name, value in (("noise", noise), ("step_overhead_s", step_overhead_s), ("regroup_s", regroup_s)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: must be at least 0, got {value}")
+        self._draw = random.Random(seed)
+        self._scale = 1 + bias
+        self._noise = noise
+        self._step_overhead_s = step_overhead_s
+        self._regroup_s = regroup_s
+
+    def __call__(self, command: Command, seconds: float) -> float:
+        seconds *= self._scale
+        if self._noise:
+            seconds *= math.exp(self._draw.gauss(-(self._noise**2) / 2, self._noise))
+        if isinstance(command, Denoise):
+            seconds += command.chunk_steps * self._step_overhead_s
+            seconds += self._regroup_s * (command.members != command.holders)
+        return seconds
 
 
 class SimulatedExecutor:
@@ -108,6 +148,7 @@ class SimulatedExecutor:
         self._now_s = max(self._now_s, min(time_s for time_s in (next_s, until_s) if time_s is not None))
         while self._agenda and self._agenda[0][0] <= self._now_s:
             heapq.heappop(self._agenda)[2]()
+        self._woken = False  # what these actions woke is this very wait
 
     def wake(self) -> None:
         self._woken = True

@@ -170,6 +170,31 @@ def bench_step(**options: Any) -> int:
     return _report_errors(run)
 
 
+@bench.command("slo")
+@click.option("--profile", metavar="FILE", type=click.Path(path_type=Path), required=True, help="Cost table, JSON.")
+@click.option("--trace", metavar="FILE", type=click.Path(path_type=Path), multiple=True, help="Arrivals, JSON lines.")
+@click.option("--devices", type=click.IntRange(min=1), default=8, show_default=True, help="Simulated devices.")
+@click.option("--policy", metavar="NAME", multiple=True, default=["horizon"], help="Planner; may be repeated.")
+@click.option("--mix", metavar="NAME", multiple=True, help="Without a trace: uniform, skewed; may be repeated.")
+@click.option("--rate", type=float, multiple=True, help="Without a trace: arrivals per minute; may be repeated.")
+@click.option("--slo-scale", type=float, multiple=True, help="Factor on all deadlines; may be repeated.")
+@click.option("--seed", type=int, multiple=True, help="Without a trace: seed of the arrivals; may be repeated.")
+@click.option("--num-requests", type=click.IntRange(min=1), help="Without a trace: requests a point.")
+@click.option("--simulate", is_flag=True, help="In virtual time, the only mode of this version.")
+@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def bench_slo(**options: Any) -> int:
+    """Attainment and latency of planners on the same arrivals, in virtual time."""
+
+    def run() -> int:
+        from tetrion.entrypoints.bench.slo import command
+
+        command(**{name: value for name, value in options.items() if value not in (None, ())})
+        return 0
+
+    return _report_errors(run)
+
+
 def _engine_options(options: dict[str, Any]) -> "EngineOptions":
     """Takes the engine's options out of `options`."""
     from tetrion.entrypoints.session import EngineOptions

@@ -1,16 +1,28 @@
 """Policies by name. A new one is one file with a plain function of a snapshot, and one line here."""
 
 import re
+from collections.abc import Callable
 
-from tetrion.engine.planning import horizon
+from tetrion.engine.planning import best_fit, horizon, rssp, tetriserve
 from tetrion.engine.planning.fixed import fixed_planner
 from tetrion.engine.planning.forced import serve_forced
 from tetrion.engine.planning.snapshot import Planner
 
 POLICIES: dict[str, Planner] = {
     "horizon": horizon.plan,
+    "rssp": rssp.plan,
+    "tetriserve": tetriserve.rounds_planner(tetriserve.PUBLISHED_STEPS),
+    "tetriserve-continuous": tetriserve.plan_continuously,
+    "edf-best-fit": best_fit.plan,
 }
-POLICY_NAMES = (*POLICIES, "fixed-K (fixed-1, fixed-2, …)")
+FAMILIES: dict[str, Callable[[int], Planner]] = {
+    "fixed": fixed_planner,
+    "tetriserve-g": tetriserve.rounds_planner,
+}
+"""Names that end in a number: `fixed-2`, `tetriserve-g2`."""
+WORK_CONSERVING = frozenset({"tetriserve-continuous", "edf-best-fit"})
+"""Policies that leave no device idle beside a ready request that could use it."""
+POLICY_NAMES = ("horizon", "fixed-K (fixed-1, fixed-2, …)", *sorted(POLICIES.keys() - {"horizon"}), "tetriserve-gN")
 
 
 def get_planner(name: str) -> Planner:
@@ -18,8 +30,12 @@ def get_planner(name: str) -> Planner:
 
     Raises ValueError listing the known names.
     """
-    fixed = re.fullmatch(r"fixed-([1-9][0-9]{0,3})", name)
-    policy = fixed_planner(int(fixed[1])) if fixed else POLICIES.get(name)
+    policy = POLICIES.get(name) or _of_family(name)
     if policy is None:
         raise ValueError(f"policy: expected one of {', '.join(POLICY_NAMES)}, got {name!r}")
     return serve_forced(policy)
+
+
+def _of_family(name: str) -> Planner | None:
+    match = re.fullmatch(r"(?:(fixed)-|(tetriserve-g))([1-9][0-9]{0,3})", name)
+    return FAMILIES[match[1] or match[2]](int(match[3])) if match else None

@@ -1,0 +1,26 @@
+"""The `rssp` policy: one fixed degree for each resolution, first come first served.
+
+The degree is the one with the shortest step that the profile knows (a wider one counts only if it is faster). The
+first request in line that does not fit waits, and all behind it wait too.
+"""
+
+from tetrion.engine.planning.degrees import degree_tables
+from tetrion.engine.planning.round_builder import RoundBuilder
+from tetrion.engine.planning.slo import arrival_order
+from tetrion.engine.planning.snapshot import RoundPlan, Snapshot
+from tetrion.engine.planning.stages import ready_to_denoise, start_aux
+
+
+def plan(snapshot: Snapshot) -> RoundPlan:
+    """The next round. Pure: same snapshot, same plan."""
+    if not snapshot.devices:
+        return RoundPlan()
+    builder, tables = RoundBuilder(snapshot), degree_tables(snapshot)
+    requests = sorted(snapshot.requests, key=arrival_order)
+    start_aux(builder, requests)
+    for request in ready_to_denoise(builder, requests):
+        degree = tables[request.width, request.height].widest
+        if degree > len(builder.idle):
+            break
+        builder.start(request, degree)
+    return builder.build()

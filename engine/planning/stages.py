@@ -1,0 +1,23 @@
+"""Encode and decode as most policies start them: at once, on any idle device, ahead of denoising."""
+
+from collections.abc import Sequence
+
+from tetrion.engine.planning.round_builder import RoundBuilder
+from tetrion.engine.planning.snapshot import RequestView
+
+
+def start_aux(builder: RoundBuilder, requests: Sequence[RequestView]) -> None:
+    """Start every ready decode, then every ready encode, in the order given, while devices are idle. Devices that
+    requests in denoising hold are taken last."""
+    held = {device for request in requests if request.stage == "denoise" for device in request.members}
+    for stage in ("decode", "encode"):
+        for request in requests:
+            if not builder.idle:
+                return
+            if request.stage == stage and builder.is_ready(request):
+                builder.start(request, claimed=held)
+
+
+def ready_to_denoise(builder: RoundBuilder, requests: Sequence[RequestView]) -> list[RequestView]:
+    """Those whose next chunk may start now, in the order given."""
+    return [request for request in requests if request.stage == "denoise" and builder.is_ready(request)]

@@ -1,0 +1,107 @@
+"""From the outcomes of simulated or live runs to the figures of one row. Knows no policy, prints nothing."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tetrion.entrypoints.bench.simulation import Outcome, SimulatedRun
+
+Row = dict[str, Any]
+CONFIDENCE_Z = 1.959964
+NUM_RESAMPLES = 1000
+MAX_BLOCK = 20
+
+
+def summarise(runs: Sequence[SimulatedRun]) -> tuple[Row, Row]:
+    """The measured fields of a row, pooled over `runs` (same point, other seeds), and the diagnostics beside it."""
+    outcomes = [outcome for run in runs for outcome in run.outcomes]
+    latencies_s = np.array([outcome.latency_s for outcome in outcomes if outcome.latency_s is not None])
+    decision_ms = 1e3 * np.concatenate([np.array(run.decision_s) for run in runs])
+    row: Row = {
+        "requests": len(outcomes),
+        "attainment": attainment(outcomes),
+        "ci95": attainment_interval([run.outcomes for run in runs]),
+        "attainment_by_class": attainment_by_class(outcomes),
+        "mean_s": float(latencies_s.mean()) if latencies_s.size else None,
+        "p50_s": _percentile(latencies_s, 50),
+        "p95_s": _percentile(latencies_s, 95),
+        "p99_s": _percentile(latencies_s, 99),
+        "gpu_s_per_image": sum(outcome.gpu_s for outcome in outcomes) / latencies_s.size if latencies_s.size else None,
+    }
+    diagnostics: Row = {
+        "attainment_by_seed": [attainment(run.outcomes) for run in runs],
+        "weighted_attainment": attainment(outcomes, weighted=True),
+        "num_failed": len(outcomes) - latencies_s.size,
+        "worst_lateness_s": worst_lateness_s(outcomes),
+        "utilisation": float(np.mean([run.utilisation for run in runs])),
+        "num_decisions": int(decision_ms.size),
+        "decision_ms": {
+            "mean": float(decision_ms.mean()) if decision_ms.size else None,
+            "p50": _percentile(decision_ms, 50),
+            "p99": _percentile(decision_ms, 99),
+            "max": float(decision_ms.max()) if decision_ms.size else None,
+        },
+    }
+    return row, diagnostics
+
+
+def attainment(outcomes: Sequence[Outcome], *, weighted: bool = False) -> float | None:
+    """Share of the requests with an SLO that finished by their deadline; failed ones count as missed. None if no
+    request has an SLO."""
+    with_slo = [(o.request.weight if weighted else 1.0, bool(o.is_met)) for o in outcomes if o.is_met is not None]
+    total = sum(weight for weight, _ in with_slo)
+    return sum(weight for weight, met in with_slo if met) / total if with_slo else None
+
+
+def attainment_by_class(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+    """Attainment of each size, by area."""
+    by_size: dict[tuple[int, int], list[Outcome]] = {}
+    for outcome in outcomes:
+        by_size.setdefault((outcome.request.width, outcome.request.height), []).append(outcome)
+    sizes = sorted(by_size, key=lambda size: (size[0] * size[1], size))
+    return {f"{width}x{height}": attainment(by_size[width, height]) for width, height in sizes}
+
+
+def worst_lateness_s(outcomes: Sequence[Outcome]) -> float | None:
+    """Seconds by which the latest request missed its deadline; 0 if none did; None if a request never finished or
+    there is no SLO."""
+    late = [(o.latency_s, o.request.slo_s) for o in outcomes if o.request.slo_s is not None]
+    if not late or any(latency_s is None for latency_s, _ in late):
+        return None
+    return max(0.0, *(latency_s - slo_s for latency_s, slo_s in late if latency_s is not None))
+
+
+def attainment_interval(runs: Sequence[Sequence[Outcome]]) -> tuple[float, float] | None:
+    """A 95 % interval for attainment: the hull of Wilson's interval and of a bootstrap over blocks of neighbours.
+
+    Neighbours in a trace meet or miss together, which the blocks respect and Wilson's interval does not; Wilson's has a
+    width where every request of the sample is met. Deterministic.
+    """
+    met = [np.array([bool(o.is_met) for o in outcomes if o.is_met is not None], float) for outcomes in runs]
+    blocks = [block for run in met if run.size for block in _blocks(run)]
+    if not blocks:
+        return None
+    sums, sizes = np.array([block.sum() for block in blocks]), np.array([block.size for block in blocks])
+    low, high = wilson_interval(int(sums.sum()), int(sizes.sum()))
+    chosen = np.random.default_rng(0).integers(0, len(blocks), (NUM_RESAMPLES, len(blocks)))
+    shares = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
+    return min(low, float(np.percentile(shares, 2.5))), max(high, float(np.percentile(shares, 97.5)))
+
+
+def wilson_interval(num_met: int, num: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval for `num_met` of `num` independent requests."""
+    share, z2 = num_met / num, CONFIDENCE_Z**2
+    centre = (share + z2 / (2 * num)) / (1 + z2 / num)
+    half = CONFIDENCE_Z / (1 + z2 / num) * math.sqrt(share * (1 - share) / num + z2 / (4 * num * num))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _blocks(met: np.ndarray) -> list[np.ndarray]:
+    """Consecutive blocks of up to `MAX_BLOCK` requests, at least five of them where there are that many requests."""
+    return np.array_split(met, max(min(5, met.size), math.ceil(met.size / MAX_BLOCK)))
+
+
+def _percentile(values: np.ndarray, percent: float) -> float | None:
+    return float(np.percentile(values, percent)) if values.size else None

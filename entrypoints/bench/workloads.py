@@ -1,0 +1,196 @@
+"""Workloads for deadline benchmarks: seeded generators of traces, and trace files (JSONL). Knows no policy, no engine.
+
+A trace is a list of `TraceRequest` in order of arrival. Arrivals do not depend on how the system gets on (open loop).
+The order of draws is fixed: inter-arrival times, then classes, then tiers; so the same seed gives the same arrivals and
+classes whatever the SLOs are.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+Size = tuple[int, int]
+Arrivals = Literal["poisson", "gamma", "diurnal"]
+
+SIZES: tuple[Size, ...] = ((256, 256), (512, 512), (1024, 1024), (2048, 2048))
+BASE_SLO_S: dict[int, tuple[float, ...]] = {8: (1.5, 2.0, 3.0, 5.0), 4: (1.5, 2.5, 5.0, 10.0)}
+"""Devices -> seconds for each of `SIZES`, as published for TetriServe (8 GPUs) and scaled for half the devices."""
+LARGEST_TOKENS = 16384
+MIXES = ("uniform", "skewed")
+
+
+class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line of a trace file. `arrival_s` from the start of the trace; `slo_s` None: no deadline."""
+
+    arrival_s: Annotated[float, Meta(ge=0, le=1e9)]
+    width: Annotated[int, Meta(ge=1, le=65536)]
+    height: Annotated[int, Meta(ge=1, le=65536)]
+    num_steps: Annotated[int, Meta(ge=1, le=1000)]
+    slo_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
+    weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+
+
+Trace = tuple[TraceRequest, ...]
+
+
+class Tier(msgspec.Struct, frozen=True, kw_only=True):
+    """A kind of caller: `share` of the requests, SLOs times `slo_scale`, and what meeting one is worth."""
+
+    name: str
+    share: float
+    slo_scale: float = 1.0
+    weight: float = 1.0
+
+
+INTERACTIVE_AND_BATCH = (
+    Tier(name="interactive", share=0.7, slo_scale=1.0, weight=1.0),
+    Tier(name="batch", share=0.3, slo_scale=10.0, weight=0.25),
+)
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trace is drawn from.
+
+    `mix`: "uniform", "skewed" (p ∝ exp(tokens / 16384), towards large pictures). `base_slo_s`: seconds for each of
+    `SIZES`. `burstiness`: coefficient of variation of gamma inter-arrival times (1 is Poisson). `period_s` and `swing`:
+    a diurnal rate of `rate_per_min` × (1 − swing × cos(2π t / period_s)). `tiers`: none is one tier at ×1.
+    """
+
+    rate_per_min: float
+    num_requests: int
+    base_slo_s: tuple[float, ...]
+    num_steps: int = 28
+    mix: str = "uniform"
+    slo_scale: float = 1.0
+    arrivals: Arrivals = "poisson"
+    burstiness: float = 2.0
+    period_s: float = 1800.0
+    swing: float = 0.8
+    tiers: tuple[Tier, ...] = ()
+
+    def __post_init__(self) -> None:
+        bounds = (
+            ("rate_per_min", self.rate_per_min > 0, "above 0"),
+            ("num_requests", self.num_requests >= 1, "at least 1"),
+            ("num_steps", self.num_steps >= 1, "at least 1"),
+            ("slo_scale", self.slo_scale > 0, "above 0"),
+            ("burstiness", self.burstiness > 0, "above 0"),
+            ("period_s", self.period_s > 0, "above 0"),
+            ("swing", 0 <= self.swing <= 1, "from 0 to 1"),
+            ("mix", self.mix in MIXES, f"one of {', '.join(MIXES)}"),
+            ("base_slo_s", len(self.base_slo_s) == len(SIZES), f"one value for each of {len(SIZES)} sizes"),
+            ("tiers", all(tier.share > 0 for tier in self.tiers), "of shares above 0"),
+        )
+        for field, is_fine, expected in bounds:
+            if not is_fine:
+                raise ValueError(f"{field}: must be {expected}, got {getattr(self, field)!r}")
+
+
+def base_slo_s(num_devices: int) -> tuple[float, ...]:
+    """Base SLOs of the nearest published number of devices that is not larger (fewer than 4: those of 4)."""
+    return BASE_SLO_S[8 if num_devices >= 8 else 4]
+
+
+def make_trace(workload: Workload, seed: int) -> Trace:
+    """Draw a trace; same workload and seed, same trace."""
+    draw, num = np.random.default_rng(seed), workload.num_requests
+    arrivals_s = _arrivals(workload, draw)
+    classes = draw.choice(len(SIZES), num, p=class_shares(workload.mix))
+    tiers = workload.tiers or (Tier(name="all", share=1.0),)
+    shares = np.array([tier.share for tier in tiers])
+    chosen = draw.choice(len(tiers), num, p=shares / shares.sum()) if len(tiers) > 1 else np.zeros(num, int)
+    trace = []
+    for arrival_s, size, tier in zip(arrivals_s.tolist(), classes.tolist(), chosen.tolist(), strict=True):
+        width, height = SIZES[size]
+        trace.append(
+            TraceRequest(
+                arrival_s=arrival_s,
+                width=width,
+                height=height,
+                num_steps=workload.num_steps,
+                slo_s=workload.base_slo_s[size] * workload.slo_scale * tiers[tier].slo_scale,
+                weight=tiers[tier].weight,
+            )
+        )
+    return tuple(trace)
+
+
+def class_shares(mix: str) -> np.ndarray:
+    """Probability of each of `SIZES`."""
+    if mix == "uniform":
+        return np.full(len(SIZES), 1 / len(SIZES))
+    if mix == "skewed":
+        worth = np.exp(np.array([(width // 16) * (height // 16) for width, height in SIZES]) / LARGEST_TOKENS)
+        return worth / worth.sum()
+    raise ValueError(f"mix: must be one of {', '.join(MIXES)}, got {mix!r}")
+
+
+def _arrivals(workload: Workload, draw: np.random.Generator) -> np.ndarray:
+    mean_s, num = 60 / workload.rate_per_min, workload.num_requests
+    if workload.arrivals == "poisson":
+        return np.cumsum(draw.exponential(mean_s, num))
+    if workload.arrivals == "gamma":
+        shape = workload.burstiness**-2
+        return np.cumsum(draw.gamma(shape, mean_s / shape, num))
+    # Unit-rate arrivals, each moved to when the diurnal rate has summed up to as much.
+    return _invert_ramp(np.cumsum(draw.exponential(1.0, num)), workload)
+
+
+def _invert_ramp(expected: np.ndarray, workload: Workload) -> np.ndarray:
+    """Times t at which ∫₀ᵗ rate = `expected`, by bisection: the integral is increasing in t."""
+    rate_per_s, turn = workload.rate_per_min / 60, 2 * np.pi / workload.period_s
+    around = workload.swing / turn
+    low, high = expected / rate_per_s - around, expected / rate_per_s + around
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_early = rate_per_s * (middle - around * np.sin(turn * middle)) < expected
+        low, high = np.where(too_early, middle, low), np.where(too_early, high, middle)
+    return np.maximum(high, 0.0)
+
+
+def parse_trace(data: bytes, name: str = "trace") -> Trace:
+    """A trace from JSONL; empty lines are skipped. Raises ValueError naming line and field."""
+    trace: list[TraceRequest] = []
+    decoder = msgspec.json.Decoder(TraceRequest)
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            request = decoder.decode(line)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{name}: line {number}: {_with_field(str(error))}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name}: line {number}: not a JSON object: {error}") from None
+        if trace and request.arrival_s < trace[-1].arrival_s:
+            raise ValueError(
+                f"{name}: line {number}: arrival_s: must not be before the line above"
+                f" ({trace[-1].arrival_s}), got {request.arrival_s}"
+            )
+        trace.append(request)
+    if not trace:
+        raise ValueError(f"{name}: has no request")
+    return tuple(trace)
+
+
+def read_trace(path: Path) -> Trace:
+    """A trace from a file. Raises ValueError naming file, line and field, or OSError."""
+    return parse_trace(path.read_bytes(), str(path))
+
+
+def format_trace(trace: Sequence[TraceRequest]) -> bytes:
+    """The trace as JSONL."""
+    return b"".join(msgspec.json.encode(request) + b"\n" for request in trace)
+
+
+def write_trace(path: Path, trace: Sequence[TraceRequest]) -> None:
+    path.write_bytes(format_trace(trace))
+
+
+def _with_field(message: str) -> str:
+    """msgspec says "Expected … - at `$.field`"; a line of the form "field: Expected …" is easier to read."""
+    text, separator, where = message.partition(" - at `$.")
+    return f"{where.rstrip('`')}: {text}" if separator else message

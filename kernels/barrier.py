@@ -1,0 +1,107 @@
+"""The pairwise-counter barrier on GPUs: what engine/parallel/barrier.py does between processes, inside a CUDA graph.
+
+Owns waiting for peers, bounded and abortable; knows no tensors of the model and no token ranges.
+
+For every ordered pair (sender, receiver) the receiver's slab has one 32-bit counter, on a cache line of its own, that
+only the sender changes. `expected[p]` on each device is how many barriers it has begun with device p since the last
+reset. One program, one lane a member:
+
+    1. expected[p] += 1 for each other member p
+    2. release-add 1 at system scope to slab[p].counter[me]: what earlier kernels of this stream stored in p's slab is
+       visible to whoever reads the new count with an acquire
+    3. read slab[me].counter[p] until it has reached expected[p] (modulo 2^32: a peer may be one barrier ahead), looking
+       at the abort word, which lies in host memory and is slow to read, every ABORT_INTERVAL looks
+    4. one acquire-read of the counters, so that the kernels behind this one see what the peers stored
+
+An abort sets `status`; from then on every barrier of this device returns at once and tells nobody anything, so a graph
+in flight drains. Whatever it computes must not be used. Before the next group the survivors zero their counters,
+`expected` and `status` while all are idle.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tetrion.kernels.group_table import device_of, num_words, own_rank, slab_pointer
+
+CACHE_LINE = 64
+ABORT_INTERVAL = 256
+ABORTED = 1
+
+
+def barrier(
+    table: Tensor,
+    bases: Tensor,
+    expected: Tensor,
+    abort: Tensor,
+    status: Tensor,
+    *,
+    degree: int,
+    counters_offset: int = 0,
+) -> None:
+    """Enqueue a barrier of the group. Any two devices must run the groups that contain both in the same order.
+
+    table: the group, see group_table.py; its members decide who is waited for.
+    bases: address of each device's slab by device id; int64.
+    expected: barriers begun with each device; int32 by device id, on this device.
+    abort: int32 [1] in pinned host memory; non-zero ends every wait.
+    status: int32 [1] on this device; becomes ABORTED.
+    counters_offset: of the counters in every slab, in bytes; sender s has the word at `counters_offset + 64 s`.
+    """
+    assert table.dtype == expected.dtype == abort.dtype == status.dtype == torch.int32, "words are int32"
+    assert len(table) >= num_words(degree), f"{len(table)} words for degree {degree}"
+    assert bases.dtype == torch.int64 and len(bases) == len(expected), f"{len(bases)} slabs, {len(expected)} counts"
+    assert counters_offset % CACHE_LINE == 0, f"counters at {counters_offset} are not aligned"
+    _kernel[(1,)](
+        table,
+        bases,
+        expected,
+        abort,
+        status,
+        counters_offset // 4,
+        DEGREE=degree,
+        LANES=triton.next_power_of_2(degree),
+        WORDS_APART=CACHE_LINE // 4,
+        INTERVAL=ABORT_INTERVAL,
+        ABORTED_STATUS=ABORTED,
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _kernel(
+    table,
+    bases,
+    expected,
+    abort,
+    status,
+    counters,
+    DEGREE: tl.constexpr,
+    LANES: tl.constexpr,
+    WORDS_APART: tl.constexpr,
+    INTERVAL: tl.constexpr,
+    ABORTED_STATUS: tl.constexpr,
+):
+    if tl.load(status) == 0:
+        lane_P = tl.arange(0, LANES)
+        device_P = tl.load(table + 1 + lane_P, mask=lane_P < DEGREE, other=0)
+        me = device_of(table, own_rank(table))
+        other_P = (lane_P < DEGREE) & (device_P != me)
+        want_P = tl.load(expected + device_P, mask=other_P, other=0) + 1
+        tl.store(expected + device_P, want_P, mask=other_P)
+        theirs_P = tl.load(bases + device_P, mask=other_P, other=0).to(tl.pointer_type(tl.int32))
+        tl.atomic_add(theirs_P + counters + me * WORDS_APART, 1, mask=other_P, sem="release", scope="sys")
+
+        ours_P = slab_pointer(bases, me, tl.int32) + counters + device_P * WORDS_APART
+        missing = tl.sum(other_P.to(tl.int32))
+        looks = 0
+        while missing > 0:
+            have_P = tl.load(ours_P, mask=other_P, other=0, volatile=True)
+            missing = tl.sum((other_P & (have_P - want_P < 0)).to(tl.int32))
+            looks += 1
+            if looks % INTERVAL == 0:  # noqa: SIM102 - here `and` would read the host's word at every look
+                if tl.load(abort, volatile=True) != 0:
+                    tl.store(status, ABORTED_STATUS)
+                    missing = 0
+        tl.atomic_add(ours_P, 0, mask=other_P, sem="acquire", scope="sys")

@@ -1,0 +1,107 @@
+"""Traces through the real loop in virtual time."""
+
+import msgspec
+import pytest
+
+from tetrion.engine.planning.profile import Profile
+from tetrion.engine.simulated import Disturbance
+from tetrion.entrypoints.bench.simulation import Loss, SimulatedRun, simulate
+from tetrion.entrypoints.bench.workloads import Trace, TraceRequest, Workload, base_slo_s, make_trace
+
+PROFILE = msgspec.convert(
+    {
+        "heads": 24,
+        "classes": {
+            "256x256": {"step_ms": {1: 30.2, 2: 21.9, 4: 15.9, 8: 13.5}, "encode_ms": 25, "decode_ms": 15},
+            "2048x2048": {"step_ms": {1: 824.5, 2: 469.9, 4: 251.8, 8: 147.03}, "encode_ms": 25, "decode_ms": 480},
+        },
+    },
+    Profile,
+)
+POLICIES = ("horizon", "fixed-2", "rssp", "tetriserve-g2", "tetriserve-continuous", "edf-best-fit")
+
+
+def trace(num_requests: int = 40, rate_per_min: float = 60.0) -> Trace:
+    workload = Workload(rate_per_min=rate_per_min, num_requests=num_requests, base_slo_s=base_slo_s(8))
+    return make_trace(workload, 7)
+
+
+def one(**changes: object) -> Trace:
+    fields = {"arrival_s": 1.0, "width": 256, "height": 256, "num_steps": 4, "slo_s": 1.0}
+    return (TraceRequest(**(fields | changes)),)  # type: ignore[arg-type]
+
+
+def test_one_request_alone_costs_what_the_profile_says() -> None:
+    run = simulate(one(), profile=PROFILE, policy="fixed-2", num_devices=2)
+    (outcome,) = run.outcomes
+    assert outcome.latency_s == pytest.approx(0.025 + 4 * 0.0219 + 0.015)
+    assert outcome.gpu_s == pytest.approx(0.025 + 2 * 4 * 0.0219 + 0.015)
+    assert outcome.degrees == (2, 2, 2, 2) and outcome.is_met is True
+    assert run.end_s == outcome.finished_s and run.utilisation == pytest.approx(outcome.gpu_s / (2 * run.end_s))
+
+
+def test_a_deadline_is_missed_by_being_late_and_absent_without_slo() -> None:
+    def met(**changes: object) -> bool | None:
+        return simulate(one(**changes), profile=PROFILE, policy="fixed-1", num_devices=1).outcomes[0].is_met
+
+    assert met(slo_s=0.17) is True and met(slo_s=0.15) is False and met(slo_s=None) is None
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_request_of_a_trace_finishes(policy: str) -> None:
+    run = simulate(trace(), profile=PROFILE, policy=policy, num_devices=8)
+    assert all(outcome.finished_s is not None and len(outcome.degrees) == 28 for outcome in run.outcomes)
+    assert 0 < run.utilisation <= 1 and len(run.decision_s) >= 40
+
+
+def noisy(seed: int, policy: str = "horizon") -> SimulatedRun:
+    return simulate(
+        trace(),
+        profile=PROFILE,
+        policy=policy,
+        num_devices=8,
+        duration=Disturbance(seed=seed, noise=0.1, bias=0.05, step_overhead_s=0.0003, regroup_s=0.0002),
+        losses=(Loss(time_s=10.0, device_id=3), Loss(time_s=20.0, device_id=0)),
+    )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_seed_gives_the_same_run_and_survives_lost_workers(policy: str) -> None:
+    first, second = noisy(1, policy), noisy(1, policy)
+    assert first.outcomes == second.outcomes and first.end_s == second.end_s
+    assert all(outcome.finished_s is not None for outcome in first.outcomes)
+    assert noisy(2, policy).outcomes != first.outcomes
+
+
+def test_without_workers_the_rest_fails_and_the_run_ends() -> None:
+    losses = (Loss(time_s=5.0, device_id=0), Loss(time_s=6.0, device_id=1))
+    run = simulate(trace(), profile=PROFILE, policy="horizon", num_devices=2, losses=losses)
+    finished = [outcome for outcome in run.outcomes if outcome.finished_s is not None]
+    assert 0 < len(finished) < 40
+    assert all(o.finished_s is not None and o.finished_s <= 6.0 for o in finished)
+    assert all(o.is_met is False for o in run.outcomes if o.finished_s is None)
+
+
+def test_arrivals_do_not_wait_for_the_system() -> None:
+    """At ten times the rate the last request still arrives on time; only its latency grows."""
+    slow, fast = (
+        simulate(trace(rate_per_min=rate), profile=PROFILE, policy="fixed-1", num_devices=1) for rate in (6.0, 600.0)
+    )
+    assert fast.outcomes[-1].request.arrival_s < slow.outcomes[-1].request.arrival_s / 50
+    assert (fast.outcomes[-1].latency_s or 0) > (slow.outcomes[-1].latency_s or 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"num_devices": 0}, "devices: must be at least 1, got 0"),
+        ({"policy": "best"}, "policy: expected one of"),
+        ({"trace": ()}, "trace: must have from 1 to 100000 requests, got 0"),
+        ({"losses": (Loss(time_s=0, device_id=2),)}, "losses: device must be from 0 to 1, got 2"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, object], complaint: str) -> None:
+    arguments = {"trace": one(), "profile": PROFILE, "policy": "horizon", "num_devices": 2} | changes
+    requests = arguments.pop("trace")
+    with pytest.raises(ValueError, match=complaint):
+        simulate(requests, **arguments)  # type: ignore[arg-type]

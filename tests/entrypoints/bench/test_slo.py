@@ -1,0 +1,182 @@
+"""`tetrion bench slo --simulate`: rows, statistics, table, errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tetrion.entrypoints.bench.simulation import Outcome
+from tetrion.entrypoints.bench.slo import command, parse_loss
+from tetrion.entrypoints.bench.slo_statistics import (
+    attainment,
+    attainment_by_class,
+    attainment_interval,
+    wilson_interval,
+    worst_lateness_s,
+)
+from tetrion.entrypoints.bench.workloads import TraceRequest, Workload, base_slo_s, make_trace, write_trace
+from tetrion.entrypoints.errors import InputError
+
+FIELDS = {
+    "policy",
+    "mode",
+    "devices",
+    "mix",
+    "rate_per_min",
+    "slo_scale",
+    "requests",
+    "attainment",
+    "ci95",
+    "attainment_by_class",
+    "mean_s",
+    "p50_s",
+    "p95_s",
+    "p99_s",
+    "gpu_s_per_image",
+    "joules_per_image",
+    "bound",
+}
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    cost = {"step_ms": {"1": 164.7, "2": 105.7, "4": 59.8}, "encode_ms": 25, "decode_ms": 120}
+    path = tmp_path / "P.json"
+    path.write_text(json.dumps({"heads": 24, "classes": {"1024x1024": cost}}))
+    return path
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    workload = Workload(rate_per_min=20, num_requests=30, base_slo_s=base_slo_s(8))
+    write_trace(tmp_path / "T.jsonl", make_trace(workload, 1))
+    return tmp_path / "T.jsonl"
+
+
+def test_one_line_does_one_point(
+    profile: Path, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "R.json"
+    record = command(
+        simulate=True, profile=profile, trace=[trace], devices=8, policy=["horizon"], output=output, as_json=True
+    )
+    assert json.loads(output.read_text()) == json.loads(capsys.readouterr().out) == json.loads(json.dumps(record))
+    (row,), (beside,) = record["rows"], record["diagnostics"]
+    assert set(row) == FIELDS
+    assert (row["policy"], row["mode"], row["devices"], row["mix"], row["requests"]) == ("horizon", "sim", 8, "T", 30)
+    assert row["joules_per_image"] is None and row["bound"] is None
+    assert row["ci95"][0] <= row["attainment"] <= row["ci95"][1]
+    assert 0 < row["p50_s"] <= row["p95_s"] <= row["p99_s"] and row["gpu_s_per_image"] > 0
+    assert 0 < beside["utilisation"] <= 1 and beside["num_failed"] == 0
+    assert 0 < beside["decision_ms"]["p50"] <= beside["decision_ms"]["p99"] <= beside["decision_ms"]["max"]
+
+
+def grid(profile: Path) -> dict[str, object]:
+    return command(
+        profile=profile,
+        devices=4,
+        policy=["horizon", "fixed-1"],
+        mix=["uniform", "skewed"],
+        rate=[6.0, 60.0],
+        slo_scale=[1.0, 3.0],
+        seed=[1, 2],
+        num_requests=12,
+        noise=0.05,
+    )
+
+
+def test_a_grid_has_a_row_for_each_policy_mix_rate_and_scale_and_repeats(
+    profile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = grid(profile)["rows"]
+    assert isinstance(rows, list)
+    keys = [(row["policy"], row["mix"], row["rate_per_min"], row["slo_scale"]) for row in rows]
+    assert len(set(keys)) == len(keys) == 16
+    assert all(row["requests"] == 24 for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 17 and lines[0].startswith("policy") and lines[1].startswith("horizon")
+    attained = {key: row["attainment"] for key, row in zip(keys, rows, strict=True)}
+    assert attained["horizon", "uniform", 6.0, 3.0] > attained["horizon", "uniform", 60.0, 1.0]
+    assert grid(profile)["rows"] == rows
+
+
+def test_slo_scale_stretches_the_deadlines_of_a_trace_file(profile: Path, trace: Path) -> None:
+    record = command(profile=profile, trace=[trace], devices=1, slo_scale=[0.01, 1000.0])
+    assert [row["attainment"] for row in record["rows"]] == [0.0, 1.0]
+
+
+def test_the_recorded_command_names_everything(profile: Path) -> None:
+    record = command(
+        profile=profile, devices=2, seed=[5], num_requests=4, lose=["3:1"], tiers=True, arrivals="gamma", bias=0.1
+    )
+    for words in ("--devices 2", "--seed 5", "--num-requests 4", "--lose 3:1", "--tiers", "gamma", "--bias 0.1"):
+        assert words in record["command"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"simulate": False}, "simulate: this version has no live mode"),
+        ({"devices": 0}, "devices: must be from 1 to 1024, got 0"),
+        ({"policy": ["horizn"]}, "policy: expected one of horizon, .*'horizn'"),
+        ({"mix": ["even"]}, "mix: must be one of uniform, skewed, got 'even'"),
+        ({"rate": [0.0]}, "rate_per_min: must be above 0"),
+        ({"noise": -1.0}, "noise: must be at least 0"),
+        ({"lose": ["soon"]}, "lose: expected SECONDS:DEVICE .*'soon'"),
+        ({"lose": ["1:9"]}, "lose: device must be from 0 to 7, got 9"),
+        ({"slo_scale": [0.0]}, "slo_scale: must be above 0"),
+    ],
+)
+def test_bad_input_is_one_line(profile: Path, options: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        command(**({"profile": profile, "num_requests": 4} | options))  # type: ignore[arg-type]
+
+
+def test_a_bad_file_is_named(profile: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"arrival_s": 0, "width": 256, "height": 256, "num_steps": 0}\n')
+    with pytest.raises(InputError, match=r"bad\.jsonl: line 1: num_steps: Expected"):
+        command(profile=profile, trace=[tmp_path / "bad.jsonl"])
+    profile.write_text('{"heads": 24, "classes": {}}')
+    with pytest.raises(InputError, match=r"P\.json: profile: classes"):
+        command(profile=profile)
+
+
+def test_losses_are_parsed() -> None:
+    loss = parse_loss("12.5:3")
+    assert (loss.time_s, loss.device_id) == (12.5, 3)
+    with pytest.raises(ValueError, match="at least 0 and finite"):
+        parse_loss("inf:1")
+
+
+def outcome(latency_s: float | None, slo_s: float | None = 1.0, px: int = 256, weight: float = 1.0) -> Outcome:
+    request = TraceRequest(arrival_s=5.0, width=px, height=px, num_steps=1, slo_s=slo_s, weight=weight)
+    return Outcome(request=request, finished_s=None if latency_s is None else 5.0 + latency_s, gpu_s=1.0, degrees=(1,))
+
+
+def test_attainment_counts_failures_as_missed_and_skips_requests_without_slo() -> None:
+    outcomes = [outcome(0.5), outcome(2.0, weight=3.0), outcome(None), outcome(9.0, None)]
+    assert attainment(outcomes) == pytest.approx(1 / 3)
+    assert attainment(outcomes, weighted=True) == pytest.approx(1 / 5)
+    assert attainment([outcome(1.0, None)]) is None
+    assert attainment_by_class([outcome(0.5, px=512), outcome(2.0)]) == {"256x256": 0.0, "512x512": 1.0}
+    assert worst_lateness_s([outcome(0.5), outcome(3.5)]) == pytest.approx(2.5)
+    assert worst_lateness_s([outcome(0.5)]) == 0.0
+    assert worst_lateness_s(outcomes) is None
+
+
+def test_wilson_interval_matches_published_values() -> None:
+    """Newcombe (1998), table I: 81 of 263 and 0 of 20."""
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+def test_the_interval_is_wider_where_misses_come_in_bursts() -> None:
+    def width(met: list[bool]) -> float:
+        interval = attainment_interval([[outcome(0.5 if is_met else 2.0) for is_met in met]])
+        assert interval is not None
+        return interval[1] - interval[0]
+
+    scattered, bursts = [i % 2 == 0 for i in range(400)], [i // 40 % 2 == 0 for i in range(400)]
+    assert width(bursts) > 1.5 * width(scattered) > 0.05
+    assert 0 < width([True] * 30) < 0.2
+    assert attainment_interval([[outcome(0.5, None)]]) is None

@@ -1,0 +1,91 @@
+"""A program: compile the kernels as an H100 would run FLUX.1 (no GPU needed) and print what the machine code holds.
+
+One JSON object by kernel: registers and bytes of local memory (spills) a thread, bytes of shared memory a program, and
+`ptx`: how often each instruction of INSTRUCTIONS occurs. test_compile_for_hopper.py starts it, the interpreter off.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tetrion.kernels import attention, barrier, gated_residual, gelu, modulate, output_push, qk_norm_rope_push
+from tetrion.kernels.attention_tiles import TILES
+
+HOPPER = GPUTarget("cuda", 90, 32)
+INSTRUCTIONS = {
+    "load": r"ld\.global",
+    "store": r"st\.global",
+    "wide_store": r"st\.global\S*\.v4",
+    "tensor_core": r"wgmma\.mma_async",
+    "tensor_copy": r"cp\.async\.bulk\.tensor",
+    "system_release": r"(?:atom|red)\.(?:\S*sys\S*release|\S*release\S*sys)",
+    "system_acquire": r"atom\.(?:\S*sys\S*acquire|\S*acquire\S*sys)",
+}
+FLUX = {"NUM_HEADS": 24, "HEAD_DIM": 128, "DEGREE": 4}
+POINTERS = {"table": "*i32", "bases": "*i64", "expected": "*i32", "abort": "*i32", "status": "*i32", "step": "*i32"}
+POINTERS |= {"cos": "*fp32", "sin": "*fp32", "log_sum_exp": "*fp32"}
+NORMS = ("text_q_norm", "text_k_norm", "image_q_norm", "image_k_norm")
+TENSORS = ("x", "y", "out", "output", "shift", "scale", "gate", "text_qkv", "image_qkv", *NORMS)
+POINTERS |= dict.fromkeys(TENSORS, "*bf16")
+
+
+def compiled(module: Any, constants: dict[str, Any], types: dict[str, str] | None = None, **options: int) -> dict:
+    """Arguments that are neither constants nor given types are tensors by name, else multiples of 16."""
+    kernel, known = module._kernel, POINTERS | (types or {})
+    signature = {n: "constexpr" if n in constants else known.get(n, "i32") for n in kernel.arg_names}
+    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] == "i32" or signature[n].startswith("*")]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    result = triton.compile(source, target=HOPPER, options=options)
+    ptx = result.asm["ptx"]
+    counts = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
+    return resources(result.asm["cubin"]) | {"shared": result.metadata.shared, "ptx": counts}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found, text
+    registers, stack, local = map(int, found.groups())
+    return {"registers": registers, "local": stack + local}
+
+
+def main() -> None:
+    push = {"ROWS": qk_norm_rope_push.TILE_ELEMENTS // 128, "EPSILON": 1e-6, "rope_pair_stride": 1} | FLUX
+    meet = {"DEGREE": 4, "LANES": 4, "WORDS_APART": 16, "INTERVAL": 256, "ABORTED_STATUS": 1}
+    results = {
+        "qk_norm_rope_push": compiled(qk_norm_rope_push, push, num_warps=4),
+        "output_push": compiled(output_push, {"ROWS": output_push.TILE_ELEMENTS // 128} | FLUX, num_warps=4),
+        "modulate": compiled(modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6}, num_warps=8),
+        "gated_residual": compiled(gated_residual, {"WIDTH": 3072, "COLUMNS": 1024}, num_warps=4),
+        "gelu": compiled(gelu, {"WIDTH": 12288, "COLUMNS": 1024, "SLOPE": gelu.TWICE}, num_warps=4),
+        "barrier": compiled(barrier, meet, num_warps=1),
+    }
+    for row in (row for row in TILES if row.itemsize == 2):
+        tile, dim = row.tile, row.head_dim
+        queries, keys = (f"tensordesc<bf16[{block}, {dim}]>" for block in (tile.block_m, tile.block_n))
+        types = {"q": queries, "k": keys, "v": keys, "out": queries, "scale": "fp32"}
+        constants = {"log_sum_exp": None, "HEAD_DIM": dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        constants |= {"HAS_TAIL": True, "FULL_PRECISION": False}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        results[f"attention {dim} {tuple(tile)}"] = compiled(attention, constants, types, **options)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
