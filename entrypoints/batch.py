@@ -162,8 +162,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class _RateColumn(ProgressColumn):
+    """Mean since the start: pictures finish in bursts, so that a rate over the last few says nothing."""
+
     def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.2f} pictures/s")
+        return Text(f"{task.completed / task.elapsed:.2f} pictures/s" if task.completed and task.elapsed else "")
 
 
 def _progress_bar() -> ProgressBar:
