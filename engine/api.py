@@ -224,7 +224,6 @@ class Engine:
     def __init__(self, config: EngineConfig | None = None) -> None:
         """Starts the engine at once; raises as `AsyncEngine.start`. Call `close`, or use it in a `with`."""
         self._runner = asyncio.Runner(loop_factory=new_event_loop)
-        self._finished: list[ImageResult | Failure] = []
         self._unfinished: dict[str, RequestHandle] = {}
         self._engine = AsyncEngine(config)
         try:

@@ -5,11 +5,13 @@ are kept in the user's cache, keyed by everything that may change them. The tabl
 from every step it sees.
 """
 
+import contextlib
 import hashlib
 import itertools
 import logging
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,26 +19,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tetrion.engine.commands import decode_command, denoise_command, encode_command
 from tetrion.engine.config import EngineConfig, threads_per_worker
 from tetrion.engine.executor import WorkerLost
 from tetrion.engine.machine import cpu_name
-from tetrion.engine.messages import (
-    CopyLatents,
-    Decode,
-    Decoded,
-    Denoise,
-    Denoised,
-    Encoded,
-    EncodePrompt,
-    Event,
-    Failed,
-    GroupCommand,
-    LatentsCopied,
-)
+from tetrion.engine.messages import CopyLatents, Decoded, Denoised, Encoded, Event, Failed, GroupCommand, LatentsCopied
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.process_executor import ProcessExecutor
-from tetrion.engine.request import GenerationError
+from tetrion.engine.request import GenerationError, ImageRequest
+from tetrion.engine.request_table import Request
 
 logger = logging.getLogger(__name__)
 PROMPT = "a red circle left of a large blue star"
@@ -82,13 +75,14 @@ class Calibrator:
         for size in self._sizes():
             reference, step_ms = None, {}
             for degree in self._spec.legal_degrees(len(self._executor.device_ids)):
-                encode_s, state_id = await self._encode(size)
-                step_ms[degree] = 1e3 * await self._step_s(size, degree, state_id)
-                latents = await self._latents(size, state_id)
+                request = self._request(size)
+                encode_s = await self._encode_s(request)
+                step_ms[degree] = 1e3 * await self._step_s(request, degree)
+                latents = await self._latents(request)
                 reference = latents if reference is None else reference
                 if not np.array_equal(latents, reference):
                     inexact.add(degree)
-            decode_s = await self._decode_s(size, state_id)
+            decode_s = await self._decode_s(request)
             classes[f"{size}x{size}"] = {"step_ms": step_ms, "encode_ms": encode_s * 1e3, "decode_ms": decode_s * 1e3}
         profile = msgspec.convert({"heads": self._spec.num_heads, "classes": classes}, Profile)
         return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)))
@@ -98,84 +92,67 @@ class Calibrator:
         spec = self._spec
         return sorted({spec.min_size, max(spec.min_size, min(spec.max_size, 512))})
 
-    async def _encode(self, size: int) -> tuple[float, int]:
-        """Start a request in slot 0 of device 0: (seconds, its state id)."""
-        state_id = next(self._ids)
-        command = EncodePrompt(
-            command_id=next(self._ids),
-            request_id="calibration",
-            state_id=state_id,
-            slot=0,
+    def _request(self, size: int) -> Request:
+        """A fresh request in slot 0, which starts on device 0."""
+        params = ImageRequest(
             prompt=PROMPT,
             width=size,
             height=size,
+            num_steps=NUM_STEPS,
+            guidance=self._spec.guidance,
             seed=SEED,
+            request_id="calibration",
         )
-        (encoded,) = await self._run(command, (0,))
-        assert isinstance(encoded, Encoded)
-        return encoded.ended_s - encoded.started_s, state_id
+        request = Request(params, self._executor.now_s())
+        request.slot, request.state_id, request.planned_holders = 0, next(self._ids), (0,)
+        return request
 
-    async def _step_s(self, size: int, degree: int, state_id: int) -> float:
-        """Seconds per step of the request in slot 0, all NUM_STEPS of which are run on devices 0 … degree - 1."""
+    async def _encode_s(self, request: Request) -> float:
+        (encoded,) = await self._run(encode_command(request, next(self._ids)), (0,))
+        assert isinstance(encoded, Encoded)
+        return encoded.ended_s - encoded.started_s
+
+    async def _step_s(self, request: Request, degree: int) -> float:
+        """Seconds per step of an encoded request, all steps of which are run on devices 0 … degree - 1."""
         members, times = tuple(range(degree)), []
         for step_index in range(NUM_STEPS):
-            chunk = Denoise(
-                command_id=next(self._ids),
-                round_id=0,
-                request_id="calibration",
-                state_id=state_id,
-                slot=0,
-                members=members,
-                holders=members if step_index else (0,),
-                source=0,
-                step_index=step_index,
-                chunk_steps=1,
-                num_steps=NUM_STEPS,
-                width=size,
-                height=size,
-                guidance=self._spec.guidance,
-            )
-            events = await self._run(chunk, members)
+            request.planned_step_index = step_index
+            step = Assignment(request_id=request.request_id, stage="denoise", members=members, chunk_steps=1)
+            events = await self._run(denoise_command(request, next(self._ids), 0, step), members)
+            request.planned_holders = members
             times.append(max(e.ended_s - e.started_s - e.waited_s for e in events if isinstance(e, Denoised)))
         return min(times)
 
-    async def _latents(self, size: int, state_id: int) -> npt.NDArray[np.float32]:
-        image_slot = self._executor.acquire_image_slot()
-        assert image_slot is not None
-        copy = CopyLatents(
-            command_id=next(self._ids),
-            request_id="calibration",
-            state_id=state_id,
-            slot=0,
-            width=size,
-            height=size,
-            image_slot=image_slot,
-        )
-        (copied,) = await self._run(copy, (0,))
-        assert isinstance(copied, LatentsCopied)
-        latents = self._executor.read_latents(image_slot, copied.num_tokens, copied.num_channels)
-        self._executor.release_image_slot(image_slot)
-        return latents
+    async def _latents(self, request: Request) -> npt.NDArray[np.float32]:
+        width, height = request.size
+        with self._image_slot() as image_slot:
+            copy = CopyLatents(
+                command_id=next(self._ids),
+                request_id=request.request_id,
+                state_id=request.state_id,
+                slot=request.slot,
+                width=width,
+                height=height,
+                image_slot=image_slot,
+            )
+            (copied,) = await self._run(copy, (0,))
+            assert isinstance(copied, LatentsCopied)
+            return self._executor.read_latents(image_slot, copied.num_tokens, copied.num_channels)
 
-    async def _decode_s(self, size: int, state_id: int) -> float:
-        """Seconds to decode the request in slot 0 of device 0."""
-        image_slot = self._executor.acquire_image_slot()
-        assert image_slot is not None
-        decode = Decode(
-            command_id=next(self._ids),
-            request_id="calibration",
-            state_id=state_id,
-            slot=0,
-            source=0,
-            num_steps=NUM_STEPS,
-            width=size,
-            height=size,
-            image_slot=image_slot,
-        )
-        (decoded,) = await self._run(decode, (0,))
-        self._executor.release_image_slot(image_slot)
+    async def _decode_s(self, request: Request) -> float:
+        with self._image_slot() as image_slot:
+            (decoded,) = await self._run(decode_command(request, next(self._ids), 0, image_slot), (0,))
         assert isinstance(decoded, Decoded)
         return decoded.ended_s - decoded.started_s
+
+    @contextlib.contextmanager
+    def _image_slot(self) -> Iterator[int]:
+        image_slot = self._executor.acquire_image_slot()
+        assert image_slot is not None, "an idle engine has free image slots"
+        try:
+            yield image_slot
+        finally:
+            self._executor.release_image_slot(image_slot)
 
     async def _run(self, command: GroupCommand, members: tuple[int, ...]) -> list[Event]:
         """Give a command and wait for every member's answer. Raises GenerationError if one fails."""

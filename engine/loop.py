@@ -126,10 +126,12 @@ class EngineLoop:
         self._recover()
 
     def admit(self) -> None:
-        """Let cancelled requests go, give slots to queued ones."""
+        """Let go those that were cancelled or that no worker is left for; give slots to queued ones."""
         for request in self.table.all():
             if request.cancelled and not self._in_flight.of_request(request.request_id):
                 self._end(request, RequestCancelled(f"request {request.request_id} was cancelled"))
+            elif not self.executor.alive:
+                self._end(request, GenerationError("no worker is alive"))
         self.table.admit()
 
     def plan(self) -> RoundPlan:
@@ -238,17 +240,16 @@ class EngineLoop:
             return
         match event:
             case Encoded():
-                self._on_encoded(request, entry, event)
+                self._on_encoded(request, event)
             case Denoised():
                 self._on_chunk_done(request, entry, event)
             case Decoded():
                 self._on_picture(request, event)
 
-    def _on_encoded(self, request: Request, entry: InFlight, event: Encoded) -> None:
+    def _on_encoded(self, request: Request, event: Encoded) -> None:
         request.encode_s = event.ended_s - event.started_s
         request.num_text_tokens = event.num_text_tokens
         self.cost_model.observe_encode(*request.size, request.encode_s)
-        request.holders = entry.members
         self.table.move(request, RequestState.READY)
         self._follow(request)
         self._outputs(request.progress())
@@ -259,7 +260,6 @@ class EngineLoop:
         self.cost_model.observe_step(*request.size, degree, elapsed_s / chunk_steps)
         request.denoise_s += elapsed_s
         request.step_index = event.step_index
-        request.holders = entry.members
         request.degrees += [degree] * chunk_steps
         done = request.step_index == request.num_steps
         self.table.move(request, RequestState.DENOISED if done else RequestState.READY)

@@ -49,8 +49,8 @@ TERMINAL_STATES = frozenset(state for state, following in LEGAL_TRANSITIONS.item
 class Request:
     """One accepted request while it lives. Written by `RequestTable` (state, slot) and `EngineLoop` (progress).
 
-    `step_index` counts finished steps; `planned_step_index` also those dispatched; `holders` are the devices whose
-    slot holds the latents of `step_index`, `planned_holders` those of `planned_step_index`.
+    `step_index` counts finished steps, `planned_step_index` also those dispatched; `planned_holders` are the devices
+    whose slot holds, or will hold, the latents of `planned_step_index`.
     """
 
     __slots__ = (
@@ -62,7 +62,6 @@ class Request:
         "degrees",
         "denoise_s",
         "encode_s",
-        "holders",
         "image",
         "num_text_tokens",
         "params",
@@ -91,7 +90,6 @@ class Request:
     def reset_progress(self) -> None:
         """Forget all work: nothing is encoded, no step is done."""
         self.step_index = self.planned_step_index = 0
-        self.holders: tuple[int, ...] = ()
         self.planned_holders: tuple[int, ...] = ()
         self.degrees: list[int] = []
         self.num_text_tokens = 0

@@ -182,6 +182,15 @@ def test_without_workers_requests_fail_instead_of_waiting() -> None:
     assert all(isinstance(error, GenerationError) for error in simulation.failures.values())
 
 
+def test_the_last_worker_lost_ends_those_that_hold_nothing_yet() -> None:
+    simulation = Simulation(num_devices=1, max_inflight=2)
+    for number in range(5):
+        simulation.request(f"r{number}", width=512, height=512)
+    simulation.executor.at(0.001, lambda: simulation.executor.lose(0))
+    simulation.run()
+    assert len(simulation.failures) == 5 and simulation.executor.now_s() < 1
+
+
 def test_a_worker_that_hangs_is_replaced_by_the_others() -> None:
     hung: list[Command] = []
 
