@@ -18,7 +18,7 @@ T5_WIDTH = 128
 CLIP_WIDTH = 96
 PRESET = {
     "name": "shapes",
-    "num_steps": 12,
+    "num_steps": 16,
     "guidance": None,
     "max_text_tokens": 64,
     "min_size": 128,
@@ -61,8 +61,8 @@ def build(seed: int = 0) -> Components:
             num_train_timesteps=1000,
             shift=3.0,
             use_dynamic_shifting=True,
-            base_shift=0.5,
-            max_shift=1.15,
+            base_shift=1.3,
+            max_shift=1.5,
             base_image_seq_len=256,
             max_image_seq_len=4096,
         ),

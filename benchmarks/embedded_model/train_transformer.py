@@ -19,7 +19,8 @@ from benchmarks.embedded_model.training_forward import TrainingForward
 
 MATRIX_RATE, OTHER_RATE = 2e-3, 1.5e-3  # peak learning rates of Muon and AdamW
 EMA_DECAY = 0.998
-TIMESTEP_SHIFT = 2.5  # at 256 tokens; the schedule at inference is shifted likewise
+TIMESTEP_SHIFT = 2.5  # at SHIFT_TOKENS image tokens, growing with the square root of their number: a larger picture
+SHIFT_TOKENS = 256  # needs more noise before its layout is lost (arXiv:2403.03206, section 5.3.2)
 
 
 @dataclass
@@ -87,11 +88,12 @@ def optimizers_of(transformer: FluxTransformer2DModel) -> list[torch.optim.Optim
     return [muon, adamw]
 
 
-def sample_sigmas(n: int, device) -> torch.Tensor:
-    """Noise levels (n,): logit-normal under the schedule's shift, a fifth uniform."""
+def sample_sigmas(n: int, num_tokens: int, device) -> torch.Tensor:
+    """Noise levels (n,) for pictures of `num_tokens`: logit-normal, shifted, a fifth uniform."""
+    shift = TIMESTEP_SHIFT * (num_tokens / SHIFT_TOKENS) ** 0.5
     u = torch.sigmoid(torch.randn(n, device=device))
     u = torch.where(torch.rand(n, device=device) < 0.2, torch.rand(n, device=device), u)
-    return TIMESTEP_SHIFT * u / (1 + (TIMESTEP_SHIFT - 1) * u)
+    return shift * u / (1 + (shift - 1) * u)
 
 
 @torch.no_grad()
@@ -182,7 +184,7 @@ class TransformerTrainer:
                 text = self._components.text_encoder_2(ids).last_hidden_state
         clean = bucket.latents[chosen].float()
         noise = torch.randn_like(clean)
-        sigma = sample_sigmas(n, self._device)
+        sigma = sample_sigmas(n, clean.shape[1], self._device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         size = (bucket.width, bucket.height)
         velocity = self._forward(noisy, sigma, text, bucket.pooled[chosen], bucket.image_ids, size)
