@@ -77,7 +77,7 @@ def main() -> None:
                 if time.monotonic() > deadline_s:
                     rows.append({"kernel": section.__name__, "note": "cut short: out of time"})
                     break
-            record = make_record(shlex.join(sys.argv), rows)
+            record = make_record(f"python -m benchmarks.kernels {shlex.join(sys.argv[1:])}", rows)
             record["host"] |= {
                 "device": torch.cuda.get_device_name() if on_gpu else "cpu",
                 "triton": triton.__version__,

@@ -29,7 +29,7 @@ class Row(NamedTuple):
 NO_LIMIT = 1 << 31
 TILES = (
     Row(128, 2, 2048, Tile(64, 64, 4, 3)),
-    Row(128, 2, NO_LIMIT, Tile(128, 128, 8, 2)),
+    Row(128, 2, NO_LIMIT, Tile(128, 128, 8, 3)),
     Row(64, 2, 2048, Tile(64, 128, 4, 3)),
     Row(64, 2, NO_LIMIT, Tile(128, 128, 8, 3)),
     Row(32, 2, NO_LIMIT, Tile(128, 128, 4, 3)),

@@ -11,11 +11,15 @@ reset. One program, one lane a member:
        visible to whoever reads the new count with an acquire
     3. read slab[me].counter[p] until it has reached expected[p] (modulo 2^32: a peer may be one barrier ahead), looking
        at the abort word, which lies in host memory and is slow to read, every ABORT_INTERVAL looks
-    4. one acquire-read of the counters, so that the kernels behind this one see what the peers stored
+    4. a fence at system scope, which makes the reads of 3 acquires: the kernels behind this one see what peers stored
+
+A counter has one writer, so slabs may also lie in host memory, where a GPU's read-modify-write is not always atomic for
+others.
 
 An abort sets `status`; from then on every barrier of this device returns at once and tells nobody anything, so a graph
-in flight drains. Whatever it computes must not be used. Before the next group the survivors zero their counters,
-`expected` and `status` while all are idle.
+in flight drains. It also takes all tokens from the table, so that pushes still to come store nothing: a peer may be at
+work for another request by then. Whatever is computed must not be used. Before the next group the survivors zero their
+counters, `expected` and `status` while all are idle.
 """
 
 import torch
@@ -23,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tetrion.kernels.group_table import device_of, num_words, own_rank, slab_pointer
+from tetrion.kernels.group_table import device_of, disarm, num_words, own_rank, slab_pointer
 
 CACHE_LINE = 64
 ABORT_INTERVAL = 256
@@ -42,7 +46,7 @@ def barrier(
 ) -> None:
     """Enqueue a barrier of the group. Any two devices must run the groups that contain both in the same order.
 
-    table: the group, see group_table.py; its members decide who is waited for.
+    table: the group, see group_table.py; its members decide who is waited for. An abort empties its token ranges.
     bases: address of each device's slab by device id; int64.
     expected: barriers begun with each device; int32 by device id, on this device.
     abort: int32 [1] in pinned host memory; non-zero ends every wait.
@@ -65,6 +69,7 @@ def barrier(
         WORDS_APART=CACHE_LINE // 4,
         INTERVAL=ABORT_INTERVAL,
         ABORTED_STATUS=ABORTED,
+        INTERPRETED=triton.knobs.runtime.interpret,
         num_warps=1,
     )
 
@@ -82,8 +87,10 @@ def _kernel(
     WORDS_APART: tl.constexpr,
     INTERVAL: tl.constexpr,
     ABORTED_STATUS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    if tl.load(status) == 0:
+    aborted = tl.load(status)
+    if aborted == 0:
         lane_P = tl.arange(0, LANES)
         device_P = tl.load(table + 1 + lane_P, mask=lane_P < DEGREE, other=0)
         me = device_of(table, own_rank(table))
@@ -103,5 +110,17 @@ def _kernel(
             if looks % INTERVAL == 0:  # noqa: SIM102 - here `and` would read the host's word at every look
                 if tl.load(abort, volatile=True) != 0:
                     tl.store(status, ABORTED_STATUS)
+                    aborted += 1
                     missing = 0
-        tl.atomic_add(ours_P, 0, mask=other_P, sem="acquire", scope="sys")
+        if not INTERPRETED:
+            system_fence(looks)
+    if aborted != 0:
+        disarm(table, DEGREE)
+
+
+@triton.jit
+def system_fence(after):
+    """No later access of any device's memory overtakes an earlier one. `after`: a number known by then."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.sys; mov.u32 $0, $1;", "=r,r", [after], dtype=tl.int32, is_pure=False, pack=1
+    )

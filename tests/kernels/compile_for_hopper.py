@@ -15,7 +15,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tetrion.kernels import attention, barrier, gated_residual, gelu, modulate, output_push, qk_norm_rope_push
+from tetrion.kernels import (
+    attention,
+    barrier,
+    gated_residual,
+    gelu,
+    latents_push,
+    modulate,
+    output_push,
+    qk_norm_rope_push,
+    slot_version,
+    state_pull,
+)
 from tetrion.kernels.attention_tiles import TILES
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -26,10 +37,11 @@ INSTRUCTIONS = {
     "tensor_core": r"wgmma\.mma_async",
     "tensor_copy": r"cp\.async\.bulk\.tensor",
     "system_release": r"(?:atom|red)\.(?:\S*sys\S*release|\S*release\S*sys)",
-    "system_acquire": r"atom\.(?:\S*sys\S*acquire|\S*acquire\S*sys)",
+    "system_fence": r"fence\.acq_rel\.sys",
 }
 FLUX = {"NUM_HEADS": 24, "HEAD_DIM": 128, "DEGREE": 4}
-POINTERS = {"table": "*i32", "bases": "*i64", "expected": "*i32", "abort": "*i32", "status": "*i32", "step": "*i32"}
+POINTERS = {"table": "*i32", "bases": "*i64", "expected": "*i32", "status": "*i32", "step": "*i32"}
+POINTERS |= {"abort": "*i32", "chunk": "*i32", "latents": "*fp32"}
 POINTERS |= {"cos": "*fp32", "sin": "*fp32", "log_sum_exp": "*fp32"}
 NORMS = ("text_q_norm", "text_k_norm", "image_q_norm", "image_k_norm")
 TENSORS = ("x", "y", "out", "output", "shift", "scale", "gate", "text_qkv", "image_qkv", *NORMS)
@@ -37,10 +49,15 @@ POINTERS |= dict.fromkeys(TENSORS, "*bf16")
 
 
 def compiled(module: Any, constants: dict[str, Any], types: dict[str, str] | None = None, **options: int) -> dict:
-    """Arguments that are neither constants nor given types are tensors by name, else multiples of 16."""
-    kernel, known = module._kernel, POINTERS | (types or {})
+    """`module`: a kernel's file, or one of the kernels of a file that has several. Arguments that are neither constants
+    nor given types are tensors by name, else multiples of 16 unless the kernel is not specialised on them."""
+    kernel, known = getattr(module, "_kernel", module), POINTERS | (types or {})
     signature = {n: "constexpr" if n in constants else known.get(n, "i32") for n in kernel.arg_names}
-    aligned = [i for i, n in enumerate(kernel.arg_names) if signature[n] == "i32" or signature[n].startswith("*")]
+    aligned = [
+        i
+        for i, (n, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True))
+        if signature[n].startswith("*") or (signature[n] == "i32" and not parameter.do_not_specialize)
+    ]
     source = ASTSource(
         kernel,
         signature,
@@ -67,7 +84,10 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     push = {"ROWS": qk_norm_rope_push.TILE_ELEMENTS // 128, "EPSILON": 1e-6, "rope_pair_stride": 1} | FLUX
-    meet = {"DEGREE": 4, "LANES": 4, "WORDS_APART": 16, "INTERVAL": 256, "ABORTED_STATUS": 1}
+    meet = {"DEGREE": 4, "LANES": 4, "WORDS_APART": 16, "INTERVAL": 256, "ABORTED_STATUS": 1, "INTERPRETED": False}
+    latents = {"DEGREE": 4, "CHANNELS": 64, "SIZE": latents_push.BLOCK}
+    versions = {"LONGS_APART": 8, "ABORTED_STATUS": 1}
+    confirm = {"LONGS_APART": 8, "WRONG": 2, "IN_GROUP": True}
     results = {
         "qk_norm_rope_push": compiled(qk_norm_rope_push, push, num_warps=4),
         "output_push": compiled(output_push, {"ROWS": output_push.TILE_ELEMENTS // 128} | FLUX, num_warps=4),
@@ -75,6 +95,13 @@ def main() -> None:
         "gated_residual": compiled(gated_residual, {"WIDTH": 3072, "COLUMNS": 1024}, num_warps=4),
         "gelu": compiled(gelu, {"WIDTH": 12288, "COLUMNS": 1024, "SLOPE": gelu.TWICE}, num_warps=4),
         "barrier": compiled(barrier, meet, num_warps=1),
+        "state_pull": compiled(state_pull, {"SHORTS": 8, "BLOCK": 8 * state_pull.BLOCK_UNITS}, num_warps=4),
+        "latents_read": compiled(latents_push._read, latents, {"out": "*fp32"}, num_warps=4),
+        "latents_push": compiled(latents_push._push, latents, num_warps=4),
+        "wait_version": compiled(slot_version._wait, versions | {"INTERVAL": 256, "INTERPRETED": False}, num_warps=1),
+        "confirm_version": compiled(slot_version._confirm, confirm, num_warps=1),
+        "invalidate_version": compiled(slot_version._invalidate, versions | {"DEGREE": 4}, num_warps=1),
+        "publish_version": compiled(slot_version._publish, versions, num_warps=1),
     }
     for row in (row for row in TILES if row.itemsize == 2):
         tile, dim = row.tile, row.head_dim

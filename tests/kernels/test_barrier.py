@@ -128,6 +128,16 @@ def test_abort_ends_the_wait_and_all_that_follow(fleet: Fleet) -> None:
     assert fleet.expected[0].tolist() == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("aborted_before", [False, True])
+def test_an_aborted_group_has_no_tokens_left_to_push(fleet: Fleet, aborted_before: bool) -> None:
+    table = fleet.table(0, (2, 0, 1))
+    fleet.abort[0] = 1
+    fleet.status[0] = int(aborted_before)
+    before = table.tolist()
+    fleet.barrier(0, (2, 0, 1), table)
+    assert table.tolist() == before[:4] + [0] * 8 + before[12:]
+
+
 def test_an_abort_word_does_not_stop_what_need_not_wait(fleet: Fleet) -> None:
     """The host's word is slow to read: it is looked at only after ABORT_INTERVAL looks at the counters."""
     assert ABORT_INTERVAL > 1

@@ -30,7 +30,11 @@ def test_nothing_spills_and_everything_fits(kernels: dict[str, Any]) -> None:
         assert kernel["shared"] <= SHARED_MEMORY_BYTES, f"{name}: {kernel['shared']} bytes of shared memory"
 
 
-@pytest.mark.parametrize("name", ["qk_norm_rope_push", "output_push", "modulate", "gated_residual", "gelu"])
+WIDE = ["qk_norm_rope_push", "output_push", "modulate", "gated_residual", "gelu"]
+WIDE += ["state_pull", "latents_read", "latents_push"]
+
+
+@pytest.mark.parametrize("name", WIDE)
 def test_all_stores_are_16_bytes_wide(kernels: dict[str, Any], name: str) -> None:
     ptx = kernels[name]["ptx"]
     assert ptx["store"] == ptx["wide_store"] > 0, f"{name}: {ptx}"
@@ -45,4 +49,10 @@ def test_attention_uses_tensor_cores_and_tensor_copies(kernels: dict[str, Any]) 
 
 def test_barrier_releases_and_acquires_at_system_scope(kernels: dict[str, Any]) -> None:
     ptx = kernels["barrier"]["ptx"]
-    assert ptx["system_release"] == ptx["system_acquire"] == 1, ptx
+    assert ptx["system_release"] == 1 and ptx["system_fence"] >= 1, ptx
+
+
+def test_versions_are_released_and_acquired_at_system_scope(kernels: dict[str, Any]) -> None:
+    assert kernels["wait_version"]["ptx"]["system_fence"] >= 1
+    for name in ("confirm_version", "publish_version"):
+        assert kernels[name]["ptx"]["system_release"] == 1, kernels[name]["ptx"]

@@ -1,0 +1,171 @@
+"""Slot versions on GPUs: who may read a request's state, and when (engine/parallel/words.py says what a version is).
+
+Owns waiting for a version, bounded and abortable, and writing one; knows no tensors of the model. All kernels are one
+program, read the chunk's words (chunk_words.py) and work on `status`, two int32 words of this device:
+
+    0   not 0: counters or states of this device cannot be trusted any more; every kernel of the exchange returns at
+        once until the device is reset. ABORTED, or WRONG_VERSION in a group (whose other members wait in vain)
+    1   the chunk's own outcome: not 0 if its source was already further than the version it wanted
+
+Only the slab's owner writes a version, with a release at system scope, so whoever reads it may read the state. The
+sequence word beside a version is for processes that sleep; nobody sleeps here.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tetrion.kernels.barrier import ABORT_INTERVAL, ABORTED, CACHE_LINE, system_fence
+from tetrion.kernels.chunk_words import NUM_CHUNK_WORDS, end_version, slot_of, source_of, start_version
+from tetrion.kernels.group_table import device_of, disarm, own_rank, slab_pointer
+
+WRONG_VERSION = 2
+NUM_STATUS_WORDS = 2
+
+
+class SlotVersions:
+    """The kernels with what they all work on. `table`: only its holder is read, any degree's will do."""
+
+    def __init__(
+        self, table: Tensor, chunk: Tensor, bases: Tensor, abort: Tensor, status: Tensor, versions_offset: int
+    ) -> None:
+        """table, bases, abort: as in barrier.py. chunk: int32 [NUM_CHUNK_WORDS]. status: int32 [NUM_STATUS_WORDS].
+
+        versions_offset: of the versions in every slab, in bytes; slot s has its own at `versions_offset + 64 s`.
+        """
+        assert table.dtype == chunk.dtype == abort.dtype == status.dtype == torch.int32, "words are int32"
+        assert len(chunk) == NUM_CHUNK_WORDS and len(status) == NUM_STATUS_WORDS, f"{len(chunk)}, {len(status)} words"
+        assert bases.dtype == torch.int64 and versions_offset % CACHE_LINE == 0, f"versions at {versions_offset}"
+        self._arguments = (table, chunk, bases, abort, status, versions_offset // 8)
+
+    def wait(self) -> None:
+        """Enqueue: wait until the source's slot has reached the start version. This device's own is invalid then."""
+        _wait[(1,)](
+            *self._arguments,
+            LONGS_APART=CACHE_LINE // 8,
+            INTERVAL=ABORT_INTERVAL,
+            ABORTED_STATUS=ABORTED,
+            INTERPRETED=triton.knobs.runtime.interpret,
+            num_warps=1,
+        )
+
+    def confirm(self, *, in_group: bool) -> None:
+        """Enqueue, after the state was copied: if the source still has the start version, so has this device's slot."""
+        _confirm[(1,)](
+            *self._arguments, LONGS_APART=CACHE_LINE // 8, WRONG=WRONG_VERSION, IN_GROUP=in_group, num_warps=1
+        )
+
+    def invalidate(self, *, degree: int) -> None:
+        """Enqueue, once all members have arrived: the slot is about to change. If anything went wrong it is not: the
+        table, which is of `degree`, loses its tokens."""
+        _invalidate[(1,)](
+            *self._arguments, LONGS_APART=CACHE_LINE // 8, ABORTED_STATUS=ABORTED, DEGREE=degree, num_warps=1
+        )
+
+    def publish(self) -> None:
+        """Enqueue, after all writes to the slot: it has the end version, unless something went wrong."""
+        _publish[(1,)](*self._arguments, LONGS_APART=CACHE_LINE // 8, ABORTED_STATUS=ABORTED, num_warps=1)
+
+
+@triton.jit
+def _version_pointer(bases, device, versions, slot, LONGS_APART: tl.constexpr):
+    return slab_pointer(bases, device, tl.int64) + versions + slot * LONGS_APART
+
+
+@triton.jit(do_not_specialize=["versions"])
+def _wait(
+    table,
+    chunk,
+    bases,
+    abort,
+    status,
+    versions,
+    LONGS_APART: tl.constexpr,
+    INTERVAL: tl.constexpr,
+    ABORTED_STATUS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    tl.store(status + 1, 0)
+    wanted = start_version(chunk)
+    if (tl.load(status) == 0) & (wanted != 0):
+        slot = slot_of(chunk)
+        source = source_of(chunk)
+        me = device_of(table, own_rank(table))
+        theirs = _version_pointer(bases, source, versions, slot, LONGS_APART)
+        waiting = 1
+        looks = 0
+        while waiting > 0:
+            found = tl.load(theirs, volatile=True)
+            earlier = (found & 0xFFFFFFFF) < (wanted & 0xFFFFFFFF)
+            waiting = (((found >> 32) != (wanted >> 32)) | earlier).to(tl.int32)
+            looks += 1
+            if looks % INTERVAL == 0:  # noqa: SIM102 - here `and` would read the host's word at every look
+                if tl.load(abort, volatile=True) != 0:
+                    tl.store(status, ABORTED_STATUS)
+                    waiting = 0
+        if not INTERPRETED:
+            system_fence(looks)
+        if source != me:
+            tl.store(_version_pointer(bases, me, versions, slot, LONGS_APART), 0)
+
+
+@triton.jit(do_not_specialize=["versions"])
+def _confirm(
+    table,
+    chunk,
+    bases,
+    abort,
+    status,
+    versions,
+    LONGS_APART: tl.constexpr,
+    WRONG: tl.constexpr,
+    IN_GROUP: tl.constexpr,
+):
+    wanted = start_version(chunk)
+    if (tl.load(status) == 0) & (wanted != 0):
+        slot = slot_of(chunk)
+        source = source_of(chunk)
+        me = device_of(table, own_rank(table))
+        if tl.load(_version_pointer(bases, source, versions, slot, LONGS_APART), volatile=True) != wanted:
+            tl.store(status + 1, WRONG)
+            if IN_GROUP:
+                tl.store(status, WRONG)
+        elif source != me:
+            ours = _version_pointer(bases, me, versions, slot, LONGS_APART)
+            tl.atomic_xchg(ours, wanted, sem="release", scope="sys")
+
+
+@triton.jit(do_not_specialize=["versions"])
+def _invalidate(
+    table,
+    chunk,
+    bases,
+    abort,
+    status,
+    versions,
+    LONGS_APART: tl.constexpr,
+    ABORTED_STATUS: tl.constexpr,
+    DEGREE: tl.constexpr,
+):
+    wrong = tl.load(status) | tl.load(status + 1)
+    if wrong == 0:
+        if tl.load(abort, volatile=True) != 0:
+            tl.store(status, ABORTED_STATUS)
+            wrong += 1
+        elif end_version(chunk) != 0:
+            me = device_of(table, own_rank(table))
+            tl.store(_version_pointer(bases, me, versions, slot_of(chunk), LONGS_APART), 0)
+    if wrong != 0:
+        disarm(table, DEGREE)
+
+
+@triton.jit(do_not_specialize=["versions"])
+def _publish(table, chunk, bases, abort, status, versions, LONGS_APART: tl.constexpr, ABORTED_STATUS: tl.constexpr):
+    if (tl.load(status) == 0) & (tl.load(status + 1) == 0):
+        if tl.load(abort, volatile=True) != 0:
+            tl.store(status, ABORTED_STATUS)
+        elif end_version(chunk) != 0:
+            me = device_of(table, own_rank(table))
+            ours = _version_pointer(bases, me, versions, slot_of(chunk), LONGS_APART)
+            tl.atomic_xchg(ours, end_version(chunk), sem="release", scope="sys")
