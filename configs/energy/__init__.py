@@ -1,0 +1,1 @@
+"""Published energy measurements, unchanged: see SOURCE.md."""

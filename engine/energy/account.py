@@ -1,0 +1,308 @@
+"""The engine's energy account: takes readings of the meter and what devices did, gives totals and receipts.
+
+Owns a ledger for every GPU. The loop tells of commands and answers, the sampler of readings, from two threads; a lock
+keeps them apart. Readings are settled up to when the oldest unanswered command was sent, since what devices did
+before is known. Times are CLOCK_MONOTONIC seconds.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from tetrion.engine.energy.figures import EnergyFigures, Totals, model_error, unattributed_share
+from tetrion.engine.energy.gpu_ledger import WINDOW_S, GpuLedger, Settled, Window
+from tetrion.engine.energy.idle_shares import IdleShares
+from tetrion.engine.energy.meter import MODEL, EnergyMeter, NoMeter, Reading
+from tetrion.engine.energy.modelled import command_j, fastest_degree, steps_j
+from tetrion.engine.energy.quantum import PHASES, Phase, Quantum, Share
+from tetrion.engine.energy.receipt import JOULES_PER_WH, PhaseJoules, Receipt, unmetered
+from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
+from tetrion.engine.planning.profile import Profile
+
+UNRECONCILED = 0.1
+"""How far power samples may be from the counter while no window has closed, as a share."""
+NO_POWER = "no reading has come from its GPUs"
+TOO_LATE = "readings of its time were settled before it was known"
+NO_IDLE_POWER = "its GPUs were not yet seen idle"
+
+
+class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a receipt needs to know of a request."""
+
+    request_id: str
+    size: tuple[int, int]
+    degrees: tuple[int, ...]
+
+
+class EnergyAccount:
+    """`gpu_of_device`: device id → UUID (several devices may be on one GPU). `num_tokens(width, height)`: of a
+    picture, to share the power between those that use a GPU at the same time."""
+
+    def __init__(
+        self,
+        meter: EnergyMeter,
+        gpu_of_device: Mapping[int, str],
+        num_tokens: Callable[[int, int], int],
+        *,
+        cpu_meter: EnergyMeter | None = None,
+        g_per_kwh: Callable[[], float | None] | None = None,
+        window_s: float = WINDOW_S,
+    ) -> None:
+        self._meter, self._cpu_meter = meter, cpu_meter
+        self._gpu_of_device = dict(gpu_of_device)
+        self._num_tokens = num_tokens
+        self._g_per_kwh = g_per_kwh
+        self._lock = threading.Lock()
+        self._ledgers = {uuid: GpuLedger(window_s) for uuid in sorted(set(self._gpu_of_device.values()))}
+        self._sent: dict[int, _Sent] = {}
+        self._spent: dict[str, _Spent] = {}
+        self._totals = Totals()
+        self._idle = IdleShares(self._gpu_of_device)
+        self._cpu_start: dict[str, float] | None = None
+        self._cpu_j: float | None = None
+
+    # Told by the sampler -----------------------------------------------------------------------------------------
+
+    def receive(self, reading: Reading) -> None:
+        """A reading of the meter, in order."""
+        cpu = self._cpu_meter.read() if self._cpu_meter is not None else None
+        with self._lock:
+            for uuid, ledger in self._ledgers.items():
+                if uuid in reading.joules:
+                    ledger.read(reading.time_s, reading.joules[uuid], reading.watts.get(uuid))
+            self._settle(reading.time_s)
+            if cpu is not None and cpu.joules:
+                self._cpu_start = self._cpu_start or cpu.joules
+                start = self._cpu_start
+                self._cpu_j = sum(joules - start.get(name, joules) for name, joules in cpu.joules.items())
+
+    # Told by the loop --------------------------------------------------------------------------------------------
+
+    def sent(self, command: GroupCommand, members: tuple[int, ...], profile: Profile, now_s: float) -> None:
+        """A command was given to its members."""
+        if self._meter.reason:
+            return
+        with self._lock:
+            self._sent[command.command_id] = _Sent(command, members, now_s, command_j(command, profile))
+            if command.request_id not in self._spent:
+                self._spent[command.request_id] = _Spent(self._idle.begin(now_s))
+            self._idle.busy(members, now_s)
+
+    def answered(self, command_id: int, device_id: int, started_s: float, ended_s: float, now_s: float) -> None:
+        """A member has executed its command."""
+        if self._meter.reason:
+            return
+        with self._lock:
+            sent = self._sent.get(command_id)
+            if sent is None or device_id not in sent.pending:
+                return
+            sent.pending.discard(device_id)
+            if not sent.pending:
+                del self._sent[command_id]
+            self._idle.free(device_id, now_s)
+            self._book(sent, device_id, started_s, ended_s)
+
+    def failed(self, command_id: int, device_id: int, now_s: float) -> None:
+        """A member brings no result: it is taken to have been busy since the command was sent."""
+        sent = self._sent.get(command_id)
+        if sent is not None:
+            self.answered(command_id, device_id, sent.sent_s, now_s, now_s)
+
+    def ended(self, request: RequestFacts, profile: Profile, now_s: float) -> Receipt:
+        """The request is over, and this is what it cost. What is booked for it from now on counts in totals only."""
+        if self._meter.reason:
+            return unmetered(self._meter.reason, request.degrees)
+        with self._lock:
+            spent = self._spent.pop(request.request_id, None)
+            if spent is None:
+                return unmetered("nothing was done for it", request.degrees, self._meter.source)
+            idle_j = self._idle.end(spent.idle_start, now_s, self._ledgers)
+            return self._receipt(request, spent, idle_j, profile)
+
+    # Asked -------------------------------------------------------------------------------------------------------
+
+    def figures(self) -> EnergyFigures:
+        with self._lock:
+            known = not self._meter.reason
+            is_metered = known and self._meter.source != MODEL
+            totals = self._totals
+            latest = [ledger.windows[-1] for ledger in self._ledgers.values() if ledger.windows]
+            watts = {uuid: w for uuid, ledger in self._ledgers.items() if (w := ledger.power_w()) is not None}
+            idle_w = {uuid: w for uuid, ledger in self._ledgers.items() if (w := ledger.idle_w) is not None}
+            return EnergyFigures(
+                source=self._meter.source,
+                reason=self._meter.reason,
+                active_j=dict(totals.active_j) if known else None,
+                idle_j=totals.idle_j if is_metered else None,
+                unattributed_j=totals.unattributed_j if is_metered else None,
+                counter_j=totals.counter_j if is_metered else None,
+                watts=watts,
+                num_windows=totals.num_windows,
+                worst_identity_error=totals.worst_identity_error if totals.num_windows else None,
+                unattributed_share=unattributed_share(latest),
+                raw_error=max((w.raw_error for w in latest if w.raw_error is not None), default=None),
+                model_error=model_error(latest),
+                idle_w=idle_w,
+                cpu_j=self._cpu_j,
+                cpu_reason="" if self._cpu_meter is None else self._cpu_meter.reason,
+            )
+
+    def windows(self) -> dict[str, tuple[Window, ...]]:
+        """The latest closed windows of each GPU."""
+        with self._lock:
+            return {uuid: tuple(ledger.windows) for uuid, ledger in self._ledgers.items()}
+
+    # Bookkeeping -------------------------------------------------------------------------------------------------
+
+    def _book(self, sent: "_Sent", device_id: int, started_s: float, ended_s: float) -> None:
+        command = sent.command
+        phase, passes = _phase_and_passes(command)
+        quantum = Quantum(
+            start_s=started_s,
+            end_s=ended_s,
+            share=Share(command.request_id, phase, (command.width, command.height)),
+            weight=self._num_tokens(command.width, command.height) * passes / len(sent.members),
+            model_j=None if sent.model_j is None else sent.model_j / len(sent.members),
+        )
+        spent = self._spent.get(command.request_id)
+        if spent is not None:
+            spent.gpus.add(self._gpu_of_device[device_id])
+            spent.phases.add(phase)
+        if self._meter.source == MODEL:
+            self._book_model(spent, quantum)
+        elif not self._ledgers[self._gpu_of_device[device_id]].add(quantum) and spent is not None:
+            spent.unknown = TOO_LATE
+
+    def _book_model(self, spent: "_Spent | None", quantum: Quantum) -> None:
+        """Nothing is measured: what the profile says is all there is."""
+        joules = quantum.model_j
+        if joules is not None:
+            self._totals.active_j[quantum.share.size, quantum.share.phase] += joules
+        if spent is not None:
+            spent.settled_j[quantum.share.phase] += joules or 0.0
+            if joules is None:
+                spent.unknown = f"the profile has no joules for {quantum.share.phase} at this size"
+
+    def _settle(self, now_s: float) -> None:
+        until_s = min([now_s, *(sent.sent_s for sent in self._sent.values())])
+        for ledger in self._ledgers.values():
+            for settled in ledger.settle(until_s):
+                self._take(settled)
+
+    def _take(self, settled: Settled) -> None:
+        for share, joules in settled.joules.items():
+            spent = self._spent.get(share.request_id)
+            if spent is not None:
+                spent.settled_j[share.phase] += joules
+                spent.unknown = spent.unknown or settled.reason
+        self._totals.add(settled)
+
+    def _receipt(self, request: RequestFacts, spent: "_Spent", idle_j: float | None, profile: Profile) -> Receipt:
+        pending: dict[Phase, float] = defaultdict(float)
+        drift = 0.0
+        for uuid in spent.gpus:
+            ledger = self._ledgers[uuid]
+            for share, joules in ledger.pending_j(request.request_id).items():
+                pending[share.phase] += joules
+            errors = [window.raw_error for window in ledger.windows if window.raw_error is not None]
+            drift = max(drift, max(errors, default=UNRECONCILED))
+        powers = [self._ledgers[uuid].power_w() for uuid in spent.gpus]
+        is_blind = self._meter.source != MODEL and (not powers or None in powers)
+        if spent.unknown or is_blind:
+            return unmetered(spent.unknown or NO_POWER, request.degrees, self._meter.source)
+        by_phase = {phase: spent.settled_j[phase] + pending[phase] for phase in PHASES if phase in spent.phases}
+        active_j = sum(by_phase.values())
+        # Where it began and ended is known to a reading's distance only.
+        edge_j = sum(power or 0.0 for power in powers) * self._meter.resolution_s
+        return self._priced(
+            Receipt(
+                method=self._meter.source,
+                active_j=active_j,
+                phases=PhaseJoules(**by_phase),
+                uncertainty_j=UNRECONCILED * active_j
+                if self._meter.source == MODEL
+                else min(active_j, drift * sum(pending.values()) + edge_j),
+                degrees=request.degrees,
+            ),
+            idle_j,
+            _saving(request, profile),
+        )
+
+    def _priced(self, receipt: Receipt, idle_j: float | None, saving_j: float | str) -> Receipt:
+        """With idle share, watt-hours, the fastest plan and CO₂e, as far as they are known."""
+        assert receipt.active_j is not None
+        reasons: dict[str, str] = {}
+        if idle_j is None:
+            reasons["idle_share_j"] = reasons["wh"] = NO_IDLE_POWER
+        saved_j = None if isinstance(saving_j, str) else saving_j
+        if isinstance(saving_j, str):
+            reasons["fastest_plan_j"] = reasons["saved_j"] = saving_j
+        wh = None if idle_j is None else (receipt.active_j + idle_j) / JOULES_PER_WH
+        co2e_g = None
+        if self._g_per_kwh is not None:
+            intensity = self._g_per_kwh()
+            co2e_g = None if intensity is None or wh is None else intensity * wh / 1e3
+            if co2e_g is None:
+                reasons["co2e_g"] = "the intensity is not known now" if intensity is None else NO_IDLE_POWER
+        return msgspec.structs.replace(
+            receipt,
+            idle_share_j=idle_j,
+            wh=wh,
+            fastest_plan_j=None if saved_j is None else receipt.active_j + saved_j,
+            saved_j=saved_j,
+            co2e_g=co2e_g,
+            reasons=reasons,
+        )
+
+
+def unmetered_account(device_ids: tuple[int, ...]) -> EnergyAccount:
+    """The account of an engine that nobody meters."""
+    reason = "this engine runs without a meter"
+    return EnergyAccount(NoMeter(reason), {device_id: f"device-{device_id}" for device_id in device_ids}, lambda *_: 0)
+
+
+class _Sent:
+    """A command that members have yet to answer. `model_j`: over all members."""
+
+    __slots__ = ("command", "members", "model_j", "pending", "sent_s")
+
+    def __init__(self, command: GroupCommand, members: tuple[int, ...], sent_s: float, model_j: float | None) -> None:
+        self.command, self.members, self.sent_s, self.model_j = command, members, sent_s, model_j
+        self.pending = set(members)
+
+
+class _Spent:
+    """A request under way: what closed windows gave it, and where and in which phases it ran."""
+
+    __slots__ = ("gpus", "idle_start", "phases", "settled_j", "unknown")
+
+    def __init__(self, idle_start: dict[str, float]) -> None:
+        self.settled_j: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self.gpus: set[str] = set()
+        self.phases: set[Phase] = set()
+        self.unknown = ""
+        self.idle_start = idle_start
+
+
+def _phase_and_passes(command: GroupCommand) -> tuple[Phase, int]:
+    match command:
+        case EncodePrompt():
+            return "encode", 1
+        case Denoise():
+            return "denoise", command.chunk_steps
+        case Decode():
+            return "decode", 1
+        case _:
+            raise AssertionError(f"{type(command).__name__} is not a stage of a request")
+
+
+def _saving(request: RequestFacts, profile: Profile) -> float | str:
+    """Joules that the fastest plan would have taken more, or why that is not known."""
+    fastest = fastest_degree(profile, request.size)
+    used_j = steps_j(profile, request.size, request.degrees)
+    fastest_j = steps_j(profile, request.size, [fastest] * len(request.degrees))
+    if used_j is None or fastest_j is None:
+        return "the profile has no joules for these degrees at this size"
+    return fastest_j - used_j

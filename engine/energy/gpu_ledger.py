@@ -1,0 +1,254 @@
+"""The ledger of one GPU: which share of its joules went to whom. Told of readings and quanta; knows no clock.
+
+Readings cut time into cells. Within a cell the power is the mean of both ends' (or what the counter moved by, where
+power is not known), and belongs to the quanta that ran, by weight. Where none ran, power up to the idle power is
+*idle*, what is above it *unattributed*. A window of at least `window_s` closes at a reading: then all figures are
+rescaled so that active + idle + unattributed is what the counter moved by. What was before rescaling is kept beside.
+
+    reading ──── cell ──── reading ──── cell ──── reading           counter: 1000 J ──▶ 4400 J
+       |  ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒    ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓    |           ▒ + ▓ + idle + unattributed = 3400 J
+          quantum of request a     quantum of b
+"""
+
+import itertools
+import math
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Mapping
+
+import msgspec
+
+from tetrion.engine.energy.quantum import Quantum, Share
+
+WINDOW_S = 5.0
+"""The counter moves every ~100 ms: shorter windows are unstable."""
+QUIET_S = 1.0
+"""After so long without work the power is the idle power."""
+QUIET_CELLS = 100
+SHORTEST_S = 1e-9
+"""Work is not shorter than clocks can tell."""
+LATE_S = 0.01
+"""Clocks of devices and engine may differ by so much."""
+IDLE_TOLERANCE = 1.1
+"""Power without work up to so many times the idle power is idle: it wavers, and drifts with the temperature."""
+WINDOWS_KEPT = 64
+
+
+class Window(msgspec.Struct, frozen=True, kw_only=True):
+    """A closed window. Joules after rescaling; `raw_`: from power samples, before. `scale`: the counter over the raw
+    sum. `model_j`: what the profile says of the quanta, None if it does not know all of them."""
+
+    start_s: float
+    end_s: float
+    counter_j: float
+    active_j: float
+    idle_j: float
+    unattributed_j: float
+    raw_active_j: float
+    raw_idle_j: float
+    raw_unattributed_j: float
+    scale: float
+    model_j: float | None
+
+    @property
+    def identity_error(self) -> float:
+        """|active + idle + unattributed − counter| as a share of the counter."""
+        gap = abs(self.active_j + self.idle_j + self.unattributed_j - self.counter_j)
+        return gap / self.counter_j if self.counter_j else gap
+
+    @property
+    def raw_error(self) -> float | None:
+        """By how much power samples and counter differ, as a share of the counter; None if it did not move."""
+        return abs(1 / self.scale - 1) if self.scale > 0 else None
+
+
+class Settled(msgspec.Struct, frozen=True, kw_only=True):
+    """A closed window and its active joules by share; `window` is None, with a `reason`, where they are not known."""
+
+    window: Window | None
+    joules: Mapping[Share, float]
+    reason: str = ""
+
+
+class _Cell(msgspec.Struct, frozen=True, kw_only=True):
+    start_s: float
+    end_s: float
+    watts: float
+    counter_j: float  # at its end
+
+
+class GpuLedger:
+    def __init__(self, window_s: float = WINDOW_S) -> None:
+        self.windows: deque[Window] = deque(maxlen=WINDOWS_KEPT)
+        self._window_s = window_s
+        self._last: tuple[float, float, float | None] | None = None
+        self._cells: deque[_Cell] = deque()
+        self._quanta: list[Quantum] = []
+        self._start: tuple[float, float] | None = None
+        self._broken: deque[float] = deque()
+        self._quiet_watts: deque[float] = deque(maxlen=QUIET_CELLS)
+        self._busy_until_s = -math.inf
+        self._raw: dict[Share, float] = defaultdict(float)
+        self._raw_idle_j = self._raw_unattributed_j = 0.0
+        self._model_j: float | None = 0.0
+
+    @property
+    def idle_w(self) -> float | None:
+        """Power without work; None until it was seen."""
+        return statistics.median(self._quiet_watts) if self._quiet_watts else None
+
+    @property
+    def scale(self) -> float:
+        """The latest window's; 1 before there is one."""
+        return self.windows[-1].scale if self.windows else 1.0
+
+    def read(self, time_s: float, counter_j: float, watts: float | None) -> None:
+        """A reading of this GPU. Readings come in order; one without news is passed over."""
+        if self._last is None:
+            self._start = (time_s, counter_j)
+        else:
+            last_s, last_j, last_w = self._last
+            if time_s <= last_s:
+                return
+            if counter_j < last_j:
+                self._broken.append(time_s)
+            known = [w for w in (last_w, watts) if w is not None]
+            mean_w = sum(known) / len(known) if known else max(0.0, counter_j - last_j) / (time_s - last_s)
+            self._cells.append(_Cell(start_s=last_s, end_s=time_s, watts=mean_w, counter_j=counter_j))
+        self._last = (time_s, counter_j, watts)
+
+    def add(self, quantum: Quantum) -> bool:
+        """Work that has ended. False if it comes too late: some of its time is settled already."""
+        if quantum.end_s - quantum.start_s > SHORTEST_S:
+            self._quanta.append(quantum)
+        return quantum.start_s >= self._settled_s - LATE_S
+
+    def settle(self, until_s: float) -> list[Settled]:
+        """All work until `until_s` has been added. Returns the windows that closed."""
+        closed = []
+        while self._cells and self._cells[0].end_s <= until_s:
+            cell = self._cells.popleft()
+            self._apportion(cell)
+            assert self._start is not None
+            if self._broken and self._broken[0] == cell.end_s:
+                self._broken.popleft()
+                closed.append(self._abandon(cell))
+            elif cell.end_s - self._start[0] >= self._window_s:
+                closed.append(self._close(cell))
+        return closed
+
+    def pending_j(self, request_id: str) -> dict[Share, float]:
+        """What a request took since the last window closed: an estimate, with the latest window's scale."""
+        joules: dict[Share, float] = defaultdict(float)
+        for share, raw_j in self._raw.items():
+            if share.request_id == request_id:
+                joules[share] += raw_j * self.scale
+        for quantum in self._quanta:
+            if quantum.share.request_id == request_id:
+                joules[quantum.share] += self._unsettled_j(quantum) * self.scale
+        return joules
+
+    def power_w(self) -> float | None:
+        """The latest known power."""
+        if self._last is not None and self._last[2] is not None:
+            return self._last[2]
+        return self._cells[-1].watts if self._cells else None
+
+    def _unsettled_j(self, quantum: Quantum) -> float:
+        """Of the part of a quantum in cells that are not settled, and after the last reading. Overlaps count twice."""
+        joules, reached_s = 0.0, self._settled_s
+        for cell in self._cells:
+            joules += cell.watts * _overlap_s(quantum, cell.start_s, cell.end_s)
+            reached_s = cell.end_s
+        return joules + (self.power_w() or 0.0) * _overlap_s(quantum, reached_s, math.inf)
+
+    @property
+    def _settled_s(self) -> float:
+        """Up to here everything is apportioned."""
+        if self._cells:
+            return self._cells[0].start_s
+        return self._last[0] if self._last is not None else -math.inf
+
+    def _apportion(self, cell: _Cell) -> None:
+        """Give a cell's joules to what ran in it, and forget what ended before its end."""
+        running = [quantum for quantum in self._quanta if quantum.start_s < cell.end_s and quantum.end_s > cell.start_s]
+        covered_s = 0.0
+        for start_s, end_s, sharers in _segments(running, cell.start_s, cell.end_s):
+            total = math.fsum(quantum.per_second(quantum.weight) for quantum in sharers)
+            covered_s += end_s - start_s
+            for quantum in sharers:
+                part = quantum.per_second(quantum.weight) / total if total else 1 / len(sharers)
+                self._raw[quantum.share] += cell.watts * (end_s - start_s) * part
+                self._count_model(quantum, end_s - start_s)
+        free_s = cell.end_s - cell.start_s - covered_s
+        if not running and cell.start_s - self._busy_until_s >= QUIET_S:
+            self._quiet_watts.append(cell.watts)
+        elif running:
+            self._busy_until_s = max(quantum.end_s for quantum in running)
+        idle_w = self.idle_w
+        idle_j = min(cell.watts, IDLE_TOLERANCE * idle_w) * free_s if idle_w is not None else 0.0
+        self._raw_idle_j += idle_j
+        self._raw_unattributed_j += cell.watts * free_s - idle_j
+        self._quanta = [quantum for quantum in self._quanta if quantum.end_s > cell.end_s]
+
+    def _count_model(self, quantum: Quantum, seconds: float) -> None:
+        if quantum.model_j is None:
+            self._model_j = None
+        elif self._model_j is not None:
+            self._model_j += quantum.per_second(quantum.model_j) * seconds
+
+    def _close(self, cell: _Cell) -> Settled:
+        assert self._start is not None
+        counter_j = cell.counter_j - self._start[1]
+        raw_active_j = math.fsum(self._raw.values())
+        raw_j = math.fsum((raw_active_j, self._raw_idle_j, self._raw_unattributed_j))
+        scale = counter_j / raw_j if raw_j > 0 else 0.0
+        joules = {share: value * scale for share, value in self._raw.items()}
+        active_j, idle_j = math.fsum(joules.values()), self._raw_idle_j * scale
+        window = Window(
+            start_s=self._start[0],
+            end_s=cell.end_s,
+            counter_j=counter_j,
+            active_j=active_j,
+            idle_j=idle_j,
+            # Where no power was seen at all, what the counter says belongs to nobody.
+            unattributed_j=self._raw_unattributed_j * scale if raw_j > 0 else counter_j,
+            raw_active_j=raw_active_j,
+            raw_idle_j=self._raw_idle_j,
+            raw_unattributed_j=self._raw_unattributed_j,
+            scale=scale if raw_j > 0 else 1.0,
+            model_j=self._model_j,
+        )
+        self.windows.append(window)
+        self._begin(cell)
+        return Settled(window=window, joules=joules)
+
+    def _abandon(self, cell: _Cell) -> Settled:
+        """The counter started again within the window: nobody knows what it would have been."""
+        joules = dict(self._raw)
+        self._begin(cell)
+        return Settled(window=None, joules=joules, reason="the GPU's energy counter went backwards")
+
+    def _begin(self, cell: _Cell) -> None:
+        self._start = (cell.end_s, cell.counter_j)
+        self._raw.clear()
+        self._raw_idle_j = self._raw_unattributed_j = 0.0
+        self._model_j = 0.0
+
+
+def _segments(quanta: list[Quantum], start_s: float, end_s: float) -> list[tuple[float, float, list[Quantum]]]:
+    """The stretches of a cell with the same quanta running, those with none left out."""
+    cuts = {start_s, end_s}
+    for quantum in quanta:
+        cuts |= {max(start_s, quantum.start_s), min(end_s, quantum.end_s)}
+    ordered = sorted(cuts)
+    found = []
+    for low, high in itertools.pairwise(ordered):
+        sharers = [quantum for quantum in quanta if quantum.start_s <= low and quantum.end_s >= high]
+        if sharers:
+            found.append((low, high, sharers))
+    return found
+
+
+def _overlap_s(quantum: Quantum, start_s: float, end_s: float) -> float:
+    return max(0.0, min(quantum.end_s, end_s) - max(quantum.start_s, start_s))

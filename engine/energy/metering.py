@@ -1,0 +1,101 @@
+"""From configuration to a running energy account: `Metering` owns meter, sampler, account and carbon intensity.
+
+What a machine does not offer is not an error unless it was asked for by name: then the account knows why it is empty.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tetrion.engine.config import MeteringConfig
+from tetrion.engine.energy.account import EnergyAccount
+from tetrion.engine.energy.carbon import Intensity, open_intensity
+from tetrion.engine.energy.meter import MODEL, EnergyMeter, MeterUnavailable, ModelMeter, NoMeter
+from tetrion.engine.energy.nvml import NvmlMeter, canonical_uuid
+from tetrion.engine.energy.rapl import RaplMeter
+from tetrion.engine.energy.replay import read_recording
+from tetrion.engine.energy.sampler import Sampler, SamplerCost
+
+CPU_ONLY = "the devices are CPU workers, which have no energy counter of their own"
+
+
+class Metering:
+    """`gpu_uuids`: device id → UUID of its GPU, empty where devices are CPUs. Raises ValueError for a meter that was
+    asked for by name and is not there, and for a carbon intensity that cannot be read."""
+
+    def __init__(
+        self,
+        config: MeteringConfig,
+        device_ids: tuple[int, ...],
+        gpu_uuids: Mapping[int, str],
+        num_tokens: Callable[[int, int], int],
+    ) -> None:
+        uuids = {device_id: canonical_uuid(uuid) for device_id, uuid in gpu_uuids.items()}
+        self._intensity: Intensity | None = None
+        self.meter = open_meter(config.meter, tuple(dict.fromkeys(uuids.values())))
+        if config.carbon is not None:
+            self._intensity = open_intensity(config.carbon, config.carbon_token_file, config.carbon_timeout_s)
+        cpu_meter = _cpu_meter()
+        self._has_readings = bool(not cpu_meter.reason or (self.meter.uuids and self.meter.source != MODEL))
+        self.account = EnergyAccount(
+            self.meter,
+            {device_id: uuids.get(device_id, _stand_in(self.meter, device_id)) for device_id in device_ids},
+            num_tokens,
+            cpu_meter=cpu_meter,
+            g_per_kwh=None if self._intensity is None else self._intensity.g_per_kwh,
+            window_s=config.window_s,
+        )
+        self._sampler = Sampler(self.meter, self.account.receive, config.period_s)
+
+    @property
+    def cost(self) -> SamplerCost:
+        """What sampling has cost so far."""
+        return self._sampler.cost
+
+    def start(self) -> None:
+        """Begin to read, if there is anything to read."""
+        if self._has_readings:
+            self._sampler.start()
+
+    def stop(self) -> None:
+        self._sampler.stop()
+        if self._intensity is not None:
+            self._intensity.close()
+
+
+def open_meter(name: str, uuids: tuple[str, ...]) -> EnergyMeter:
+    """The meter that `MeteringConfig.meter` names, for these GPUs. Raises ValueError."""
+    try:
+        match name.partition(":"):
+            case ("none", _, _):
+                return NoMeter("metering is switched off")
+            case ("model", _, _):
+                return ModelMeter(uuids)
+            case ("replay", _, path):
+                return read_recording(Path(path))
+            case ("nvml", _, _):
+                return NvmlMeter(uuids or None)
+            case _:
+                return _auto(uuids)
+    except MeterUnavailable as error:
+        raise ValueError(f"meter: {error}") from None
+
+
+def _auto(uuids: tuple[str, ...]) -> EnergyMeter:
+    if not uuids:
+        return NoMeter(CPU_ONLY)
+    try:
+        return NvmlMeter(uuids)
+    except MeterUnavailable as error:
+        return NoMeter(str(error))
+
+
+def _stand_in(meter: EnergyMeter, device_id: int) -> str:
+    """For a device that is no GPU: one of those in a recording, or a name."""
+    return meter.uuids[device_id % len(meter.uuids)] if meter.uuids else f"device-{device_id}"
+
+
+def _cpu_meter() -> EnergyMeter:
+    try:
+        return RaplMeter()
+    except MeterUnavailable as error:
+        return NoMeter(str(error))

@@ -1,0 +1,44 @@
+"""What one picture cost (`Receipt`): a value that goes with the result, into responses, manifests and reports."""
+
+import msgspec
+
+JOULES_PER_WH = 3600.0
+
+
+class PhaseJoules(msgspec.Struct, frozen=True, kw_only=True):
+    """Active joules by phase; None: none was metered in it."""
+
+    encode: float | None = None
+    denoise: float | None = None
+    decode: float | None = None
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """Joules of one request on all of its GPUs. A field that is not known is None, and `reasons` says why.
+
+    `active_j`: while its own work ran. `idle_share_j`: its part of what idle GPUs drew while it was under way, divided
+    equally among the requests of that moment. `wh`: both together, in watt-hours. `method`: the meter. `uncertainty_j`:
+    half-width around `active_j`. `degrees`: GPUs at each step. `fastest_plan_j`: what the fastest degrees would have
+    taken; `saved_j`: that minus `active_j`; both by the profile's joules. `co2e_g`: grams, if an intensity is set up.
+    """
+
+    method: str = "none"
+    active_j: float | None = None
+    idle_share_j: float | None = None
+    phases: PhaseJoules | None = None
+    wh: float | None = None
+    uncertainty_j: float | None = None
+    degrees: tuple[int, ...] = ()
+    fastest_plan_j: float | None = None
+    saved_j: float | None = None
+    co2e_g: float | None = None
+    reasons: dict[str, str] = {}
+
+
+def unmetered(reason: str, degrees: tuple[int, ...] = (), method: str = "none") -> Receipt:
+    """A receipt without joules."""
+    names = ("active_j", "idle_share_j", "phases", "wh", "uncertainty_j", "fastest_plan_j", "saved_j")
+    return Receipt(method=method, degrees=degrees, reasons=dict.fromkeys(names, reason))
+
+
+NOT_METERED = unmetered("the engine that drew this has no energy account")

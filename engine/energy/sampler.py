@@ -1,0 +1,62 @@
+"""Reads a meter about ten times a second in a thread of its own, and knows what that costs."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from tetrion.engine.energy.meter import EnergyMeter, Reading
+
+logger = logging.getLogger(__name__)
+PERIOD_S = 0.1
+
+
+class SamplerCost(msgspec.Struct, frozen=True, kw_only=True):
+    """`cpu_s` of the thread, what it did with the readings included, over `wall_s`."""
+
+    num_readings: int
+    cpu_s: float
+    wall_s: float
+
+    @property
+    def core_share(self) -> float:
+        return self.cpu_s / self.wall_s if self.wall_s > 0 else 0.0
+
+
+class Sampler:
+    """`receive` is called in the sampler's thread with every reading. Start it, `stop` it; it closes the meter."""
+
+    def __init__(self, meter: EnergyMeter, receive: Callable[[Reading], None], period_s: float = PERIOD_S) -> None:
+        self._meter, self._receive, self._period_s = meter, receive, period_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tetrion-energy", daemon=True)
+        self._cost = SamplerCost(num_readings=0, cpu_s=0.0, wall_s=0.0)
+
+    @property
+    def cost(self) -> SamplerCost:
+        return self._cost
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._meter.close()
+
+    def _run(self) -> None:
+        started_s, started_cpu_s, number = time.monotonic(), time.thread_time(), 0
+        try:
+            while not self._stopping.wait(self._period_s):
+                self._receive(self._meter.read())
+                number += 1
+                self._cost = SamplerCost(
+                    num_readings=number,
+                    cpu_s=time.thread_time() - started_cpu_s,
+                    wall_s=time.monotonic() - started_s,
+                )
+        except Exception:  # metering must not take the engine with it; receipts will lack readings and say so
+            logger.exception("the energy sampler ended")

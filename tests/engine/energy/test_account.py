@@ -1,0 +1,218 @@
+"""The account through the real loop: simulated devices, a meter in virtual time, receipts on results."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.engine.test_loop import PROFILE, SPEC
+from tetrion.engine.api import AsyncEngine
+from tetrion.engine.commands import encode_command
+from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
+from tetrion.engine.energy.account import EnergyAccount, RequestFacts
+from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
+from tetrion.engine.energy.replay import ReplayMeter
+from tetrion.engine.loop import EngineLoop
+from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.profile import ClassCost, Profile
+from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.request import ImageRequest, ImageResult, Output, resolve_request
+from tetrion.engine.request_table import Request
+from tetrion.engine.simulated import SimulatedExecutor
+
+UUIDS = {0: "GPU-a", 1: "GPU-b"}
+BUSY_W, IDLE_W = 600.0, 100.0
+WITH_JOULES = Profile(
+    heads=12,
+    classes={
+        "512x512": ClassCost(
+            step_ms={1: 200, 2: 105}, encode_ms=5, decode_ms=80, step_j={1: 100.0, 2: 120.0}, encode_j=1.0, decode_j=9.0
+        )
+    },
+)
+
+
+class MeteredLoop:
+    """The loop on two simulated devices. The meter reads every 100 ms of virtual time: a device draws `BUSY_W` while it
+    executes a command, else `IDLE_W`; `gain`: what the counter counts over what power readings say."""
+
+    def __init__(self, account: EnergyAccount | None, profile: Profile = PROFILE, gain: float = 1.0) -> None:
+        self.account = account
+        self.gain = gain
+        self.results: dict[str, ImageResult] = {}
+        self.executor = SimulatedExecutor(profile, 2)
+        self.loop = EngineLoop(
+            executor=self.executor,
+            planner=get_planner("horizon"),
+            cost_model=CostModel(profile),
+            spec=SPEC,
+            config=EngineConfig(planner=PlannerConfig()),
+            outputs=self._receive,
+            energy=account,
+        )
+        self._num_due = 0
+        self._joules = dict.fromkeys(UUIDS.values(), 1e6)
+
+    def request(self, request_id: str, at_s: float, **fields: object) -> None:
+        asked = {"prompt": "x", "seed": 1, "request_id": request_id, "width": 512, "height": 512} | fields
+        params = resolve_request(ImageRequest(**asked), SPEC, 2)  # type: ignore[arg-type]
+        self._num_due += 1
+        self.executor.at(at_s, lambda: self.loop.submit(params) and None)
+
+    def read_until(self, end_s: float) -> None:
+        for i in range(round(end_s / 0.1)):
+            self.executor.at(i * 0.1, self._read)
+        self.executor.at(end_s, self.loop.stop)
+
+    async def run(self) -> None:
+        await self.loop.run()
+
+    def _read(self) -> None:
+        assert self.account is not None
+        now_s = self.executor.now_s()
+        watts = {}
+        for device_id, uuid in UUIDS.items():
+            watts[uuid] = BUSY_W if self.executor._free_s[device_id] > now_s else IDLE_W
+            self._joules[uuid] += 0.1 * watts[uuid] * self.gain
+        self.account.receive(Reading(time_s=now_s, joules=dict(self._joules), watts=watts))
+
+    def _receive(self, output: Output) -> None:
+        if isinstance(output, ImageResult):
+            self.results[output.request_id] = output
+
+
+def replayed_account(**options: object) -> EnergyAccount:
+    meter = ReplayMeter([Reading(time_s=0.0, joules=dict.fromkeys(UUIDS.values(), 0.0), watts={})])
+    return EnergyAccount(meter, UUIDS, SPEC.num_image_tokens, **options)  # type: ignore[arg-type]
+
+
+async def test_receipts_and_totals_agree_with_the_counters() -> None:
+    account = replayed_account()
+    metered = MeteredLoop(account, gain=1.05)
+    for number in range(6):
+        metered.request(f"r{number}", at_s=6.0 + 3.0 * number, num_steps=20, force_degrees=(2,))
+    metered.read_until(60.0)
+    await metered.run()
+    figures = account.figures()
+    assert len(metered.results) == 6
+    assert figures.num_windows >= 20
+    assert figures.active_j is not None and figures.idle_j is not None and figures.unattributed_j is not None
+    total_j = sum(figures.active_j.values()) + figures.idle_j + figures.unattributed_j
+    assert total_j == pytest.approx(figures.counter_j, rel=1e-9)
+    assert figures.worst_identity_error is not None and figures.worst_identity_error <= 1e-9
+    receipts = [result.energy for result in metered.results.values()]
+    active_j = sum(receipt.active_j or 0.0 for receipt in receipts)
+    assert active_j == pytest.approx(sum(figures.active_j.values()), rel=0.1)
+    busy_s = 6 * (0.005 + 20 * 2 * 0.105 + 0.080)
+    assert active_j == pytest.approx(busy_s * BUSY_W * 1.05, rel=0.05)
+    assert all(receipt.method == "replay" for receipt in receipts)
+
+
+async def test_a_receipt_says_phases_idle_share_and_uncertainty() -> None:
+    metered = MeteredLoop(replayed_account(g_per_kwh=lambda: 500.0))
+    metered.request("a", at_s=6.0, num_steps=20, force_degrees=(1,))
+    metered.read_until(30.0)
+    await metered.run()
+    receipt = metered.results["a"].energy
+    assert receipt.active_j is not None and receipt.phases is not None and receipt.uncertainty_j is not None
+    assert receipt.phases.denoise == pytest.approx(20 * 0.2 * BUSY_W, rel=0.05)
+    assert receipt.phases.encode is not None and receipt.phases.decode is not None
+    assert sum((receipt.phases.encode, receipt.phases.denoise or 0, receipt.phases.decode)) == receipt.active_j
+    assert abs(receipt.active_j - BUSY_W * 4.085) <= receipt.uncertainty_j
+    # One of the two GPUs is idle all the while, and nobody else is under way.
+    assert receipt.idle_share_j == pytest.approx(4.1 * IDLE_W, rel=0.05)
+    assert receipt.wh == pytest.approx((receipt.active_j + receipt.idle_share_j) / 3600)
+    assert receipt.co2e_g == pytest.approx(receipt.wh * 0.5)
+    assert receipt.degrees == (1,) * 20
+    assert receipt.saved_j is None
+    assert "no joules" in receipt.reasons["saved_j"]
+
+
+async def test_the_model_meter_books_what_the_profile_says_and_what_the_fastest_plan_would_have_taken() -> None:
+    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS, SPEC.num_image_tokens), WITH_JOULES)
+    metered.request("a", at_s=0.0, num_steps=10, force_degrees=(1,) * 4 + (2,))
+    metered.executor.at(20.0, metered.loop.stop)
+    await metered.run()
+    receipt = metered.results["a"].energy
+    assert receipt.method == "model"
+    assert receipt.active_j == pytest.approx(1 + 4 * 100 + 6 * 120 + 9)
+    assert receipt.fastest_plan_j == pytest.approx(1 + 10 * 120 + 9)
+    assert receipt.saved_j == pytest.approx(80.0)
+    assert metered.account is not None and metered.account.figures().counter_j is None
+
+
+async def test_what_the_profile_does_not_say_is_none_and_not_zero() -> None:
+    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS, SPEC.num_image_tokens))
+    metered.request("a", at_s=0.0, num_steps=2)
+    metered.executor.at(20.0, metered.loop.stop)
+    await metered.run()
+    receipt = metered.results["a"].energy
+    assert receipt.active_j is None and receipt.wh is None
+    assert "profile has no joules" in receipt.reasons["active_j"]
+
+
+async def test_without_a_meter_every_field_is_none_and_says_why() -> None:
+    metered = MeteredLoop(EnergyAccount(NoMeter("no GPU here"), UUIDS, SPEC.num_image_tokens))
+    metered.request("a", at_s=0.0, num_steps=2)
+    metered.executor.at(20.0, metered.loop.stop)
+    await metered.run()
+    receipt = metered.results["a"].energy
+    assert (receipt.active_j, receipt.idle_share_j, receipt.phases, receipt.wh) == (None, None, None, None)
+    assert set(receipt.reasons.values()) == {"no GPU here"}
+    assert receipt.degrees == metered.results["a"].degrees
+
+
+async def test_a_meter_that_never_reads_gives_no_joules() -> None:
+    metered = MeteredLoop(replayed_account())
+    metered.request("a", at_s=0.0, num_steps=2)
+    metered.executor.at(20.0, metered.loop.stop)
+    await metered.run()
+    assert metered.results["a"].energy.active_j is None
+    assert "no reading" in metered.results["a"].energy.reasons["active_j"]
+
+
+def test_a_lost_member_leaves_nothing_open() -> None:
+    account = replayed_account()
+    request = Request(resolve_request(ImageRequest(prompt="x", seed=1, request_id="a"), SPEC, 2), 0.0)
+    account.sent(encode_command(request, 7), (0,), PROFILE, 1.0)
+    for i in range(5):
+        account.receive(Reading(time_s=i * 0.5, joules={"GPU-a": 300.0 * i}, watts={"GPU-a": 600.0}))
+    account.failed(7, 0, 2.0)
+    facts = RequestFacts(request_id="a", size=(512, 512), degrees=())
+    receipt = account.ended(facts, PROFILE, 2.0)
+    assert receipt.active_j == pytest.approx(600.0)
+    account.answered(7, 0, 1.0, 2.0, 2.0)  # what comes later is nobody's
+    for i in range(5, 20):
+        account.receive(Reading(time_s=i * 0.5, joules={"GPU-a": 300.0 * i}, watts={"GPU-a": 600.0}))
+    figures = account.figures()
+    assert figures.active_j is not None
+    assert sum(figures.active_j.values()) == pytest.approx(600.0)
+
+
+async def test_an_engine_without_gpus_runs_and_says_why_it_meters_nothing() -> None:
+    async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as engine:
+        result = await engine.generate(ImageRequest(prompt="a red circle", width=128, height=128, num_steps=2, seed=1))
+        stats = engine.stats()
+    assert result.energy.active_j is None
+    assert "CPU workers" in result.energy.reasons["active_j"]
+    assert (stats.energy.active_j, stats.energy.counter_j) == (None, None)
+    assert "CPU workers" in stats.energy.reason
+
+
+async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> None:
+    now_s = time.monotonic()
+    readings = (
+        Reading(time_s=now_s + i * 0.02, joules={"GPU-a": 10.0 * i}, watts={"GPU-a": 500.0}) for i in range(9000)
+    )
+    recording = tmp_path / "readings.jsonl"
+    recording.write_bytes(b"\n".join(map(msgspec.json.encode, readings)))
+    metering = MeteringConfig(meter=f"replay:{recording}", period_s=0.02)
+    async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1, metering=metering)) as engine:
+        while engine.stats().energy.num_windows < 1:
+            await asyncio.sleep(0.05)
+        result = await engine.generate(ImageRequest(prompt="a red circle", width=128, height=128, num_steps=2, seed=1))
+    busy_s = result.encode_s + result.denoise_s + result.decode_s
+    assert result.energy.method == "replay"
+    assert result.energy.active_j == pytest.approx(busy_s * 500.0, rel=0.05)

@@ -1,0 +1,170 @@
+"""Conservation: whatever ran and whatever was read, what is given out is what the counter moved by."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetrion.engine.energy.gpu_ledger import GpuLedger, Settled
+from tetrion.engine.energy.quantum import Quantum, Share
+
+PERIOD_S = 0.1
+WATTS = st.floats(0, 1500)
+
+
+def share(request_id: str = "a") -> Share:
+    return Share(request_id, "denoise", (1024, 1024))
+
+
+def quantum(start_s: float, end_s: float, request_id: str = "a", weight: float = 1.0) -> Quantum:
+    return Quantum(start_s, end_s, share(request_id), weight)
+
+
+def fed(ledger: GpuLedger, watts: list[float], joules: list[float]) -> GpuLedger:
+    for i, (power, counter) in enumerate(zip(watts, joules, strict=True)):
+        ledger.read(i * PERIOD_S, counter, power)
+    return ledger
+
+
+def constant(ledger: GpuLedger, watts: float, seconds: float, scale: float = 1.0) -> GpuLedger:
+    """Readings of a constant power, with a counter that moves `scale` times as fast as the power says."""
+    num = round(seconds / PERIOD_S) + 1
+    return fed(ledger, [watts] * num, [scale * watts * i * PERIOD_S for i in range(num)])
+
+
+@st.composite
+def quanta(draw: st.DrawFn) -> list[Quantum]:
+    found = []
+    for _ in range(draw(st.integers(0, 12))):
+        start_s = draw(st.floats(-1, 7))
+        end_s = start_s + draw(st.floats(0, 4))
+        found.append(quantum(start_s, end_s, draw(st.sampled_from("abc")), draw(st.floats(0, 1e6))))
+    return found
+
+
+@given(quanta(), st.lists(st.tuples(WATTS, st.floats(0, 200)), min_size=52, max_size=70), st.booleans())
+def test_active_idle_and_unattributed_are_what_the_counter_moved_by(
+    work: list[Quantum], readings: list[tuple[float, float]], knows_power: bool
+) -> None:
+    ledger, counter_j, settled = GpuLedger(5.0), 0.0, []
+    for i, (watts, moved_j) in enumerate(readings):
+        counter_j += moved_j if i else 0.0
+        ledger.read(i * PERIOD_S, counter_j, watts if knows_power else None)
+    for item in work:
+        ledger.add(item)
+    settled = ledger.settle(math.inf)
+    assert len(settled) == 1
+    window = settled[0].window
+    assert window is not None
+    total_j = math.fsum(settled[0].joules.values()) + window.idle_j + window.unattributed_j
+    assert total_j == pytest.approx(window.counter_j, rel=1e-9, abs=1e-9)
+    assert window.identity_error <= 1e-9
+    assert min(window.idle_j, window.unattributed_j, *settled[0].joules.values(), 0.0) == 0.0
+
+
+@given(quanta(), st.lists(st.floats(0, 10), max_size=8))
+def test_settling_in_pieces_gives_what_settling_at_once_gives(work: list[Quantum], stops: list[float]) -> None:
+    def books(until: list[float]) -> list[Settled]:
+        ledger = GpuLedger(5.0)
+        for item in work:
+            ledger.add(item)
+        for i in range(101):
+            ledger.read(i * PERIOD_S, 50.0 * i, 480.0 + i)
+        return [settled for until_s in until for settled in ledger.settle(until_s)]
+
+    at_once, in_pieces = books([math.inf]), books([*sorted(stops), math.inf])
+    assert [dict(settled.joules) for settled in in_pieces] == [dict(settled.joules) for settled in at_once]
+    assert len(at_once) == 2
+
+
+def closed(ledger: GpuLedger) -> Settled:
+    (settled,) = ledger.settle(math.inf)
+    return settled
+
+
+def test_work_gets_the_power_of_its_time() -> None:
+    ledger = constant(GpuLedger(), 500.0, 5.0)
+    ledger.add(quantum(1.0, 3.0))
+    assert closed(ledger).joules[share()] == pytest.approx(1000.0)
+
+
+def test_those_who_run_at_once_share_by_weight() -> None:
+    ledger = constant(GpuLedger(), 400.0, 5.0)
+    ledger.add(quantum(1.0, 2.0, "a", weight=3.0))
+    ledger.add(quantum(1.0, 2.0, "b", weight=1.0))
+    joules = closed(ledger).joules
+    assert joules[share("a")] == pytest.approx(300.0)
+    assert joules[share("b")] == pytest.approx(100.0)
+
+
+def test_the_counter_has_the_last_word_and_what_was_before_is_kept() -> None:
+    ledger = constant(GpuLedger(), 500.0, 5.0, scale=1.1)
+    ledger.add(quantum(0.0, 4.5))
+    settled = closed(ledger)
+    window = settled.window
+    assert window is not None
+    assert settled.joules[share()] == pytest.approx(4.5 * 550)
+    assert (window.raw_active_j, window.raw_unattributed_j) == pytest.approx((4.5 * 500, 0.5 * 500))
+    assert window.scale == pytest.approx(1.1)
+    assert window.raw_error == pytest.approx(1 - 1 / 1.1)
+
+
+def test_power_beside_work_is_unattributed_until_idle_power_was_seen_and_then_only_above_it() -> None:
+    ledger = constant(GpuLedger(), 100.0, 5.0)
+    first = closed(ledger).window
+    assert first is not None
+    assert first.idle_j == pytest.approx(500.0)  # nothing ran at all: that is what idle is
+    assert ledger.idle_w == pytest.approx(100.0)
+    for i in range(51, 102):
+        ledger.read(i * PERIOD_S, 500.0 + 60.0 * (i - 50), 600.0)
+    ledger.add(quantum(5.1, 9.0))
+    second = closed(ledger).window
+    assert second is not None
+    assert second.idle_j + second.unattributed_j == pytest.approx(second.counter_j - second.active_j)
+    assert second.unattributed_j > 400.0
+
+
+def test_a_window_is_not_shorter_than_asked_and_waits_for_what_is_not_known_yet() -> None:
+    ledger = constant(GpuLedger(5.0), 300.0, 8.0)
+    assert ledger.settle(4.9) == []
+    (settled,) = ledger.settle(7.0)
+    assert settled.window is not None
+    assert settled.window.end_s - settled.window.start_s >= 5.0 - 1e-9
+
+
+def test_a_counter_that_goes_backwards_makes_its_window_unknown_not_zero() -> None:
+    ledger = GpuLedger()
+    for i in range(20):
+        ledger.read(i * PERIOD_S, 1e6 + 30.0 * i if i < 10 else 30.0 * i, 300.0)
+    ledger.add(quantum(0.2, 0.5))
+    (settled,) = ledger.settle(math.inf)
+    assert settled.window is None
+    assert "backwards" in settled.reason
+    assert share() in settled.joules
+    assert not ledger.windows
+
+
+def test_what_is_pending_is_estimated_beyond_the_last_reading_too() -> None:
+    ledger = constant(GpuLedger(), 500.0, 5.0, scale=1.2)
+    ledger.settle(math.inf)
+    ledger.read(5.1, 1.2 * 500 * 5.1, 500.0)
+    ledger.add(quantum(5.0, 5.3))
+    assert ledger.pending_j("a") == {share(): pytest.approx(0.3 * 600)}
+    assert ledger.pending_j("b") == {}
+
+
+def test_the_profile_is_compared_with_what_was_metered() -> None:
+    ledger = constant(GpuLedger(), 500.0, 5.0)
+    ledger.add(Quantum(1.0, 3.0, share(), 1.0, model_j=900.0))
+    window = closed(ledger).window
+    assert window is not None
+    assert window.model_j == pytest.approx(900.0)
+    assert window.active_j == pytest.approx(1000.0)
+
+
+def test_work_that_comes_after_its_time_was_settled_is_said_to() -> None:
+    ledger = constant(GpuLedger(), 500.0, 5.0)
+    ledger.settle(2.0)
+    assert not ledger.add(quantum(1.0, 3.0))
+    assert ledger.add(quantum(2.0, 3.0))
