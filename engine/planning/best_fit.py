@@ -16,7 +16,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     if not snapshot.devices:
         return RoundPlan()
     builder, tables = RoundBuilder(snapshot), degree_tables(snapshot)
-    requests = sorted(snapshot.requests, key=lambda request: urgency(request, snapshot.config))
+    requests = sorted(snapshot.all_requests, key=lambda request: urgency(request, snapshot.config))
     start_aux(builder, requests)
     for request in ready_to_denoise(builder, requests):
         table = tables[request.width, request.height]

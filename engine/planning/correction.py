@@ -89,4 +89,6 @@ class CostModel:
             encode_ms=cost.encode_s * 1e3 * ratio("encode"),
             decode_ms=cost.decode_s * 1e3 * ratio("decode"),
             step_j=known.step_j if known is not None else {},
+            encode_j=known.encode_j if known is not None else None,
+            decode_j=known.decode_j if known is not None else None,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tetrion.engine.planning.profile import SizeCost
+from tetrion.engine.planning.profile import MEMO_SIZES, Profile, SizeCost
 from tetrion.engine.planning.snapshot import RequestView, Snapshot
 
 MIN_SPEED_UP = 1.02
@@ -12,11 +12,12 @@ class DegreeTable:
     """The useful degrees of one size: legal, in the profile, at most the number of devices, and each at least 2 %
     faster than every narrower one (CPU workers that share cores often gain nothing).
 
-    `degrees` ascending; `step_s[degree]` seconds (0.0 where not useful); `largest[n]`: the widest useful degree that
-    fits on n devices (0: none); `work_s`: GPU-seconds of one step at the narrowest, the measure of size among requests.
+    `degrees` ascending; `step_s[degree]` seconds (0.0 where not useful); `speed[degree]`: steps per time, relative to
+    the narrowest (0.0 where not useful); `largest[n]`: the widest useful degree that fits on n devices (0: none);
+    `work_s`: GPU-seconds of one step at the narrowest, the measure of size among requests.
     """
 
-    __slots__ = ("cost", "degrees", "fastest_step_s", "largest", "narrowest", "step_s", "widest", "work_s")
+    __slots__ = ("cost", "degrees", "fastest_step_s", "largest", "narrowest", "speed", "step_s", "widest", "work_s")
 
     def __init__(self, cost: SizeCost, legal_degrees: Sequence[int], num_devices: int) -> None:
         self.cost = cost
@@ -27,6 +28,7 @@ class DegreeTable:
             self.step_s[degree] = cost.step_s(degree)
             self.largest[degree:] = [degree] * (num_devices + 1 - degree)
         self.narrowest, self.widest = self.degrees[0], self.degrees[-1]
+        self.speed = [self.step_s[self.narrowest] / step_s if step_s else 0.0 for step_s in self.step_s]
         self.fastest_step_s = self.step_s[self.widest]
         self.work_s = self.step_s[self.narrowest] * self.narrowest
 
@@ -59,12 +61,27 @@ def chunk_steps(request: RequestView, step_s: float, chunk_s: float) -> int:
     return max(1, min(int(chunk_s / step_s + 1e-9), request.num_steps - request.step_index))
 
 
-def degree_tables(snapshot: Snapshot) -> dict[tuple[int, int], DegreeTable]:
-    """A table for each size in the snapshot."""
-    tables: dict[tuple[int, int], DegreeTable] = {}
-    num_devices = len(snapshot.devices)
-    for request in snapshot.requests:
-        size = (request.width, request.height)
-        if size not in tables:
-            tables[size] = DegreeTable(snapshot.profile.cost(*size), snapshot.legal_degrees, num_devices)
+class DegreeTables(dict[tuple[int, int], DegreeTable]):
+    """The table of each size (width, height), made when it is first asked for."""
+
+    def __init__(self, profile: Profile, legal_degrees: Sequence[int], num_devices: int) -> None:
+        super().__init__()
+        self._profile = profile
+        self._legal_degrees = legal_degrees
+        self._num_devices = num_devices
+
+    def __missing__(self, size: tuple[int, int]) -> DegreeTable:
+        if len(self) >= MEMO_SIZES:
+            self.clear()
+        table = self[size] = DegreeTable(self._profile.cost(*size), self._legal_degrees, self._num_devices)
+        return table
+
+
+def degree_tables(snapshot: Snapshot) -> DegreeTables:
+    """The tables of a snapshot's profile and devices; they live as long as the profile does."""
+    profile, legal_degrees, num_devices = snapshot.profile, snapshot.legal_degrees, len(snapshot.devices)
+    key = (DegreeTables, legal_degrees, num_devices)
+    tables = profile.derived.get(key)
+    if tables is None:
+        tables = profile.derived[key] = DegreeTables(profile, legal_degrees, num_devices)
     return tables

@@ -21,7 +21,7 @@ def fixed_planner(group_size: int) -> Planner:
 
     def plan(snapshot: Snapshot) -> RoundPlan:
         groups = static_groups(snapshot, group_size)
-        next_of_group, waiting = _bind(snapshot.requests, groups)
+        next_of_group, waiting = _bind(snapshot.all_requests, groups)
         limit_s = snapshot.now_s + snapshot.config.lead_s
         idle = {device.device_id for device in snapshot.devices if device.free_s <= limit_s}
         assignments = []

@@ -18,7 +18,7 @@ import msgspec
 
 from tetrion.engine.planning.degrees import chunk_steps, legal_on
 from tetrion.engine.planning.round_builder import RoundBuilder
-from tetrion.engine.planning.slo import arrival_order
+from tetrion.engine.planning.slo import arrival_order, urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, RoundPlan, Snapshot
 
 
@@ -29,7 +29,7 @@ def serve_forced(policy: Planner) -> Planner:
         forced = sorted((request for request in snapshot.requests if request.force_degrees), key=arrival_order)
         if not forced or not snapshot.devices:
             return policy(snapshot)
-        others = [request for request in snapshot.requests if not request.force_degrees]
+        others = [request for request in _in_order(snapshot) if not request.force_degrees]
         first_other = min(map(arrival_order, others), default=None)
         table = _Reservations(snapshot)
         overtaken = []
@@ -42,9 +42,14 @@ def serve_forced(policy: Planner) -> Planner:
         table.builder.idle.difference_update(device for a in inner.assignments for device in a.members)
         for request in overtaken:
             table.start_if_idle(request)
-        return RoundPlan(assignments=table.builder.build().assignments + inner.assignments, wake_s=inner.wake_s)
+        return msgspec.structs.replace(inner, assignments=table.builder.build().assignments + inner.assignments)
 
     return plan
+
+
+def _in_order(snapshot: Snapshot) -> list[RequestView]:
+    """All requests by urgency, the backlog among them."""
+    return sorted(snapshot.all_requests, key=lambda request: urgency(request, snapshot.config))
 
 
 def pinned_degree(request: RequestView, legal: Sequence[int]) -> int:
@@ -117,7 +122,7 @@ class _Reservations:
             else DeviceView(device_id=device.device_id, free_s=max(self.builder.free_s[device.device_id], busy_s))
             for device in self.snapshot.devices
         )
-        return msgspec.structs.replace(self.snapshot, requests=requests, devices=devices)
+        return msgspec.structs.replace(self.snapshot, requests=requests, backlog=(), devices=devices)
 
     def _degree(self, request: RequestView) -> int:
         return pinned_degree(request, self.legal) if request.stage == "denoise" else 1

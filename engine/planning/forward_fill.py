@@ -2,7 +2,7 @@
 the free profile, dropping the largest when something does not fit. Pure arithmetic on `Work` items."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.free_profile import FreeProfile, State
@@ -32,40 +32,72 @@ class Work:
         self.level = 0
         self.target = 0
 
-    @property
-    def size(self) -> float:
-        """What dropping it gains: remaining GPU-seconds per unit of weight."""
-        return self.remaining * self.table.work_s / self.view.weight
+
+def work_left(work: Work) -> float:
+    """Remaining GPU-seconds per unit of weight: what dropping the request gains the others."""
+    return work.remaining * work.table.work_s / work.view.weight
+
+
+def fraction_left(work: Work) -> float:
+    """Remaining share of its own steps per unit of weight, whatever its size: what is nearly done is kept."""
+    return work.remaining / (work.view.num_steps * work.view.weight)
+
+
+DROP_FIRST: Mapping[str, Callable[[Work], float]] = {"work": work_left, "fraction": fraction_left}
+"""By name (`PlannerConfig.drop`): the larger of two is dropped."""
 
 
 def place(profile: FreeProfile, work: Work, due_s: float) -> bool:
-    """Take the least level that ends by `due_s` out of the profile and set `work.level`; False if none does."""
-    table, budget_s = work.table, due_s - work.start_s
-    for level in table.degrees:
-        if work.remaining * table.step_s[level] > budget_s:
-            continue
-        end_s = profile.finish_s(table, level, work.start_s, work.remaining, due_s)
-        if end_s < math.inf:
-            profile.take(table, level, work.start_s, end_s)
-            work.level = level
-            return True
-    return False
+    """Take the least level that ends by `due_s` out of the profile and set `work.level`; False if none does.
+
+    A wider level never ends later, so the least one is found by halving between one that is too slow and one that
+    is not.
+    """
+    table, remaining, start_s = work.table, work.remaining, work.start_s
+    degrees, step_s, budget_s = table.degrees, table.step_s, due_s - start_s
+    low, high = 0, len(degrees) - 1
+    while remaining * step_s[degrees[low]] > budget_s:
+        low += 1
+        if low > high:
+            return False
+    end_s = profile.finish_s(table, degrees[low], start_s, remaining, due_s)
+    if end_s == math.inf:
+        if low == high:
+            return False
+        end_s = profile.finish_s(table, degrees[high], start_s, remaining, due_s)
+        if end_s == math.inf:
+            return False
+        while high - low > 1:
+            middle = (low + high) // 2
+            middle_end_s = profile.finish_s(table, degrees[middle], start_s, remaining, due_s)
+            if middle_end_s == math.inf:
+                low = middle
+            else:
+                high, end_s = middle, middle_end_s
+        low = high
+    work.level = degrees[low]
+    profile.take(table, work.level, start_s, end_s)
+    return True
 
 
-def fill(profile: FreeProfile, candidates: Sequence[Work]) -> list[Work]:
+def fill(
+    profile: FreeProfile, candidates: Sequence[Work], drop_first: Callable[[Work], float] = work_left
+) -> list[Work]:
     """Place the candidates (earliest deadline first); returns those dropped, whose level stays 0.
 
-    When one does not fit, the largest of those placed so far and itself is dropped, and the fill resumes at the
-    dropped one's position. A bounded number of placements is tried; after that whatever does not fit is dropped.
+    When one does not fit, the one with the largest `drop_first` of those placed so far and itself is dropped, and the
+    fill resumes at the dropped one's position. A bounded number of placements is tried; after that whatever does not
+    fit is dropped.
     """
     for work in candidates:
         work.level = 0
     before: list[State | None] = [None] * len(candidates)
-    dropped: set[int] = set()
+    loads = [drop_first(work) for work in candidates]
+    dropped: list[int] = []
     tries = FILLS_PER_WORK * len(candidates)
     i = 0
     while i < len(candidates):
-        if i in dropped:
+        if loads[i] < 0:
             i += 1
             continue
         before[i] = profile.save()
@@ -73,13 +105,15 @@ def fill(profile: FreeProfile, candidates: Sequence[Work]) -> list[Work]:
         if place(profile, candidates[i], candidates[i].due_s):
             i += 1
             continue
-        victim = _largest(candidates, i, dropped) if tries > 0 else i
-        dropped.add(victim)
-        state = before[victim]
-        assert state is not None
-        profile.restore(state)
-        for work in candidates[victim : i + 1]:
-            work.level = 0
+        victim = _largest(loads, i) if tries > 0 else i
+        dropped.append(victim)
+        loads[victim] = -1.0
+        if victim < i:
+            state = before[victim]
+            assert state is not None
+            profile.restore(state)
+            for work in candidates[victim:i]:
+                work.level = 0
         i = victim + 1
     return [candidates[i] for i in sorted(dropped)]
 
@@ -92,6 +126,7 @@ def fill_soft(profile: FreeProfile, works: Sequence[Work]) -> None:
             place(profile, work, math.inf)
 
 
-def _largest(candidates: Sequence[Work], last: int, dropped: set[int]) -> int:
-    sizes = ((candidates[i].size, i) for i in range(last + 1) if i not in dropped)
-    return max(sizes)[1]
+def _largest(loads: Sequence[float], last: int) -> int:
+    """Index of the largest of `loads[:last + 1]`, the last of equals."""
+    largest = max(loads[: last + 1])
+    return next(i for i in range(last, -1, -1) if loads[i] == largest)

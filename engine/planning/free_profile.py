@@ -13,7 +13,7 @@ State = tuple[list[float], list[int]]
 
 
 class FreeProfile:
-    """`free[i]` devices are free in [times[i], times[i + 1]), the last interval being endless.
+    """`free[i]` devices are free in [times[i], times[i + 1]), the last interval being endless. Neighbours differ.
 
     times   now      t1       t2            t3
     free     2   |   4    |    1     |      8   …
@@ -66,13 +66,24 @@ class FreeProfile:
         first, last = self._cut(start_s), self._cut(end_s)
         free, largest = self.free, table.largest
         for i in range(first, last):
-            free[i] -= largest[min(free[i], level)]
+            available = free[i]
+            free[i] = available - largest[available if available < level else level]
+        self._merge(first, last)
 
     def take_devices(self, count: int, start_s: float, end_s: float) -> None:
         """Subtract up to `count` devices in [start_s, end_s)."""
         first, last = self._cut(start_s), self._cut(end_s)
         for i in range(first, last):
             self.free[i] = max(0, self.free[i] - count)
+        self._merge(first, last)
+
+    def _merge(self, first: int, last: int) -> None:
+        """Make one of neighbouring intervals with equally many devices, where `first` to `last` have changed: in a full
+        profile most have none, and every walk passes over them."""
+        times, free = self.times, self.free
+        for i in range(last, max(first, 1) - 1, -1):
+            if free[i] == free[i - 1]:
+                del times[i], free[i]
 
     def _cut(self, time_s: float) -> int:
         """Index of the interval that begins at `time_s`, made if there is none."""

@@ -8,14 +8,21 @@ Requests without SLO have a soft deadline. They never displace one with an SLO, 
 go in order of that deadline whether or not it has passed, so none starves behind newer ones. A request that can no
 longer meet its SLO is *late*: it is served from left-over devices, and by the rescue rule when it has waited long.
 
+Of a long backlog (requests whose deadline has passed, see `Snapshot`) only the most urgent few are looked at, so that a
+decision costs the same however far behind the system is.
+
+An energy mode would act where degrees are chosen: in `forward_fill.place` (the least level that is in time) and in
+`leftover.gain` (what a wider one is worth), with the joules that the profile may give for each step (`step_j`).
+
 A device is left idle beside ready requests only on purpose: it is promised to a request whose chunk or encode ends
 soon, or the ready ones are late and their step at that degree would block it for long.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 from tetrion.engine.planning.degrees import DegreeTable, degree_tables
-from tetrion.engine.planning.forward_fill import Work, fill, fill_soft
+from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill, fill_soft
 from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.leftover import Option, gain, widen
 from tetrion.engine.planning.round_builder import RoundBuilder
@@ -25,10 +32,11 @@ from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
 AUX_SOON_S = 0.036
 """Devices whose encode or decode ends within this count as free when degrees are decided."""
 DROPPED_VALUE = 0.25
-LATE_VALUE = 0.05
-"""Worth of left-over devices to requests that do not count on their deadline, relative to those that do."""
+"""Worth of left-over devices to requests that were dropped, relative to those that count on their deadline."""
 LATE_ITEMS = 8
 """So many late requests compete for left-over devices; more of them mean saturation."""
+BACKLOG_LOOKED_AT = 48
+"""So many of the backlog may take a device that is still idle after that."""
 LATE_STEP_CHUNKS = 2.0
 """Late requests run only at degrees whose step takes at most this many chunk lengths (or the widest)."""
 RESCUE_AGE = 10.0
@@ -39,80 +47,81 @@ MIN_CANDIDATES = 48
 
 def plan(snapshot: Snapshot) -> RoundPlan:
     """The next round. Pure: same snapshot, same plan."""
-    if not snapshot.devices:
-        return RoundPlan()
     tick = _Tick(snapshot)
+    if not tick.builder.idle:
+        return RoundPlan()
     tick.start_aux()
-    works = tick.collect()
-    on_time = [work for work in works if not work.is_late and not work.is_soft]
-    soft = [work for work in works if work.is_soft]
-    late = [work for work in works if work.is_late]
-    bound = max(MIN_CANDIDATES, 4 * len(snapshot.devices))
-    rescued = tick.rescue(soft) or tick.rescue_late(late, on_time[:bound])
+    tick.collect()
+    on_time = [work for work in tick.works if not work.is_late and not work.is_soft]
+    soft = [work for work in tick.works if work.is_soft]
+    bound = snapshot.config.max_candidates or max(MIN_CANDIDATES, 4 * len(snapshot.devices))
+    rescued = tick.rescued = tick.rescue(soft) or tick.rescue_late(on_time[:bound])
     profile = tick.free_profile(rescued)
-    dropped = fill(profile, on_time[:bound]) + on_time[bound:]
+    dropped = fill(profile, on_time[:bound], DROP_FIRST[snapshot.config.drop]) + on_time[bound:]
     fill_soft(profile, [work for work in soft[:bound] if work not in rescued])
-    placed = [work for work in [*on_time, *soft] if work.level]
-    late = [work for work in late if work not in rescued]
-    left = tick.set_targets(rescued, placed)
-    tick.use_left_over(left, [*rescued, *placed], dropped, late)
-    tick.start_denoise([*rescued, *placed, *dropped, *soft[bound:], *late])
-    return tick.builder.build()
+    placed = [*rescued, *(work for work in [*on_time, *soft] if work.level)]
+    left = tick.set_targets(placed)
+    lucky = tick.use_left_over(left, placed, dropped)
+    return tick.start_denoise([*placed, *dropped, *soft[bound:], *lucky])
 
 
 class _Tick:
     """One planning decision."""
 
     def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
         self.config = snapshot.config
         self.now_s = snapshot.now_s
         self.builder = RoundBuilder(snapshot)
         self.tables = degree_tables(snapshot)
-        self.requests = sorted(snapshot.requests, key=lambda request: urgency(request, snapshot.config))
         self.encode_end_s: dict[str, float] = {}
-        self.longest_late_step_s = LATE_STEP_CHUNKS * snapshot.config.chunk_s
-        self.in_chunk = [request for request in self.requests if self._is_in_chunk(request)]
+        self.in_chunk = [request for request in snapshot.requests if self._is_in_chunk(request)]
+        self.works: list[Work] = []
+        self.rescued: list[Work] = []
         self.capacity = 0
 
-    def table(self, request: RequestView) -> DegreeTable:
-        return self.tables[request.width, request.height]
-
     def _is_in_chunk(self, request: RequestView) -> bool:
-        return not self.builder.is_ready(request) and (request.step_index > 0 or request.stage == "decode")
+        return request.ready_s > self.builder.limit_s and (request.step_index > 0 or request.stage == "decode")
 
     # 1: decode, encode --------------------------------------------------------------------------------------------
 
     def start_aux(self) -> None:
         """Start every decode, then every encode that finds an idle device, most urgent first."""
-        for stage in ("decode", "encode"):
-            for request in self.requests:
-                if request.stage == stage:
-                    end_s = self._start_one_aux(request)
-                    if stage == "encode":
-                        self.encode_end_s[request.request_id] = end_s
-
-    def _start_one_aux(self, request: RequestView) -> float:
-        """Start it, if it can; when it ends or would end at the earliest."""
-        builder = self.builder
-        if builder.idle and builder.is_ready(request):
-            others = (other for other in self.requests if other is not request and other.stage == "denoise")
-            started = builder.start(request, claimed={device for other in others for device in other.members})
-            return builder.free_s[started.members[0]]
-        return max(request.ready_s, min(builder.free_s.values())) + self.table(request).cost.encode_s
+        requests = self.snapshot.requests
+        aux = [request for stage in ("decode", "encode") for request in requests if request.stage == stage]
+        if not aux:
+            return
+        claimed = {device for request in requests if request.stage == "denoise" for device in request.members}
+        for request in aux:
+            if self.builder.idle and self.builder.is_ready(request):
+                end_s = self.builder.free_s[self.builder.start(request, claimed=claimed).members[0]]
+            else:
+                encode_s = self.tables[request.width, request.height].cost.encode_s
+                end_s = max(request.ready_s, min(self.builder.free_s.values())) + encode_s
+            self.encode_end_s[request.request_id] = end_s
 
     # 2: what is left to do ----------------------------------------------------------------------------------------
 
-    def collect(self) -> list[Work]:
-        """Every request with steps left, most urgent first."""
-        works = []
-        for request in self.requests:
-            if request.stage != "decode":
-                table = self.table(request)
-                start_s = self.encode_end_s.get(request.request_id, max(self.now_s, request.ready_s))
-                due = denoise_due_s(due_s(request, self.config), table.cost.decode_s)
-                is_ready = request.stage == "denoise" and self.builder.is_ready(request)
-                works.append(Work(request, table, start_s, due, is_ready))
-        return works
+    def collect(self) -> None:
+        """Every request with steps left but for the backlog, most urgent first."""
+        self.works = [self._work(request) for request in self.snapshot.requests if request.stage != "decode"]
+
+    @functools.cached_property
+    def late(self) -> list[Work]:
+        """Those that are late, the first of the backlog among them, most urgent first."""
+        late = [work for work in self.works if work.is_late]
+        backlog = [self._work(request) for request in self.snapshot.backlog[:LATE_ITEMS]]
+        return sorted(late + backlog, key=lambda work: urgency(work.view, self.config)) if late else backlog
+
+    def _work(self, request: RequestView) -> Work:
+        table = self.tables[request.width, request.height]
+        start_s, is_ready = self.now_s, True
+        if request.stage == "encode":
+            start_s, is_ready = self.encode_end_s[request.request_id], False
+        elif request.ready_s > start_s:
+            start_s, is_ready = request.ready_s, self.builder.is_ready(request)
+        due = denoise_due_s(due_s(request, self.config), table.cost.decode_s)
+        return Work(request, table, start_s, due, is_ready)
 
     # 6, 7, 10: targets --------------------------------------------------------------------------------------------
 
@@ -121,10 +130,12 @@ class _Tick:
         old = [w for w in waiting if self.now_s - w.view.arrival_s > RESCUE_AGE * slo_s(w.view, self.config)]
         return [min(old, key=lambda work: (work.view.arrival_s, work.view.request_id))] if old else []
 
-    def rescue_late(self, late: Sequence[Work], on_time: Sequence[Work]) -> list[Work]:
+    def rescue_late(self, on_time: Sequence[Work]) -> list[Work]:
         """The late request to rescue, if the system is below saturation: few are late, and nobody on time has to be
         dropped for it."""
-        rescued = self.rescue(late) if len(late) <= LATE_ITEMS else []
+        if not self.config.rescue or len(self.snapshot.backlog) > LATE_ITEMS or len(self.late) > LATE_ITEMS:
+            return []
+        rescued = self.rescue(self.late)
         return rescued if rescued and not fill(self.free_profile(rescued), on_time) else []
 
     def free_profile(self, rescued: Sequence[Work]) -> FreeProfile:
@@ -135,74 +146,103 @@ class _Tick:
             profile.take_devices(degree, self.now_s, work.start_s + work.remaining * work.table.step_s[degree])
         return profile
 
-    def set_targets(self, rescued: Sequence[Work], placed: Sequence[Work]) -> int:
-        """Give the rescued its narrowest degree, then each placed request its level while devices last; returns how
-        many are left."""
+    def set_targets(self, placed: Sequence[Work]) -> int:
+        """Give each request its level (the rescued its narrowest degree) while devices last; returns how many are
+        left."""
         busy = {device for request in self.in_chunk for device in request.members}
         builder, soon_s = self.builder, self.now_s + AUX_SOON_S
-        self.capacity = sum(d in builder.idle or d in busy or free <= soon_s for d, free in builder.free_s.items())
+        self.capacity = sum([d in builder.idle or d in busy or free <= soon_s for d, free in builder.free_s.items()])
         left = self.capacity
-        for work in [*rescued, *placed]:
+        for work in placed:
             work.target = work.table.largest[min(work.level or work.table.narrowest, left)]
             left -= work.target
         return left
 
-    def use_left_over(self, left: int, placed: Sequence[Work], dropped: Sequence[Work], late: Sequence[Work]) -> None:
-        """Widen requests, and start some that have no target, with the devices that are left."""
+    def use_left_over(self, left: int, placed: Sequence[Work], dropped: Sequence[Work]) -> list[Work]:
+        """With the devices that are left, widen requests and give some of the others a target; late ones come last.
+        Returns those of them that got one."""
+        items = [*self._options(placed, left, 1.0), *self._options(dropped[:MIN_CANDIDATES], left, DROPPED_VALUE)]
+        left = widen(items, left)
         if left <= 0:
-            return
-        items: list[tuple[Work, list[Option]]] = []
-        for works, value in ((placed, 1.0), (dropped[:MIN_CANDIDATES], DROPPED_VALUE), (late[:LATE_ITEMS], LATE_VALUE)):
-            for work in works:
-                options = [
-                    (d, value * gain(work, d)) for d in self._allowed(work) if work.target < d <= work.target + left
-                ]
-                if options:
-                    items.append((work, options))
-        widen(items, left)
+            return []
+        late = [work for work in self.late if work not in self.rescued][:LATE_ITEMS]
+        widen(list(self._options(_first_of_each_size(late, left), left, 1.0)), left)
+        return [work for work in late if work.target]
 
-    def _allowed(self, work: Work) -> Sequence[int]:
-        """Degrees at which left-over devices may run it. A late request keeps one that can come free."""
-        table = work.table
-        if not work.is_late:
-            return table.degrees
-        widest = table.largest[self.capacity]
-        return [d for d in table.degrees if d == widest or table.step_s[d] <= self.longest_late_step_s]
+    def _options(self, works: Sequence[Work], left: int, value: float) -> Iterator[tuple[Work, list[Option]]]:
+        """What could be done for each with so many more devices."""
+        for work in works:
+            target, most = work.target, work.target + left
+            degrees = self._late_degrees(work.table) if work.is_late else work.table.degrees
+            options = [(d, value * gain(work, d)) for d in degrees if target < d <= most]
+            if options:
+                yield work, options
+
+    def _late_degrees(self, table: DegreeTable) -> Sequence[int]:
+        """Degrees at which left-over devices may run a late request: none that blocks them for long, but always one
+        that can come free."""
+        widest, longest_s = table.largest[self.capacity], LATE_STEP_CHUNKS * self.config.chunk_s
+        return [degree for degree in table.degrees if degree == widest or table.step_s[degree] <= longest_s]
 
     # 8, 9: start --------------------------------------------------------------------------------------------------
 
-    def start_denoise(self, works: Sequence[Work]) -> None:
-        """Start what is ready: first those with a target, then others on devices promised to nobody."""
-        surplus = self._surplus(works)
-        starting: list[tuple[Work, int]] = []
-        rest: list[Work] = []
-        room, promised = len(self.builder.idle), self._promised(works)
+    def start_denoise(self, works: Sequence[Work]) -> RoundPlan:
+        """Start what is ready: first those of `works` with a target, then whatever can use devices that are promised
+        to nobody."""
+        starting: list[tuple[RequestView, int]] = []
+        room, promised = len(self.builder.idle), self._promised()
         for work in works:
             if work.is_ready and work.target:
-                degree = self._degree_now(work, room, surplus)
+                degree = work.target if work.target <= room else self._degree_now(work, room)
                 if degree:
-                    starting.append((work, degree))
+                    starting.append((work.view, degree))
                     room -= degree
                 else:
                     promised += work.target
-            elif work.is_ready:
-                rest.append(work)
-        for work in rest:
-            degree = max((d for d in self._allowed(work) if d <= room - promised), default=0)
-            if degree:
-                starting.append((work, degree))
-                room -= degree
-        self._start(starting)
+        if room > promised:
+            starting += self._start_others(works, room - promised)
+        wanted = [set(view.members[:degree]) for view, degree in starting]
+        for i, (view, degree) in enumerate(starting):
+            self.builder.start(view, degree, claimed=set().union(*wanted[i + 1 :]))
+        num_ready = sum([work.is_ready for work in self.works]) + len(self.snapshot.backlog)
+        return self.builder.build(num_held=len(self.builder.idle) if num_ready > len(starting) else 0)
 
-    def _promised(self, works: Sequence[Work]) -> int:
+    def _start_others(self, works: Sequence[Work], room: int) -> Iterator[tuple[RequestView, int]]:
+        """What else is started, and at which degree."""
+        widest: dict[tuple[DegreeTable, bool], int] = {}
+        for view, table, is_late in self._without_target(works):
+            degree = widest.get((table, is_late))
+            if degree is None:
+                degrees = self._late_degrees(table) if is_late else table.degrees
+                degree = widest[table, is_late] = max([d for d in degrees if d <= room], default=0)
+            if degree:
+                yield view, degree
+                room -= degree
+                if not room:
+                    return
+                widest.clear()
+
+    def _without_target(self, works: Sequence[Work]) -> Iterator[tuple[RequestView, DegreeTable, bool]]:
+        """What else could start, and whether it is late: those of `works`, then late ones."""
+        for work in works:
+            if work.is_ready and not work.target and not work.is_late:
+                yield work.view, work.table, False
+        for work in self.late:
+            if work.is_ready and not work.target:
+                yield work.view, work.table, True
+        for view in self.snapshot.backlog[LATE_ITEMS:BACKLOG_LOOKED_AT]:
+            yield view, self.tables[view.width, view.height], True
+
+    def _promised(self) -> int:
         """Devices that requests whose chunk or encode still runs will take in addition to those they have."""
         held = {request.request_id: len(request.members) for request in self.in_chunk}
-        coming = (work for work in works if not work.is_ready)
-        return sum(max(0, work.target - held.get(work.view.request_id, 0)) for work in coming)
+        coming = [work for work in self.works if work.target and not work.is_ready]
+        return sum([max(0, work.target - held.get(work.view.request_id, 0)) for work in coming])
 
-    def _surplus(self, works: Sequence[Work]) -> list[float]:
+    @functools.cached_property
+    def _surplus(self) -> list[float]:
         """When each device that is busy now will be free for somebody else, ascending."""
-        targets = {work.view.request_id: work.target for work in works}
+        targets = {work.view.request_id: work.target for work in self.works}
         times: list[float] = []
         for request in self.in_chunk:
             kept = 1 if request.stage == "decode" else targets[request.request_id]
@@ -212,21 +252,25 @@ class _Tick:
         times += [t for d, t in self.builder.free_s.items() if t <= soon_s and d not in idle and d not in in_chunk]
         return sorted(times)
 
-    def _degree_now(self, work: Work, room: int, surplus: Sequence[float]) -> int:
-        """The degree to start at now; 0: nothing fits, or it waits for its target, since one step at what is idle now
-        would end later than the wait and one step at the target."""
-        if work.target <= room:
-            return work.target
+    def _degree_now(self, work: Work, room: int) -> int:
+        """The degree to start at although the target does not fit; 0: nothing fits, or it waits for its target, since
+        one step at what is idle now would end later than the wait and one step at the target."""
         degree, missing = work.table.largest[room], work.target - room
-        if not degree or missing > len(surplus):
+        if not degree or missing > len(self._surplus):
             return degree
-        wait_end_s, step_s = surplus[missing - 1], work.table.step_s
+        wait_end_s, step_s = self._surplus[missing - 1], work.table.step_s
         if self.now_s + step_s[degree] <= wait_end_s + step_s[work.target]:
             return degree
         self.builder.wake_at(wait_end_s - self.config.lead_s)
         return 0
 
-    def _start(self, starting: Sequence[tuple[Work, int]]) -> None:
-        wanted = [set(work.view.members[:degree]) for work, degree in starting]
-        for i, (work, degree) in enumerate(starting):
-            self.builder.start(work.view, degree, claimed=set().union(*wanted[i + 1 :]))
+
+def _first_of_each_size(works: Sequence[Work], num: int) -> list[Work]:
+    """The first `num` of each size. On so many devices no more can start, and to the knapsack they are all alike."""
+    counts: dict[DegreeTable, int] = {}
+    first = []
+    for work in works:
+        counts[work.table] = counts.get(work.table, 0) + 1
+        if counts[work.table] <= num:
+            first.append(work)
+    return first

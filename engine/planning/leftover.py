@@ -10,9 +10,7 @@ Option = tuple[int, float]
 
 def gain(work: Work, degree: int) -> float:
     """Throughput gained by going from the target to `degree`, in units of the request's narrowest degree."""
-    step_s = work.table.step_s
-    speed = 1 / step_s[degree] - (1 / step_s[work.target] if work.target else 0.0)
-    return speed * step_s[work.table.narrowest]
+    return work.table.speed[degree] - work.table.speed[work.target]
 
 
 def widen(items: Sequence[tuple[Work, list[Option]]], num_left: int) -> int:

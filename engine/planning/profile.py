@@ -27,12 +27,15 @@ _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 class ClassCost(msgspec.Struct, frozen=True, kw_only=True):
     """Cost of one size. `step_ms`: degree -> milliseconds of one denoising step; `step_j`: degree -> joules of one
-    step over all members (optional); `encode_ms` and `decode_ms` are on one device."""
+    step over all members (optional); `encode_ms` and `decode_ms` are on one device, `encode_j` and `decode_j` its
+    joules (optional)."""
 
     step_ms: dict[int, float]
     encode_ms: float
     decode_ms: float
     step_j: dict[int, float] = {}
+    encode_j: float | None = None
+    decode_j: float | None = None
 
 
 class SizeCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +89,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @functools.cached_property
     def _memo(self) -> dict[tuple[int, int], SizeCost]:
         # Not part of the value: what `cost` has worked out so far.
+        return {}
+
+    @functools.cached_property
+    def derived(self) -> dict[Any, Any]:
+        """Not part of the value: what others have worked out from it and keep for as long as it lives."""
         return {}
 
     @functools.cached_property
@@ -175,6 +183,9 @@ def _check_class(key: str, cost: ClassCost, heads: int) -> None:
     for name, value in (("encode_ms", cost.encode_ms), ("decode_ms", cost.decode_ms)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{where}.{name}: must be at least 0 and finite, got {value}")
+    for name, joules in (("encode_j", cost.encode_j), ("decode_j", cost.decode_j)):
+        if joules is not None and not 0 <= joules < math.inf:
+            raise ValueError(f"{where}.{name}: must be at least 0 and finite, got {joules}")
 
 
 def _check_table(where: str, table: Mapping[int, float], heads: int) -> None:

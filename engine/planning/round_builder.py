@@ -14,7 +14,8 @@ class RoundBuilder:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.limit_s = snapshot.now_s + snapshot.config.lead_s
-        self.free_s = {device.device_id: max(device.free_s, snapshot.now_s) for device in snapshot.devices}
+        now_s = snapshot.now_s
+        self.free_s = {d.device_id: d.free_s if d.free_s > now_s else now_s for d in snapshot.devices}
         self.idle = {device_id for device_id, free_s in self.free_s.items() if free_s <= self.limit_s}
         self._assignments: list[Assignment] = []
         self._wake_s: float | None = None
@@ -47,7 +48,7 @@ class RoundBuilder:
             duration_s = steps * step_s
         else:
             duration_s = cost.encode_s if request.stage == "encode" else cost.decode_s
-        start_s = max(request.ready_s, *(self.free_s[device_id] for device_id in members))
+        start_s = max(request.ready_s, *[self.free_s[device_id] for device_id in members])
         self.occupy(members, start_s + duration_s)
         assignment = Assignment(
             request_id=request.request_id,
@@ -64,5 +65,5 @@ class RoundBuilder:
         time_s = max(time_s, self.snapshot.now_s)
         self._wake_s = time_s if self._wake_s is None else min(self._wake_s, time_s)
 
-    def build(self) -> RoundPlan:
-        return RoundPlan(assignments=tuple(self._assignments), wake_s=self._wake_s)
+    def build(self, num_held: int = 0) -> RoundPlan:
+        return RoundPlan(assignments=tuple(self._assignments), wake_s=self._wake_s, num_held=num_held)

@@ -16,7 +16,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     if not snapshot.devices:
         return RoundPlan()
     builder, tables = RoundBuilder(snapshot), degree_tables(snapshot)
-    requests = sorted(snapshot.requests, key=arrival_order)
+    requests = sorted(snapshot.all_requests, key=arrival_order)
     start_aux(builder, requests)
     for request in ready_to_denoise(builder, requests):
         degree = tables[request.width, request.height].widest

@@ -14,7 +14,8 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     """One admitted request. `stage` is what it needs next, startable from `ready_s` on (now or earlier: at once;
     later: when its running command is predicted to end, `members` being busy with it until then). `step_index` is
     the number of steps done by `ready_s`; `members` are the devices that hold, or by then will hold, its latents.
-    `deadline_s` is None without an SLO. A request whose last stage already runs is not in the snapshot."""
+    `deadline_s` is None without an SLO. `weight`: worth of meeting it, all factors multiplied. A request whose last
+    stage already runs is not in the snapshot."""
 
     request_id: str
     stage: Stage
@@ -39,7 +40,12 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Times are seconds on one clock. Requests and devices are ordered by id."""
+    """Times are seconds on one clock. Devices are ordered by id, requests by urgency (see `slo.urgency`).
+
+    `backlog`: requests that nothing can bring home in time and nothing is in flight for: their deadline has passed and
+    they are ready to denoise. Kept apart since there may be thousands of them in an overload, which a policy
+    need not look through at every decision. `requests` are all others; taken together they are all there are.
+    """
 
     now_s: float
     requests: tuple[RequestView, ...]
@@ -47,6 +53,12 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     legal_degrees: tuple[int, ...]
     profile: Profile
     config: PlannerConfig
+    backlog: tuple[RequestView, ...] = ()
+
+    @property
+    def all_requests(self) -> tuple[RequestView, ...]:
+        """`requests` and `backlog`, in no order."""
+        return self.requests + self.backlog
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,10 +73,11 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
 
 class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     """`assignments` in the order they are to be dispatched. `wake_s`: plan again at this time even if nothing happens
-    (None: only at the next event)."""
+    (None: only at the next event). `num_held`: devices left idle on purpose, although a request is ready."""
 
     assignments: tuple[Assignment, ...] = ()
     wake_s: float | None = None
+    num_held: int = 0
 
 
 class Planner(Protocol):

@@ -62,7 +62,7 @@ def rounds_planner(steps_per_round: int) -> Planner:
             decide(works, len(builder.idle), start_s + length_s)
             end_s = start_s + length_s * (1 + OVERRUN)
             _start(builder, works, lambda step_s, from_s: int((end_s - from_s) / step_s + 1e-9))
-        if snapshot.requests:
+        if snapshot.all_requests:
             builder.wake_at(start_s + length_s - snapshot.config.lead_s)
         return builder.build()
 
@@ -129,8 +129,9 @@ def _saving_degrees(work: Work, next_s: float) -> list[Option]:
 
 def _paced_tables(snapshot: Snapshot, length_s: float) -> Tables:
     """Tables whose steps take as long as they do when only whole steps fit in a round."""
-    tables: Tables = {}
-    for size, table in degree_tables(snapshot).items():
+    true_tables, tables = degree_tables(snapshot), {}
+    for size in {(request.width, request.height) for request in snapshot.all_requests}:
+        table = true_tables[size]
         paced = DegreeTable(_paced(table.cost, length_s), snapshot.legal_degrees, len(snapshot.devices))
         paced.fastest_step_s = table.fastest_step_s  # "definitely late" is judged by the true step, as published
         tables[size] = paced
@@ -149,7 +150,7 @@ def _paced(cost: SizeCost, length_s: float) -> SizeCost:
 def _begin(builder: RoundBuilder, tables: Tables) -> list[Work]:
     """Start encodes and decodes; the requests that may start a chunk now, most urgent first."""
     snapshot = builder.snapshot
-    requests = sorted(snapshot.requests, key=lambda request: urgency(request, snapshot.config))
+    requests = sorted(snapshot.all_requests, key=lambda request: urgency(request, snapshot.config))
     start_aux(builder, requests)
     works = []
     for request in ready_to_denoise(builder, requests):

@@ -13,6 +13,7 @@ import numpy
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, Planner, RequestView, RoundPlan, Snapshot, Stage
 
 HEADS = 24
@@ -152,7 +153,7 @@ class Simulation:
         views = [view for request in self.alive.values() if (view := request.view())]
         return Snapshot(
             now_s=now_s,
-            requests=tuple(sorted(views, key=lambda view: view.request_id)),
+            requests=tuple(sorted(views, key=lambda view: urgency(view, self.config))),
             devices=tuple(DeviceView(device_id=d, free_s=max(t, now_s)) for d, t in self.free_s.items()),
             legal_degrees=self.legal,
             profile=self.profile,

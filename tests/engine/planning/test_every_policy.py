@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.horizon import LATE_ITEMS
 from tetrion.engine.planning.registry import FAMILIES, POLICIES, WORK_CONSERVING, get_planner
-from tetrion.engine.planning.snapshot import RoundPlan, Snapshot
+from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
 
 from .simulation import Simulation, check_plan
 from .test_plans import NOW_S, PROFILE, random_trace, snapshots
@@ -51,7 +52,53 @@ def idle_beside_work(snapshot: Snapshot, plan: RoundPlan) -> bool:
 def test_work_conserving_policies_leave_no_device_idle(policy: str, snapshot: Snapshot) -> None:
     free = tuple(msgspec.structs.replace(request, force_degrees=()) for request in snapshot.requests)
     snapshot = msgspec.structs.replace(snapshot, requests=free)
-    assert not idle_beside_work(snapshot, get_planner(policy)(snapshot))
+    for shown in (snapshot, with_backlog(snapshot)):
+        assert not idle_beside_work(snapshot, get_planner(policy)(shown))
+
+
+def with_backlog(snapshot: Snapshot) -> Snapshot:
+    """The same state as the engine shows it: those past their deadline that nothing runs for are kept apart."""
+    limit_s = snapshot.now_s + snapshot.config.lead_s
+
+    def is_overdue(request: RequestView) -> bool:
+        has_slo = request.deadline_s is not None and request.deadline_s < snapshot.now_s and not request.force_degrees
+        return has_slo and request.stage == "denoise" and request.ready_s <= limit_s
+
+    kept = tuple(request for request in snapshot.requests if not is_overdue(request))
+    return msgspec.structs.replace(
+        snapshot, requests=kept, backlog=tuple(request for request in snapshot.requests if is_overdue(request))
+    )
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY)
+@settings(max_examples=60, deadline=None)
+@given(snapshot=snapshots())
+def test_what_is_kept_apart_is_served_as_if_it_were_not(policy: str, snapshot: Snapshot) -> None:
+    apart = with_backlog(snapshot)
+    together, split = (get_planner(policy)(each) for each in (snapshot, apart))
+    check_plan(snapshot, split)
+    if len(apart.backlog) <= LATE_ITEMS:
+        assert summary(split) == summary(together)
+        assert (split.wake_s, split.num_held) == (together.wake_s, together.num_held)
+
+
+def summary(plan: RoundPlan) -> list[tuple[str, str, int, int]]:
+    return [(a.request_id, a.stage, len(a.members), a.chunk_steps) for a in plan.assignments]
+
+
+@settings(max_examples=100, deadline=None)
+@given(snapshot=snapshots())
+def test_horizon_says_how_many_devices_it_holds_back(snapshot: Snapshot) -> None:
+    """All that are idle beside a ready request, and none where nothing is ready (see `test_plans` for its reasons)."""
+    free = tuple(msgspec.structs.replace(request, force_degrees=()) for request in snapshot.requests)
+    snapshot = with_backlog(msgspec.structs.replace(snapshot, requests=free))
+    plan = get_planner("horizon")(snapshot)
+    everything = msgspec.structs.replace(snapshot, requests=snapshot.all_requests, backlog=())
+    assert bool(plan.num_held) == idle_beside_work(everything, plan)
+    busy = {device for assignment in plan.assignments for device in assignment.members}
+    limit_s = snapshot.now_s + snapshot.config.lead_s
+    idle = [d for d in snapshot.devices if d.free_s <= limit_s and d.device_id not in busy]
+    assert plan.num_held in (0, len(idle))
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tetrion.engine.planning.degrees import DegreeTable, useful_degrees
-from tetrion.engine.planning.forward_fill import Work, fill, fill_soft
+from tetrion.engine.planning.forward_fill import Work, fill, fill_soft, fraction_left, place
 from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.leftover import gain, widen
 from tetrion.engine.planning.placement import choose_members
@@ -67,14 +67,33 @@ def test_what_is_taken_is_what_was_walked(free_s: list[float], takes: list[tuple
         profile.take(degrees, level, start_s, end_s)
         assert min(profile.free) >= 0
         assert profile.times == sorted(set(profile.times))
-        done = 0.0
-        for i, (begin, left) in enumerate(zip(profile.times, profile.free, strict=True)):
-            index = max(j for j, time_s in enumerate(before.times) if time_s <= begin)
-            used = before.free[index] - left
-            end = profile.times[i + 1] if i + 1 < len(profile.times) else begin
+        assert all(left != right for left, right in itertools.pairwise(profile.free))
+        done, bounds = 0.0, sorted({*before.times, *profile.times})
+        for begin, end in itertools.pairwise([*bounds, bounds[-1]]):
+            used = free_at(before, begin) - free_at(profile, begin)
             assert used == 0 or (used in degrees.degrees and used <= level and start_s <= begin < end_s)
             done += (end - begin) / degrees.step_s[used] if used else 0.0
         assert done == pytest.approx(steps, rel=1e-6, abs=1e-6)
+
+
+def free_at(profile: FreeProfile, time_s: float) -> int:
+    return profile.free[max(i for i, begin in enumerate(profile.times) if begin <= time_s)]
+
+
+@given(
+    starts,
+    st.lists(st.tuples(st.integers(0, 3), st.floats(0, 10), st.integers(1, 28), st.floats(0, 15)), max_size=8),
+)
+def test_the_level_is_the_least_one_that_ends_in_time(
+    free_s: list[float], items: list[tuple[int, float, int, float]]
+) -> None:
+    profile = FreeProfile(0.0, free_s)
+    for i, (size, start_s, steps, budget_s) in enumerate(items):
+        item = work(f"r{i}", size, start_s + budget_s, steps, start_s)
+        ends_s = [profile.finish_s(item.table, d, start_s, steps, item.due_s) for d in item.table.degrees]
+        least = next((d for d, end_s in zip(item.table.degrees, ends_s, strict=True) if end_s < math.inf), 0)
+        assert place(profile, item, item.due_s) == bool(least)
+        assert item.level == least
 
 
 def test_the_least_level_that_meets_the_deadline_is_placed() -> None:
@@ -95,6 +114,19 @@ def test_the_largest_is_dropped_unless_its_weight_says_otherwise() -> None:
     first, second, large = three(weight=100.0)
     assert fill(FreeProfile(0.0, [0.0] * 8), [first, second, large]) == [first, second]
     assert large.level == 8
+
+
+def test_by_fraction_whoever_is_half_done_is_kept_whatever_its_size() -> None:
+    def pair() -> tuple[Work, Work]:
+        fresh, half_done = work("a", 2, 2.0), work("large", 3, 2.2)
+        half_done.remaining = 14
+        return fresh, half_done
+
+    fresh, half_done = pair()
+    assert fill(FreeProfile(0.0, [0.0] * 8), [fresh, half_done]) == [half_done]
+    fresh, half_done = pair()
+    assert fill(FreeProfile(0.0, [0.0] * 8), [fresh, half_done], fraction_left) == [fresh]
+    assert half_done.level == 8
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0.2, 20), st.floats(0, 2), st.integers(1, 28)), max_size=14))

@@ -4,6 +4,7 @@ import math
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
 
 from .simulation import SimRequest, Simulation, flux_profile, legal_degrees, make_profile
@@ -29,7 +30,7 @@ def request(request_id: str, **fields: object) -> RequestView:
 def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **config: float) -> RoundPlan:
     snapshot = Snapshot(
         now_s=NOW_S,
-        requests=tuple(sorted(requests, key=lambda r: r.request_id)),
+        requests=tuple(sorted(requests, key=lambda r: urgency(r, PlannerConfig(**config)))),
         devices=tuple(DeviceView(device_id=i, free_s=NOW_S + wait_s) for i, wait_s in enumerate(free_in_s)),
         legal_degrees=legal_degrees(len(free_in_s)),
         profile=profile or flux_profile(),
@@ -102,6 +103,31 @@ def test_a_late_request_is_rescued_unless_that_costs_somebody_the_deadline() -> 
     assert by_id(plan([late, request("b", deadline_s=NOW_S + 8)], [0.0])).keys() == {"b"}
     crowd = [request(f"c{i}", arrival_s=NOW_S - 5, deadline_s=NOW_S - 1) for i in range(8)]
     assert by_id(plan([late, *crowd, request("b", deadline_s=NOW_S + 30)], [0.0])).keys() == {"b"}
+
+
+def test_the_rescue_is_a_switch() -> None:
+    late = request("a", arrival_s=NOW_S - 60, deadline_s=NOW_S - 55)
+    pair = [late, request("b", deadline_s=NOW_S + 30)]
+    assert by_id(plan(pair, [0.0], rescue=False)).keys() == {"b"}
+
+
+def test_weights_decide_who_is_given_up() -> None:
+    def crowd(weight: float) -> list[RequestView]:
+        return [
+            request("large", width=2048, height=2048, deadline_s=NOW_S + 4.8, weight=weight),
+            *(request(f"s{i}", deadline_s=NOW_S + 2.3) for i in range(2)),
+        ]
+
+    assert by_id(plan(crowd(1.0), [0.0] * 8)).keys() == {"s0", "s1"}
+    assert len(by_id(plan(crowd(100.0), [0.0] * 8))["large"].members) == 8
+
+
+def test_only_so_many_of_the_most_urgent_are_weighed_against_each_other() -> None:
+    step_s = flux_profile().step_s(1024, 1024, 1)
+    crowd = [request(f"r{i}", deadline_s=NOW_S + 0.13 + 28 * step_s + 0.01 * (i + 1)) for i in range(4)]
+    assert len(by_id(plan(crowd, [0.0] * 4))) == 4
+    few = by_id(plan(crowd, [0.0] * 4, max_candidates=1))
+    assert "r0" in few and len(few["r0"].members) >= 1
 
 
 def test_previous_members_stay_in_order() -> None:

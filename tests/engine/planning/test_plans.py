@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
 
 from .simulation import (
@@ -62,13 +63,19 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
                 ),
             )
         )
+    config = PlannerConfig(
+        patience_s=draw(st.sampled_from((5.0, 60.0))),
+        drop=draw(st.sampled_from(("work", "fraction"))),
+        rescue=draw(st.booleans()),
+        max_candidates=draw(st.sampled_from((None, 1, 3))),
+    )
     return Snapshot(
         now_s=NOW_S,
-        requests=tuple(requests),
+        requests=tuple(sorted(requests, key=lambda request: urgency(request, config))),
         devices=tuple(DeviceView(device_id=device, free_s=time_s) for device, time_s in free_s.items()),
         legal_degrees=legal_degrees(num_devices),
         profile=PROFILE,
-        config=PlannerConfig(patience_s=draw(st.sampled_from((5.0, 60.0)))),
+        config=config,
     )
 
 

@@ -1,0 +1,57 @@
+"""Admission: can a new request meet its deadline beside those that are there, and if not, which one could it meet?
+
+Judged as `horizon` plans: a forward fill in order of deadline, in which the new request may displace others just as it
+would once it was admitted. Requests without SLO do not count, since they give way. Pure arithmetic.
+"""
+
+import math
+from collections.abc import Sequence
+
+from tetrion.engine.planning.degrees import DegreeTables, degree_tables
+from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill
+from tetrion.engine.planning.free_profile import FreeProfile
+from tetrion.engine.planning.slo import MARGIN_S, denoise_due_s, due_s
+from tetrion.engine.planning.snapshot import RequestView, Snapshot
+
+
+def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | None:
+    """None if `newcomer` (of which nothing is done yet) can meet its deadline, has none, or nothing is known of the
+    devices; else the earliest deadline that it could meet with nobody displaced for it."""
+    if newcomer.deadline_s is None or not snapshot.devices:
+        return None
+    tables = degree_tables(snapshot)
+    others = [view for view in snapshot.requests if view.deadline_s is not None]
+    works = [work for view in others if view.stage != "decode" and not (work := _work(snapshot, tables, view)).is_late]
+    drop_first = DROP_FIRST[snapshot.config.drop]
+    profile, new = _free_profile(snapshot), _work(snapshot, tables, newcomer)
+    fill(profile, works, drop_first)
+    end_s = profile.finish_s(new.table, new.table.widest, new.start_s, new.remaining, math.inf)
+    earliest_s = end_s + _aux_s(snapshot, tables, others) + new.table.cost.decode_s + MARGIN_S
+    if earliest_s <= newcomer.deadline_s:
+        return None
+    place = sum(work.due_s <= new.due_s for work in works)
+    before = [view for view in others if due_s(view, snapshot.config) <= newcomer.deadline_s]
+    new = _work(snapshot, tables, newcomer, _aux_s(snapshot, tables, before))
+    if not new.is_late:
+        fill(_free_profile(snapshot), [*works[:place], new, *works[place:]], drop_first)
+    return None if new.level else earliest_s
+
+
+def _aux_s(snapshot: Snapshot, tables: DegreeTables, views: Sequence[RequestView]) -> float:
+    """How long the encodes and decodes that these requests still need keep every device busy."""
+    costs = [(view.stage, tables[view.width, view.height].cost) for view in views]
+    device_s = sum(cost.decode_s + (cost.encode_s if stage == "encode" else 0.0) for stage, cost in costs)
+    return device_s / len(snapshot.devices)
+
+
+def _free_profile(snapshot: Snapshot) -> FreeProfile:
+    return FreeProfile(snapshot.now_s, (device.free_s for device in snapshot.devices))
+
+
+def _work(snapshot: Snapshot, tables: DegreeTables, view: RequestView, lost_s: float = 0.0) -> Work:
+    """`lost_s` of the time until it is due are needed for something else."""
+    table, start_s = tables[view.width, view.height], max(snapshot.now_s, view.ready_s)
+    if view.stage == "encode":
+        start_s = max(start_s, min(device.free_s for device in snapshot.devices)) + table.cost.encode_s
+    due = denoise_due_s(due_s(view, snapshot.config), table.cost.decode_s) - lost_s
+    return Work(view, table, start_s, due, True)
