@@ -12,20 +12,28 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import AsyncIterator, Iterable
-from typing import Self
+from typing import Protocol, Self
 
 import msgspec
 
 from tetrion.engine.calibration import calibrate
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.energy.figures import EnergyFigures
+from tetrion.engine.energy.meter import EnergyMeter
+from tetrion.engine.energy.metering import Metering
+from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.event_loop import new_event_loop
+from tetrion.engine.executor import Executor
 from tetrion.engine.loop import EngineLoop
+from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.process_executor import ProcessExecutor
+from tetrion.engine.profile_files import chosen_profile
 from tetrion.engine.request import (
     Failure,
     GenerationError,
@@ -39,7 +47,8 @@ from tetrion.engine.request import (
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A moment's counts. `profile` is the cost table in use; `inexact_degrees` failed the start-up self-test."""
+    """A moment's counts. `profile` is the cost table in use; `loop` what the loop has cost since the start;
+    `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling costs."""
 
     num_devices: int
     num_alive: int
@@ -48,6 +57,18 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     inexact_degrees: tuple[int, ...]
     profile: Profile
+    loop: LoopFigures
+    energy: EnergyFigures
+    metering_cost: SamplerCost
+
+
+class Instrument(Protocol):
+    """Watches an engine from inside (a recorder, a benchmark): it may put itself around the executor and the policy
+    that the loop is given."""
+
+    def wrap_executor(self, executor: Executor) -> Executor: ...
+
+    def wrap_planner(self, planner: Planner) -> Planner: ...
 
 
 class RequestHandle:
@@ -100,14 +121,17 @@ class RequestHandle:
 class AsyncEngine:
     """An engine on the running asyncio loop. An async context manager; `start` and `close` by hand do as well."""
 
-    def __init__(self, config: EngineConfig | None = None) -> None:
+    def __init__(self, config: EngineConfig | None = None, instrument: Instrument | None = None) -> None:
         """Checks configuration and model folder; starts nothing. Raises ValueError (CheckpointError for the model)."""
+        self._instrument = instrument
         self.config = config or EngineConfig()
-        self.spec: ModelSpec = read_model_spec(resolve_model(self.config.model))
+        self.spec: ModelSpec = read_model_spec(resolve_model(self.config.model), self.config.load_format)
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
+        self._profile = chosen_profile(self.devices, self.spec, self.config)
         self._planner = get_planner(self.config.planner.policy)
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
+        self._metering: Metering | None = None
         self._loop: EngineLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._inexact_degrees: tuple[int, ...] = ()
@@ -129,18 +153,26 @@ class AsyncEngine:
         await self._executor.start()
         try:
             calibration = await calibrate(self._executor, self.spec, self.config)
+            self._metering = Metering(
+                self.config.metering,
+                self._executor.device_ids,
+                self._executor.device_uuids,
+                self.spec.num_image_tokens,
+            )
         except BaseException:
             await self._executor.close()
             raise
         self._inexact_degrees = calibration.inexact_degrees
         self._loop = EngineLoop(
-            executor=self._executor,
-            planner=self._planner,
-            cost_model=CostModel(calibration.profile),
+            executor=self._executor if self._instrument is None else self._instrument.wrap_executor(self._executor),
+            planner=self._planner if self._instrument is None else self._instrument.wrap_planner(self._planner),
+            cost_model=CostModel(self._profile or calibration.profile),
             spec=self.spec,
             config=self.config,
             outputs=self._route,
+            energy=self._metering.account,
         )
+        self._metering.start()
         self._task = asyncio.create_task(self._loop.run(), name="tetrion-engine-loop")
         self._task.add_done_callback(self._on_loop_end)
 
@@ -149,13 +181,16 @@ class AsyncEngine:
         if self._loop is not None and self._task is not None:
             self._loop.stop()
             await asyncio.wait([self._task])
+        if self._metering is not None:
+            self._metering.stop()
         if self._executor is not None:
             await self._executor.close()
 
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.
 
-        Raises RequestError naming field and bound, EngineOverloaded if the queue is full, GenerationError if the
+        Raises RequestError naming field and bound, EngineOverloaded if the queue is full (DeadlineUnmeetable if the
+        deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
         engine is not running.
         """
         if self._loop is None or self._task is None or self._task.done():
@@ -185,7 +220,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Raises GenerationError if the engine was not started."""
-        if self._loop is None or self._executor is None:
+        if self._loop is None or self._executor is None or self._metering is None:
             raise GenerationError("the engine is not running")
         table = self._loop.table
         return EngineStats(
@@ -196,7 +231,17 @@ class AsyncEngine:
             weights_bytes=self._executor.weights_bytes,
             inexact_degrees=self._inexact_degrees,
             profile=self._loop.cost_model.profile,
+            loop=self._loop.statistics.figures(self._executor.now_s()),
+            energy=self._metering.account.figures(),
+            metering_cost=self._metering.cost,
         )
+
+    @property
+    def meter(self) -> EnergyMeter:
+        """The energy meter. Raises GenerationError if the engine was not started."""
+        if self._metering is None:
+            raise GenerationError("the engine is not running")
+        return self._metering.meter
 
     def worker_pids(self) -> dict[int, int]:
         """Process id of each worker still alive, by device id."""

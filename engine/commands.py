@@ -1,9 +1,33 @@
 """From an assignment to the command that carries it out, and how long that is predicted to take."""
 
+from collections.abc import Callable
+
 from tetrion.engine.messages import CopyLatents, Decode, Denoise, EncodePrompt, GroupCommand
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.request_table import Request
+
+
+def command_for(
+    assignment: Assignment,
+    request: Request,
+    command_id: int,
+    round_id: int,
+    acquire_image_slot: Callable[[], int | None],
+) -> GroupCommand | None:
+    """The command for an assignment, or None while there is no room for its picture. `command_id` is also the state's
+    id of an attempt that begins with it."""
+    match assignment.stage:
+        case "encode":
+            request.state_id = command_id
+            return encode_command(request, command_id)
+        case "denoise":
+            return denoise_command(request, command_id, round_id, assignment)
+        case "decode":
+            image_slot = acquire_image_slot()
+            if image_slot is None:
+                return None
+            return decode_command(request, command_id, assignment.members[0], image_slot)
 
 
 def encode_command(request: Request, command_id: int) -> EncodePrompt:

@@ -1,23 +1,31 @@
 """Typed configuration: read once, validated on entry, passed down in slices; nothing assigns to it later."""
 
 import os
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from tetrion.engine.gpus import visible_gpus
+
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
+SizeName = Annotated[str, Meta(pattern="^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$")]
 
-DEFAULT_DEVICES = "cpu:2"
+DEFAULT_CPU_WORKERS = 2
 MAX_DEVICES = 64
+
+LoadFormat = Literal["safetensors", "dummy"]
+PeerAccess = Literal["auto", "never"]
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One device of the engine. `device_id` is its position in the engine; `index` the platform's own number."""
+    """One device of the engine. `device_id` is its position in the engine; `index` the platform's own number, which
+    several devices share when one GPU is named more than once."""
 
     device_id: int
-    kind: Literal["cpu"]
+    kind: Literal["cpu", "cuda"]
     index: int
 
     @property
@@ -27,27 +35,64 @@ class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`lead_s`: a device's next command is planned when its running chunk has at most this long left.
-    `chunk_s`: the longest chunk. `patience_s`: soft deadline of requests that carry no SLO, after arrival."""
+    `chunk_s`: the longest chunk. `patience_s`: soft deadline of requests that carry no SLO, after arrival.
+
+    `class_weights` ("WIDTHxHEIGHT") and `tenant_weights` multiply the weight that a request carries (not named: by 1).
+    `admission`: "reject-hopeless" refuses at once what would miss its deadline. The rest is of the policy `horizon`:
+    `drop`: whom to give up first when deadlines cannot all be met: "work", the one with most GPU-seconds left; or
+    "fraction", the one with the largest share of its own steps left, whatever its size (each per unit of weight).
+    `rescue`: below saturation the oldest late request may own a device.
+    `max_candidates`: so many of the most urgent requests are weighed against each other; None: 4 a device, at least 48.
+    """
 
     policy: str = "horizon"
     lead_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
     chunk_s: Annotated[float, Meta(gt=0, le=60)] = 0.150
     patience_s: PositiveFloat = 60.0
+    class_weights: dict[SizeName, PositiveFloat] = {}
+    tenant_weights: dict[str, PositiveFloat] = {}
+    admission: Literal["all", "reject-hopeless"] = "all"
+    drop: Literal["work", "fraction"] = "work"
+    rescue: bool = True
+    max_candidates: PositiveInt | None = None
+
+
+class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`meter`: auto (NVML's counters where the devices are GPUs, else none), nvml, model (the profile's joules), none,
+    or `replay:FILE` (recorded readings). `carbon`: grams of CO₂e per kWh, a CSV by hour or a URL (see
+    `energy/carbon.py`); None: none is reported."""
+
+    meter: Annotated[str, Meta(pattern="^(auto|nvml|model|none|replay:.+)$")] = "auto"
+    carbon: str | None = None
+    carbon_token_file: str | None = None
+    carbon_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    period_s: Annotated[float, Meta(ge=0.02, le=10)] = 0.1
+    window_s: Annotated[float, Meta(ge=5, le=600)] = 5.0
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All an engine needs to know. `model`: a diffusers folder, or the name of an embedded model (`shapes`).
-    `devices`: `cpu:4` is four CPU workers; None is `cpu:2`.
+    `devices`: `cuda` is every GPU, `cuda:0,2` these two (the same one twice is two workers on it), `cpu:4` four CPU
+    workers; None is `cuda` if there is a GPU, else `cpu:2`.
+    `load_format`: `dummy` draws random weights, for which config files suffice.
+    `peer_access`: `never` keeps the exchange between GPUs in host memory; `auto` does so where they cannot reach
+    each other's memory.
+    `profile`: a file with the measured cost table to plan with; None: the user's or a committed one for these
+    GPUs, else measured at the start (see `profile_files.py`, `calibration.py`).
     `num_threads`: CPU threads per worker; None divides the machine's cores among the workers.
     `max_inflight`: requests that may hold a state slot at once; others wait in the queue.
     `max_queued`: requests accepted beyond that before `EngineOverloaded` is raised."""
 
     model: str = "shapes"
     devices: str | None = None
+    load_format: LoadFormat = "safetensors"
+    peer_access: PeerAccess = "auto"
+    profile: str | None = None
     num_threads: PositiveInt | None = None
     max_inflight: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_queued: Annotated[int, Meta(ge=1, le=100_000)] = 4096
     planner: PlannerConfig = PlannerConfig()
+    metering: MeteringConfig = MeteringConfig()
     start_timeout_s: PositiveFloat = 300.0
     stall_timeout_s: PositiveFloat = 60.0
     profile_cache: bool = True
@@ -58,12 +103,36 @@ def parse_devices(text: str | None) -> tuple[DeviceSpec, ...]:
 
     Raises ValueError naming the field and what is allowed.
     """
-    kind, _, rest = (text or DEFAULT_DEVICES).partition(":")
+    if text is None:
+        return _gpus(range(len(visible_gpus()))) or _cpus(DEFAULT_CPU_WORKERS)
+    kind, colon, rest = text.strip().partition(":")
     if kind == "cuda":
-        raise ValueError(f"devices: this version has CPU workers only (cpu:N), got {text!r}")
+        return _gpus(_gpu_numbers(text, rest if colon else None))
     if kind != "cpu" or not rest.isdecimal() or not 1 <= int(rest) <= MAX_DEVICES:
-        raise ValueError(f"devices: expected cpu:N with N from 1 to {MAX_DEVICES} workers, got {text!r}")
-    return tuple(DeviceSpec(device_id=i, kind="cpu", index=i) for i in range(int(rest)))
+        raise ValueError(
+            f"devices: expected cpu:N with N from 1 to {MAX_DEVICES} workers, cuda or cuda:0,1,…, got {text!r}"
+        )
+    return _cpus(int(rest))
+
+
+def _gpu_numbers(text: str, rest: str | None) -> list[int]:
+    num_gpus = len(visible_gpus())
+    if not num_gpus:
+        raise ValueError(f"devices: no GPU is visible here, use cpu:N; got {text!r}")
+    numbers = [str(i) for i in range(num_gpus)] if rest is None else [part.strip() for part in rest.split(",")]
+    if not all(number.isdecimal() and int(number) < num_gpus for number in numbers) or len(numbers) > MAX_DEVICES:
+        raise ValueError(
+            f"devices: expected cuda:I,J,… with up to {MAX_DEVICES} numbers from 0 to {num_gpus - 1}, got {text!r}"
+        )
+    return [int(number) for number in numbers]
+
+
+def _gpus(numbers: Iterable[int]) -> tuple[DeviceSpec, ...]:
+    return tuple(DeviceSpec(device_id=i, kind="cuda", index=index) for i, index in enumerate(numbers))
+
+
+def _cpus(count: int) -> tuple[DeviceSpec, ...]:
+    return tuple(DeviceSpec(device_id=i, kind="cpu", index=i) for i in range(count))
 
 
 def threads_per_worker(config: EngineConfig, num_workers: int) -> int:

@@ -15,11 +15,23 @@ class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class WorkerReady(msgspec.Struct, frozen=True, kw_only=True):
+    """Another worker is in a lost one's place, loaded and idle. It knows nothing of what the others have counted."""
+
+    device_id: int
+
+
 class Executor(Protocol):
-    """Devices that execute commands in FIFO order. `device_ids` never changes; `alive` shrinks."""
+    """Devices that execute commands in FIFO order. `device_ids` never changes; each is alive, or is `returning` (its
+    worker is being started), or is given up."""
 
     device_ids: tuple[int, ...]
-    alive: frozenset[int]
+
+    @property
+    def alive(self) -> frozenset[int]: ...
+
+    @property
+    def returning(self) -> frozenset[int]: ...
 
     def now_s(self) -> float:
         """The engine's clock, in seconds."""
@@ -27,7 +39,7 @@ class Executor(Protocol):
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
         """Give a command to all members, or to none and return False if one of them cannot take it now."""
 
-    def poll(self) -> list[Event | WorkerLost]:
+    def poll(self) -> list[Event | WorkerLost | WorkerReady]:
         """All events since the last call; never blocks."""
 
     async def wait(self, until_s: float | None) -> None:
@@ -41,6 +53,9 @@ class Executor(Protocol):
 
     def kill(self, device_id: int, reason: str) -> None:
         """End a worker that does not answer; `poll` will report it lost."""
+
+    def revive(self) -> None:
+        """All workers are idle, and all that were reported lost may be replaced; `poll` will report them ready."""
 
     def acquire_image_slot(self) -> int | None:
         """A free slot of the image slab, None if there is none now."""

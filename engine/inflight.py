@@ -1,7 +1,7 @@
 """Commands that devices have been given and not yet answered, and when they are predicted to end."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tetrion.engine.messages import GroupCommand
 
@@ -10,28 +10,35 @@ MAX_DEPTH = 2
 
 
 class InFlight:
-    """One dispatched command. `pending` are the members that have not answered yet."""
+    """One dispatched command. `pending` are the members that have not answered yet; at `num_behind` of them another
+    command comes first. It is predicted to run from `start_s` to `end_s`."""
 
-    __slots__ = ("command", "duration_s", "members", "pending", "start_s")
+    __slots__ = ("command", "duration_s", "end_s", "members", "num_behind", "pending", "start_s")
 
     def __init__(self, command: GroupCommand, members: tuple[int, ...], start_s: float, duration_s: float) -> None:
         self.command = command
         self.members = members
         self.pending = set(members)
-        self.start_s = start_s
+        self.num_behind = 0
         self.duration_s = duration_s
+        self.starts_at(start_s)
 
-    @property
-    def end_s(self) -> float:
-        return self.start_s + self.duration_s
+    def starts_at(self, start_s: float) -> None:
+        self.start_s = start_s
+        self.end_s = start_s + self.duration_s
 
 
 class InFlightTable:
-    """Per device the commands it holds in FIFO order; per request those that belong to it. Knows no planner."""
+    """Per device the commands it holds in FIFO order; per request those that belong to it. Knows no planner.
+
+    `devices`: those that may be given commands, as far as their past goes (see recovery.py).
+    """
 
     def __init__(self, device_ids: tuple[int, ...]) -> None:
+        self.devices = frozenset(device_ids)
         self._by_id: dict[int, InFlight] = {}
         self._by_device: dict[int, deque[InFlight]] = {device_id: deque() for device_id in device_ids}
+        self._by_request: dict[str, list[InFlight]] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -40,24 +47,32 @@ class InFlightTable:
         return iter(self._by_id.values())
 
     def add(self, command: GroupCommand, members: tuple[int, ...], now_s: float, duration_s: float) -> None:
-        start_s = max([now_s, *(self.free_s(member, now_s) for member in members)])
-        entry = InFlight(command, members, start_s, duration_s)
+        entry = InFlight(command, members, max([self.free_s(member, now_s) for member in members]), duration_s)
         self._by_id[command.command_id] = entry
+        self._by_request.setdefault(command.request_id, []).append(entry)
         for member in members:
-            self._by_device[member].append(entry)
+            queue = self._by_device[member]
+            entry.num_behind += bool(queue)
+            queue.append(entry)
 
     def free_s(self, device_id: int, now_s: float) -> float:
         """When the device's last command is predicted to end; never before now if it holds any."""
-        free_s = now_s if not self._by_device[device_id] else 0.0
+        free_s = now_s
         for entry in self._by_device[device_id]:
-            free_s = max(free_s, now_s, entry.end_s)
+            if entry.end_s > free_s:
+                free_s = entry.end_s
         return free_s
 
     def has_room(self, device_id: int) -> bool:
         return len(self._by_device[device_id]) < MAX_DEPTH
 
-    def of_request(self, request_id: str) -> list[InFlight]:
-        return [entry for entry in self._by_id.values() if entry.command.request_id == request_id]
+    def of_request(self, request_id: str) -> Sequence[InFlight]:
+        """In the order in which they were dispatched."""
+        return self._by_request.get(request_id, ())
+
+    def request_ids(self) -> frozenset[str]:
+        """Requests that have commands here."""
+        return frozenset(self._by_request)
 
     def answer(self, command_id: int, device_id: int, now_s: float) -> InFlight | None:
         """A member has answered. Returns the entry (done when nobody is pending), None if no answer was due."""
@@ -66,16 +81,40 @@ class InFlightTable:
             return None
         entry.pending.discard(device_id)
         queue = self._by_device[device_id]
-        queue.remove(entry)
-        if queue and all(self._by_device[member][0] is queue[0] for member in queue[0].pending):
-            queue[0].start_s = now_s
+        if queue[0] is entry:
+            queue.popleft()
+            self._move_up(queue, now_s)
+        else:
+            queue.remove(entry)
+            entry.num_behind -= 1
         if not entry.pending:
-            del self._by_id[command_id]
+            self._forget(entry)
         return entry
+
+    def _move_up(self, queue: deque[InFlight], now_s: float) -> None:
+        """A device has come to its next command, which starts now if it was the last member to."""
+        if queue:
+            queue[0].num_behind -= 1
+            if not queue[0].num_behind:
+                queue[0].starts_at(now_s)
+
+    def _forget(self, entry: InFlight) -> None:
+        del self._by_id[entry.command.command_id]
+        others = self._by_request[entry.command.request_id]
+        others.remove(entry)
+        if not others:
+            del self._by_request[entry.command.request_id]
 
     def drop_device(self, device_id: int, now_s: float) -> list[InFlight]:
         """The device is gone: it answers nothing more. Returns the entries it was a pending member of."""
+        self.devices -= {device_id}
         lost = list(self._by_device[device_id])
         for entry in lost:
             self.answer(entry.command.command_id, device_id, now_s)
         return lost
+
+    def add_device(self, device_id: int) -> bool:
+        """The device may be given commands. False if it could be before."""
+        is_new = device_id not in self.devices
+        self.devices |= {device_id}
+        return is_new

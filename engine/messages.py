@@ -84,7 +84,7 @@ class LoadWeights(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ResetBarriers(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Zero this device's pairwise counters, then its abort word. Sent only while every surviving worker is idle."""
+    """Zero this device's pairwise counters, then its abort word. Sent to all while all are idle, or to a new one."""
 
     command_id: int
 
@@ -101,16 +101,54 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     command_id: int
 
 
-Command = EncodePrompt | Denoise | Decode | CopyLatents | LoadWeights | ResetBarriers | Ping | Shutdown
+class PeerSlab(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU worker's slab, for its peers. `handle`: CUDA IPC handle (64 bytes; empty if the slab is in host memory)."""
+
+    device_id: int
+    handle: bytes
+    device_uuid: str
+
+
+class MapPeers(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """GPU workers, while idle: map these slabs, in place of what was mapped for their devices before.
+
+    `host_memory`: all slabs are in host memory from now on; their files have been given their size.
+    """
+
+    command_id: int
+    slabs: tuple[PeerSlab, ...]
+    host_memory: bool
+
+
+class UnmapPeers(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """GPU workers, while idle: close the mappings of these devices' slabs. Comes before a dead worker is replaced."""
+
+    command_id: int
+    device_ids: tuple[int, ...]
+
+
+Command = (
+    EncodePrompt
+    | Denoise
+    | Decode
+    | CopyLatents
+    | LoadWeights
+    | MapPeers
+    | UnmapPeers
+    | ResetBarriers
+    | Ping
+    | Shutdown
+)
 GroupCommand = EncodePrompt | Denoise | Decode | CopyLatents
 """Commands that occupy devices and belong to a request."""
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The worker process runs, has mapped its segments and imported its libraries."""
+    """The worker process runs, has mapped its segments and imported its libraries. `slab`: of a GPU worker."""
 
     device_id: int
     pid: int
+    slab: PeerSlab | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -119,6 +157,18 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     command_id: int
     device_id: int
     weights_bytes: int
+
+
+class PeersMapped(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Answers `MapPeers` and `UnmapPeers`. `mapped`: devices whose slabs this one reaches now, itself included.
+
+    `reason`: why others of `MapPeers` are not among them; empty if all are.
+    """
+
+    command_id: int
+    device_id: int
+    mapped: tuple[int, ...]
+    reason: str
 
 
 class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -187,4 +237,4 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str
 
 
-Event = Started | Loaded | Encoded | Denoised | Decoded | LatentsCopied | BarriersReset | Pong | Failed
+Event = Started | Loaded | PeersMapped | Encoded | Denoised | Decoded | LatentsCopied | BarriersReset | Pong | Failed

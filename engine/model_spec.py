@@ -10,16 +10,18 @@ from typing import Any
 
 import msgspec
 
-REQUIRED_FILES = (
+from tetrion.engine.config import LoadFormat
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CONFIG_FILES = (
     "model_index.json",
     "scheduler/scheduler_config.json",
     "transformer/config.json",
     "vae/config.json",
     "text_encoder/config.json",
     "text_encoder_2/config.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer_2/tokenizer_config.json",
 )
+TOKENIZER_FILES = (f"tokenizer/{TOKENIZER_CONFIG}", f"tokenizer_2/{TOKENIZER_CONFIG}")
 COMPONENTS_WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -92,17 +94,21 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(n for n in range(1, num_devices + 1) if self.num_heads % n == 0)
 
 
-def read_model_spec(path: Path) -> ModelSpec:
-    """Read and check a checkpoint folder.
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a component folder holds a tokenizer."""
+    return (folder / TOKENIZER_CONFIG).is_file()
+
+
+def read_model_spec(path: Path, load_format: LoadFormat = "safetensors") -> ModelSpec:
+    """Read and check a checkpoint folder; with `dummy` it needs neither weights nor tokenizers.
 
     Raises CheckpointError naming the first thing that is missing or not supported.
     """
     if not path.is_dir():
         raise CheckpointError(f"model: {str(path)!r} is not a folder")
-    missing = [name for name in REQUIRED_FILES if not (path / name).is_file()]
-    missing += [
-        f"{part}/*.safetensors" for part in COMPONENTS_WITH_WEIGHTS if not any((path / part).glob("*.safetensors"))
-    ]
+    missing = [name for name in CONFIG_FILES if not (path / name).is_file()]
+    if load_format != "dummy":
+        missing += _missing_weights(path, hint=not missing)
     if missing:
         raise CheckpointError(f"model: {str(path)!r} is missing {', '.join(missing)}")
     read = functools.partial(_read_json, path)
@@ -154,6 +160,16 @@ def read_model_spec(path: Path) -> ModelSpec:
         raise CheckpointError(f"model: {str(path)!r} has a config without {error}") from None
     except msgspec.ValidationError as error:
         raise CheckpointError(f"model: {str(path)!r}: scheduler_config.json: {error}") from None
+
+
+def _missing_weights(path: Path, hint: bool) -> list[str]:
+    missing = [name for name in TOKENIZER_FILES if not (path / name).is_file()]
+    weights = [
+        f"{part}/*.safetensors" for part in COMPONENTS_WITH_WEIGHTS if not any((path / part).glob("*.safetensors"))
+    ]
+    if hint and len(weights) == len(COMPONENTS_WITH_WEIGHTS):
+        weights[-1] += " (it holds configs only: load_format dummy draws random weights)"
+    return missing + weights
 
 
 def read_preset(path: Path) -> Preset:

@@ -1,79 +1,172 @@
-"""What the planner is shown: the request table and what is in flight, as a `Snapshot` value.
+"""What the planner is shown: the request table and what is in flight, as `Snapshot` values.
 
 Looks ahead: whatever is dispatched counts as done at its predicted end, so that a device's next command can be planned
 shortly before its running one ends. Per request one command may run and one be queued behind it.
+
+A snapshot costs what has changed since the last one, not the number of requests: the view of a request that nothing is
+in flight for does not depend on the time, so it is kept until the table says that the request has changed.
 """
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executor import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.messages import Decode
 from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot, Stage
 from tetrion.engine.request_table import Request, RequestState, RequestTable
 
 MAX_COMMANDS_PER_REQUEST = 2
 
-
-def take_snapshot(
-    executor: Executor,
-    table: RequestTable,
-    in_flight: InFlightTable,
-    legal_degrees: tuple[int, ...],
-    profile: Profile,
-    config: PlannerConfig,
-) -> Snapshot:
-    """All requests that can be given something now or later, and all devices that are alive."""
-    now_s = executor.now_s()
-    views = [view for request in table.admitted() if (view := _request_view(request, in_flight, now_s))]
-    return Snapshot(
-        now_s=now_s,
-        requests=tuple(sorted(views, key=lambda view: view.request_id)),
-        devices=tuple(
-            DeviceView(device_id=device_id, free_s=_free_s(device_id, in_flight, now_s, config.lead_s))
-            for device_id in executor.device_ids
-            if device_id in executor.alive
-        ),
-        legal_degrees=legal_degrees,
-        profile=profile,
-        config=config,
-    )
+Entry = tuple[float, int, str, RequestView]
+"""A view behind its `urgency`, which is never the same for two requests: entries sort by it."""
 
 
-def _request_view(request: Request, in_flight: InFlightTable, now_s: float) -> RequestView | None:
-    running = in_flight.of_request(request.request_id)
-    stage = _next_stage(request, running)
-    if stage is None:
-        return None
-    width, height = request.size
-    return RequestView(
-        request_id=request.request_id,
-        stage=stage,
-        width=width,
-        height=height,
-        step_index=request.planned_step_index,
-        num_steps=request.num_steps,
-        arrival_s=request.arrival_s,
-        deadline_s=request.deadline_s,
-        ready_s=max((entry.end_s for entry in running), default=now_s),
-        members=request.planned_holders,
-        weight=request.params.weight,
-        priority=request.params.priority,
-        force_degrees=request.params.force_degrees,
-    )
+class Outlook:
+    """The views of all requests that can be given something now or later, in order of urgency."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        table: RequestTable,
+        in_flight: InFlightTable,
+        legal_degrees: tuple[int, ...],
+        config: PlannerConfig,
+    ) -> None:
+        self._executor = executor
+        self._table = table
+        self._in_flight = in_flight
+        self._legal_degrees = legal_degrees
+        self._config = config
+        self._entries: dict[str, Entry] = {}
+        self._current: list[Entry] = []
+        self._overdue: list[Entry] = []
+        self._backlog: tuple[RequestView, ...] | None = ()
+        self._running: frozenset[str] = frozenset()
+
+    def snapshot(self, profile: Profile) -> Snapshot | None:
+        """Everything as it is now; None if nothing can be started: there is no request, or no device that can be given
+        something before its running command is about to end."""
+        now_s = self._executor.now_s()
+        free_s = self._free_s(now_s)
+        if min(free_s.values(), default=math.inf) > now_s + self._config.lead_s:
+            return None
+        self._refresh()
+        return self._snapshot(now_s, free_s, profile, self._current) if self._entries else None
+
+    def forecast(self, profile: Profile) -> Snapshot:
+        """Everything as it is now, with the requests that wait in the queue as if they were admitted."""
+        now_s = self._executor.now_s()
+        self._refresh()
+        queued = [self.view_of_new(request) for request in self._table.queued()]
+        entries: list[Entry] = [(*urgency(view, self._config), view) for view in queued]
+        return self._snapshot(now_s, self._free_s(now_s), profile, sorted(self._current + entries))
+
+    def view_of_new(self, request: Request) -> RequestView:
+        """A request of which nothing is done or in flight."""
+        return self._view(request, "encode", request.arrival_s)
+
+    def _snapshot(self, now_s: float, free_s: dict[int, float], profile: Profile, current: Sequence[Entry]) -> Snapshot:
+        self._set_aside(now_s)
+        if self._backlog is None:
+            self._backlog = tuple([entry[3] for entry in self._overdue])
+        return Snapshot(
+            now_s=now_s,
+            requests=tuple([entry[3] for entry in current]),
+            devices=tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()]),
+            legal_degrees=self._legal_degrees,
+            profile=profile,
+            config=self._config,
+            backlog=self._backlog,
+        )
+
+    def _refresh(self) -> None:
+        """Look again at the requests that have changed, and at those that something is or was in flight for."""
+        running = self._in_flight.request_ids()
+        for request_id in self._table.take_changed() | running | self._running:
+            request = self._table.get_admitted(request_id)
+            view = None if request is None else self._view_of_admitted(request, self._in_flight.of_request(request_id))
+            known = self._entries.pop(request_id, None)
+            if known is not None and known[3] == view:
+                self._entries[request_id] = known
+                continue
+            if known is not None:
+                self._take_out(known)
+            if view is not None:
+                self._entries[request_id] = (*urgency(view, self._config), view)
+                insort(self._current, self._entries[request_id])
+        self._running = running
+
+    def _take_out(self, entry: Entry) -> None:
+        i = bisect_left(self._current, entry)
+        if i < len(self._current) and self._current[i] is entry:
+            del self._current[i]
+        else:
+            del self._overdue[bisect_left(self._overdue, entry)]
+            self._backlog = None
+
+    def _set_aside(self, now_s: float) -> None:
+        """Move to the backlog those whose deadline has passed with nothing in flight; the most urgent come first."""
+        i = 0
+        while i < len(self._current) and self._current[i][0] < now_s:
+            if self._is_overdue(self._current[i][3]):
+                insort(self._overdue, self._current.pop(i))
+                self._backlog = None
+            else:
+                i += 1
+
+    def _is_overdue(self, view: RequestView) -> bool:
+        """Its due time being past. Soft deadlines do not count, and requests with pinned degrees are not kept apart."""
+        has_slo = view.deadline_s is not None and not view.force_degrees
+        return has_slo and view.stage == "denoise" and view.request_id not in self._running
+
+    def _free_s(self, now_s: float) -> dict[int, float]:
+        """When each usable device is free. One that holds as many commands as it may is beyond the lead, however soon
+        they are predicted to end."""
+        usable, in_flight = self._executor.alive & self._in_flight.devices, self._in_flight
+        free_s, beyond_s = {}, now_s + 2 * self._config.lead_s
+        for device_id in self._executor.device_ids:
+            if device_id in usable:
+                time_s = in_flight.free_s(device_id, now_s)
+                free_s[device_id] = time_s if time_s > beyond_s or in_flight.has_room(device_id) else beyond_s
+        return free_s
+
+    def _view_of_admitted(self, request: Request, running: Sequence[InFlight]) -> RequestView | None:
+        stage = _next_stage(request, running)
+        if stage is None:
+            return None
+        return self._view(request, stage, max([entry.end_s for entry in running], default=request.arrival_s))
+
+    def _view(self, request: Request, stage: Stage, ready_s: float) -> RequestView:
+        width, height = request.size
+        params, config = request.params, self._config
+        weight = params.weight * config.tenant_weights.get(params.tenant, 1.0)
+        return RequestView(
+            request_id=request.request_id,
+            stage=stage,
+            width=width,
+            height=height,
+            step_index=request.planned_step_index,
+            num_steps=request.num_steps,
+            arrival_s=request.arrival_s,
+            deadline_s=request.deadline_s,
+            ready_s=ready_s,
+            members=request.planned_holders,
+            weight=weight * config.class_weights.get(f"{width}x{height}", 1.0) if config.class_weights else weight,
+            priority=params.priority,
+            force_degrees=params.force_degrees,
+        )
 
 
-def _next_stage(request: Request, running: list[InFlight]) -> Stage | None:
+def _next_stage(request: Request, running: Sequence[InFlight]) -> Stage | None:
     if request.cancelled or len(running) >= MAX_COMMANDS_PER_REQUEST:
         return None
-    if any(isinstance(entry.command, Decode) for entry in running):
+    if any([isinstance(entry.command, Decode) for entry in running]):
         return None
     if request.state is RequestState.WAITING:
         return "encode"
     return "denoise" if request.planned_step_index < request.num_steps else "decode"
-
-
-def _free_s(device_id: int, in_flight: InFlightTable, now_s: float, lead_s: float) -> float:
-    """A device that holds as many commands as it may is beyond the lead, however soon they are predicted to end."""
-    free_s = in_flight.free_s(device_id, now_s)
-    return free_s if in_flight.has_room(device_id) else max(free_s, now_s + 2 * lead_s)

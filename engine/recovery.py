@@ -1,19 +1,41 @@
-"""What happens after a worker was lost or a group member failed.
+"""What happens after a worker was lost or a group member failed, and how a new worker joins those that serve.
 
     HEALTHY ──(worker lost, member failed)──▶ DRAINING ──(nothing in flight)──▶ RESETTING ──(all reset)──▶ HEALTHY
 
 DRAINING: every member of a hit request's commands has its abort word set, so nobody waits for one that will not come.
 An abort may also stop a command of another request queued on the same device; that request is then hit as well.
-RESETTING: all surviving workers are idle; each zeroes its barrier counters and abort word. Only then are new commands
-given out, so no late store or count of an aborted chunk can meet a new one. Hit requests start again from their
-prompt; after `MAX_ATTEMPTS` they fail.
+RESETTING: all workers are idle; each zeroes its barrier counters and abort word. Only then are new commands given out,
+so no late store or count of an aborted chunk can meet a new one. Hit requests start again from their prompt; after
+`MAX_ATTEMPTS` they fail. For the others this is a pause of at most one chunk.
+
+A worker that is started in a lost one's place joins without any pause. While it starts, it is in no group; when it is
+ready and all is HEALTHY, it alone is given `ResetBarriers`, and when it has answered, commands. That suffices, for
+what two devices know of each other is one count at each end and one counter in each slab (barrier.py), and for the
+newcomer n and any survivor s all four are zero by then:
+
+* s's count of n and n's counter in s's slab: *every* loss leads through RESETTING, also that of an idle worker whose
+  death hit no request. n's dead predecessor wrote nothing after that: it was gone for good before it was reported lost.
+* n's count of s and s's counter in n's slab: n itself zeroes them at its reset, after which s does not write there
+  before it meets n in a group. It could not have written late either: n is reset only while HEALTHY, hence after s had
+  drained and reset since the loss.
+
+Resets may overlap: another worker may be lost while a reset is under way, and all is drained and reset again. So an
+answer counts only if it is to the latest `ResetBarriers` the device was given: an earlier one says nothing of whether
+the later has been carried out, and a counter zeroed after a peer has arrived is an arrival lost.
 """
 
 import enum
+import logging
+from collections.abc import Iterator
 
+from tetrion.engine.bookkeeping import Bookkeeper
+from tetrion.engine.executor import Executor, WorkerLost
 from tetrion.engine.inflight import InFlightTable
-from tetrion.engine.request_table import Request, RequestTable
+from tetrion.engine.messages import BarriersReset, Failed, ResetBarriers
+from tetrion.engine.request import GenerationError
+from tetrion.engine.request_table import Request, RequestState, RequestTable
 
+logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 
 
@@ -24,46 +46,141 @@ class RecoveryState(enum.Enum):
 
 
 class Recovery:
-    def __init__(self, table: RequestTable, in_flight: InFlightTable) -> None:
+    """`in_flight` says which devices may be given commands; those join and leave here. `command_ids`: the loop's own.
+    A worker that does not answer `stall_timeout_s` longer than is plausible is killed."""
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        table: RequestTable,
+        in_flight: InFlightTable,
+        books: Bookkeeper,
+        command_ids: Iterator[int],
+        stall_timeout_s: float,
+    ) -> None:
+        self._executor = executor
         self._table = table
         self._in_flight = in_flight
+        self._books = books
+        self._command_ids = command_ids
+        self._stall_timeout_s = stall_timeout_s
         self._hit: dict[str, str] = {}
-        self._unacknowledged: set[int] = set()
-        self.state = RecoveryState.HEALTHY
+        self._resets: dict[int, tuple[int, float]] = {}
+        self._state = RecoveryState.HEALTHY
 
     @property
-    def healthy(self) -> bool:
-        return self.state is RecoveryState.HEALTHY
+    def is_healthy(self) -> bool:
+        """Whether commands may be given out."""
+        return self._state is RecoveryState.HEALTHY
 
-    def hit(self, request_id: str, reason: str) -> None:
-        """The request's state is lost or in doubt; from now on drain."""
-        self._hit.setdefault(request_id, reason)
-        self.state = RecoveryState.DRAINING
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether there is no worker and none will come."""
+        return not (self._executor.alive or self._executor.returning)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an answer to `ResetBarriers` is due."""
+        return bool(self._resets)
 
     def is_hit(self, request_id: str) -> bool:
+        """Whether the request's state is lost or in doubt: answers to its commands count for nothing."""
         return request_id in self._hit
 
-    def devices_to_abort(self) -> set[int]:
-        """Devices that may wait inside a hit request's command."""
-        return {
-            member for entry in self._in_flight if entry.command.request_id in self._hit for member in entry.pending
-        }
+    # Told by the loop ---------------------------------------------------------------------------------------------
 
-    def drained(self) -> bool:
-        return self.state is RecoveryState.DRAINING and len(self._in_flight) == 0
+    def member_failed(self, event: Failed) -> None:
+        """A failure of its own ends the request, once nothing is in flight for it; others start again."""
+        request = self._table.get(event.request_id)
+        assert request is not None
+        if event.kind != "aborted":
+            logger.error("request %s failed on worker %d: %s", event.request_id, event.device_id, event.message)
+            request.attempts = MAX_ATTEMPTS
+        if event.kind != "aborted" and not self._in_flight.of_request(event.request_id):
+            self._books.end(request, GenerationError(event.message))
+        else:
+            self._hit_request(event.request_id, event.message)
 
-    def start_reset(self, device_ids: frozenset[int]) -> None:
-        self._unacknowledged = set(device_ids)
-        self.state = RecoveryState.RESETTING
+    def worker_lost(self, event: WorkerLost) -> None:
+        """What ran there is hit, and so is every request whose latents only that worker held. All drain, also if that
+        is none."""
+        logger.error("worker %d was lost: %s", event.device_id, event.reason)
+        now_s = self._executor.now_s()
+        for entry in self._in_flight.drop_device(event.device_id, now_s):
+            self._hit_request(entry.command.request_id, event.reason)
+            self._books.brings_nothing(entry.command.command_id, event.device_id, now_s)
+            self._books.discard(entry.command)
+        for request in self._table.admitted():
+            if event.device_id in request.planned_holders:
+                self._hit_request(request.request_id, event.reason)
+        self._resets.pop(event.device_id, None)
+        self._state = RecoveryState.DRAINING
 
-    def acknowledge(self, device_id: int) -> None:
-        """The device has reset, or is gone."""
-        self._unacknowledged.discard(device_id)
+    def barriers_reset(self, event: BarriersReset) -> None:
+        """The device may be given commands again, if this answers its latest `ResetBarriers`."""
+        if self._resets.get(event.device_id, (None,))[0] == event.command_id:
+            del self._resets[event.device_id]
+            if self._in_flight.add_device(event.device_id):
+                logger.info("worker %d has joined the others", event.device_id)
 
-    def finish(self) -> list[tuple[Request, str]]:
-        """When all have acknowledged: back to HEALTHY; returns the requests to start again, with the reason."""
-        if self.state is not RecoveryState.RESETTING or self._unacknowledged:
-            return []
-        self.state = RecoveryState.HEALTHY
+    # At every tick ------------------------------------------------------------------------------------------------
+
+    def check_stalls(self) -> None:
+        """A worker that takes far longer than predicted is killed; it is then handled like any lost worker."""
+        now_s, timeout_s = self._executor.now_s(), self._stall_timeout_s
+        for entry in [e for e in self._in_flight if now_s > e.end_s + 10 * e.duration_s + timeout_s]:
+            for device_id in entry.pending:
+                self._executor.kill(device_id, f"no answer for {now_s - entry.start_s:.0f} s")
+        for device_id in [d for d, (_, sent_s) in self._resets.items() if now_s > sent_s + timeout_s]:
+            self._executor.kill(device_id, f"no answer to ResetBarriers for {timeout_s:g} s")
+
+    def proceed(self) -> None:
+        """Go one stage further, if it is time to; let workers join that were started anew."""
+        if self._state is RecoveryState.DRAINING:
+            self._drain()
+        if self._state is RecoveryState.RESETTING and not self._resets:
+            self._finish()
+        alive = self._executor.alive
+        if self.is_healthy and not alive <= self._in_flight.devices:
+            self._reset(alive - self._in_flight.devices - self._resets.keys())
+
+    def _hit_request(self, request_id: str, reason: str) -> None:
+        self._hit.setdefault(request_id, reason)
+        self._state = RecoveryState.DRAINING
+
+    def _drain(self) -> None:
+        """Abort what may wait inside a hit request's command. Once all workers are idle: reset them."""
+        hit = [entry for entry in self._in_flight if entry.command.request_id in self._hit]
+        self._executor.abort({member for entry in hit for member in entry.pending} & self._executor.alive)
+        if len(self._in_flight) == 0:
+            self._state = RecoveryState.RESETTING
+            self._executor.revive()
+            self._resets.clear()
+            self._reset(self._executor.alive)
+
+    def _reset(self, device_ids: frozenset[int]) -> None:
+        for device_id in sorted(device_ids):
+            command = ResetBarriers(command_id=next(self._command_ids))
+            self._resets[device_id] = (command.command_id, self._executor.now_s())
+            if not self._executor.submit(command, (device_id,)):
+                self._executor.kill(device_id, "it does not take its commands")
+
+    def _finish(self) -> None:
+        """All have reset: back to HEALTHY."""
+        self._state = RecoveryState.HEALTHY
         hit, self._hit = self._hit, {}
-        return [(request, reason) for request_id, reason in hit.items() if (request := self._table.get(request_id))]
+        for request_id, reason in hit.items():
+            request = self._table.get(request_id)
+            if request is not None:
+                self._start_again(request, reason)
+
+    def _start_again(self, request: Request, reason: str) -> None:
+        request.attempts += 1
+        if request.attempts >= MAX_ATTEMPTS or self.is_hopeless:
+            self._books.end(request, GenerationError(reason))
+            return
+        request.reset_progress()
+        self._table.mark_changed(request)
+        if request.state is not RequestState.WAITING:
+            self._table.move(request, RequestState.WAITING)

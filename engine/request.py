@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from tetrion.engine.energy.receipt import NOT_METERED, Receipt
 from tetrion.engine.model_spec import ModelSpec
 
 MAX_PROMPT_CHARS = 32_000
@@ -26,6 +27,14 @@ class EngineOverloaded(RuntimeError):
     """The queue is full; try again later."""
 
 
+class DeadlineUnmeetable(EngineOverloaded):
+    """Refused at once, since its picture would come too late. `earliest_slo_ms`: the SLO that could be met now."""
+
+    def __init__(self, slo_ms: float, earliest_slo_ms: float) -> None:
+        super().__init__(f"slo_ms: {slo_ms:g} cannot be met now, the earliest that can is {earliest_slo_ms:g}")
+        self.earliest_slo_ms = earliest_slo_ms
+
+
 class GenerationError(RuntimeError):
     """An accepted request could not be served (worker lost, out of memory, ...)."""
 
@@ -38,7 +47,8 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One picture to draw. None means the model's default (`resolve_request` fills it in).
 
     `slo_ms`: deadline relative to arrival, in milliseconds; None = no deadline. `priority`: larger goes first among
-    equal deadlines. `weight`: worth of meeting this deadline relative to others. `force_degrees`: the degree of each
+    equal deadlines. `weight`: worth of meeting this deadline relative to others; `tenant`: on whose behalf, for weights
+    that the operator gives. `force_degrees`: the degree of each
     step, for tests and experiments; its last entry holds for the remaining steps.
     """
 
@@ -51,6 +61,7 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     slo_ms: float | None = None
     priority: int = 0
     weight: float = 1.0
+    tenant: str = ""
     force_degrees: tuple[int, ...] = ()
     request_id: str = ""
 
@@ -58,7 +69,7 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
     """A finished picture. `image`: numpy uint8 RGB [height, width, 3]. `degrees`: the degree used at each step.
     `latency_s` from arrival to finish; `encode_s`, `denoise_s`, `decode_s` are time on devices; `slo_met` is None
-    without an SLO."""
+    without an SLO. `energy`: what it cost in joules."""
 
     request_id: str
     image: Any
@@ -75,6 +86,7 @@ class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
     denoise_s: float
     decode_s: float
     slo_met: bool | None
+    energy: Receipt = NOT_METERED
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import enum
 from collections.abc import Iterator
 from typing import Any
 
+from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.request import EngineOverloaded, ImageRequest, ImageResult, Progress, RequestError
 
 
@@ -119,7 +120,7 @@ class Request:
             degree=self.degrees[-1] if self.degrees else 0,
         )
 
-    def result(self, finished_s: float) -> ImageResult:
+    def result(self, finished_s: float, energy: Receipt) -> ImageResult:
         width, height = self.size
         assert self.params.seed is not None and self.started_s is not None
         return ImageResult(
@@ -138,6 +139,7 @@ class Request:
             denoise_s=self.denoise_s,
             decode_s=self.decode_s,
             slo_met=None if self.deadline_s is None else finished_s <= self.deadline_s,
+            energy=energy,
         )
 
 
@@ -150,6 +152,8 @@ class RequestTable:
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._queued: dict[str, Request] = {}
         self._admitted: dict[str, Request] = {}
+        self._cancelled: dict[str, Request] = {}
+        self._changed: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._queued) + len(self._admitted)
@@ -164,9 +168,30 @@ class RequestTable:
     def get(self, request_id: str) -> Request | None:
         return self._admitted.get(request_id) or self._queued.get(request_id)
 
+    def get_admitted(self, request_id: str) -> Request | None:
+        """The request if it owns a slot."""
+        return self._admitted.get(request_id)
+
     def admitted(self) -> Iterator[Request]:
         """Requests that own a slot, in order of admission."""
         return iter(self._admitted.values())
+
+    def queued(self) -> Iterator[Request]:
+        """Requests that wait for a slot, in order of arrival."""
+        return iter(self._queued.values())
+
+    def cancelled(self) -> list[Request]:
+        """Living requests that were cancelled."""
+        return list(self._cancelled.values())
+
+    def mark_changed(self, request: Request) -> None:
+        """Whoever writes a request's progress without `move`, with nothing in flight for it, says so."""
+        self._changed.add(request.request_id)
+
+    def take_changed(self) -> set[str]:
+        """Ids of requests that have moved, ended or been cancelled since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def all(self) -> list[Request]:
         return [*self._admitted.values(), *self._queued.values()]
@@ -179,26 +204,37 @@ class RequestTable:
             raise EngineOverloaded(f"{len(self._queued)} requests are queued already (max_queued)")
         self._queued[request.request_id] = request
 
-    def admit(self) -> None:
-        """Give slots to queued requests, earliest deadline first; without one, `patience_s` after arrival counts."""
+    def cancel(self, request: Request) -> None:
+        """Note that nobody wants it any more; it ends once nothing is in flight for it."""
+        request.cancelled = True
+        self._cancelled[request.request_id] = request
+        self.mark_changed(request)
+
+    def admit(self) -> list[Request]:
+        """Give slots to queued requests, earliest deadline first; without one, `patience_s` after arrival counts.
+        Returns those that got one."""
         if not (self._free_slots and self._queued):
-            return
+            return []
         order = sorted(
             self._queued.values(),
             key=lambda r: (r.deadline_s or r.arrival_s + self._patience_s, -r.params.priority, r.request_id),
         )
-        for request in order[: len(self._free_slots)]:
+        admitted = order[: len(self._free_slots)]
+        for request in admitted:
             del self._queued[request.request_id]
             self._admitted[request.request_id] = request
             request.slot = self._free_slots.pop()
             self.move(request, RequestState.WAITING)
+        return admitted
 
     def move(self, request: Request, state: RequestState) -> None:
         """Change a request's state; a terminal state frees its slot and forgets it."""
         assert state in LEGAL_TRANSITIONS[request.state], f"{request.state} → {state}"
         request.state = state
+        self.mark_changed(request)
         if state in TERMINAL_STATES:
             self._queued.pop(request.request_id, None)
+            self._cancelled.pop(request.request_id, None)
             if self._admitted.pop(request.request_id, None) is not None:
                 self._free_slots.append(request.slot)
                 request.slot = -1

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tetrion.engine.commands import predict_s
-from tetrion.engine.executor import WorkerLost
+from tetrion.engine.executor import WorkerLost, WorkerReady
 from tetrion.engine.messages import (
     BarriersReset,
     Command,
@@ -73,25 +73,31 @@ class Disturbance:
 
 
 class SimulatedExecutor:
-    """`num_devices` devices that cost what `profile` says. `duration(command, seconds)` may change it (noise, bias)."""
+    """`num_devices` devices that cost what `profile` says. `duration(command, seconds)` may change it (noise, bias).
+
+    A lost device is back `respawn_s` after its death (but not before the loop has recovered); None: never.
+    """
 
     def __init__(
         self,
         profile: Profile,
         num_devices: int,
         duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
+        respawn_s: float | None = None,
     ) -> None:
         self.device_ids = tuple(range(num_devices))
-        self.alive = frozenset(self.device_ids)
+        self.alive: frozenset[int] = frozenset(self.device_ids)
+        self._respawn_s = respawn_s
+        self._lost_s: dict[int, float] = {}
         self._profile = profile
         self._duration = duration
         self._now_s = 0.0
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
-        self._events: list[Event | WorkerLost] = []
+        self._events: list[Event | WorkerLost | WorkerReady] = []
         self._free_s = dict.fromkeys(self.device_ids, 0.0)
         self._state_s: dict[int, float] = {}
-        self._unanswered: dict[int, list[tuple[int, SimulatedCommand]]] = {d: [] for d in self.device_ids}
+        self._unanswered: dict[int, dict[int, SimulatedCommand]] = {d: {} for d in self.device_ids}
         self._woken = False
 
     def at(self, time_s: float, action: Callable[[], None]) -> None:
@@ -101,10 +107,20 @@ class SimulatedExecutor:
     def lose(self, device_id: int) -> None:
         """The device dies now; its commands are never answered."""
         self.alive -= {device_id}
+        self._lost_s[device_id] = self._now_s
         self._unanswered[device_id].clear()
         self._events.append(WorkerLost(device_id=device_id, reason="simulated loss"))
 
+    def _return(self, device_id: int) -> None:
+        self.alive |= {device_id}
+        self._free_s[device_id] = self._now_s
+        self._events.append(WorkerReady(device_id=device_id))
+
     # Executor ----------------------------------------------------------------------------------------------------
+
+    @property
+    def returning(self) -> frozenset[int]:
+        return frozenset() if self._respawn_s is None else frozenset(self.device_ids) - self.alive
 
     def now_s(self) -> float:
         return self._now_s
@@ -116,24 +132,24 @@ class SimulatedExecutor:
             return True
         if not isinstance(command, (EncodePrompt, Denoise, Decode)):
             raise ValueError(f"a simulated device does not execute {type(command).__name__}")
-        start_s = max(self._now_s, self._state_s.get(command.state_id, 0.0), *(self._free_s[m] for m in members))
+        start_s = max(self._now_s, self._state_s.get(command.state_id, 0.0), *[self._free_s[m] for m in members])
         end_s = start_s + self._duration(command, predict_s(command, self._profile))
         self._state_s[command.state_id] = end_s
         ticket = next(self._order)
         for member in members:
             self._free_s[member] = end_s
-            self._unanswered[member].append((ticket, command))
+            self._unanswered[member][ticket] = command
         self.at(end_s, lambda: self._complete(ticket, command, members, start_s))
         return True
 
     def _complete(self, ticket: int, command: SimulatedCommand, members: tuple[int, ...], start_s: float) -> None:
-        if not all((ticket, command) in self._unanswered[member] for member in members):
+        if any([ticket not in self._unanswered[member] for member in members]):
             return  # a member was lost or aborted: the others wait until they are aborted too
         for member in members:
-            self._unanswered[member].remove((ticket, command))
+            del self._unanswered[member][ticket]
             self._events.append(_answer(command, member, start_s, self._now_s))
 
-    def poll(self) -> list[Event | WorkerLost]:
+    def poll(self) -> list[Event | WorkerLost | WorkerReady]:
         events, self._events = self._events, []
         return events
 
@@ -142,10 +158,10 @@ class SimulatedExecutor:
         if self._woken or self._events:
             self._woken = False
             return
-        next_s = self._agenda[0][0] if self._agenda else None
-        if next_s is None and until_s is None:
+        next_s = self._agenda[0][0] if self._agenda else until_s
+        if next_s is None:
             raise RuntimeError(f"nothing will ever happen after {self._now_s} s")
-        self._now_s = max(self._now_s, min(time_s for time_s in (next_s, until_s) if time_s is not None))
+        self._now_s = max(self._now_s, next_s if until_s is None else min(next_s, until_s))
         while self._agenda and self._agenda[0][0] <= self._now_s:
             heapq.heappop(self._agenda)[2]()
         self._woken = False  # what these actions woke is this very wait
@@ -156,13 +172,20 @@ class SimulatedExecutor:
     def abort(self, device_ids: Collection[int]) -> None:
         for device_id in device_ids:
             self._free_s[device_id] = self._now_s
-            for _, command in self._unanswered[device_id]:
+            for command in self._unanswered[device_id].values():
                 self._events.append(_aborted(command, device_id))
             self._unanswered[device_id].clear()
 
     def kill(self, device_id: int, reason: str) -> None:
         if device_id in self.alive:
             self.lose(device_id)
+
+    def revive(self) -> None:
+        lost, self._lost_s = self._lost_s, {}
+        for device_id, lost_s in lost.items():
+            if self._respawn_s is not None:
+                at_s = max(self._now_s, lost_s + self._respawn_s)
+                self.at(at_s, lambda device_id=device_id: self._return(device_id))  # type: ignore[misc]
 
     def acquire_image_slot(self) -> int | None:
         return 0
@@ -171,7 +194,7 @@ class SimulatedExecutor:
         """Slots are not scarce here."""
 
     def read_image(self, image_slot: int, width: int, height: int) -> Any:
-        return np.zeros((height, width, 3), np.uint8)
+        return np.broadcast_to(np.uint8(0), (height, width, 3))
 
 
 def _answer(command: SimulatedCommand, device_id: int, started_s: float, ended_s: float) -> Event:

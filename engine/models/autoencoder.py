@@ -1,21 +1,23 @@
-"""Packed latents -> picture, as FluxPipeline decodes, and with the same bits for any number of threads.
+"""Packed latents -> picture, as FluxPipeline decodes, and on a CPU with the same bits for any number of threads.
 
-Owns the VAE decoder (a library module over shared weights). Worker-only: importing it takes seconds.
+Owns the VAE decoder: a library module over given weights, on their device and in their dtype. Worker-only: importing it
+takes seconds.
 """
 
 import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.loading import build_module
+from tetrion.engine.models.memory_budget import MAX_DECODED_AT_ONCE
 from tetrion.engine.sampling.flow_match import unpack_latents
 from tetrion.kernels.reference import silu
 
@@ -28,11 +30,7 @@ class Autoencoder:
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         """folder: the checkpoint's `vae/`. Raises CheckpointError for missing tensors or an unsupported class."""
-        config = {"latent_channels": 4} | json.loads((folder / "config.json").read_bytes())
-        if config.get("_class_name") != "AutoencoderKL":
-            raise CheckpointError(
-                f"model: vae {config.get('_class_name')!r} is not supported (supported: AutoencoderKL)"
-            )
+        config = _read_config(folder)
         if 4 * config["latent_channels"] != spec.in_channels:
             raise CheckpointError(
                 f"model: {str(folder)!r} has {config['latent_channels']} latent channels, four times as many must equal"
@@ -41,21 +39,44 @@ class Autoencoder:
         self._size_multiple = spec.size_multiple
         self._scaling_factor = float(config.get("scaling_factor") or 1.0)
         self._shift_factor = float(config.get("shift_factor") or 0.0)
-        build: Callable[[], AutoencoderKL] = functools.partial(AutoencoderKL.from_config, config)
-        self._vae = build_module(build, tensors, str(folder), unused=UNUSED_PREFIXES)
-        _make_thread_exact(self._vae)
+        self._vae = build_module(_builder(config), tensors, str(folder), unused=UNUSED_PREFIXES)
+        weight = self._vae.decoder.conv_in.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        if self._device.type == "cpu":
+            _make_thread_exact(self._vae)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, width: int, height: int) -> NDArray[np.uint8]:
-        """latents: packed [tokens, in_channels] of a `width` × `height` picture -> RGB [height, width, 3]."""
+    def decode(self, latents: Tensor, width: int, height: int) -> Tensor:
+        """latents: packed [tokens, in_channels], fp32, of a `width` × `height` picture -> uint8 RGB [height, width, 3].
+
+        On the weights' device, without waiting for it.
+        """
         rows, columns = height // self._size_multiple, width // self._size_multiple
         if latents.shape[0] != rows * columns:
             raise ValueError(f"latents: {width}x{height} pixels need {rows * columns} tokens, got {latents.shape[0]}")
         latents_1CHW = unpack_latents(latents, rows, columns).unsqueeze(0)
         latents_1CHW = latents_1CHW / self._scaling_factor + self._shift_factor
-        picture_CHW = self._vae.decode(latents_1CHW, return_dict=False)[0][0]
-        picture_HWC = (picture_CHW * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
-        return np.ascontiguousarray((picture_HWC * 255).round().astype(np.uint8))
+        tiled = self._device.type != "cpu" and width * height > MAX_DECODED_AT_ONCE
+        decode = self._vae.tiled_decode if tiled else self._vae.decode
+        picture_CHW = decode(latents_1CHW.to(self._dtype), return_dict=False)[0][0]
+        picture_HWC = (picture_CHW.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
+        return (picture_HWC * 255).round().to(torch.uint8).contiguous()
+
+
+def vae_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors that `vae/config.json` means."""
+    return module_shapes(_builder(_read_config(folder)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {"latent_channels": 4} | json.loads((folder / "config.json").read_bytes())
+    if config.get("_class_name") != "AutoencoderKL":
+        raise CheckpointError(f"model: vae {config.get('_class_name')!r} is not supported (supported: AutoencoderKL)")
+    return config
+
+
+def _builder(config: dict[str, Any]) -> Callable[[], AutoencoderKL]:
+    return functools.partial(AutoencoderKL.from_config, config)
 
 
 class PointwiseConv2d(nn.Module):

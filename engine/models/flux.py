@@ -1,7 +1,7 @@
 """FLUX.1's transformer (MMDiT: double-stream, then single-stream blocks) on one member's tokens of a sequence.
 
 Owns the architecture: its weights' names and shapes, the forward pass, modulations, rotary tables. Knows nothing of
-devices, groups or requests: attention over the whole sequence is an argument.
+devices, groups or requests: the operators, and attention over the whole sequence, are arguments.
 Source: black-forest-labs/flux `model.py`; diffusers' FluxTransformer2DModel, whose results it reproduces.
 
 Shapes: n tokens of this member (n_txt + n_img), C hidden size, S steps, V modulation vectors.
@@ -9,6 +9,7 @@ Shapes: n tokens of this member (n_txt + n_img), C hidden size, S steps, V modul
 
 import functools
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ from typing import Annotated, Protocol
 
 import msgspec
 import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from msgspec import Meta
 from torch import Tensor
 
 from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.loading import Part
+from tetrion.engine.models.ops import Linear, Ops, ReferenceOps
 from tetrion.engine.parallel.exchange import Stream
-from tetrion.kernels.reference import gated_residual, gelu_tanh, linear, modulate, silu
 
 ROPE_THETA = 10_000.0
 MLP_RATIO = 4
@@ -91,13 +94,10 @@ def read_config(path: Path) -> FluxConfig:
     return config
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors that `transformer/config.json` means, by their names in a diffusers checkpoint."""
+    config = json.loads((folder / "config.json").read_bytes())
+    return module_shapes(functools.partial(FluxTransformer2DModel.from_config, config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,6 @@ class Embedder:
 
     in_layer: Linear
     out_layer: Linear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.out_layer(silu(self.in_layer(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,20 +251,25 @@ def build_weights(config: FluxConfig, tensors: Mapping[str, Tensor]) -> FluxWeig
     )
 
 
-def modulations(weights: FluxWeights, timesteps: Tensor, guidance: float, pooled: Tensor) -> Tensor:
+def modulations(ops: Ops, weights: FluxWeights, timesteps: Tensor, guidance: float, pooled: Tensor) -> Tensor:
     """Every block's shift, scale and gate vectors for all steps of a request: [S, V, C].
 
     timesteps: [S] fp32, as the scheduler gives them (0 … 1000); pooled: [pooled_dim]. They depend on nothing else, so
     3.2 of FLUX.1's 12 billion weights are read once a request instead of once a step.
     """
+    dtype = pooled.dtype
     # FluxPipeline divides by 1000 and the transformer multiplies again, which is not the identity in fp32.
-    conditioning = weights.time_in(timestep_embedding(timesteps / 1000 * 1000))
+    conditioning = _embed(ops, weights.time_in, timestep_embedding(timesteps / 1000 * 1000).to(dtype))
     if weights.guidance_in is not None:
         guidance_1 = torch.full((1,), guidance, dtype=torch.float32, device=timesteps.device) * 1000
-        conditioning = conditioning + weights.guidance_in(timestep_embedding(guidance_1))
-    conditioning = conditioning + weights.pooled_in(pooled.unsqueeze(0))
+        conditioning = conditioning + _embed(ops, weights.guidance_in, timestep_embedding(guidance_1).to(dtype))
+    conditioning = conditioning + _embed(ops, weights.pooled_in, pooled.unsqueeze(0))
     hidden_size = conditioning.shape[-1]
-    return weights.modulation(silu(conditioning)).view(len(timesteps), -1, hidden_size)
+    return ops.linear(ops.silu(conditioning), weights.modulation).view(len(timesteps), -1, hidden_size)
+
+
+def _embed(ops: Ops, embedder: Embedder, x: Tensor) -> Tensor:
+    return ops.linear(ops.silu(ops.linear(x, embedder.in_layer)), embedder.out_layer)
 
 
 def timestep_embedding(values: Tensor) -> Tensor:
@@ -298,30 +300,34 @@ def rope(height: int, width: int, num_text: int, axes_dims: Sequence[int], theta
     return angles.cos().repeat_interleave(2, dim=1).float(), angles.sin().repeat_interleave(2, dim=1).float()
 
 
-def project_text(weights: FluxWeights, prompt_embeds: Tensor) -> Tensor:
+def project_text(ops: Ops, weights: FluxWeights, prompt_embeds: Tensor) -> Tensor:
     """Prompt embeddings [n_txt, text_dim] -> text tokens [n_txt, C]. The same for all steps of a request."""
-    return weights.text_in(prompt_embeds)
+    return ops.linear(prompt_embeds, weights.text_in)
 
 
-def step(weights: FluxWeights, latents: Tensor, text: Tensor, modulation: Tensor, rope: Rope, attend: Attend) -> Tensor:
+def step(
+    ops: Ops, weights: FluxWeights, latents: Tensor, text: Tensor, modulation: Tensor, rope: Rope, attend: Attend
+) -> Tensor:
     """Velocity [n_img, in_channels] at one step, for this member's tokens.
 
     latents: [n_img, in_channels]; text: [n_txt, C] from `project_text`; modulation: [V, C], the step's row of
-    `modulations`; rope: this member's rows, text first.
+    `modulations`, or [S, V, C], all of it, where `ops` knows the step; rope: what `attend` wants.
     """
-    vectors = iter(modulation.unbind(0))
-    image = weights.image_in(latents)
+    vectors = iter(modulation.unbind(-2))
+    image = ops.linear(latents, weights.image_in)
     for block in weights.double_blocks:
-        text, image = _double_block(block, text, image, _take(vectors, 6), _take(vectors, 6), rope, attend)
+        text_vectors, image_vectors = _take(vectors, VECTORS_PER_STREAM), _take(vectors, VECTORS_PER_STREAM)
+        text, image = _double_block(ops, block, text, image, text_vectors, image_vectors, rope, attend)
     num_text = text.shape[0]
     tokens = torch.cat([text, image])
     for single in weights.single_blocks:
-        tokens = _single_block(single, tokens, _take(vectors, 3), rope, attend)
-    scale, shift = _take(vectors, 2)
-    return weights.final(modulate(tokens[num_text:], shift, scale))
+        tokens = _single_block(ops, single, tokens, _take(vectors, VECTORS_PER_SINGLE), rope, attend)
+    scale, shift = _take(vectors, VECTORS_AT_END)
+    return ops.narrow_linear(ops.modulate(tokens[num_text:], shift, scale), weights.final)
 
 
 def _double_block(
+    ops: Ops,
     block: DoubleBlock,
     text: Tensor,
     image: Tensor,
@@ -330,30 +336,33 @@ def _double_block(
     rope: Rope,
     attend: Attend,
 ) -> tuple[Tensor, Tensor]:
-    attended = attend([_stream(block.text, text, text_vectors), _stream(block.image, image, image_vectors)], rope)
-    text_attended, image_attended = attended.split([text.shape[0], image.shape[0]])
+    streams = [_stream(ops, block.text, text, text_vectors), _stream(ops, block.image, image, image_vectors)]
+    text_attended, image_attended = attend(streams, rope).split([text.shape[0], image.shape[0]])
     return (
-        _finish_stream(block.text, text, text_attended, text_vectors),
-        _finish_stream(block.image, image, image_attended, image_vectors),
+        _finish_stream(ops, block.text, text, text_attended, text_vectors),
+        _finish_stream(ops, block.image, image, image_attended, image_vectors),
     )
 
 
-def _stream(block: StreamBlock, x: Tensor, vectors: Sequence[Tensor]) -> Stream:
+def _stream(ops: Ops, block: StreamBlock, x: Tensor, vectors: Sequence[Tensor]) -> Stream:
     shift, scale, *_ = vectors
-    return Stream(block.qkv(modulate(x, shift, scale)), block.q_norm, block.k_norm)
+    return Stream(ops.linear(ops.modulate(x, shift, scale), block.qkv), block.q_norm, block.k_norm)
 
 
-def _finish_stream(block: StreamBlock, x: Tensor, attended: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+def _finish_stream(ops: Ops, block: StreamBlock, x: Tensor, attended: Tensor, vectors: Sequence[Tensor]) -> Tensor:
     _, _, gate, mlp_shift, mlp_scale, mlp_gate = vectors
-    x = gated_residual(x, gate, block.out(attended))
-    return gated_residual(x, mlp_gate, block.mlp_out(gelu_tanh(block.mlp_in(modulate(x, mlp_shift, mlp_scale)))))
+    x = ops.gated_residual(x, gate, ops.linear(attended, block.out))
+    hidden = ops.gelu_linear(ops.modulate(x, mlp_shift, mlp_scale), block.mlp_in)
+    return ops.gated_residual(x, mlp_gate, ops.linear(hidden, block.mlp_out))
 
 
-def _single_block(block: SingleBlock, x: Tensor, vectors: Sequence[Tensor], rope: Rope, attend: Attend) -> Tensor:
+def _single_block(
+    ops: Ops, block: SingleBlock, x: Tensor, vectors: Sequence[Tensor], rope: Rope, attend: Attend
+) -> Tensor:
     shift, scale, gate = vectors
-    normed = modulate(x, shift, scale)
-    attended = attend([Stream(block.qkv(normed), block.q_norm, block.k_norm)], rope)
-    return gated_residual(x, gate, block.out(torch.cat([attended, gelu_tanh(block.mlp_in(normed))], dim=1)))
+    normed = ops.modulate(x, shift, scale)
+    attended = attend([Stream(ops.linear(normed, block.qkv), block.q_norm, block.k_norm)], rope)
+    return ops.gated_residual(x, gate, ops.joined_linear(attended, ops.gelu_linear(normed, block.mlp_in), block.out))
 
 
 def _take(vectors: Iterator[Tensor], count: int) -> tuple[Tensor, ...]:
@@ -361,11 +370,12 @@ def _take(vectors: Iterator[Tensor], count: int) -> tuple[Tensor, ...]:
 
 
 class FluxTransformer:
-    """Config and weights together with the rotary tables of recent shapes: what a worker's runner calls."""
+    """Config, weights and operators together with the rotary tables of recent shapes: what a worker's runner calls."""
 
-    def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor], ops: Ops | None = None) -> None:
         self.config = config
         self.weights = build_weights(config, tensors)
+        self.ops = ReferenceOps() if ops is None else ops
         self._rope = functools.lru_cache(maxsize=32)(rope)
 
     def rope(self, height: int, width: int, num_text: int) -> Rope:
@@ -373,10 +383,10 @@ class FluxTransformer:
         return self._rope(height, width, num_text, self.config.axes_dims_rope)
 
     def modulations(self, timesteps: Tensor, guidance: float, pooled: Tensor) -> Tensor:
-        return modulations(self.weights, timesteps, guidance, pooled)
+        return modulations(self.ops, self.weights, timesteps, guidance, pooled)
 
     def project_text(self, prompt_embeds: Tensor) -> Tensor:
-        return project_text(self.weights, prompt_embeds)
+        return project_text(self.ops, self.weights, prompt_embeds)
 
     def step(self, latents: Tensor, text: Tensor, modulation: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        return step(self.weights, latents, text, modulation, rope, attend)
+        return step(self.ops, self.weights, latents, text, modulation, rope, attend)

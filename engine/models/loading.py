@@ -1,7 +1,7 @@
-"""Checkpoint weights as one safetensors image in shared memory, mapped by every worker without a copy.
+"""Checkpoint weights: as one image in shared memory that all CPU workers map, or in a device's own memory.
 
-Owns the way from a folder's safetensors files to named fp32 tensors: which file holds which tensor, conversion, fusing,
-and the image all workers map. Knows no architecture: a *plan* says which tensors are wanted. Nothing is unpickled.
+Owns the way from a folder's safetensors files to named tensors: which file holds which tensor, conversion, fusing,
+and the image that workers map. Knows no architecture: a *plan* says which tensors are wanted. Nothing is unpickled.
 
 The image is an ordinary safetensors file (8 bytes of header length, JSON header, data), with every tensor placed at a
 multiple of 64 bytes, so that kernels see the same alignment in every process.
@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,12 +25,11 @@ from tetrion.engine.transport.segment import SharedMemoryError
 ALIGNMENT = 64
 WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Part(NamedTuple):
-    """One tensor of the image: the named checkpoint tensors, concatenated along dimension 0, as fp32.
+    """One tensor of a model: the named checkpoint tensors, concatenated along dimension 0.
 
     `shape`, where the architecture knows it, is checked.
     """
@@ -40,6 +39,21 @@ class Part(NamedTuple):
 
 
 Plan = Mapping[str, Part]
+
+
+class TensorFiles(Protocol):
+    """Where a component's tensors come from."""
+
+    folder: Path
+
+    @property
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises CheckpointError if there is no such tensor."""
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """The tensor in its stored dtype, on `device`."""
 
 
 class ComponentFiles:
@@ -63,9 +77,9 @@ class ComponentFiles:
         """Shape of a tensor, from its file's header. Raises CheckpointError if there is no such tensor."""
         return tuple(self._file(name).get_slice(name).get_shape())
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, mapped from its file."""
-        return self._file(name).get_tensor(name)
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """The tensor in its stored dtype; on the CPU mapped from its file, elsewhere copied straight from there."""
+        return self._file(name).get_tensor(name).to(device)
 
     def _file(self, name: str) -> safe_open:
         if name not in self._path_of:
@@ -109,10 +123,35 @@ def _open_safetensors(path: Path) -> safe_open:
 
 
 class Component(NamedTuple):
-    """Files of one component and which of their tensors, under which names, the image takes."""
+    """Files of one component and which of their tensors, under which names, are wanted."""
 
-    files: ComponentFiles
+    files: TensorFiles
     plan: Plan
+
+
+def planned_shapes(components: Mapping[str, Component]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all planned tensors, by `component/name`. Raises CheckpointError for missing or misshapen ones."""
+    return {
+        f"{component}/{name}": _planned_shape(files, name, part)
+        for component, (files, plan) in components.items()
+        for name, part in plan.items()
+    }
+
+
+def load_to_device(components: Mapping[str, Component], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All planned tensors in `dtype` in the device's memory, by `component/name`.
+
+    Converts and fuses there, one tensor at a time: host memory holds only the page cache. Raises CheckpointError for
+    missing or misshapen tensors, before anything is allocated.
+    """
+    tensors = {}
+    shapes = planned_shapes(components)
+    for component, (files, plan) in components.items():
+        for name, part in plan.items():
+            key = f"{component}/{name}"
+            tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device)
+            _fill(tensors[key], files, part)
+    return tensors
 
 
 def publish(fd: int, components: Mapping[str, Component]) -> int:
@@ -122,11 +161,7 @@ def publish(fd: int, components: Mapping[str, Component]) -> int:
     copy is the image. Returns its size in bytes. Raises CheckpointError for missing or misshapen tensors, before
     anything is written, and SharedMemoryError if there is no room.
     """
-    shapes = {
-        f"{component}/{name}": _planned_shape(files, name, part)
-        for component, (files, plan) in components.items()
-        for name, part in plan.items()
-    }
+    shapes = planned_shapes(components)
     header, offsets, num_bytes = _layout(shapes)
     _reserve(fd, num_bytes)
     with mmap.mmap(fd, num_bytes) as image:
@@ -189,7 +224,7 @@ def build_module(
     return module.requires_grad_(False).eval()
 
 
-def _planned_shape(files: ComponentFiles, name: str, part: Part) -> tuple[int, ...]:
+def _planned_shape(files: TensorFiles, name: str, part: Part) -> tuple[int, ...]:
     shapes = [files.shape(source) for source in part.sources]
     if len({shape[1:] for shape in shapes}) != 1:
         raise CheckpointError(f"model: {str(files.folder)!r}: {', '.join(part.sources)} do not fit together: {shapes}")
@@ -202,10 +237,10 @@ def _planned_shape(files: ComponentFiles, name: str, part: Part) -> tuple[int, .
     return shape
 
 
-def _fill(target: Tensor, files: ComponentFiles, part: Part) -> None:
+def _fill(target: Tensor, files: TensorFiles, part: Part) -> None:
     row = 0
     for source in part.sources:
-        tensor = files.read(source)
+        tensor = files.read(source, target.device)
         if tensor.ndim == 0:
             target.copy_(tensor)
             continue

@@ -1,6 +1,7 @@
 """Prompt -> what the transformer is conditioned on: T5 embeddings and CLIP's pooled vector, as FluxPipeline does it.
 
-Owns tokenizers and text encoders (library modules over shared weights). Worker-only: importing it takes seconds.
+Owns the text encoders: library modules over given weights, on those weights' device. Worker-only: importing it takes
+seconds.
 """
 
 import contextlib
@@ -16,10 +17,12 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.config import LoadFormat
+from tetrion.engine.model_spec import CheckpointError, ModelSpec, has_tokenizer
+from tetrion.engine.models.dummy import HashTokenizer, module_shapes
 from tetrion.engine.models.loading import build_module
+from tetrion.engine.models.tokenizers import LibraryTokenizer, Tokenizer
 
 ConfigT = TypeVar("ConfigT", CLIPTextConfig, T5Config)
 CLIP_PREFIX = "text_model."
@@ -43,14 +46,15 @@ class TextEncoders:
         clip_tensors: Mapping[str, Tensor],
         t5_tensors: Mapping[str, Tensor],
         spec: ModelSpec,
+        load_format: LoadFormat = "safetensors",
     ) -> None:
         """Raises CheckpointError if a config, tokenizer or tensor is missing, or widths are not the transformer's."""
         path = Path(spec.path)
         self._max_text_tokens = spec.max_text_tokens
-        self._clip_tokenizer = _load_tokenizer(CLIPTokenizer, path / "tokenizer")
-        self._t5_tokenizer = _load_tokenizer(T5Tokenizer, path / "tokenizer_2")
         self._clip = _build_clip(path / "text_encoder", clip_tensors, spec.pooled_dim)
         self._t5 = _build_t5(path / "text_encoder_2", t5_tensors, spec.text_dim)
+        self._clip_tokenizer, self._clip_tokens = _clip_tokenizer(path, load_format)
+        self._t5_tokenizer = _t5_tokenizer(path, load_format)
 
     @torch.no_grad()
     def encode(self, prompt: str) -> PromptEmbedding:
@@ -59,12 +63,24 @@ class TextEncoders:
         On one thread: the GEMMs of a narrow encoder round differently with more, and encoding is a small share of a
         picture's work.
         """
-        clip_ids = _token_ids(self._clip_tokenizer, prompt, self._clip_tokenizer.model_max_length)
-        t5_ids = _token_ids(self._t5_tokenizer, prompt, self._max_text_tokens)
+        device = self._t5.device
+        clip_ids = _to_device(self._clip_tokenizer.ids(prompt, self._clip_tokens), device)
+        t5_ids = _to_device(self._t5_tokenizer.ids(prompt, self._max_text_tokens), device)
         with _one_thread():
             embeds, pooled = self._t5(t5_ids)[0][0], self._clip(clip_ids).pooler_output[0]
-        num_tokens = len(self._t5_tokenizer(prompt, verbose=False).input_ids)
-        return PromptEmbedding(embeds=embeds, pooled=pooled, num_tokens=num_tokens)
+        return PromptEmbedding(embeds=embeds, pooled=pooled, num_tokens=self._t5_tokenizer.num_tokens(prompt))
+
+
+def text_encoder_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of all tensors that CLIP's and T5's configs mean. Raises CheckpointError if a config is missing."""
+    clip, t5 = _load_config(CLIPTextConfig, path / "text_encoder"), _load_config(T5Config, path / "text_encoder_2")
+    return module_shapes(lambda: CLIPTextModel(clip)), module_shapes(lambda: T5EncoderModel(t5))
+
+
+def _to_device(ids: list[int], device: torch.device) -> Tensor:
+    """[1, length], without waiting for the device."""
+    batch = torch.tensor([ids])
+    return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -77,15 +93,20 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> Tensor:
-    return tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+def _clip_tokenizer(path: Path, load_format: LoadFormat) -> tuple[Tokenizer, int]:
+    """The tokenizer, and how many tokens CLIP always gets."""
+    if load_format == "dummy" and not has_tokenizer(path / "tokenizer"):
+        config = _load_config(CLIPTextConfig, path / "text_encoder")
+        end = config.vocab_size - 1
+        return HashTokenizer(config.vocab_size, end=end, start=end - 1, padding=end), config.max_position_embeddings
+    tokenizer = LibraryTokenizer(CLIPTokenizer, path / "tokenizer")
+    return tokenizer, tokenizer.model_max_length
 
 
-def _load_tokenizer(kind: type[PreTrainedTokenizerBase], folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.__name__}: {error}") from None
+def _t5_tokenizer(path: Path, load_format: LoadFormat) -> Tokenizer:
+    if load_format == "dummy" and not has_tokenizer(path / "tokenizer_2"):
+        return HashTokenizer(_load_config(T5Config, path / "text_encoder_2").vocab_size, end=1)
+    return LibraryTokenizer(T5Tokenizer, path / "tokenizer_2")
 
 
 def _load_config(kind: type[ConfigT], folder: Path) -> ConfigT:
@@ -107,7 +128,8 @@ def _build_clip(folder: Path, tensors: Mapping[str, Tensor], pooled_dim: int) ->
     clip = build_module(lambda: CLIPTextModel(config), _with_module_prefix(CLIPTextModel, config, tensors), str(folder))
     for module in clip.modules():
         if hasattr(module, "position_ids"):  # a buffer that no checkpoint stores, so still on the meta device
-            module.position_ids = torch.arange(config.max_position_embeddings).expand((1, -1))
+            positions = torch.arange(config.max_position_embeddings, device=clip.device)
+            module.position_ids = positions.expand((1, -1))
     return clip
 
 

@@ -2,6 +2,7 @@
 
 Owns the order of pushes and barriers, and the reasons why it is safe; knows no model and no commands. Ulysses
 (arXiv:2309.14509): each member projects its own tokens, attends over all tokens for its own heads.
+The exchanges here are those of CPU workers; device_exchange.py enqueues the same on a GPU.
 
 A chunk of steps on one member, in this order:
 

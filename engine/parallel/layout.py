@@ -18,6 +18,7 @@ from tetrion.engine.model_spec import ModelSpec
 
 CACHE_LINE = 64
 PAGE = 4096
+LATENTS_ITEMSIZE = 4
 
 
 class ControlLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +38,8 @@ class ControlLayout(msgspec.Struct, frozen=True, kw_only=True):
 class SlabLayout(msgspec.Struct, frozen=True, kw_only=True):
     """Byte offsets of one slab (all devices' slabs are alike). `*_bytes` of regions and slots are rounded up to pages.
 
-    `itemsize` is the size in bytes of one element of every tensor: 4 (fp32) or 2 (bf16).
+    `itemsize` is the size in bytes of one element of every tensor but the latents: 4 (fp32) or 2 (bf16). Latents are
+    fp32 always: they are summed over all steps.
     """
 
     num_devices: int
@@ -100,7 +102,7 @@ def slab_layout(spec: ModelSpec, num_devices: int, num_slots: int, itemsize: int
     slots_offset = output_offset + output_bytes
     pooled_in_slot = _align(num_text * spec.text_dim * itemsize, CACHE_LINE)
     latents_in_slot = pooled_in_slot + _align(spec.pooled_dim * itemsize, CACHE_LINE)
-    slot_bytes = _align(latents_in_slot + num_image * spec.in_channels * itemsize, PAGE)
+    slot_bytes = _align(latents_in_slot + num_image * spec.in_channels * LATENTS_ITEMSIZE, PAGE)
     return SlabLayout(
         num_devices=num_devices,
         num_slots=num_slots,

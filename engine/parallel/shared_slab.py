@@ -18,7 +18,7 @@ class SlotState:
     """A request's state in one slot of one slab.
 
     `text`: prompt embeddings [max_text_tokens, text_dim]; `pooled`: [pooled_dim]; `latents`: [max_image_tokens, C],
-    all packed image tokens. Rows beyond the request's own counts are left over from others.
+    all packed image tokens, fp32. Rows beyond the request's own counts are left over from others.
     """
 
     def __init__(self, text: Tensor, pooled: Tensor, latents: Tensor, version: SlotVersion) -> None:
@@ -58,10 +58,11 @@ class SharedSlabs:
 
     def slot(self, device: int, slot: int) -> SlotState:
         layout = self.layout
+        latents_shape = (layout.max_image_tokens, layout.in_channels)
         return SlotState(
             text=self._view(device, layout.text_offset(slot), (layout.max_text_tokens, layout.text_dim)),
             pooled=self._view(device, layout.pooled_offset(slot), (layout.pooled_dim,)),
-            latents=self._view(device, layout.latents_offset(slot), (layout.max_image_tokens, layout.in_channels)),
+            latents=self._view(device, layout.latents_offset(slot), latents_shape, torch.float32),
             version=SlotVersion(self._buffers[device], layout.version_offset(slot), self._waiter),
         )
 
@@ -79,11 +80,11 @@ class SharedSlabs:
         self._check_fits(shape, self.layout.output_bytes)
         return self._view(device, self.layout.output_offset, shape)
 
-    def _view(self, device: int, offset: int, shape: tuple[int, ...]) -> Tensor:
-        count = torch.Size(shape).numel()
+    def _view(self, device: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        count, dtype = torch.Size(shape).numel(), dtype or self.dtype
         if not count:
-            return torch.empty(shape, dtype=self.dtype)
-        return torch.frombuffer(self._buffers[device], dtype=self.dtype, count=count, offset=offset).view(shape)
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._buffers[device], dtype=dtype, count=count, offset=offset).view(shape)
 
     def _check_fits(self, shape: tuple[int, ...], num_bytes: int) -> None:
         wanted = torch.Size(shape).numel() * self.layout.itemsize

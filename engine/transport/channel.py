@@ -124,9 +124,13 @@ class CommandSender:
         """Whether `send` would succeed; stays true until this sender sends. Raises MessageTooLong if it never would."""
         return self._channel.ring.can_write(len(encoded))
 
+    def try_send(self, encoded: bytes) -> bool:
+        """Queue one command encoded by `encode_command`; False while there is no room. Raises MessageTooLong."""
+        return self._channel.try_write(encoded)
+
     def send(self, encoded: bytes) -> None:
-        """Queue one command encoded by `encode_command`. Raises RingFull or MessageTooLong, having sent nothing."""
-        if not self._channel.try_write(encoded):
+        """`try_send`, where room was seen to. Raises RingFull or MessageTooLong, having sent nothing."""
+        if not self.try_send(encoded):
             ring = self._channel.ring
             raise RingFull(f"command of {len(encoded):,} bytes: {ring.free_bytes:,} of {ring.capacity_bytes:,} free")
 
@@ -143,6 +147,8 @@ def send_to_all(senders: Sequence[CommandSender], command: Command) -> bool:
     distinct. Raises MessageTooLong, having sent nothing.
     """
     encoded = encode_command(command)
+    if len(senders) == 1:
+        return senders[0].try_send(encoded)
     if not all([sender.can_send(encoded) for sender in senders]):  # all of them: a too-long message is always found
         return False
     for sender in senders:

@@ -135,21 +135,33 @@ class Ring:
 
     def try_write(self, data: bytes) -> bool:
         """Append one message; False, and nothing happens, while there is no room. Raises MessageTooLong."""
-        length, tail = len(data), self._tail
-        record_bytes = self._record_bytes(length)
-        if record_bytes > self.free_bytes:
-            return False
-        position = tail % self.capacity_bytes
+        length, tail, capacity = len(data), self._tail, self.capacity_bytes
+        record_bytes = 8 + (length + 7 & ~7)
+        used = tail - self._words[_HEAD_WORD]
+        if used < 0 or used + record_bytes > capacity:
+            return self._refuse(length)
+        position = tail % capacity
         self._record_words[position >> 3] = length | _check(length, tail) << 32
-        start = (position + 8) % self.capacity_bytes
-        whole = min(length, self.capacity_bytes - start)
-        self._bytes[start : start + whole] = data[:whole]
-        if whole < length:
-            self._bytes[: length - whole] = data[whole:]
+        start = position + 8
+        if start + length <= capacity:
+            self._bytes[start : start + length] = data
+        else:
+            self._write_around(data, start)
         if self._stores_may_pass_stores:
             self._fence()
         self._tail = self._words[_TAIL_WORD] = tail + record_bytes
         return True
+
+    def _refuse(self, message_bytes: int) -> bool:
+        """Nothing was written: False for want of room; raises MessageTooLong or RingCorrupt if that is the reason."""
+        self.can_write(message_bytes)  # for what it raises: the consumer may have made room since
+        return False
+
+    def _write_around(self, data: bytes, start: int) -> None:
+        """A message that runs over the end of the area, or begins there."""
+        whole = self.capacity_bytes - start
+        self._bytes[start:] = data[:whole]
+        self._bytes[: len(data) - whole] = data[whole:]
 
     def consumer_sleeps(self) -> bool:
         """P2 and P3: after a write, whether the doorbell must be rung."""
@@ -173,7 +185,7 @@ class Ring:
             data += bytes(self._bytes[: length - len(data)])
         if self._stores_may_pass_stores:
             self._fence()
-        self._head = self._words[_HEAD_WORD] = head + self._record_bytes(length)
+        self._head = self._words[_HEAD_WORD] = head + 8 + (length + 7 & ~7)
         return data
 
     def arm(self) -> bool:

@@ -60,7 +60,7 @@ class SharedSegment:
             raise SharedMemoryError(name, num_bytes, available, "checked before reserving")
         fd = open_anonymous_file(name, backing)
         try:
-            _reserve(fd, num_bytes)
+            reserve(fd, num_bytes)
             return cls(fd, num_bytes)
         except OSError as error:
             os.close(fd)
@@ -126,7 +126,7 @@ def _available_bytes(backing: Backing) -> int | None:
     return available_memory_bytes() if _is_memfd(backing) else shutil.disk_usage(tempfile.gettempdir()).free
 
 
-def _reserve(fd: int, num_bytes: int) -> None:
+def reserve(fd: int, num_bytes: int) -> None:
     """Size `fd` and back every page of it: lack of memory is an OSError here instead of a SIGBUS at first touch."""
     os.ftruncate(fd, num_bytes)
     if hasattr(os, "posix_fallocate"):

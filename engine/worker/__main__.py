@@ -6,32 +6,47 @@ import sys
 import threading
 import time
 import traceback
-from typing import Literal
+from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import torch
 
 from tetrion.engine.messages import (
-    BarriersReset,
     Command,
     CopyLatents,
     Decode,
     Denoise,
     EncodePrompt,
     Event,
-    Failed,
-    GroupCommand,
     LoadWeights,
+    MapPeers,
     Ping,
     Pong,
     ResetBarriers,
     Shutdown,
     Started,
+    UnmapPeers,
 )
 from tetrion.engine.parallel.barrier import Aborted
 from tetrion.engine.transport.channel import attach_channel
-from tetrion.engine.worker.runner import Runner
+from tetrion.engine.worker.answers import failed
 from tetrion.engine.worker.spec import WorkerSpec
+
+Send = Callable[[Event], None]
+
+
+class CommandRunner(Protocol):
+    """Carries commands out. None: the answer will be sent when the command's work is done."""
+
+    def load(self, command: LoadWeights) -> Event | None: ...
+    def map_peers(self, command: MapPeers) -> Event | None: ...
+    def unmap_peers(self, command: UnmapPeers) -> Event | None: ...
+    def reset_barriers(self, command: ResetBarriers) -> Event | None: ...
+    def encode(self, command: EncodePrompt) -> Event | None: ...
+    def denoise(self, command: Denoise) -> Event | None: ...
+    def decode(self, command: Decode) -> Event | None: ...
+    def copy_latents(self, command: CopyLatents) -> Event | None: ...
 
 
 def main() -> None:
@@ -41,18 +56,44 @@ def main() -> None:
     torch.set_num_threads(spec.num_threads)
     torch.set_grad_enabled(False)
     commands, events = attach_channel(spec.channel, spec.engine_life_fd)
-    runner = Runner(spec)
+    if spec.device.kind == "cpu":
+        run_on_cpu(spec, commands.receive, events.send)
+    else:
+        run_on_gpu(spec, commands.receive, events.send)
+
+
+def run_on_cpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Send) -> None:
+    from tetrion.engine.worker.runner import Runner
+
+    runner, device_id = Runner(spec), spec.device.device_id
+    send(Started(device_id=device_id, pid=os.getpid()))
+    serve(runner, device_id, receive, send)
+
+
+def run_on_gpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Send) -> None:
+    """All events go through the completions' thread. A GPU that failed for good takes its worker with it."""
+    from tetrion.engine.worker.completions import Completions
+    from tetrion.engine.worker.device_runner import DeviceRunner
+    from tetrion.engine.worker.work_queue import CudaQueue
+
     device_id = spec.device.device_id
-    events.send(Started(device_id=device_id, pid=os.getpid()))
-    while True:
-        command = commands.receive()
-        if isinstance(command, Shutdown):
-            return
-        if command is not None:
-            events.send(execute(runner, command, device_id))
+    queue = CudaQueue(spec.device.index)
+    completions = Completions(device_id, send, on_broken=lambda: os._exit(1))
+    runner = DeviceRunner(spec, queue, completions)
+    completions.send(Started(device_id=device_id, pid=os.getpid(), slab=runner.slab))
+    serve(runner, device_id, receive, completions.send)
+    completions.close()
 
 
-def execute(runner: Runner, command: Command, device_id: int) -> Event:
+def serve(runner: CommandRunner, device_id: int, receive: Callable[[], Command | None], send: Send) -> None:
+    """Execute commands until `Shutdown`."""
+    while not isinstance(command := receive(), Shutdown):
+        event = None if command is None else execute(runner, command, device_id)
+        if event is not None:
+            send(event)
+
+
+def execute(runner: CommandRunner, command: Command, device_id: int) -> Event | None:
     """Carry out one command. Whatever goes wrong becomes a `Failed` event: a worker is never silent."""
     try:
         match command:
@@ -66,32 +107,20 @@ def execute(runner: Runner, command: Command, device_id: int) -> Event:
                 return runner.copy_latents(command)
             case LoadWeights():
                 return runner.load(command)
+            case MapPeers():
+                return runner.map_peers(command)
+            case UnmapPeers():
+                return runner.unmap_peers(command)
             case ResetBarriers():
-                runner.reset_barriers()
-                return BarriersReset(command_id=command.command_id, device_id=device_id)
+                return runner.reset_barriers(command)
             case Ping():
                 return Pong(command_id=command.command_id, device_id=device_id)
             case Shutdown():
                 raise AssertionError("handled by the loop")
-    except Aborted:
-        return failed(command, device_id, "aborted", "aborted: another member of its group failed or was lost")
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return failed(command, device_id, "out_of_memory", f"out of memory: {error}")
     except Exception as error:
-        traceback.print_exc()
-        return failed(command, device_id, "error", f"{type(error).__name__}: {error}")
-
-
-def failed(
-    command: Command, device_id: int, kind: Literal["aborted", "out_of_memory", "error"], message: str
-) -> Failed:
-    return Failed(
-        command_id=command.command_id,
-        device_id=device_id,
-        request_id=command.request_id if isinstance(command, GroupCommand) else "",
-        kind=kind,
-        message=message[:2000],
-    )
+        if not isinstance(error, (Aborted, MemoryError, torch.OutOfMemoryError)):
+            traceback.print_exc()
+        return failed(command, device_id, error)
 
 
 def exit_with_engine(engine_life_fd: int) -> None:

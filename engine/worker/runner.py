@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tetrion.engine.messages import (
+    BarriersReset,
     CopyLatents,
     Decode,
     Decoded,
@@ -21,6 +22,10 @@ from tetrion.engine.messages import (
     LatentsCopied,
     Loaded,
     LoadWeights,
+    MapPeers,
+    PeersMapped,
+    ResetBarriers,
+    UnmapPeers,
 )
 from tetrion.engine.models.registry import Pipeline, load_pipeline
 from tetrion.engine.parallel.barrier import PairwiseBarrier
@@ -31,6 +36,7 @@ from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.sampling.flow_match import euler_step, initial_noise, sigmas, timesteps
 from tetrion.engine.transport.image_slab import ImageSlab
 from tetrion.engine.transport.segment import SharedSegment
+from tetrion.engine.worker import answers
 from tetrion.engine.worker.spec import WorkerSpec
 
 CACHED_REQUESTS = 8
@@ -60,15 +66,22 @@ class Runner:
         return self._pipeline
 
     def load(self, command: LoadWeights) -> Loaded:
-        self._pipeline = load_pipeline(self._model, self._spec.weights_fd, command.publish)
+        self._pipeline = load_pipeline(self._model, self._spec.weights_fd, command.publish, self._spec.load_format)
         return Loaded(
             command_id=command.command_id,
             device_id=self.device_id,
             weights_bytes=self._pipeline.weights_bytes,
         )
 
-    def reset_barriers(self) -> None:
+    def reset_barriers(self, command: ResetBarriers) -> BarriersReset:
         self._barrier.reset()
+        return BarriersReset(command_id=command.command_id, device_id=self.device_id)
+
+    def map_peers(self, command: MapPeers) -> PeersMapped:
+        raise NotImplementedError("CPU workers have all slabs mapped from the start")
+
+    def unmap_peers(self, command: UnmapPeers) -> PeersMapped:
+        raise NotImplementedError("CPU workers keep all slabs mapped")
 
     def encode(self, command: EncodePrompt) -> Encoded:
         started_s = time.monotonic()
@@ -79,14 +92,7 @@ class Runner:
         state.pooled.copy_(embedding.pooled)
         state.latents[: len(noise)].copy_(noise)
         state.version = slot_version(command.state_id, 0)
-        return Encoded(
-            command_id=command.command_id,
-            device_id=self.device_id,
-            request_id=command.request_id,
-            started_s=started_s,
-            ended_s=time.monotonic(),
-            num_text_tokens=embedding.num_tokens,
-        )
+        return answers.encoded(command, self.device_id, started_s, time.monotonic(), embedding.num_tokens)
 
     def denoise(self, command: Denoise) -> Denoised:
         started_s = time.monotonic()
@@ -96,42 +102,21 @@ class Runner:
         exchange.enter(command.slot)
         waited_s = time.monotonic() - started_s
         self._run_steps(command, exchange)
-        return Denoised(
-            command_id=command.command_id,
-            device_id=self.device_id,
-            request_id=command.request_id,
-            step_index=command.step_index + command.chunk_steps,
-            started_s=started_s,
-            ended_s=time.monotonic(),
-            waited_s=waited_s,
-        )
+        return answers.denoised(command, self.device_id, started_s, time.monotonic(), waited_s)
 
     def decode(self, command: Decode) -> Decoded:
         exchange = self._exchange((self.device_id,), command.width, command.height)
         exchange.pull_state(command.source, command.slot, slot_version(command.state_id, command.num_steps))
         started_s = time.monotonic()
         latents = self._latents(command.slot, command.width, command.height)
-        self._images.write(command.image_slot, self.pipeline.decode(latents, command.width, command.height))
-        return Decoded(
-            command_id=command.command_id,
-            device_id=self.device_id,
-            request_id=command.request_id,
-            image_slot=command.image_slot,
-            started_s=started_s,
-            ended_s=time.monotonic(),
-        )
+        picture = self.pipeline.decode(latents, command.width, command.height)
+        self._images.write(command.image_slot, picture.numpy())
+        return answers.decoded(command, self.device_id, started_s, time.monotonic())
 
     def copy_latents(self, command: CopyLatents) -> LatentsCopied:
         latents = self._latents(command.slot, command.width, command.height)
         self._images.write(command.image_slot, latents.float().numpy())
-        return LatentsCopied(
-            command_id=command.command_id,
-            device_id=self.device_id,
-            request_id=command.request_id,
-            image_slot=command.image_slot,
-            num_tokens=latents.shape[0],
-            num_channels=latents.shape[1],
-        )
+        return answers.latents_copied(command, self.device_id, tuple(latents.shape))
 
     def _run_steps(self, command: Denoise, exchange: Exchange) -> None:
         """All steps of a chunk on this member's tokens."""

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from tetrion.engine.config import DeviceSpec
+from tetrion.engine.config import DeviceSpec, LoadFormat
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import SlabLayout
 from tetrion.engine.transport.channel import ChannelSpec
@@ -15,6 +15,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: DeviceSpec
     num_threads: int
     model: ModelSpec
+    load_format: LoadFormat
     layout: SlabLayout
     channel: ChannelSpec
     slab_fds: tuple[int, ...]

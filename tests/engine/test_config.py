@@ -4,13 +4,38 @@ import pytest
 from tetrion.engine.config import EngineConfig, parse_devices, threads_per_worker
 
 
-def test_devices_default_to_two_cpu_workers() -> None:
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetrion.engine.config.visible_gpus", lambda: ("H100", "H100"))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetrion.engine.config.visible_gpus", lambda: ())
+
+
+def test_devices_default_to_two_cpu_workers(no_gpu: None) -> None:
     assert [device.name for device in parse_devices(None)] == ["cpu:0", "cpu:1"]
 
 
-@pytest.mark.parametrize("text", ["cpu", "cpu:0", "cpu:-1", "cpu:65", "cpu:two", "tpu:1", " ", "cuda:0"])
-def test_bad_devices_name_the_field(text: str) -> None:
+def test_devices_default_to_every_gpu(two_gpus: None) -> None:
+    assert parse_devices(None) == parse_devices("cuda") == parse_devices("cuda:0,1")
+
+
+def test_a_gpu_may_be_named_twice(two_gpus: None) -> None:
+    devices = parse_devices("cuda:1, 1,0")
+    assert [(device.device_id, device.name) for device in devices] == [(0, "cuda:1"), (1, "cuda:1"), (2, "cuda:0")]
+
+
+@pytest.mark.parametrize("text", ["cpu", "cpu:0", "cpu:-1", "cpu:65", "cpu:two", "tpu:1", " ", "cuda:0", "cuda"])
+def test_bad_devices_name_the_field(no_gpu: None, text: str) -> None:
     with pytest.raises(ValueError, match=r"^devices: .*cpu:N"):
+        parse_devices(text)
+
+
+@pytest.mark.parametrize("text", ["cuda:2", "cuda:", "cuda:0;1", "cuda:-1", "cuda:" + ",".join("0" * 65)])
+def test_gpus_that_are_not_there(two_gpus: None, text: str) -> None:
+    with pytest.raises(ValueError, match=r"^devices: expected cuda:I,J,… with up to 64 numbers from 0 to 1"):
         parse_devices(text)
 
 

@@ -17,6 +17,7 @@ from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.request import (
+    DeadlineUnmeetable,
     EngineOverloaded,
     Failure,
     GenerationError,
@@ -50,14 +51,17 @@ class Simulation:
         num_devices: int = 4,
         policy: str = "horizon",
         duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
+        executor: SimulatedExecutor | None = None,
+        planner: dict[str, object] | None = None,
         **config: object,
     ) -> None:
         self.commands: list[Command] = []
         self.results: dict[str, ImageResult] = {}
         self.failures: dict[str, Exception] = {}
         self.progress: dict[str, list[Progress]] = {}
-        self.executor = SimulatedExecutor(PROFILE, num_devices, self._spy(duration))
-        engine_config = EngineConfig(planner=PlannerConfig(policy=policy), **config)  # type: ignore[arg-type]
+        self.executor = executor or SimulatedExecutor(PROFILE, num_devices, self._spy(duration))
+        planner = PlannerConfig(policy=policy, **planner or {})  # type: ignore[arg-type]
+        engine_config = EngineConfig(planner=planner, **config)  # type: ignore[arg-type]
         self.loop = EngineLoop(
             executor=self.executor,
             planner=get_planner(policy),
@@ -158,6 +162,28 @@ def test_a_full_queue_is_refused() -> None:
     simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="a", seed=0), SPEC, 4))
     with pytest.raises(EngineOverloaded):
         simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="b", seed=0), SPEC, 4))
+
+
+def test_what_is_hopeless_is_refused_at_once_with_the_deadline_that_is_not() -> None:
+    def submit(request_id: str, slo_ms: float) -> None:
+        params = ImageRequest(prompt="x", seed=1, request_id=request_id, width=512, height=512, slo_ms=slo_ms)
+        simulation.loop.submit(resolve_request(params, SPEC, 1))
+        simulation._due += 1
+
+    def submit_all() -> None:
+        submit("a", 2600)
+        with pytest.raises(DeadlineUnmeetable, match="slo_ms: 2600") as refused:
+            submit("b", 2600)
+        earliest.append(refused.value.earliest_slo_ms)
+        submit("c", earliest[0])
+
+    earliest: list[float] = []
+    simulation = Simulation(num_devices=1, max_inflight=1, planner={"admission": "reject-hopeless"})
+    simulation.executor.at(0.1, submit_all)
+    simulation.run()
+    one_ms = 5 + 12 * 200 + 80
+    assert earliest[0] == pytest.approx(2 * one_ms, rel=0.05)
+    assert {name: result.slo_met for name, result in simulation.results.items()} == {"a": True, "c": True}
 
 
 def test_a_lost_worker_costs_time_but_no_request() -> None:

@@ -37,6 +37,17 @@ def test_a_command_survives_the_wire(command: messages.Denoise) -> None:
     assert decoded == command
 
 
+@pytest.mark.parametrize("kind", [messages.Command, messages.Event])
+def test_handles_survive_the_wire(kind: object) -> None:
+    slab = messages.PeerSlab(device_id=3, handle=bytes(range(64)), device_uuid="GPU-1")
+    message = (
+        messages.MapPeers(command_id=1, slabs=(slab, slab), host_memory=False)
+        if kind is messages.Command
+        else messages.Started(device_id=3, pid=7, slab=slab)
+    )
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=kind) == message
+
+
 @given(FAILED)
 def test_an_event_survives_the_wire(event: messages.Failed) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=messages.Event) == event

@@ -55,7 +55,7 @@ def load() -> Iterator[Callable[[Path], Pipeline]]:
 
     def load_folder(path: Path) -> Pipeline:
         fds.append(os.memfd_create("test-weights"))
-        return load_pipeline(read_model_spec(path), fds[-1], publish=True)
+        return load_pipeline(read_model_spec(path), fds[-1], publish_weights=True)
 
     yield load_folder
     for fd in fds:
@@ -87,7 +87,7 @@ def _generate(
     for i in range(num_steps):
         velocity = flux.step(latents, text, tables[i], rope, _attend)
         latents = euler_step(latents, velocity, levels[i], levels[i + 1])
-    return latents, pipeline.decode(latents, width, height)
+    return latents, pipeline.decode(latents, width, height).numpy()
 
 
 def _attend(streams: Sequence[Stream], rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -114,7 +114,7 @@ def test_no_room_for_the_segment(tmp_path, fd, monkeypatch) -> None:
 
 def test_second_worker_maps_what_the_first_wrote(make_checkpoint, fd) -> None:
     spec = read_model_spec(make_checkpoint())
-    first, second = load_pipeline(spec, fd, publish=True), load_pipeline(spec, fd, publish=False)
+    first, second = load_pipeline(spec, fd, publish_weights=True), load_pipeline(spec, fd, publish_weights=False)
     assert first.weights_bytes == second.weights_bytes > 0
     one, other = first.encode("red circle"), second.encode("red circle")
     assert torch.equal(one.embeds, other.embeds) and torch.equal(one.pooled, other.pooled)
@@ -164,7 +164,7 @@ def test_missing_module_tensor(broken, fd, folder, file, tensor) -> None:
 def test_clip_tensors_under_their_older_names(broken, make_checkpoint, fd, load) -> None:
     path = broken / "text_encoder/model.safetensors"
     save_file({f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(path).items()}, path)
-    pooled = load_pipeline(read_model_spec(broken), fd, publish=True).encode("red").pooled
+    pooled = load_pipeline(read_model_spec(broken), fd, publish_weights=True).encode("red").pooled
     assert torch.equal(pooled, load(make_checkpoint()).encode("red").pooled)
 
 
@@ -207,7 +207,7 @@ def test_damaged_tokenizer(broken, fd) -> None:
 def test_wrong_architecture(make_checkpoint, fd) -> None:
     spec = msgspec.structs.replace(read_model_spec(make_checkpoint()), architecture="sd3")
     with pytest.raises(CheckpointError, match="architecture 'sd3' is not supported \\(supported: flux\\)"):
-        load_pipeline(spec, fd, publish=True)
+        load_pipeline(spec, fd, publish_weights=True)
 
 
 def _component(folder: Path, tensors: dict[str, torch.Tensor]) -> ComponentFiles:
@@ -224,4 +224,4 @@ def _drop_from_index(folder: Path, tensor: str) -> None:
 
 def _assert_error(path: Path, fd: int, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load_pipeline(read_model_spec(path), fd, publish=True)
+        load_pipeline(read_model_spec(path), fd, publish_weights=True)

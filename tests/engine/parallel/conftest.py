@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -20,18 +20,25 @@ from tetrion.engine.parallel.layout import ControlLayout, SlabLayout, slab_layou
 from tetrion.engine.parallel.words import AbortWords
 
 NUM_DEVICES = 4
-ANSWER_TIMEOUT_S = 20.0
 
 
 class Fleet:
     """The engine's side: memory, abort words, and a pipe to each device."""
 
+    program = "worker.py"
+    answer_timeout_s = 20.0
+    more_to_start: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, layout: SlabLayout) -> None:
         self.layout = layout
         self._slab_fds = [anonymous_file(layout.num_bytes) for _ in range(layout.num_devices)]
+        self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in self._slab_fds]
+        self._start_all()
+
+    def _start_all(self) -> None:
+        layout = self.layout
         control = ControlLayout(num_devices=layout.num_devices)
         self._control_fd = anonymous_file(control.num_bytes)
-        self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in self._slab_fds]
         self.abort = AbortWords(memoryview(mmap.mmap(self._control_fd, 0)), layout.num_devices)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         for device in range(layout.num_devices):
@@ -46,9 +53,9 @@ class Fleet:
             "parent": os.getpid(),
             "slab_fds": self._slab_fds,
             "control_fd": self._control_fd,
-        }
+        } | self.more_to_start
         self._processes[device] = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), json.dumps(start)],
+            [sys.executable, str(Path(__file__).with_name(self.program)), json.dumps(start)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[*self._slab_fds, self._control_fd],
@@ -70,7 +77,7 @@ class Fleet:
         return bool(select.select([self._stdout(device)], [], [], timeout_s)[0])
 
     def receive(self, device: int) -> dict[str, Any]:
-        assert self.has_answered(device, ANSWER_TIMEOUT_S), f"device {device} does not answer"
+        assert self.has_answered(device, self.answer_timeout_s), f"device {device} does not answer"
         answer: dict[str, Any] = json.loads(self._stdout(device).readline())
         return answer
 
@@ -84,7 +91,7 @@ class Fleet:
         answers: dict[int, dict[str, Any]] = {}
         pipes = {self._stdout(device): device for device in operations}
         while pipes:
-            ready = select.select(list(pipes), [], [], ANSWER_TIMEOUT_S)[0]
+            ready = select.select(list(pipes), [], [], self.answer_timeout_s)[0]
             answers |= {device: self.receive(device) for device in map(pipes.pop, ready)}
             if not ready or any("error" in answer for answer in answers.values()):
                 for device in pipes.values():

@@ -42,7 +42,7 @@ def all_parts(layout: SlabLayout) -> list[tuple[int, int]]:
     sized += [(layout.output_offset, layout.output_bytes)]
     sized += [(layout.text_offset(slot), layout.max_text_tokens * layout.text_dim * width) for slot in slots]
     sized += [(layout.pooled_offset(slot), layout.pooled_dim * width) for slot in slots]
-    sized += [(layout.latents_offset(slot), layout.max_image_tokens * layout.in_channels * width) for slot in slots]
+    sized += [(layout.latents_offset(slot), layout.max_image_tokens * layout.in_channels * 4) for slot in slots]
     return [(offset, offset + size) for offset, size in sized if size]
 
 

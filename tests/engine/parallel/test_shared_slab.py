@@ -51,7 +51,9 @@ def test_shapes_beyond_a_region_are_refused(spec: ModelSpec, buffers: list[memor
         slabs.output(0, 113, 6, 8)
 
 
-def test_half_width_elements_are_bfloat16(spec: ModelSpec) -> None:
+def test_half_width_elements_are_bfloat16_but_latents_keep_their_digits(spec: ModelSpec) -> None:
     layout = slab_layout(spec, 1, 1, itemsize=2)
     slabs = SharedSlabs(layout, 0, [memoryview(bytearray(layout.num_bytes))])
-    assert slabs.slot(0, 0).text.dtype == torch.bfloat16 and slabs.slot(0, 0).text.shape == (13, 12)
+    state = slabs.slot(0, 0)
+    assert state.text.dtype == state.pooled.dtype == torch.bfloat16 and state.text.shape == (13, 12)
+    assert state.latents.dtype == torch.float32 and state.latents.shape == (100, 16)

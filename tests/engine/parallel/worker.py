@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -142,7 +143,7 @@ def pad(x: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
 
-def answer(device: Device, operations: list[dict[str, Any]]) -> dict[str, Any]:
+def answer(device: Any, operations: list[dict[str, Any]]) -> dict[str, Any]:
     try:
         return {"results": [getattr(device, "op_" + operation.pop("op"))(**operation) for operation in operations]}
     except Aborted as error:
@@ -162,17 +163,22 @@ def exit_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main() -> None:
+def serve(make_device: Callable[[dict[str, Any]], Any]) -> None:
+    """Make the device from the program's argument, then answer each line with what its `op_…` methods return."""
     start = json.loads(sys.argv[1])
     exit_with_parent(start["parent"])
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    layout = msgspec.convert(start["layout"], SlabLayout)
-    device = Device(layout, start["device_id"], start["slab_fds"], start["control_fd"])
+    device = make_device(start)
     print(json.dumps({"results": ["started"]}), flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(device, json.loads(line))), flush=True)
 
 
+def make_device(start: dict[str, Any]) -> Device:
+    layout = msgspec.convert(start["layout"], SlabLayout)
+    return Device(layout, start["device_id"], start["slab_fds"], start["control_fd"])
+
+
 if __name__ == "__main__":
-    main()
+    serve(make_device)

@@ -66,7 +66,7 @@ def test_failing_reservation_is_the_same_error_and_closes(
     def no_space(fd: int, num_bytes: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(segment_module, "_reserve", no_space)
+    monkeypatch.setattr(segment_module, "reserve", no_space)
     num_fds = len(os.listdir("/dev/fd"))
     with pytest.raises(SharedMemoryError, match="No space left on device"):
         SharedSegment.create("test", 4096, backing=kinds[0])

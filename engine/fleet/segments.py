@@ -1,0 +1,99 @@
+"""All memory that the engine shares with its workers, and what a worker is told of it. Owned for the engine's life.
+
+It outlasts every worker: one that is started again maps the same segments. Starts no process and sends no message.
+"""
+
+import contextlib
+import os
+
+from tetrion.engine.config import DeviceSpec, EngineConfig, threads_per_worker
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.parallel.layout import ControlLayout, slab_layout
+from tetrion.engine.parallel.words import AbortWords
+from tetrion.engine.transport.available_memory import available_memory_bytes
+from tetrion.engine.transport.channel import ChannelSpec
+from tetrion.engine.transport.image_slab import ImageSlab
+from tetrion.engine.transport.segment import SharedMemoryError, SharedSegment, open_anonymous_file, reserve
+from tetrion.engine.worker.spec import WorkerSpec
+
+ITEMSIZE = {"cpu": 4, "cuda": 2}
+"""Bytes of one element in a slab (latents excepted): fp32 on CPUs, bf16 on GPUs."""
+
+
+class Segments:
+    """Slabs, control segment, image slab, weights file, and the pipe by which workers see the engine end.
+
+    The slabs of GPU workers lie on the GPUs, and their files here stay empty unless `slabs_in_host_memory`.
+    """
+
+    def __init__(self, devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: EngineConfig) -> None:
+        """Raises SharedMemoryError if memory does not suffice; nothing is left then."""
+        num, kind = len(devices), devices[0].kind
+        self.slabs_in_host_memory = kind == "cpu" or config.peer_access == "never"
+        self._model = spec
+        self._load_format = config.load_format
+        self._num_threads = threads_per_worker(config, num)
+        self._layout = slab_layout(spec, num, config.max_inflight, ITEMSIZE[kind])
+        with contextlib.ExitStack() as undo:
+            self._slab_fds = [_anonymous_file(undo, f"slab-{device.device_id}") for device in devices]
+            if self.slabs_in_host_memory:
+                self.reserve_slabs()
+            self._control = SharedSegment.create("control", ControlLayout(num_devices=num).num_bytes)
+            undo.callback(self._control.close)
+            slot_bytes = max(3 * spec.max_size**2, 4 * spec.max_image_tokens * spec.in_channels)
+            self.images = ImageSlab.create(2 * num + 2, slot_bytes)
+            undo.callback(self.images.close)
+            self._weights_fd = _anonymous_file(undo, "weights")
+            self._life_read_fd, life_write_fd = os.pipe()
+            undo.callback(os.close, self._life_read_fd)
+            undo.callback(os.close, life_write_fd)
+            self.aborts = AbortWords(self._control.view, num)
+            self._resources = undo.pop_all()
+
+    def reserve_slabs(self) -> None:
+        """Give every slab's file its size. Raises SharedMemoryError."""
+        wanted, available = len(self._slab_fds) * self._layout.num_bytes, available_memory_bytes()
+        if available is not None and wanted > available:
+            raise SharedMemoryError("slabs", wanted, available, "checked before reserving")
+        try:
+            for fd in self._slab_fds:
+                reserve(fd, self._layout.num_bytes)
+        except OSError as error:
+            raise SharedMemoryError("slabs", wanted, available, error.strerror or str(error)) from error
+        self.slabs_in_host_memory = True
+
+    def worker_spec(self, device: DeviceSpec, channel: ChannelSpec, worker_life_fd: int) -> WorkerSpec:
+        """What the worker of `device` is told. `worker_life_fd`: the write end of its own life pipe."""
+        return WorkerSpec(
+            device=device,
+            num_threads=self._num_threads,
+            model=self._model,
+            load_format=self._load_format,
+            layout=self._layout,
+            channel=channel,
+            slab_fds=tuple(self._slab_fds),
+            control_fd=self._control.fd,
+            image_slab_fd=self.images.fd,
+            num_image_slots=self.images.num_slots,
+            image_slot_bytes=self.images.slot_bytes,
+            weights_fd=self._weights_fd,
+            engine_life_fd=self._life_read_fd,
+            worker_life_fd=worker_life_fd,
+        )
+
+    def close(self) -> None:
+        """Give everything back, once; workers that still run see the engine end."""
+        del self.aborts  # its words keep the segment mapped
+        self._resources.close()
+
+
+def _anonymous_file(undo: contextlib.ExitStack, name: str) -> int:
+    fd = open_anonymous_file(name)
+    undo.callback(os.close, fd)
+    return fd
+
+
+def inherited(spec: WorkerSpec) -> tuple[int, ...]:
+    """All descriptors that a worker is handed."""
+    lives = (spec.engine_life_fd, spec.worker_life_fd)
+    return (*spec.channel.fds, *spec.slab_fds, spec.control_fd, spec.image_slab_fd, spec.weights_fd, *lives)

@@ -1,0 +1,62 @@
+"""The transformer's operators for GPUs: library GEMMs, and the Triton kernels for what lies between them.
+
+Owns what keeps a row's bits independent of how many rows are in a call, which cuBLAS mostly does but not always:
+* below MIN_ROWS rows it takes other kernels, so fewer are padded;
+* for few output channels it splits sums by the number of rows, so those GEMMs always have NARROW_ROWS.
+
+Modulation vectors come as tables of all steps; a counter in device memory says which row holds, so that one CUDA graph
+serves every step. Runs on CPU tensors too, in Triton's interpreter.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tetrion.engine.models.ops import Linear
+from tetrion.kernels.gated_residual import gated_residual
+from tetrion.kernels.gelu import gelu
+from tetrion.kernels.modulate import modulate
+
+MIN_ROWS = 64
+NARROW_ROWS = 1024
+
+
+class DeviceOps:
+    """`step`: int32 [1] on the device, the row of all modulation tables."""
+
+    def __init__(self, step: Tensor) -> None:
+        self._step = step
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        return F.linear(_padded(x), layer.weight, layer.bias)[: len(x)]
+
+    def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """On CUDA the GELU is the GEMM's epilogue: the hidden layer, the widest tensor of all, is written once."""
+        if not x.is_cuda:
+            hidden = self.linear(x, layer)
+            return gelu(hidden, out=hidden)
+        return torch._addmm_activation(layer.bias, _padded(x), layer.weight.t(), use_gelu=True)[: len(x)]
+
+    def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
+        """Two GEMMs, the second onto the first's result: [left | right] is never written side by side."""
+        width = left.shape[1]
+        result = F.linear(_padded(left), layer.weight[:, :width], layer.bias)
+        return result.addmm_(_padded(right), layer.weight[:, width:].t())[: len(left)]
+
+    def narrow_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        parts = F.pad(x, (0, 0, 0, -len(x) % NARROW_ROWS)).split(NARROW_ROWS)
+        return torch.cat([F.linear(part, layer.weight, layer.bias) for part in parts])[: len(x)]
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return modulate(x, shift, scale, step=self._step)
+
+    def gated_residual(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        """The result takes y's place."""
+        return gated_residual(x, gate, y, step=self._step, out=y)
+
+
+def _padded(x: Tensor) -> Tensor:
+    return x if len(x) >= MIN_ROWS else F.pad(x, (0, 0, 0, MIN_ROWS - len(x)))

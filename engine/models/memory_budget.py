@@ -1,0 +1,71 @@
+"""What a model takes of a GPU's memory, as arithmetic: weights exactly, working memory as upper estimates.
+
+Owns the figures and the refusal; allocates nothing and asks no device.
+"""
+
+import math
+from collections.abc import Mapping
+
+import msgspec
+
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.models.loading import Component, planned_shapes
+from tetrion.engine.parallel.layout import SlabLayout
+
+EXCHANGE_SCRATCH = 3
+"""Tensors of q, k, v that a device keeps for itself (device_exchange.py)."""
+STEP_WIDTHS = 14
+"""Tensors as wide as the hidden size that are alive at a step's widest point (a block's MLP at degree 1)."""
+DECODE_CHANNELS = 6 * 256
+"""Channels of full-size feature maps alive at the decoder's widest point."""
+MAX_DECODED_AT_ONCE = 1536 * 1024
+"""Pixels; larger pictures are decoded in overlapping tiles on a GPU."""
+
+
+class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """`weights_bytes` by component; `slab_bytes`: what a worker takes at its start, for requests' states and the
+    exchange; `step_bytes`: activations of the largest picture's step; `decode_bytes`: likewise of its decoding. The two
+    never run at once, but memory once taken is kept."""
+
+    model: str
+    weights_bytes: Mapping[str, int]
+    slab_bytes: int
+    step_bytes: int
+    decode_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.weights_bytes.values()) + self.slab_bytes + self.step_bytes + self.decode_bytes
+
+    def check(self, free_bytes: int, device: str) -> None:
+        """Raises ValueError with the numbers if that is more than is free."""
+        if self.num_bytes > free_bytes:
+            raise ValueError(f"devices: {device} has {_gb(free_bytes)} of memory free, {self.describe()}")
+
+    def describe(self) -> str:
+        weights = ", ".join(f"{name} {_gb(count)}" for name, count in self.weights_bytes.items())
+        return (
+            f"model {self.model!r} takes {_gb(self.num_bytes)}: weights {_gb(sum(self.weights_bytes.values()))}"
+            f" ({weights}), slab {_gb(self.slab_bytes)}, a step's activations {_gb(self.step_bytes)},"
+            f" decoding {_gb(self.decode_bytes)}"
+        )
+
+
+def memory_budget(spec: ModelSpec, components: Mapping[str, Component], layout: SlabLayout) -> MemoryBudget:
+    """Weights and activations have the slab's element size. Raises CheckpointError for missing tensors."""
+    itemsize = layout.itemsize
+    weights = {name: 0 for name in components}
+    for key, shape in planned_shapes(components).items():
+        weights[key.partition("/")[0]] += math.prod(shape) * itemsize
+    widest = (spec.max_text_tokens + spec.max_image_tokens) * spec.num_heads * spec.head_dim * itemsize
+    return MemoryBudget(
+        model=spec.name,
+        weights_bytes=weights,
+        slab_bytes=layout.num_bytes + EXCHANGE_SCRATCH * widest,
+        step_bytes=STEP_WIDTHS * widest,
+        decode_bytes=DECODE_CHANNELS * min(spec.max_size**2, MAX_DECODED_AT_ONCE) * itemsize,
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,74 @@
+"""The operators a transformer is written in, as an argument: the same forward pass runs on every kind of device.
+
+Owns the protocol and its form in plain PyTorch, which is the CPU's; the GPU's is `gpu_ops.py`. Knows no architecture.
+Every implementation is row-exact (see kernels/reference.py): a token's result does not depend on the other rows.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tetrion.kernels import reference
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """weight: [out, in]; bias: [out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Ops(Protocol):
+    """x, y and results: [n, …] rows of tokens; C their width.
+
+    Vectors (shift, scale, gate) are columns of a modulation table's last dimension: [C] of one step, or [S, C] of all
+    steps where the implementation itself knows which step it is at.
+    """
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """[n, in] -> [n, out]."""
+
+    def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """`linear`, then GELU's tanh approximation."""
+
+    def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
+        """The layer applied to [left | right]: [n, a] and [n, b] -> [n, out], with a weight of [out, a + b]."""
+
+    def narrow_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """`linear` for few output channels, where a GEMM library may split its sums by the number of rows."""
+
+    def silu(self, x: Tensor) -> Tensor: ...
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """LayerNorm(x) · (1 + scale) + shift."""
+
+    def gated_residual(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        """x + gate · y."""
+
+
+class ReferenceOps:
+    """Plain PyTorch with vectors of one step."""
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        return reference.linear(x, layer.weight, layer.bias)
+
+    def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        return reference.gelu_tanh(self.linear(x, layer))
+
+    def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
+        return self.linear(torch.cat([left, right], dim=1), layer)
+
+    def narrow_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        return self.linear(x, layer)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return reference.silu(x)
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return reference.modulate(x, shift, scale)
+
+    def gated_residual(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        return reference.gated_residual(x, gate, y)

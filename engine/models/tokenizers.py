@@ -1,0 +1,40 @@
+"""Prompt -> token ids of a text encoder, always of one length.
+
+Owns the way from a checkpoint's tokenizer folder to a `Tokenizer`. Worker-only: importing it takes seconds.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from tetrion.engine.model_spec import CheckpointError
+
+
+class Tokenizer(Protocol):
+    def ids(self, prompt: str, length: int) -> list[int]:
+        """Exactly `length` ids: padded, or cut before the end mark."""
+
+    def num_tokens(self, prompt: str) -> int:
+        """The prompt's own tokens with all marks, before padding or cutting."""
+
+
+class LibraryTokenizer:
+    """A tokenizer of transformers."""
+
+    def __init__(self, kind: type[PreTrainedTokenizerBase], folder: Path) -> None:
+        """Raises CheckpointError if the folder holds none that can be used."""
+        try:
+            self._tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.__name__}: {error}") from None
+
+    @property
+    def model_max_length(self) -> int:
+        return int(self._tokenizer.model_max_length)
+
+    def ids(self, prompt: str, length: int) -> list[int]:
+        return list(self._tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids)
+
+    def num_tokens(self, prompt: str) -> int:
+        return len(self._tokenizer(prompt, verbose=False).input_ids)

@@ -1,0 +1,175 @@
+"""Measuring requests on an executor that nobody else uses: commands as the loop would give them, and their times.
+
+Owns requests that belong to no table, and waiting for every member's answer. Knows no planner and keeps no result.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tetrion.engine.commands import decode_command, denoise_command, encode_command
+from tetrion.engine.executor import WorkerLost, WorkerReady
+from tetrion.engine.messages import CopyLatents, Decoded, Denoised, Encoded, Event, Failed, GroupCommand, LatentsCopied
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.planning.snapshot import Assignment
+from tetrion.engine.process_executor import ProcessExecutor
+from tetrion.engine.request import GenerationError, ImageRequest
+from tetrion.engine.request_table import Request
+
+PROMPT = "a red circle left of a large blue star"
+SEED = 1
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+Members = tuple[int, ...]
+ChunkPlan = tuple[Members, int]
+"""Members, and how many steps they run."""
+
+
+class ChunkTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """One chunk as its members saw it, CLOCK_MONOTONIC seconds. `entered_s`: the last member had the request's state
+    and all members were there. `net_s`: the longest that a member took from there."""
+
+    num_steps: int
+    started_s: float
+    entered_s: float
+    ended_s: float
+    net_s: float
+
+    @property
+    def step_s(self) -> float:
+        return self.net_s / self.num_steps
+
+
+class Probe:
+    """Requests of one executor, one after the other; all use state slot 0. One probe an executor: ids must be new."""
+
+    def __init__(self, executor: ProcessExecutor, spec: ModelSpec) -> None:
+        self.executor = executor
+        self.spec = spec
+        self._ids = itertools.count(1000)
+
+    def request(self, size: Size, num_steps: int, prompt: str = PROMPT) -> Request:
+        """A fresh request that starts on device 0."""
+        params = ImageRequest(
+            prompt=prompt,
+            width=size[0],
+            height=size[1],
+            num_steps=num_steps,
+            guidance=self.spec.guidance,
+            seed=SEED,
+            request_id="measurement",
+        )
+        request = Request(params, self.executor.now_s())
+        request.slot, request.state_id, request.planned_holders = 0, next(self._ids), (0,)
+        return request
+
+    def new_prompt(self) -> str:
+        """A prompt that no worker has seen before: what it has seen, a GPU worker keeps."""
+        return f"{PROMPT} {next(self._ids)}"
+
+    async def encode(self, request: Request) -> Encoded:
+        (encoded,) = await self._run([(encode_command(request, next(self._ids)), (0,))])
+        assert isinstance(encoded, Encoded)
+        return encoded
+
+    async def denoise(self, request: Request, chunks: Sequence[ChunkPlan]) -> list[ChunkTimes]:
+        """Run these chunks of an encoded request, all queued at once."""
+        events = await self._run([self._next_chunk(request, *chunk) for chunk in chunks])
+        return chunk_times(events, [num_steps for _, num_steps in chunks])
+
+    async def runs(self, size: Size, num_steps: int, chunk: ChunkPlan, count: int) -> list[ChunkTimes]:
+        """Begin `count` requests of `num_steps` steps and run one chunk of each: all queued at once, so that devices
+        are never idle. The requests take turns in one slot: a chunk ends only once all members have what they need."""
+        commands: list[tuple[GroupCommand, Members]] = []
+        for _ in range(count):
+            request = self.request(size, num_steps)
+            commands.append((encode_command(request, next(self._ids)), (0,)))
+            commands.append(self._next_chunk(request, *chunk))
+        return chunk_times(await self._run(commands), [chunk[1]] * count)
+
+    async def latents(self, request: Request) -> npt.NDArray[np.float32]:
+        """fp32 [tokens, channels], as the first of the request's members holds them."""
+        width, height = request.size
+        with self._image_slot() as image_slot:
+            copy = CopyLatents(
+                command_id=next(self._ids),
+                request_id=request.request_id,
+                state_id=request.state_id,
+                slot=request.slot,
+                width=width,
+                height=height,
+                image_slot=image_slot,
+            )
+            (copied,) = await self._run([(copy, request.planned_holders[:1])])
+            assert isinstance(copied, LatentsCopied)
+            return self.executor.read_latents(image_slot, copied.num_tokens, copied.num_channels)
+
+    async def decode(self, request: Request) -> Decoded:
+        """Decode a finished request where its first member is."""
+        device_id = request.planned_holders[0]
+        with self._image_slot() as image_slot:
+            command = decode_command(request, next(self._ids), device_id, image_slot)
+            (decoded,) = await self._run([(command, (device_id,))])
+        assert isinstance(decoded, Decoded)
+        return decoded
+
+    def _next_chunk(self, request: Request, members: Members, num_steps: int) -> tuple[GroupCommand, Members]:
+        chunk = Assignment(request_id=request.request_id, stage="denoise", members=members, chunk_steps=num_steps)
+        command = denoise_command(request, next(self._ids), 0, chunk)
+        request.planned_holders = members
+        request.planned_step_index += num_steps
+        return command, members
+
+    @contextmanager
+    def _image_slot(self) -> Iterator[int]:
+        image_slot = self.executor.acquire_image_slot()
+        assert image_slot is not None, "an idle engine has free image slots"
+        try:
+            yield image_slot
+        finally:
+            self.executor.release_image_slot(image_slot)
+
+    async def _run(self, commands: Sequence[tuple[GroupCommand, Members]]) -> list[Event]:
+        """Give commands and wait for every member's answer. Raises GenerationError if one fails."""
+        answers: list[Event] = []
+        due = 0
+        for command, members in commands:
+            while not self.executor.submit(command, members):  # its ring is full
+                await self._collect(answers, at_least=len(answers) + 1)
+            due += len(members)
+        await self._collect(answers, at_least=due)
+        return answers
+
+    async def _collect(self, answers: list[Event], at_least: int) -> None:
+        while len(answers) < at_least:
+            for event in self.executor.poll():
+                if isinstance(event, WorkerLost):
+                    raise GenerationError(f"worker {event.device_id} ended while measuring: {event.reason}")
+                if isinstance(event, Failed):
+                    raise GenerationError(f"worker {event.device_id} failed while measuring: {event.message}")
+                assert not isinstance(event, WorkerReady), "nobody replaces a worker while measuring"
+                answers.append(event)
+            if len(answers) < at_least:
+                await self.executor.wait(None)
+
+
+def chunk_times(events: Sequence[Event], chunk_steps: Sequence[int]) -> list[ChunkTimes]:
+    """The members' answers, by chunk in the order of the commands; `chunk_steps` in the same order."""
+    by_command: dict[int, list[Denoised]] = {}
+    for event in events:
+        if isinstance(event, Denoised):
+            by_command.setdefault(event.command_id, []).append(event)
+    return [
+        ChunkTimes(
+            num_steps=num_steps,
+            started_s=min(event.started_s for event in members),
+            entered_s=max(event.started_s + event.waited_s for event in members),
+            ended_s=max(event.ended_s for event in members),
+            net_s=max(event.ended_s - event.started_s - event.waited_s for event in members),
+        )
+        for (_, members), num_steps in zip(sorted(by_command.items()), chunk_steps, strict=True)
+    ]

@@ -1,0 +1,81 @@
+"""Where measured cost tables lie, and which one an engine starts with: the one its config names, else one for its GPUs.
+
+Owns the folders (the user's cache, then the installed `configs/profiles/`) and the files' names. Measures nothing.
+"""
+
+import importlib.resources
+import os
+import re
+from pathlib import Path
+
+from tetrion.engine.config import DeviceSpec, EngineConfig
+from tetrion.engine.gpus import visible_gpus
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.planning.profile import Profile, read_profile
+
+PACKAGE = "tetrion.configs.profiles"
+
+
+def profile_file_name(gpu: str, model: str) -> str:
+    """`nvidia-h100-80gb-hbm3-flux1-dev.json` for ("NVIDIA H100 80GB HBM3", "flux1-dev")."""
+    return f"{_slug(gpu)}-{_slug(model)}.json"
+
+
+def cache_folder() -> Path:
+    """The user's own: what `tetrion profile` and the start-up measurement leave."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "tetrion" / "profiles"
+
+
+def committed_folder() -> Path:
+    return Path(str(importlib.resources.files(PACKAGE)))
+
+
+def chosen_profile(devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: EngineConfig) -> Profile | None:
+    """The table of `config.profile`, else the user's or the committed one of these GPUs and this model, else None.
+
+    Raises ValueError for a file that cannot be read or is of another model.
+    """
+    if config.profile is not None:
+        return _named_profile(Path(config.profile).expanduser(), spec)
+    gpu = single_gpu_name(devices)
+    if gpu is None:
+        return None
+    folders = (cache_folder(), committed_folder()) if config.profile_cache else (committed_folder(),)
+    found = (profile_in(folder, gpu, spec, len(devices)) for folder in folders)
+    return next((profile for profile in found if profile is not None), None)
+
+
+def profile_in(folder: Path, gpu: str, spec: ModelSpec, num_devices: int) -> Profile | None:
+    """The table in `folder` for these GPUs, if it knows every degree that `num_devices` allow."""
+    path = folder / profile_file_name(gpu, spec.name)
+    if not path.is_file():
+        return None
+    profile = read_profile(path)
+    known = {degree for cost in profile.classes.values() for degree in cost.step_ms}
+    return profile if profile.heads == spec.num_heads and known.issuperset(spec.legal_degrees(num_devices)) else None
+
+
+def single_gpu_name(devices: tuple[DeviceSpec, ...]) -> str | None:
+    """The name that all devices share, if each is a GPU of its own."""
+    if devices[0].kind != "cuda" or len({device.index for device in devices}) < len(devices):
+        return None
+    gpus = visible_gpus()
+    names = {gpus[device.index] for device in devices if device.index < len(gpus)}
+    return names.pop() if len(names) == 1 else None
+
+
+def _named_profile(path: Path, spec: ModelSpec) -> Profile:
+    try:
+        profile = read_profile(path)
+    except OSError as error:
+        raise ValueError(f"profile: cannot read {str(path)!r}: {error.strerror or error}") from None
+    if profile.heads != spec.num_heads:
+        raise ValueError(
+            f"profile: {str(path)!r} is of a model with {profile.heads} heads, {spec.name!r} has {spec.num_heads}"
+        )
+    return profile
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

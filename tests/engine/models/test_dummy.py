@@ -1,0 +1,111 @@
+"""Random weights in place of a checkpoint's: the same for every worker, of the right shapes; token ids from hashes."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from tetrion.engine.model_spec import CheckpointError, read_model_spec
+from tetrion.engine.models.dummy import DummyFiles, HashTokenizer, module_shapes
+from tetrion.engine.models.loading import load_to_device, planned_shapes
+from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.models.registry import model_components
+from tetrion.engine.models.text_encoders import TextEncoders
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> DummyFiles:
+    return DummyFiles(tmp_path / "vae", {"a.weight": (300, 40), "b.weight": (300, 40), "norm.weight": (400,)})
+
+
+def test_values_follow_from_the_name(files: DummyFiles, tmp_path: Path) -> None:
+    a, b = files.read("a.weight", CPU), files.read("b.weight", CPU)
+    assert a.dtype == torch.bfloat16 and torch.equal(a, files.read("a.weight", CPU))
+    assert not torch.equal(a, b)
+    other = DummyFiles(tmp_path / "transformer", {"a.weight": (300, 40)})
+    assert not torch.equal(a, other.read("a.weight", CPU))
+    assert a.float().std() == pytest.approx(0.02, rel=0.05) and abs(a.float().mean()) < 0.002
+    assert files.read("norm.weight", CPU).float().mean() == pytest.approx(1.0, abs=0.01)
+    with pytest.raises(CheckpointError, match="no tensor c"):
+        files.shape("c")
+
+
+def test_tied_parameters_are_one_tensor() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
+            self.second.weight = self.first.weight
+
+    assert module_shapes(Tied) == {"first.weight": (7, 3)}
+
+
+def test_flux1_dev_has_its_real_size() -> None:
+    spec = read_model_spec(resolve_model("flux1-dev"), "dummy")
+    counts = dict.fromkeys(components := model_components(spec, "dummy"), 0)
+    for key, shape in planned_shapes(components).items():
+        counts[key.partition("/")[0]] += math.prod(shape)
+    assert counts["transformer"] == 11_901_408_320  # black-forest-labs/FLUX.1-dev
+    assert counts["text_encoder_2"] == 4_762_310_656  # T5 v1.1 XXL's encoder
+    assert counts["text_encoder"] == 123_060_480  # CLIP ViT-L/14's
+
+
+def test_configs_alone_need_dummy_weights() -> None:
+    with pytest.raises(CheckpointError, match=r"missing .*transformer/\*.safetensors.*configs only: load_format dummy"):
+        read_model_spec(resolve_model("flux1-dev"))
+
+
+def test_fused_tensors_hold_the_checkpoints(make_checkpoint) -> None:
+    """What diffusers would load under its names, in the fused layout."""
+    path = make_checkpoint()
+    components = model_components(read_model_spec(path), "dummy")
+    tensors = load_to_device(components, CPU, torch.float32)
+    files = components["transformer"].files
+    parts = [files.read(f"transformer_blocks.1.attn.to_{x}.weight", CPU).float() for x in "qkv"]
+    assert torch.equal(tensors["transformer/double.1.image.qkv.weight"], torch.cat(parts))
+    assert set(files.names) == set(FluxTransformer2DModel.from_pretrained(path / "transformer").state_dict())
+
+
+def test_a_checkpoint_straight_to_a_device_equals_the_shared_image(make_checkpoint, load) -> None:
+    path = make_checkpoint(guidance_embeds=True)
+    components = model_components(read_model_spec(path), "safetensors")
+    tensors = load_to_device(components, CPU, torch.bfloat16)
+    weights = load(path).flux.weights
+    assert torch.equal(tensors["transformer/modulation.weight"], weights.modulation.weight.bfloat16())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+
+
+def test_token_ids() -> None:
+    tokenizer = HashTokenizer(100, end=99, start=98, padding=99)
+    ids = tokenizer.ids("red red blue", 8)
+    assert ids[0] == 98 and ids[1] == ids[2] != ids[3] and ids[4:] == [99] * 4
+    assert all(3 <= token < 98 for token in ids[1:4])
+    cut = tokenizer.ids("one two three four five", 4)
+    assert len(cut) == 4 and (cut[0], cut[-1]) == (98, 99)
+    assert tokenizer.num_tokens("red red blue") == 5
+
+
+def test_encoders_without_tokenizer_files(make_checkpoint, tmp_path, load) -> None:
+    path = make_checkpoint()
+    spec = read_model_spec(path)
+    folder = tmp_path / "bare"
+    for name in ("text_encoder", "text_encoder_2"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_bytes((path / name / "config.json").read_bytes())
+    spec = type(spec)(**{name: getattr(spec, name) for name in spec.__struct_fields__} | {"path": str(folder)})
+    tensors = load_to_device(model_components(read_model_spec(path), "dummy"), CPU, torch.float32)
+    named = [
+        {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
+        for name in ("text_encoder", "text_encoder_2")
+    ]
+    encoders = TextEncoders(*named, spec, "dummy")
+    one, other = encoders.encode("a red circle"), encoders.encode("a blue circle")
+    assert one.embeds.shape == (32, 24) and one.pooled.shape == (20,) and one.num_tokens == 4
+    assert not torch.equal(one.embeds, other.embeds) and one.embeds.isfinite().all()
+    with pytest.raises(CheckpointError, match="holds no usable"):
+        TextEncoders(*named, spec, "safetensors")

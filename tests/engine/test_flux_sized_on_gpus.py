@@ -1,0 +1,36 @@
+"""Workers with a model of FLUX.1-dev's size and random weights: bit-exact at every degree.
+
+Apart from test_on_gpus.py, whose workers would still hold memory: two of these just fit on one card of 80 GB.
+"""
+
+import numpy as np
+import pytest
+
+from tests.engine.latents_bench import LatentsBench, Schedule
+from tetrion.engine.config import EngineConfig
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "devices",
+    [
+        pytest.param("cuda:0", marks=pytest.mark.gpu),
+        pytest.param("cuda:0,0", marks=pytest.mark.gpu),
+        pytest.param("cuda", marks=pytest.mark.multigpu),
+    ],
+)
+def test_latents_do_not_depend_on_the_degree(devices: str) -> None:
+    config = EngineConfig(devices=devices, model="flux1-dev", load_format="dummy", max_inflight=2)
+    bench = LatentsBench(config, num_steps=2)
+    try:
+        for size in ((256, 256), (512, 768)):
+            expected = bench.alone(size)
+            assert np.isfinite(expected).all() and expected.std() > 0.1
+            for degree in bench.spec.legal_degrees(bench.num_devices)[1:]:
+                members = tuple(range(degree))
+                together: Schedule = [(members, 2)]
+                resized: Schedule = [(members, 1), ((degree - 1,), 1)]
+                for schedule in (together, resized):
+                    np.testing.assert_array_equal(bench.latents(size, 1, 0, schedule), expected, f"{size} {schedule}")
+    finally:
+        bench.close()

@@ -1,0 +1,108 @@
+"""The outlook keeps views from one snapshot to the next: they must be what a look at everything would give."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.test_loop import PROFILE, SPEC, Simulation
+from tetrion.engine.config import PlannerConfig
+from tetrion.engine.outlook import Outlook
+from tetrion.engine.planning.slo import urgency
+from tetrion.engine.planning.snapshot import RoundPlan, Snapshot
+from tetrion.engine.request import ImageRequest, resolve_request
+from tetrion.engine.request_table import RequestTable
+
+
+class AllChanged:
+    """A table of which everything has changed."""
+
+    def __init__(self, table: RequestTable) -> None:
+        self._table = table
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def take_changed(self) -> set[str]:
+        return {request.request_id for request in self._table.admitted()}
+
+
+def checked(simulation: Simulation) -> list[Snapshot]:
+    """Every snapshot of the simulation from now on, each compared with that of a new outlook."""
+    loop, seen = simulation.loop, []
+    planner = loop.planner
+
+    def plan(snapshot: Snapshot) -> RoundPlan:
+        table: Any = AllChanged(loop.table)
+        fresh = Outlook(loop.executor, table, loop._in_flight, loop._legal_degrees, loop._config)
+        assert fresh.snapshot(snapshot.profile) == snapshot
+        seen.append(snapshot)
+        return planner(snapshot)
+
+    loop.planner = plan
+    return seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_what_was_kept_is_what_a_fresh_look_gives(data: st.DataObject) -> None:
+    simulation = Simulation(
+        num_devices=data.draw(st.integers(1, 4)), max_inflight=data.draw(st.sampled_from((2, 5, 64)))
+    )
+    seen = checked(simulation)
+    for number in range(data.draw(st.integers(1, 12))):
+        simulation.request(
+            f"r{number}",
+            at_s=data.draw(st.floats(0, 2)),
+            width=data.draw(st.sampled_from((128, 512))),
+            num_steps=data.draw(st.integers(1, 8)),
+            slo_ms=data.draw(st.sampled_from((None, 50, 400, 2000))),
+            force_degrees=data.draw(st.sampled_from(((), (), (1,)))),
+        )
+        if data.draw(st.integers(0, 3)) == 0:
+            at_s = data.draw(st.floats(0, 3))
+            simulation.executor.at(at_s, lambda request_id=f"r{number}": simulation.loop.cancel(request_id))
+    if len(simulation.executor.device_ids) > 1 and data.draw(st.booleans()):
+        simulation.executor.at(data.draw(st.floats(0, 2)), lambda: simulation.executor.lose(0))
+    simulation.run()
+    config = simulation.loop._config
+    for snapshot in seen:
+        assert list(snapshot.requests) == sorted(snapshot.requests, key=lambda view: urgency(view, config))
+        assert list(snapshot.backlog) == sorted(snapshot.backlog, key=lambda view: urgency(view, config))
+        assert all(view.deadline_s < snapshot.now_s and view.stage == "denoise" for view in snapshot.backlog)  # type: ignore[operator]
+
+
+def test_those_past_their_deadline_are_kept_apart_and_are_served_all_the_same() -> None:
+    simulation = Simulation(num_devices=1)
+    seen = checked(simulation)
+    for number in range(30):
+        simulation.request(f"r{number:02d}", width=512, height=512, slo_ms=3000)
+    simulation.run()
+    assert len(simulation.results) == 30
+    assert max(len(snapshot.backlog) for snapshot in seen) > 20
+
+
+def test_weights_of_class_and_tenant_multiply_that_of_the_request() -> None:
+    simulation = Simulation()
+    config = PlannerConfig(class_weights={"128x128": 3.0}, tenant_weights={"gold": 5.0})
+    loop = simulation.loop
+    outlook = Outlook(loop.executor, loop.table, loop._in_flight, loop._legal_degrees, config)
+    for number, (px, tenant) in enumerate(((128, "gold"), (128, "other"), (512, "gold"), (512, ""))):
+        params = ImageRequest(
+            prompt="x", seed=1, request_id=f"r{number}", width=px, height=px, weight=2.0, tenant=tenant
+        )
+        loop.submit(resolve_request(params, SPEC, 4))
+    weights = {view.request_id: view.weight for view in outlook.forecast(PROFILE).requests}
+    assert weights == {"r0": 30.0, "r1": 6.0, "r2": 10.0, "r3": 2.0}
+
+
+@pytest.mark.parametrize("max_inflight", [1, 64])
+def test_a_forecast_shows_the_queue_too(max_inflight: int) -> None:
+    simulation = Simulation(max_inflight=max_inflight)
+    counts: list[int] = []
+    for number in range(3):
+        simulation.request(f"r{number}", at_s=0.0, width=512, height=512)
+    simulation.executor.at(0.1, lambda: counts.append(len(simulation.loop._outlook.forecast(PROFILE).requests)))
+    simulation.run()
+    assert counts == [3]
