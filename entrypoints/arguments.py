@@ -13,11 +13,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_degrees(text: str) -> tuple[int, ...]:
-    """`1,2,1` as (1, 2, 1)."""
+def parse_degrees(text: str, field: str = "force_degrees") -> tuple[int, ...]:
+    """`1,2,1` as (1, 2, 1). `field`: what the error calls it."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts):
-        raise InputError(f"force_degrees: expected whole numbers joined by commas such as 1,2,1, got {text!r}")
+        raise InputError(f"{field}: expected whole numbers joined by commas such as 1,2,1, got {text!r}")
     return tuple(map(int, parts))
 
 

@@ -137,6 +137,7 @@ class _Run:
             latency_s=round(result.latency_s, 4),
             degrees=result.degrees,
             slo_met=result.slo_met,
+            energy=result.energy,
         )
 
 

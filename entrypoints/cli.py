@@ -1,15 +1,21 @@
 """The `tetrion` command: options, exit codes, and nothing else.
 
-Imports nothing but click at module level, so that `--help` is quick; each command imports what it needs when it runs.
+Imports little but click at module level, so that `--help` is quick; each command imports what it needs when it runs.
 Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C.
 """
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from tetrion.entrypoints.bench.energy_command import energy_command
+from tetrion.entrypoints.bench.slo_commands import COMMANDS
+from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.recommend_command import recommend
 
 if TYPE_CHECKING:
     from tetrion.entrypoints.session import EngineFactory, EngineOptions
@@ -23,8 +29,27 @@ def engine_options(command: Command) -> Command:
         click.option(
             "--num-threads", type=click.IntRange(min=1), help="CPU threads per worker. Default: all, divided."
         ),
+        click.option(
+            "--planner",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="A setting of the planner, such as admission=reject-hopeless; may be repeated.",
+        ),
+        click.option("--carbon-token-file", metavar="FILE", help="Token for a --carbon URL."),
+        click.option("--carbon", metavar="G|CSV|URL", help="Grams of CO₂e per kWh, for receipts. Default: none given."),
+        click.option("--meter", metavar="NAME", help="Energy: auto (default), nvml, model, none or replay:FILE."),
+        click.option(
+            "--profile", metavar="FILE", help="Cost table made by `tetrion profile`. Default: see that command's help."
+        ),
         click.option("--policy", metavar="NAME", help="Planner: horizon (default), fixed-1, fixed-2, …"),
-        click.option("--devices", metavar="LIST", help="cpu:N starts N CPU workers. Default: cpu:2."),
+        click.option(
+            "--load-format",
+            type=click.Choice(["safetensors", "dummy"]),
+            help="dummy: random weights, for measuring without a checkpoint. Default: safetensors.",
+        ),
+        click.option(
+            "--devices", metavar="LIST", help="cuda, cuda:0,1 or cpu:N for N CPU workers. Default: all GPUs, or cpu:2."
+        ),
         click.option("--model", metavar="PATH", help="A FLUX.1 folder in diffusers layout. Default: the embedded one."),
     ):
         command = option(command)
@@ -53,7 +78,7 @@ def cli() -> None:
 @click.pass_context
 def generate(ctx: click.Context, **options: Any) -> int:
     """Draw pictures into DIR, with a contact sheet if there is more than one. No file is overwritten."""
-    return _report_errors(lambda: _generate(_engine_options(options), ctx.obj, **options))
+    return report_errors(lambda: _generate(_engine_options(options), ctx.obj, **options))
 
 
 def _generate(
@@ -94,7 +119,7 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
 
         return run_async(draw_batch(requests, output, open_engine(_engine_options(options), ctx.obj)))
 
-    return _report_errors(run)
+    return report_errors(run)
 
 
 @cli.command()
@@ -122,7 +147,29 @@ def serve(ctx: click.Context, **options: Any) -> int:
 
         return run_async(serve_http(ServeOptions(**options), open_engine(engine, ctx.obj)))
 
-    return _report_errors(run)
+    return report_errors(run)
+
+
+@cli.command()
+@click.option("--sizes", metavar="WxH,…", help="Default: 256² to 2048² and 1536x1024, as far as the model draws them.")
+@click.option("--degrees", metavar="N,N,…", help="Default: all that the devices allow.")
+@click.option("--steps", "num_steps", type=click.IntRange(min=1, max=300), default=8, show_default=True)
+@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Default: in the user's cache.")
+@engine_options
+@click.pass_context
+def profile(ctx: click.Context, **options: Any) -> int:
+    """Measure what steps, encode and decode cost on these devices, for the planner.
+
+    An engine on GPUs takes the table in the user's cache, else the one that ships for its GPUs and model, if it knows
+    all degrees; --profile FILE names another.
+    """
+
+    def run() -> int:
+        from tetrion.entrypoints.profile import command
+
+        return command(_engine_options(options), command_line=_command_line(ctx), **options)
+
+    return report_errors(run)
 
 
 @cli.group()
@@ -146,72 +193,67 @@ def bench_ring(**options: Any) -> int:
         command(**options)
         return 0
 
-    return _report_errors(run)
+    return report_errors(run)
 
 
 @bench.command("step")
-@click.option("--devices", metavar="LIST", help="Workers for the degrees, e.g. cpu:2. Default: as for generate.")
-@click.option("--model", metavar="PATH", help="A FLUX.1 folder in diffusers layout. Default: the embedded one.")
-@click.option("--num-steps", type=click.IntRange(min=1), default=12, show_default=True, help="Denoising steps.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs to compare.")
+@click.option("--num-steps", type=click.IntRange(min=1), help="Default: 12; on GPUs (for exactness) the model's.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="CPUs: pairs to compare.")
+@click.option("--sizes", metavar="WxH,…", help="GPUs. Default: 256², 512², 1024², 2048².")
+@click.option("--degrees", metavar="N,N,…", help="GPUs. Default: all that the devices allow.")
+@click.option("--systems", metavar="NAME,…", help="GPUs: tetrion, floor, diffusers eager, … Default: all.")
+@click.option("--seconds", type=float, default=5.0, show_default=True, help="GPUs: how long each system is sustained.")
+@click.option("--budget-s", type=float, default=3600.0, show_default=True, help="GPUs: nothing is begun after that.")
 @click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there as JSON.")
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="GPUs: draw the step times there, PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def bench_step(**options: Any) -> int:
-    """A request beside diffusers' pipeline on the same weights, steps and threads, and the step time at each degree."""
+@engine_options
+@click.pass_context
+def bench_step(ctx: click.Context, **options: Any) -> int:
+    """A denoising step at every degree, beside other systems on the same machine.
+
+    On CPUs: whole requests beside diffusers' pipeline on the same weights, steps and threads, then each degree beside
+    degree 1. On GPUs: each size and degree beside the library floor, diffusers and xfuser; then what resizing at every
+    step adds, the gaps between chunks, and whether all degrees give the same latents.
+    """
 
     def run() -> int:
         from tetrion.entrypoints.bench.step import command
-        from tetrion.entrypoints.session import EngineOptions, open_engine
+        from tetrion.entrypoints.session import open_engine
 
-        open_engine(EngineOptions(model=options["model"], devices=options["devices"]))  # says what is wrong with them
-        command(**options)
+        engine = _engine_options(options)
+        open_engine(engine)  # says what is wrong with them
+        command(engine, command_line=_command_line(ctx), **options)
         return 0
 
-    return _report_errors(run)
+    return report_errors(run)
 
 
-@bench.command("slo")
-@click.option("--profile", metavar="FILE", type=click.Path(path_type=Path), required=True, help="Cost table, JSON.")
-@click.option("--trace", metavar="FILE", type=click.Path(path_type=Path), multiple=True, help="Arrivals, JSON lines.")
-@click.option("--devices", type=click.IntRange(min=1), default=8, show_default=True, help="Simulated devices.")
-@click.option("--policy", metavar="NAME", multiple=True, default=["horizon"], help="Planner; may be repeated.")
-@click.option("--mix", metavar="NAME", multiple=True, help="Without a trace: uniform, skewed; may be repeated.")
-@click.option("--rate", type=float, multiple=True, help="Without a trace: arrivals per minute; may be repeated.")
-@click.option("--slo-scale", type=float, multiple=True, help="Factor on all deadlines; may be repeated.")
-@click.option("--seed", type=int, multiple=True, help="Without a trace: seed of the arrivals; may be repeated.")
-@click.option("--num-requests", type=click.IntRange(min=1), help="Without a trace: requests a point.")
-@click.option("--simulate", is_flag=True, help="In virtual time, the only mode of this version.")
-@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def bench_slo(**options: Any) -> int:
-    """Attainment and latency of planners on the same arrivals, in virtual time."""
+for command in COMMANDS:
+    bench.add_command(command)
+bench.add_command(energy_command(engine_options, lambda given: _engine_options(given), lambda ctx: _command_line(ctx)))
+cli.add_command(recommend)
 
-    def run() -> int:
-        from tetrion.entrypoints.bench.slo import command
 
-        command(**{name: value for name, value in options.items() if value not in (None, ())})
-        return 0
-
-    return _report_errors(run)
+def _command_line(ctx: click.Context) -> str:
+    """The command with every option that was given."""
+    words = ctx.command_path.split()
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if source is click.core.ParameterSource.COMMANDLINE:
+            value = ctx.params[parameter.name or ""]
+            for item in value if isinstance(value, tuple) else (value,):
+                words += [parameter.opts[-1]] if item is True else [parameter.opts[-1], str(item)]
+    return shlex.join(words)
 
 
 def _engine_options(options: dict[str, Any]) -> "EngineOptions":
     """Takes the engine's options out of `options`."""
     from tetrion.entrypoints.session import EngineOptions
 
-    return EngineOptions(**{name: options.pop(name) for name in ("model", "devices", "num_threads", "policy")})
-
-
-def _report_errors(command: Callable[[], int]) -> int:
-    """Run `command`; what users or the machine caused becomes one line on stderr and an exit code."""
-    from tetrion.entrypoints.errors import exit_code_and_line
-
-    try:
-        return command()
-    except Exception as error:
-        exit_code, line = exit_code_and_line(error)
-        click.echo(f"tetrion: error: {line}", err=True)
-        return exit_code
+    names = ["model", "devices", "load_format", "profile", "num_threads", "policy", "planner"]
+    names += ["meter", "carbon", "carbon_token_file"]
+    return EngineOptions(**{name: options.pop(name) for name in names})
 
 
 def run(arguments: list[str], factory: "EngineFactory | None" = None) -> int:

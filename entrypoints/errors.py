@@ -5,7 +5,13 @@ An exception that is not listed here is a defect: it keeps its traceback. Knows 
 """
 
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.request import EngineOverloaded, GenerationError, RequestCancelled, RequestError
+from tetrion.engine.request import (
+    DeadlineUnmeetable,
+    EngineOverloaded,
+    GenerationError,
+    RequestCancelled,
+    RequestError,
+)
 from tetrion.engine.transport.segment import SharedMemoryError
 
 EXIT_FAILED = 1
@@ -24,6 +30,8 @@ def exit_code_and_line(error: Exception) -> tuple[int, str]:
             return EXIT_BAD_INPUT, str(error)
         case GenerationError():
             return EXIT_FAILED, f"generation failed: {error}"
+        case DeadlineUnmeetable():
+            return EXIT_FAILED, f"deadline cannot be met: {error}"
         case EngineOverloaded():
             return EXIT_FAILED, f"engine overloaded: {error}"
         case RequestCancelled():

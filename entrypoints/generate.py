@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
+from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.request import ImageRequest, ImageResult, Progress, resolve_request
 from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import checked_prompt, parse_size
@@ -61,6 +62,7 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
     degrees: tuple[int, ...]
     degrees_compact: str
     slo_met: bool | None
+    energy: Receipt
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,6 +194,7 @@ def _describe(result: ImageResult, path: Path) -> Drawn:
         degrees=result.degrees,
         degrees_compact=pictures.compact_degrees(result.degrees),
         slo_met=result.slo_met,
+        energy=result.energy,
     )
 
 
@@ -208,6 +211,10 @@ def print_report(report: Report, as_json: bool) -> None:
             f"  seed {drawn.seed}  {drawn.width}x{drawn.height}  {drawn.num_steps} steps"
             f"  latency {drawn.latency_s:.3f} s  degrees {drawn.degrees_compact}{late}"
         )
+        if drawn.energy.active_j is not None:
+            click.echo(
+                f"  energy {drawn.energy.active_j:.0f} ± {drawn.energy.uncertainty_j:.0f} J ({drawn.energy.method})"
+            )
     if report.sheet is not None:
         click.echo(f"sheet: {report.sheet}")
 

@@ -11,13 +11,15 @@ from typing import Literal
 
 import msgspec
 
+from tetrion.engine.energy.receipt import Receipt
 from tetrion.entrypoints.pictures import replace_file
 
 FILE_NAME = "manifest.jsonl"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line. `file` is relative to the output folder; times in seconds. `error` is set exactly if it failed."""
+    """One line. `file` is relative to the output folder; times in seconds. `error` is set exactly if it failed,
+    `energy` (joules) exactly if it did not."""
 
     id: str | None
     line: int
@@ -34,6 +36,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     latency_s: float | None = None
     degrees: tuple[int, ...] | None = None
     slo_met: bool | None = None
+    energy: Receipt | None = None
 
 
 class Manifest:

@@ -16,6 +16,7 @@ from tetrion.entrypoints.errors import InputError
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
 
+METERING = ("meter", "carbon", "carbon_token_file")
 EngineFactory = Callable[[EngineConfig], "AsyncEngine"]
 
 
@@ -24,20 +25,40 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str | None = None
     devices: str | None = None
+    load_format: str | None = None
+    profile: str | None = None
     num_threads: int | None = None
     policy: str | None = None
+    planner: tuple[str, ...] = ()
+    """`KEY=VALUE` each: fields of `PlannerConfig`."""
+    meter: str | None = None
+    carbon: str | None = None
+    carbon_token_file: str | None = None
 
 
 def engine_config(options: EngineOptions) -> EngineConfig:
     """The engine's config with the given options set, checked. Raises InputError naming field and bound."""
     given = {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
+    given["planner"] = dict(map(_planner_option, options.planner))
     if "policy" in given:
-        given["planner"] = {"policy": given.pop("policy")}
+        given["planner"]["policy"] = given.pop("policy")
+    given["metering"] = {name: given.pop(name) for name in METERING if name in given}
     try:
         return msgspec.convert(given, EngineConfig)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         raise InputError(f"{path.rstrip('`') or 'config'}: {message}") from None
+
+
+def _planner_option(text: str) -> tuple[str, Any]:
+    """`rescue=false` as ("rescue", False): JSON where the value is JSON, else a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"planner: expected KEY=VALUE such as drop=fraction, got {text!r}")
+    try:
+        return name, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return name, value
 
 
 def open_engine(options: EngineOptions, factory: EngineFactory | None = None) -> "AsyncEngine":

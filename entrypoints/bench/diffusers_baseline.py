@@ -1,16 +1,16 @@
-"""The baseline process of `tetrion bench step`: diffusers' own FluxPipeline, timed on request.
+"""The process beside which `tetrion bench step` measures on CPUs: diffusers' own FluxPipeline, timed on request.
 
-Reads one JSON object a line from standard input (`{"px", "num_steps", "seed"}`), answers each with `{"seconds"}`.
+Arguments: checkpoint folder, threads, text tokens. Answers `{"px", "num_steps", "seed"}` with `{"seconds"}`.
 """
 
-import json
 import sys
 import time
 
 import torch
 from diffusers import FluxPipeline
 
-PROMPT = "a red circle left of a large blue star"
+from tetrion.engine.probe import PROMPT
+from tetrion.entrypoints.bench.line_process import Message, answer_lines
 
 
 def main() -> None:
@@ -18,8 +18,8 @@ def main() -> None:
     torch.set_num_threads(num_threads)
     pipeline = FluxPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    for line in sys.stdin:
-        job = json.loads(line)
+
+    def draw(job: Message) -> Message:
         started_s = time.perf_counter()
         pipeline(
             PROMPT,
@@ -30,7 +30,9 @@ def main() -> None:
             generator=torch.Generator("cpu").manual_seed(job["seed"]),
             output_type="pil",
         )
-        print(json.dumps({"seconds": time.perf_counter() - started_s}), flush=True)
+        return {"seconds": time.perf_counter() - started_s}
+
+    answer_lines(draw)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tetrion.engine.gpu_facts import gpu_facts
 from tetrion.engine.machine import describe_host
 
 
 def make_record(command: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """`{"host", "commit", "command", "rows"}`, the form of every file in `benchmarks/results/`."""
-    return {"host": describe_host(), "commit": _commit(), "command": command, "rows": rows}
+    return {"host": host_facts(), "commit": commit(), "command": command, "rows": rows}
+
+
+def host_facts() -> dict[str, Any]:
+    """`describe_host`, and `gpus` where there are some."""
+    gpus = gpu_facts()
+    return describe_host() | ({"gpus": gpus} if gpus else {})
 
 
 def write_record(record: dict[str, Any], output: Path | None) -> str:
@@ -22,10 +29,10 @@ def write_record(record: dict[str, Any], output: Path | None) -> str:
     return text
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """TETRION_COMMIT, else what git says; None where neither knows."""
-    if commit := os.environ.get("TETRION_COMMIT"):
-        return commit
+    if named := os.environ.get("TETRION_COMMIT"):
+        return named
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -5,25 +5,26 @@ Arrivals happen at their times whatever the state of the system (open loop).
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.loop import EngineLoop
-from tetrion.engine.messages import Command, Denoise
+from tetrion.engine.messages import Command
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
 from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output
-from tetrion.engine.simulated import SimulatedExecutor
+from tetrion.engine.simulated import Disturbance, SimulatedExecutor
+from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
+from tetrion.entrypoints.bench.recording import Recorder
 from tetrion.entrypoints.bench.workloads import TraceRequest
 
 MAX_INFLIGHT = 4096
 MAX_QUEUED = 100_000
+MAX_DEVICES = 1024
 
 
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,41 +34,50 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
     device_id: int
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one request of the trace. `finished_s` None: it failed. `gpu_s`: GPU-seconds spent on it, those
-    of lost attempts included. `degrees`: of each step."""
+class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
+    """What `tetrion bench slo` runs traces on in virtual time. `noise`, `bias`, `step_overhead_s`, `regroup_s`: see
+    `Disturbance`; `losses`: devices that die in every run."""
 
-    request: TraceRequest
-    finished_s: float | None
-    gpu_s: float
-    degrees: tuple[int, ...]
-
-    @property
-    def latency_s(self) -> float | None:
-        return None if self.finished_s is None else self.finished_s - self.request.arrival_s
-
-    @property
-    def is_met(self) -> bool | None:
-        """Whether it finished by its deadline; None without an SLO."""
-        if self.request.slo_s is None:
-            return None
-        latency_s = self.latency_s
-        return latency_s is not None and latency_s <= self.request.slo_s
-
-
-class SimulatedRun(msgspec.Struct, frozen=True, kw_only=True):
-    """`outcomes` in the order of the trace; `end_s`: when the last request ended; `decision_s`: wall-clock seconds of
-    each call of the planner (the only part that differs between two runs of one seed)."""
-
-    outcomes: tuple[Outcome, ...]
+    profile: Profile
     num_devices: int
-    end_s: float
-    decision_s: tuple[float, ...]
+    noise: float = 0.0
+    bias: float = 0.0
+    step_overhead_s: float = 0.0
+    regroup_s: float = 0.0
+    losses: tuple[Loss, ...] = ()
+    mode: Mode = "sim"
 
-    @property
-    def utilisation(self) -> float:
-        """Share of the devices' time that commands took, until the end."""
-        return sum(outcome.gpu_s for outcome in self.outcomes) / (self.num_devices * self.end_s)
+    def check(self) -> None:
+        """Raises ValueError, naming the field, for what would stop `run`."""
+        if not 1 <= self.num_devices <= MAX_DEVICES:
+            raise ValueError(f"devices: must be from 1 to {MAX_DEVICES}, got {self.num_devices}")
+        for loss in self.losses:
+            if not 0 <= loss.device_id < self.num_devices:
+                raise ValueError(f"lose: device must be from 0 to {self.num_devices - 1}, got {loss.device_id}")
+        self._disturbance(seed=0)
+
+    def run(self, trace: Sequence[TraceRequest], policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
+        """One trace under one policy; `seed` is that of the noise."""
+        recorder = Recorder()
+        run = simulate(
+            trace,
+            profile=self.profile,
+            policy=policy,
+            num_devices=self.num_devices,
+            duration=self._disturbance(seed),
+            losses=self.losses,
+            recorder=recorder,
+        )
+        return run, tuple(recorder.chunks)
+
+    def _disturbance(self, seed: int) -> Disturbance:
+        return Disturbance(
+            seed=seed,
+            noise=self.noise,
+            bias=self.bias,
+            step_overhead_s=self.step_overhead_s,
+            regroup_s=self.regroup_s,
+        )
 
 
 def simulate(
@@ -80,11 +90,13 @@ def simulate(
     losses: Sequence[Loss] = (),
     max_inflight: int = MAX_INFLIGHT,
     planner_config: PlannerConfig | None = None,
-) -> SimulatedRun:
+    recorder: Recorder | None = None,
+) -> Run:
     """Run `trace` (in order of arrival) to its end. Deterministic but for `decision_s`.
 
     `duration(command, seconds)` may change what a command costs (see `Disturbance`). `max_inflight`: requests that the
     policy sees at once (a server's default is 64; here nearly all, so that policies are compared and not admission).
+    `recorder` is given every command.
     Raises ValueError for an unknown policy, too few devices, too long a trace or a loss of a device that is not there.
     """
     if num_devices < 1:
@@ -99,10 +111,10 @@ def simulate(
         max_queued=MAX_QUEUED,
         planner=msgspec.structs.replace(planner_config or PlannerConfig(), policy=policy),
     )
-    return _Run(trace, profile, num_devices, duration, losses, config).to_end()
+    return _Simulation(trace, profile, num_devices, duration, losses, config, recorder or Recorder()).to_end()
 
 
-class _Run:
+class _Simulation:
     def __init__(
         self,
         trace: Sequence[TraceRequest],
@@ -111,17 +123,16 @@ class _Run:
         duration: Callable[[Command, float], float],
         losses: Sequence[Loss],
         config: EngineConfig,
+        recorder: Recorder,
     ) -> None:
         self.trace = trace
-        self.gpu_s = [0.0] * len(trace)
         self.finished: list[tuple[float | None, tuple[int, ...]]] = [(None, ())] * len(trace)
         self.num_alive = len(trace)
-        self.decision_s: list[float] = []
-        self.duration = duration
-        self.executor = SimulatedExecutor(profile, num_devices, self._spend)
+        self.recorder = recorder
+        self.executor = SimulatedExecutor(profile, num_devices, duration)
         self.loop = EngineLoop(
-            executor=self.executor,
-            planner=self._timed(get_planner(config.planner.policy)),
+            executor=recorder.wrap_executor(self.executor),
+            planner=recorder.wrap_planner(get_planner(config.planner.policy)),
             cost_model=CostModel(profile),
             spec=simulated_spec(profile),
             config=config,
@@ -132,17 +143,14 @@ class _Run:
         for loss in losses:
             self.executor.at(loss.time_s, lambda loss=loss: self._lose(loss.device_id))  # type: ignore[misc]
 
-    def to_end(self) -> SimulatedRun:
+    def to_end(self) -> Run:
         asyncio.run(self.loop.run())
-        outcomes = tuple(
-            Outcome(request=request, finished_s=finished_s, gpu_s=gpu_s, degrees=degrees)
-            for request, (finished_s, degrees), gpu_s in zip(self.trace, self.finished, self.gpu_s, strict=True)
-        )
-        return SimulatedRun(
-            outcomes=outcomes,
+        return self.recorder.run(
+            self.trace,
+            self.finished,
             num_devices=len(self.executor.device_ids),
             end_s=self.executor.now_s(),
-            decision_s=tuple(self.decision_s),
+            loop=self.loop.statistics.figures(self.executor.now_s()),
         )
 
     def _arrive(self, number: int) -> None:
@@ -154,21 +162,6 @@ class _Run:
     def _lose(self, device_id: int) -> None:
         if device_id in self.executor.alive:
             self.executor.lose(device_id)
-
-    def _spend(self, command: Command, seconds: float) -> float:
-        seconds = self.duration(command, seconds)
-        num_members = len(command.members) if isinstance(command, Denoise) else 1
-        self.gpu_s[int(command.request_id)] += num_members * seconds  # type: ignore[union-attr]
-        return seconds
-
-    def _timed(self, planner: Planner) -> Planner:
-        def plan(snapshot: Snapshot) -> RoundPlan:
-            start_s = time.perf_counter()
-            made = planner(snapshot)
-            self.decision_s.append(time.perf_counter() - start_s)
-            return made
-
-        return plan
 
     def _receive(self, output: Output) -> None:
         if isinstance(output, ImageResult):
@@ -183,15 +176,20 @@ class _Run:
             self.loop.stop()
 
 
+def prompt_of(number: int) -> str:
+    """A prompt of its own for every request, so that no cache of prompts saves an encode."""
+    return f"picture {number}: a red circle left of a large blue star"
+
+
 def as_image_request(request: TraceRequest, number: int) -> ImageRequest:
-    """Request `number` of a trace as the engine takes it."""
+    """Request `number` of a trace as an engine takes it."""
     return ImageRequest(
-        prompt="simulated",
+        prompt=prompt_of(number),
         width=request.width,
         height=request.height,
         num_steps=request.num_steps,
         guidance=0.0,
-        seed=0,
+        seed=number,
         slo_ms=None if request.slo_s is None else request.slo_s * 1e3,
         weight=request.weight,
         request_id=f"{number:06d}",

@@ -1,186 +1,148 @@
 """`tetrion bench slo`: attainment of deadlines, policy by policy, on the same traces.
 
 Points are policies × mixes × rates × SLO scales, each over all seeds; or policies × SLO scales on given trace files.
-Simulation only so far: the real engine loop in virtual time on a profile.
+Run in virtual time on a profile (the real loop, simulated devices), on an engine in this process, or on a server.
 """
 
-import math
+import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from tetrion.engine.planning.profile import Profile, read_profile
+from tetrion.engine.planning.profile import read_profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.simulated import Disturbance
+from tetrion.entrypoints.arguments import parse_size
+from tetrion.entrypoints.bench.attainment_plots import draw_attainment
+from tetrion.entrypoints.bench.figures import import_matplotlib
+from tetrion.entrypoints.bench.live import EmbeddedSystem, HttpSystem
 from tetrion.entrypoints.bench.record import make_record, write_record
-from tetrion.entrypoints.bench.simulation import MAX_QUEUED, Loss, simulate
-from tetrion.entrypoints.bench.slo_statistics import Row, summarise
+from tetrion.entrypoints.bench.recording import write_recordings
+from tetrion.entrypoints.bench.simulation import Loss, SimulatedSystem
+from tetrion.entrypoints.bench.slo_points import Grid, points, samples
+from tetrion.entrypoints.bench.slo_run import Results, SloOptions, System, profile_of, run
 from tetrion.entrypoints.bench.slo_table import table
-from tetrion.entrypoints.bench.workloads import (
-    INTERACTIVE_AND_BATCH,
-    Arrivals,
-    Trace,
-    TraceRequest,
-    Workload,
-    base_slo_s,
-    make_trace,
-    read_trace,
-)
+from tetrion.entrypoints.bench.workloads import read_trace
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.session import EngineOptions
 
-MAX_DEVICES = 1024
-
-
-class SloOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run. `traces` given: those files, each a point of its own; else traces are drawn for every mix, rate and
-    seed. `slo_scales` multiply the SLOs in either case. `noise`, `bias`, `step_overhead_ms`, `regroup_ms`: see
-    `Disturbance`. `losses`: devices that die in every run."""
-
-    profile: Profile
-    num_devices: int
-    policies: tuple[str, ...] = ("horizon",)
-    traces: tuple[tuple[str, Trace], ...] = ()
-    mixes: tuple[str, ...] = ("uniform",)
-    rates_per_min: tuple[float, ...] = (12.0,)
-    slo_scales: tuple[float, ...] = (1.0,)
-    seeds: tuple[int, ...] = (11, 12, 13)
-    num_requests: int = 700
-    num_steps: int = 28
-    arrivals: Arrivals = "poisson"
-    with_tiers: bool = False
-    noise: float = 0.0
-    bias: float = 0.0
-    step_overhead_ms: float = 0.3
-    regroup_ms: float = 0.2
-    losses: tuple[Loss, ...] = ()
-
-
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """One workload: the traces that every policy runs, and what a row says of them."""
-
-    mix: str
-    rate_per_min: float | None
-    slo_scale: float
-    traces: tuple[tuple[int, Trace], ...]
-    """(seed, trace)"""
-
-
-def points(options: SloOptions) -> Iterator[Point]:
-    """The workloads of a run, in the order of its rows."""
-    for name, trace in options.traces:
-        for slo_scale in options.slo_scales:
-            scaled = tuple(_scaled(trace, slo_scale))
-            yield Point(mix=name, rate_per_min=_rate_per_min(trace), slo_scale=slo_scale, traces=((0, scaled),))
-    if options.traces:
-        return
-    for mix in options.mixes:
-        for rate_per_min in options.rates_per_min:
-            for slo_scale in options.slo_scales:
-                workload = Workload(
-                    rate_per_min=rate_per_min,
-                    num_requests=options.num_requests,
-                    num_steps=options.num_steps,
-                    mix=mix,
-                    slo_scale=slo_scale,
-                    base_slo_s=base_slo_s(options.num_devices),
-                    arrivals=options.arrivals,
-                    tiers=INTERACTIVE_AND_BATCH if options.with_tiers else (),
-                )
-                traces = tuple((seed, make_trace(workload, seed)) for seed in options.seeds)
-                yield Point(mix=mix, rate_per_min=rate_per_min, slo_scale=slo_scale, traces=traces)
-
-
-def check(options: SloOptions) -> None:
-    """Raises ValueError, naming the field, for what would stop `run` on its way."""
-    if not 1 <= options.num_devices <= MAX_DEVICES:
-        raise ValueError(f"devices: must be from 1 to {MAX_DEVICES}, got {options.num_devices}")
-    for policy in options.policies:
-        get_planner(policy)
-    for slo_scale in options.slo_scales:
-        if not 0 < slo_scale < math.inf:
-            raise ValueError(f"slo_scale: must be above 0 and finite, got {slo_scale}")
-    for loss in options.losses:
-        if not 0 <= loss.device_id < options.num_devices:
-            raise ValueError(f"lose: device must be from 0 to {options.num_devices - 1}, got {loss.device_id}")
-    _disturbance(options, seed=0)
-    for point in points(options):
-        for _, trace in point.traces:
-            if len(trace) > MAX_QUEUED:
-                raise ValueError(f"trace: must have at most {MAX_QUEUED} requests, got {len(trace)}")
-
-
-def run(options: SloOptions, report: Callable[[str], None] = lambda _: None) -> tuple[list[Row], list[Row]]:
-    """Rows (a fixed set of fields, unknown ones None) and their diagnostics, in one order. `options`: checked."""
-    rows, diagnostics = [], []
-    for point in points(options):
-        for policy in options.policies:
-            report(f"{policy}: {point.mix}, {_rate_text(point.rate_per_min)}, SLO ×{point.slo_scale:g}")
-            row, beside = _run_point(options, point, policy)
-            rows.append(row)
-            diagnostics.append(beside)
-    return rows, diagnostics
+DEFAULT_SIMULATED_DEVICES = 8
 
 
 def command(
     *,
-    simulate: bool = True,
-    profile: Path,
-    devices: int = 8,
-    trace: Sequence[Path] = (),
+    simulate: bool = False,
+    live: bool = False,
+    url: str | None = None,
+    engine: EngineOptions | None = None,
+    profile: Path | None = None,
+    devices: int | None = None,
     policy: Sequence[str] = ("horizon",),
+    bound: bool = False,
+    record: Path | None = None,
+    plots: Path | None = None,
+    output: Path | None = None,
+    as_json: bool = False,
+    command_line: str = "tetrion bench slo",
+    simulation: dict[str, Any] | None = None,
+    **workload: Any,
+) -> dict[str, Any]:
+    """What `tetrion bench slo` does: run, print the table (or one JSON object), write `output`, recordings and plots.
+
+    `devices`: simulated ones. `engine`: how `live` starts one. `simulation`: noise, bias, … of `simulated_system`.
+    `workload`: see `grid`. `command_line` goes into the record. Raises InputError for what the caller can put right.
+    """
+    if (simulate, live, url is not None).count(True) != 1:
+        raise InputError("mode: give one of --simulate, --live and --url")
+    if record is not None and url is not None:
+        raise InputError("record: a server over HTTP does not tell what its devices do")
+    if plots is not None:
+        import_matplotlib()  # says at once if it is missing
+    with contextlib.ExitStack() as stack:
+        with _as_input_error():
+            for name in policy:
+                get_planner(name)
+            options = SloOptions(
+                grid=grid(**workload),
+                policies=tuple(policy),
+                profile=None if profile is None else read_profile(profile),
+                bound=bound,
+                keep_chunks=record is not None,
+            )
+            system: System
+            if simulate:
+                system = simulated_system(options, devices or DEFAULT_SIMULATED_DEVICES, **simulation or {})
+            elif url is not None:
+                system = HttpSystem(url)
+            else:
+                embedded = EmbeddedSystem(engine or EngineOptions())
+                embedded.check(samples(options.grid))
+                system = stack.enter_context(embedded)
+            _prepare(options, system)
+        results = run(options, system, report=lambda text: print(text, file=sys.stderr, flush=True))
+    made = make_record(command_line, results.rows) | _beside(options, system, results)
+    text = write_record(made, output)
+    if record is not None:
+        write_recordings(record, results.recordings)
+    if plots is not None:
+        draw_attainment(results.rows, plots)
+    print(text if as_json else table(results.rows, results.diagnostics))
+    return made
+
+
+def grid(
+    *,
+    trace: Sequence[Path] = (),
     mix: Sequence[str] = ("uniform",),
     rate: Sequence[float] = (12.0,),
     slo_scale: Sequence[float] = (1.0,),
     seed: Sequence[int] = (11, 12, 13),
-    num_requests: int = 700,
-    num_steps: int = 28,
-    arrivals: Arrivals = "poisson",
+    size: Sequence[str] = (),
+    base_slo: Sequence[float] = (),
     tiers: bool = False,
+    **fields: Any,
+) -> Grid:
+    """The grid that options of the command line describe; `fields`: its other fields by their names."""
+    if size:
+        fields["sizes"] = tuple(parse_size(text) for text in size)
+    return Grid(
+        traces=tuple((path.stem, read_trace(path)) for path in trace),
+        mixes=tuple(mix),
+        rates_per_min=tuple(rate),
+        slo_scales=tuple(slo_scale),
+        seeds=tuple(seed),
+        base_slo_s=tuple(base_slo),
+        with_tiers=tiers,
+        **fields,
+    )
+
+
+def simulated_system(
+    options: SloOptions,
+    num_devices: int,
+    *,
     noise: float = 0.0,
     bias: float = 0.0,
     step_overhead_ms: float = 0.3,
     regroup_ms: float = 0.2,
     lose: Sequence[str] = (),
-    output: Path | None = None,
-    as_json: bool = False,
-) -> dict[str, Any]:
-    """What `tetrion bench slo` does: run, print the table (or one JSON object), write `output`.
-
-    `lose`: "SECONDS:DEVICE" each. Raises InputError for what the caller can put right.
-    """
-    if not simulate:
-        raise InputError("simulate: this version has no live mode; add --simulate")
-    try:
-        options = SloOptions(
-            profile=read_profile(profile),
-            num_devices=devices,
-            policies=tuple(policy),
-            traces=tuple((path.stem, read_trace(path)) for path in trace),
-            mixes=tuple(mix),
-            rates_per_min=tuple(rate),
-            slo_scales=tuple(slo_scale),
-            seeds=tuple(seed),
-            num_requests=num_requests,
-            num_steps=num_steps,
-            arrivals=arrivals,
-            with_tiers=tiers,
-            noise=noise,
-            bias=bias,
-            step_overhead_ms=step_overhead_ms,
-            regroup_ms=regroup_ms,
-            losses=tuple(parse_loss(text) for text in lose),
-        )
-        check(options)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    rows, diagnostics = run(options, report=lambda text: print(text, file=sys.stderr, flush=True))
-    record = make_record(_command_line(options, profile, trace), rows) | {"diagnostics": diagnostics}
-    text = write_record(record, output)
-    print(text if as_json else table(rows, diagnostics))
-    return record
+) -> SimulatedSystem:
+    """Checked simulated devices. `lose`: "SECONDS:DEVICE" each. Raises ValueError."""
+    if options.profile is None:
+        raise InputError("profile: a simulation needs a cost table (--profile)")
+    if options.bound and noise:
+        raise InputError("bound: with noise, times differ from the profile's and no bound holds")
+    system = SimulatedSystem(
+        profile=options.profile,
+        num_devices=num_devices,
+        noise=noise,
+        bias=bias,
+        step_overhead_s=step_overhead_ms / 1e3,
+        regroup_s=regroup_ms / 1e3,
+        losses=tuple(parse_loss(text) for text in lose),
+    )
+    system.check()
+    return system
 
 
 def parse_loss(text: str) -> Loss:
@@ -195,73 +157,42 @@ def parse_loss(text: str) -> Loss:
     return loss
 
 
-def _run_point(options: SloOptions, point: Point, policy: str) -> tuple[Row, Row]:
-    runs = [
-        simulate(
-            trace,
-            profile=options.profile,
-            policy=policy,
-            num_devices=options.num_devices,
-            duration=_disturbance(options, seed),
-            losses=options.losses,
-        )
-        for seed, trace in point.traces
-    ]
-    measured, diagnostics = summarise(runs)
-    row = {
-        "policy": policy,
-        "mode": "sim",
-        "devices": options.num_devices,
-        "mix": point.mix,
-        "rate_per_min": point.rate_per_min,
-        "slo_scale": point.slo_scale,
-        **measured,
-        "joules_per_image": None,
-        "bound": None,
+def _prepare(options: SloOptions, system: System) -> None:
+    """Raises ValueError for a workload that is not possible, before any runs. Warms an embedded engine up."""
+    sizes = set()
+    for point in points(options.grid, system.num_devices, lambda: profile_of(system, options)):
+        for _, trace in point.traces:
+            sizes |= {(request.width, request.height) for request in trace}
+    if isinstance(system, EmbeddedSystem):
+        system.warm_up(sorted(sizes))
+
+
+def _beside(options: SloOptions, system: System, results: Results) -> dict[str, Any]:
+    """What the record says besides its rows."""
+    workload = options.grid
+    return {
+        "diagnostics": results.diagnostics,
+        "workload": {
+            "num_steps": workload.num_steps,
+            "compress": workload.compress,
+            "compressed": None
+            if workload.compress == 1
+            else f"arrival times, steps and what an SLO leaves for denoising ÷ {workload.compress}; rates and SLO"
+            " scales are those before; encode and decode are whole and inside the SLO",
+            "calibrate_slo": workload.calibrate_slo,
+            "arrivals": workload.arrivals,
+            "tiers": workload.with_tiers,
+        },
+        "system": getattr(system, "facts", {}),
     }
-    return row, {"policy": policy, "mix": point.mix, "seeds": [seed for seed, _ in point.traces], **diagnostics}
 
 
-def _disturbance(options: SloOptions, seed: int) -> Disturbance:
-    return Disturbance(
-        seed=seed,
-        noise=options.noise,
-        bias=options.bias,
-        step_overhead_s=options.step_overhead_ms / 1e3,
-        regroup_s=options.regroup_ms / 1e3,
-    )
-
-
-def _scaled(trace: Trace, slo_scale: float) -> Iterator[TraceRequest]:
-    for request in trace:
-        slo_s = None if request.slo_s is None else request.slo_s * slo_scale
-        yield msgspec.structs.replace(request, slo_s=slo_s)
-
-
-def _rate_per_min(trace: Trace) -> float | None:
-    """Mean rate over the trace; None for a single instant."""
-    span_s = trace[-1].arrival_s - trace[0].arrival_s
-    return 60 * (len(trace) - 1) / span_s if span_s > 0 else None
-
-
-def _rate_text(rate_per_min: float | None) -> str:
-    return "all at once" if rate_per_min is None else f"{rate_per_min:.3g}/min"
-
-
-def _command_line(options: SloOptions, profile: Path, traces: Sequence[Path]) -> str:
-    """The command that gives the same rows."""
-    words = ["tetrion bench slo --simulate", f"--profile {profile}", f"--devices {options.num_devices}"]
-    words += [f"--policy {policy}" for policy in options.policies]
-    words += [f"--slo-scale {scale:g}" for scale in options.slo_scales]
-    if traces:
-        words += [f"--trace {path}" for path in traces]
-    else:
-        words += [f"--mix {mix}" for mix in options.mixes]
-        words += [f"--rate {rate:g}" for rate in options.rates_per_min]
-        words += [f"--seed {seed}" for seed in options.seeds]
-        words += [f"--num-requests {options.num_requests}", f"--num-steps {options.num_steps}"]
-        words += [f"--arrivals {options.arrivals}"] + ["--tiers"] * options.with_tiers
-    words += [f"--noise {options.noise:g}", f"--bias {options.bias:g}"]
-    words += [f"--step-overhead-ms {options.step_overhead_ms:g}", f"--regroup-ms {options.regroup_ms:g}"]
-    words += [f"--lose {loss.time_s:g}:{loss.device_id}" for loss in options.losses]
-    return " ".join(words)
+@contextlib.contextmanager
+def _as_input_error() -> Iterator[None]:
+    """A ValueError inside is something that the caller can put right."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None

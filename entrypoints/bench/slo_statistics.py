@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tetrion.entrypoints.bench.simulation import Outcome, SimulatedRun
+from tetrion.engine.planning.profile import Profile
+from tetrion.entrypoints.bench.outcomes import Outcome, Run
 
 Row = dict[str, Any]
 CONFIDENCE_Z = 1.959964
@@ -14,10 +15,15 @@ NUM_RESAMPLES = 1000
 MAX_BLOCK = 20
 
 
-def summarise(runs: Sequence[SimulatedRun]) -> tuple[Row, Row]:
-    """The measured fields of a row, pooled over `runs` (same point, other seeds), and the diagnostics beside it."""
+def summarise(runs: Sequence[Run]) -> tuple[Row, Row]:
+    """The measured fields of a row, pooled over `runs` (same point, other seeds), and the diagnostics beside it.
+
+    `idle_while_runnable`: share of the device time that was idle beside a request that could have run, but for what the
+    policy `held_on_purpose` (see `LoopFigures`).
+    """
     outcomes = [outcome for run in runs for outcome in run.outcomes]
     latencies_s = np.array([outcome.latency_s for outcome in outcomes if outcome.latency_s is not None])
+    loops = [run.loop for run in runs if run.loop is not None]
     decision_ms = 1e3 * np.concatenate([np.array(run.decision_s) for run in runs])
     row: Row = {
         "requests": len(outcomes),
@@ -28,14 +34,18 @@ def summarise(runs: Sequence[SimulatedRun]) -> tuple[Row, Row]:
         "p50_s": _percentile(latencies_s, 50),
         "p95_s": _percentile(latencies_s, 95),
         "p99_s": _percentile(latencies_s, 99),
-        "gpu_s_per_image": sum(outcome.gpu_s for outcome in outcomes) / latencies_s.size if latencies_s.size else None,
+        "gpu_s_per_image": _per_image([run.gpu_s for run in runs], latencies_s.size),
     }
     diagnostics: Row = {
         "attainment_by_seed": [attainment(run.outcomes) for run in runs],
         "weighted_attainment": attainment(outcomes, weighted=True),
         "num_failed": len(outcomes) - latencies_s.size,
         "worst_lateness_s": worst_lateness_s(outcomes),
-        "utilisation": float(np.mean([run.utilisation for run in runs])),
+        "utilisation": _mean([run.utilisation for run in runs]),
+        "idle_while_runnable": _mean([loop.lost_share for loop in loops]),
+        "held_on_purpose": _mean([loop.held_s / loop.device_s for loop in loops if loop.device_s]),
+        "engine_cpu_ms_per_command": _mean([1e3 * loop.cpu_s_per_command for loop in loops]),
+        "max_lag_ms": 1e3 * max(run.max_lag_s for run in runs),
         "num_decisions": int(decision_ms.size),
         "decision_ms": {
             "mean": float(decision_ms.mean()) if decision_ms.size else None,
@@ -83,10 +93,8 @@ def attainment_interval(runs: Sequence[Sequence[Outcome]]) -> tuple[float, float
     blocks = [block for run in met if run.size for block in _blocks(run)]
     if not blocks:
         return None
-    sums, sizes = np.array([block.sum() for block in blocks]), np.array([block.size for block in blocks])
-    low, high = wilson_interval(int(sums.sum()), int(sizes.sum()))
-    chosen = np.random.default_rng(0).integers(0, len(blocks), (NUM_RESAMPLES, len(blocks)))
-    shares = sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
+    low, high = wilson_interval(int(sum(block.sum() for block in blocks)), sum(block.size for block in blocks))
+    shares = _resample(blocks)
     return min(low, float(np.percentile(shares, 2.5))), max(high, float(np.percentile(shares, 97.5)))
 
 
@@ -98,6 +106,39 @@ def wilson_interval(num_met: int, num: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def difference(runs: Sequence[Run], others: Sequence[Run]) -> tuple[float, tuple[float, float]] | None:
+    """Attainment of `runs` minus that of `others` on the same traces, and its 95 % interval by a bootstrap over blocks
+    of neighbouring requests, each request paired with itself. None if no request has an SLO. Deterministic."""
+    blocks = []
+    for run, other in zip(runs, others, strict=True):
+        pairs = zip(run.outcomes, other.outcomes, strict=True)
+        changes = [float(bool(a.is_met)) - float(bool(b.is_met)) for a, b in pairs if a.is_met is not None]
+        blocks += _blocks(np.array(changes)) if changes else []
+    if not blocks:
+        return None
+    shares = _resample(blocks)
+    mean = float(np.concatenate(blocks).mean())
+    return mean, (float(np.percentile(shares, 2.5)), float(np.percentile(shares, 97.5)))
+
+
+def predicted_joules(runs: Sequence[Run], profile: Profile) -> float | None:
+    """Joules per picture of the denoising steps, as the profile's `step_j` has them; None where it lacks one."""
+    total, num = 0.0, 0
+    for outcome in (outcome for run in runs for outcome in run.outcomes if outcome.finished_s is not None):
+        known = profile.classes.get(f"{outcome.request.width}x{outcome.request.height}")
+        if known is None or any(degree not in known.step_j for degree in outcome.degrees):
+            return None
+        total, num = total + sum(known.step_j[degree] for degree in outcome.degrees), num + 1
+    return total / num if num else None
+
+
+def _resample(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """Means over `NUM_RESAMPLES` draws of as many blocks, with replacement."""
+    sums, sizes = np.array([block.sum() for block in blocks]), np.array([block.size for block in blocks])
+    chosen = np.random.default_rng(0).integers(0, len(blocks), (NUM_RESAMPLES, len(blocks)))
+    return sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
+
+
 def _blocks(met: np.ndarray) -> list[np.ndarray]:
     """Consecutive blocks of up to `MAX_BLOCK` requests, at least five of them where there are that many requests."""
     return np.array_split(met, max(min(5, met.size), math.ceil(met.size / MAX_BLOCK)))
@@ -105,3 +146,12 @@ def _blocks(met: np.ndarray) -> list[np.ndarray]:
 
 def _percentile(values: np.ndarray, percent: float) -> float | None:
     return float(np.percentile(values, percent)) if values.size else None
+
+
+def _per_image(totals: Sequence[float | None], num_images: int) -> float | None:
+    return None if None in totals or not num_images else sum(filter(None, totals)) / num_images
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -11,10 +11,12 @@ HEADINGS = (
     ("SLO", 6),
     ("attained", 10),
     ("95 %", 14),
+    ("possible", 16),
     ("worst class", 18),
     ("mean s", 9),
     ("p95 s", 9),
     ("p99 s", 9),
+    ("late s", 8),
     ("GPU-s", 8),
     ("busy", 7),
     ("plan ms", 9),
@@ -23,12 +25,16 @@ HEADINGS = (
 
 
 def table(rows: Sequence[Row], diagnostics: Sequence[Row]) -> str:
-    """One line a row. GPU-s: GPU-seconds per image; busy: utilisation; plan ms: mean and p99 time of a decision."""
-    lines = ["".join(f"{name:<{width}}" for name, width in HEADINGS).rstrip()]
-    for row, beside in zip(rows, diagnostics, strict=True):
-        cells = _cells(row, beside)
-        lines.append("".join(f"{cell:<{width}}" for cell, (_, width) in zip(cells, HEADINGS, strict=True)).rstrip())
-    return "\n".join(lines)
+    """One line a row. possible: the bound, and what share of it the policy attained; late s: by how much the worst
+    request missed its deadline; GPU-s: GPU-seconds per image; busy: utilisation; plan ms: mean and p99 time of a
+    decision. Without bounds that column is left out."""
+    known = any(row["bound"] is not None for row in rows)
+    keep = [i for i, (name, _) in enumerate(HEADINGS) if known or name != "possible"]
+    lines = [
+        [name for name, _ in HEADINGS],
+        *(_cells(row, beside) for row, beside in zip(rows, diagnostics, strict=True)),
+    ]
+    return "\n".join("".join(f"{cells[i]:<{HEADINGS[i][1]}}" for i in keep).rstrip() for cells in lines)
 
 
 def _cells(row: Row, beside: Row) -> list[str]:
@@ -40,15 +46,21 @@ def _cells(row: Row, beside: Row) -> list[str]:
         f"×{row['slo_scale']:g}",
         _number(row["attainment"], ".3f"),
         "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}",
+        _possible(row["bound"], beside["share_of_the_possible"]),
         _worst_class(row["attainment_by_class"]),
         _number(row["mean_s"], ".2f"),
         _number(row["p95_s"], ".2f"),
         _number(row["p99_s"], ".2f"),
+        _number(beside["worst_lateness_s"], ".1f"),
         _number(row["gpu_s_per_image"], ".2f"),
         _number(beside["utilisation"], ".2f"),
         _number(beside["decision_ms"]["mean"], ".3f"),
         _number(beside["decision_ms"]["p99"], ".3f"),
     ]
+
+
+def _possible(bound: float | None, share: float | None) -> str:
+    return "–" if bound is None else f"{bound:.3f} ({_number(share, '.0%')})"
 
 
 def _worst_class(by_class: dict[str, float | None]) -> str:

@@ -19,7 +19,6 @@ Arrivals = Literal["poisson", "gamma", "diurnal"]
 SIZES: tuple[Size, ...] = ((256, 256), (512, 512), (1024, 1024), (2048, 2048))
 BASE_SLO_S: dict[int, tuple[float, ...]] = {8: (1.5, 2.0, 3.0, 5.0), 4: (1.5, 2.5, 5.0, 10.0)}
 """Devices -> seconds for each of `SIZES`, as published for TetriServe (8 GPUs) and scaled for half the devices."""
-LARGEST_TOKENS = 16384
 MIXES = ("uniform", "skewed")
 
 
@@ -55,14 +54,16 @@ INTERACTIVE_AND_BATCH = (
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """What a trace is drawn from.
 
-    `mix`: "uniform", "skewed" (p ∝ exp(tokens / 16384), towards large pictures). `base_slo_s`: seconds for each of
-    `SIZES`. `burstiness`: coefficient of variation of gamma inter-arrival times (1 is Poisson). `period_s` and `swing`:
-    a diurnal rate of `rate_per_min` × (1 − swing × cos(2π t / period_s)). `tiers`: none is one tier at ×1.
+    `mix`: "uniform", "skewed" (p ∝ exp(tokens / those of the largest size), towards large pictures). `base_slo_s`:
+    seconds for each of `sizes`. `burstiness`: coefficient of variation of gamma inter-arrival times (1 is Poisson).
+    `period_s` and `swing`: a diurnal rate of `rate_per_min` × (1 − swing × cos(2π t / period_s)). `tiers`: none is one
+    tier at ×1.
     """
 
     rate_per_min: float
     num_requests: int
     base_slo_s: tuple[float, ...]
+    sizes: tuple[Size, ...] = SIZES
     num_steps: int = 28
     mix: str = "uniform"
     slo_scale: float = 1.0
@@ -82,7 +83,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
             ("period_s", self.period_s > 0, "above 0"),
             ("swing", 0 <= self.swing <= 1, "from 0 to 1"),
             ("mix", self.mix in MIXES, f"one of {', '.join(MIXES)}"),
-            ("base_slo_s", len(self.base_slo_s) == len(SIZES), f"one value for each of {len(SIZES)} sizes"),
+            ("base_slo_s", len(self.base_slo_s) == len(self.sizes), f"one value for each of {len(self.sizes)} sizes"),
+            ("base_slo_s", all(slo_s > 0 for slo_s in self.base_slo_s), "above 0"),
+            ("sizes", len(self.sizes) >= 1, "at least one"),
             ("tiers", all(tier.share > 0 for tier in self.tiers), "of shares above 0"),
         )
         for field, is_fine, expected in bounds:
@@ -99,13 +102,13 @@ def make_trace(workload: Workload, seed: int) -> Trace:
     """Draw a trace; same workload and seed, same trace."""
     draw, num = np.random.default_rng(seed), workload.num_requests
     arrivals_s = _arrivals(workload, draw)
-    classes = draw.choice(len(SIZES), num, p=class_shares(workload.mix))
+    classes = draw.choice(len(workload.sizes), num, p=class_shares(workload.mix, workload.sizes))
     tiers = workload.tiers or (Tier(name="all", share=1.0),)
     shares = np.array([tier.share for tier in tiers])
     chosen = draw.choice(len(tiers), num, p=shares / shares.sum()) if len(tiers) > 1 else np.zeros(num, int)
     trace = []
     for arrival_s, size, tier in zip(arrivals_s.tolist(), classes.tolist(), chosen.tolist(), strict=True):
-        width, height = SIZES[size]
+        width, height = workload.sizes[size]
         trace.append(
             TraceRequest(
                 arrival_s=arrival_s,
@@ -119,12 +122,13 @@ def make_trace(workload: Workload, seed: int) -> Trace:
     return tuple(trace)
 
 
-def class_shares(mix: str) -> np.ndarray:
-    """Probability of each of `SIZES`."""
+def class_shares(mix: str, sizes: Sequence[Size] = SIZES) -> np.ndarray:
+    """Probability of each size."""
     if mix == "uniform":
-        return np.full(len(SIZES), 1 / len(SIZES))
+        return np.full(len(sizes), 1 / len(sizes))
     if mix == "skewed":
-        worth = np.exp(np.array([(width // 16) * (height // 16) for width, height in SIZES]) / LARGEST_TOKENS)
+        tokens = np.array([(width // 16) * (height // 16) for width, height in sizes])
+        worth = np.exp(tokens / tokens.max())
         return worth / worth.sum()
     raise ValueError(f"mix: must be one of {', '.join(MIXES)}, got {mix!r}")
 

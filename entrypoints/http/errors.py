@@ -7,11 +7,14 @@ import msgspec
 from starlette.responses import Response
 
 
-class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """OpenAI's four fields. `earliest_slo_ms` is beside them only where a deadline was refused: one that can be met."""
+
     message: str
     type: str
     param: str | None
     code: str | None
+    earliest_slo_ms: float | None = None
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,10 +34,13 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
         should_retry: bool | None = None,
+        earliest_slo_ms: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.detail = ErrorDetail(message=message, type=_type_of(status), param=param, code=code)
+        self.detail = ErrorDetail(
+            message=message, type=_type_of(status), param=param, code=code, earliest_slo_ms=earliest_slo_ms
+        )
         self.headers: dict[str, str] = {}
         if retry_after_s is not None:
             self.headers["retry-after"] = str(retry_after_s)

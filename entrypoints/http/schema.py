@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.request import ImageRequest, ImageResult, RequestError
 from tetrion.entrypoints.arguments import checked_prompt, parse_size
 from tetrion.entrypoints.errors import InputError
@@ -22,7 +23,7 @@ ResponseQuality = Literal["low", "medium", "high", "xhigh", "max"]
 
 
 class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /v1/images/generations`. None means the default of the model or of the API."""
+    """`POST /v1/images/generations`. None means the default of the model or of the API. `user`: the engine's tenant."""
 
     prompt: str
     n: Annotated[int, Meta(ge=1, le=10)] | None = None
@@ -38,6 +39,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: float | None = None
     slo_ms: float | None = None
     priority: int | None = None
+    user: str | None = None
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -56,6 +58,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     denoise_s: float
     decode_s: float
     slo_met: bool | None = None
+    energy: Receipt
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +119,7 @@ def to_requests(body: GenerationBody, seed: int) -> list[ImageRequest]:
             seed=seed + i,
             slo_ms=body.slo_ms,
             priority=body.priority or 0,
+            tenant=body.user or "",
         )
         for i in range(body.n or 1)
     ]
@@ -144,6 +148,7 @@ def describe_picture(result: ImageResult, *, b64_json: str | None = None, url: s
         denoise_s=result.denoise_s,
         decode_s=result.decode_s,
         slo_met=result.slo_met,
+        energy=result.energy,
     )
 
 

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from tetrion.engine.request import (
+    DeadlineUnmeetable,
     EngineOverloaded,
     GenerationError,
     ImageRequest,
@@ -124,6 +125,8 @@ class ImageService:
             match error:
                 case RequestError():
                     raise schema.invalid_request(error, body) from None
+                case DeadlineUnmeetable():
+                    raise _deadline_unmeetable(error) from None
                 case EngineOverloaded():
                     raise _overloaded(error, has_deadline=body.slo_ms is not None) from None
                 case GenerationError():
@@ -237,6 +240,18 @@ def _max_encoded_bytes(request: ImageRequest) -> int:
     """More than a picture of this request can take in any format: noise in a PNG takes its raw size and a little."""
     raw_bytes = 3 * (request.width or 0) * (request.height or 0)
     return raw_bytes * 5 // 4 + 4 * len(request.prompt) + 16_384
+
+
+def _deadline_unmeetable(error: DeadlineUnmeetable) -> ApiError:
+    """The same deadline would be refused again: the client is told which one would not."""
+    return ApiError(
+        429,
+        f"The deadline cannot be met: {error}",
+        param="slo_ms",
+        code="deadline_unmeetable",
+        should_retry=False,
+        earliest_slo_ms=error.earliest_slo_ms,
+    )
 
 
 def _overloaded(error: EngineOverloaded, has_deadline: bool) -> ApiError:

@@ -15,6 +15,7 @@ import pytest
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
 from tetrion.engine.request import (
+    DeadlineUnmeetable,
     EngineOverloaded,
     GenerationError,
     ImageRequest,
@@ -152,6 +153,8 @@ class FakeEngine:
         resolved = resolve_request(request, self.spec, len(self.devices))
         if "full" in resolved.prompt:
             raise EngineOverloaded("4096 requests are queued")
+        if "hopeless" in resolved.prompt:
+            raise DeadlineUnmeetable(slo_ms=resolved.slo_ms or 0.0, earliest_slo_ms=1234.0)
         resolved = msgspec.structs.replace(resolved, request_id=f"r{len(self.handles)}")
         self.handles.append(FakeHandle(resolved))
         return self.handles[-1]

@@ -70,6 +70,7 @@ def test_every_line_becomes_a_picture(tetrion: Tetrion, write: Callable[..., Pat
     first = by_id["a.1"]
     assert (first["line"], first["status"], first["file"], first["seed"]) == (1, "finished", "a.1.png", 7)
     assert first["degrees"] == [1, 2, 2] and first["latency_s"] == 0.5 and first["slo_met"] is True
+    assert first["energy"]["active_j"] is None and first["energy"]["reasons"]["active_j"]
     assert by_id["3"]["seed"] == seed_of_id("3") and by_id["3"]["line"] == 3
     assert "3 drawn, 0 already there, 0 failed" in capsys.readouterr().out
 

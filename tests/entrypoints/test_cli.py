@@ -11,7 +11,7 @@ import pytest
 
 from tests.entrypoints.conftest import FakeFactory
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.request import GenerationError
+from tetrion.engine.request import DeadlineUnmeetable, GenerationError
 from tetrion.engine.transport.segment import SharedMemoryError
 from tetrion.entrypoints.cli import run
 
@@ -46,6 +46,9 @@ def error_of(capture: Capture) -> str:
         (["--devices", "cpu:0"], "devices: expected cpu:N with N from 1 to 64"),
         (["--devices", "tpu"], "devices: expected cpu:N"),
         (["--num-threads", "0"], "--num-threads"),
+        (["--planner", "rescue"], "planner: expected KEY=VALUE"),
+        (["--planner", "drop=largest"], "planner.drop: "),
+        (["--planner", 'tenant_weights={"gold": 0}'], "planner.tenant_weights"),
         (["--num-steps", "many"], "--num-steps"),
         (["--prompts", "missing.txt"], "prompts: cannot read 'missing.txt'"),
     ],
@@ -86,6 +89,11 @@ def test_unwritable_output_is_known_before_the_engine_starts(
     ("error", "exit_code", "says"),
     [
         (GenerationError("worker 0 did not start"), 1, "generation failed: worker 0 did not start"),
+        (
+            DeadlineUnmeetable(5.0, 900.0),
+            1,
+            "deadline cannot be met: slo_ms: 5 cannot be met now, the earliest",
+        ),
         (SharedMemoryError("slab-0", 9, 3, "MemAvailable"), 2, "wanted 9 bytes, 3 bytes are available"),
         (OSError(24, "Too many open files"), 1, "Too many open files"),
     ],
@@ -121,6 +129,15 @@ def test_ctrl_c_is_130(tetrion: Tetrion, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("tetrion.entrypoints.session.run_async", interrupt)
     assert tetrion("generate", "a red circle", "--output", tmp_path) == 130
     assert "interrupted" in error_of(capsys)
+
+
+def test_the_planners_settings_reach_the_engine(tetrion: Tetrion, factory: FakeFactory, tmp_path: Path) -> None:
+    settings = ("admission=reject-hopeless", "rescue=false", 'tenant_weights={"gold": 4}', "chunk_s=0.2")
+    arguments = [word for setting in settings for word in ("--planner", setting)]
+    assert tetrion("generate", "a red circle", "--policy", "fixed-1", *arguments, "--output", tmp_path) == 0
+    planner = factory.last.config.planner
+    assert (planner.policy, planner.admission, planner.rescue) == ("fixed-1", "reject-hopeless", False)
+    assert (planner.tenant_weights, planner.chunk_s) == ({"gold": 4.0}, 0.2)
 
 
 def test_unknown_command_and_option(tetrion: Tetrion, capsys: Capture) -> None:

@@ -40,7 +40,7 @@ def share_of(image: np.ndarray, colour: tuple[int, int, int]) -> float:
 def test_a_prompt_becomes_its_picture(tmp_path: Path) -> None:
     (image,) = generate(tmp_path, "a large red circle on a navy background", "--seed", 7, "--devices", "cpu:2")
     picture = np.asarray(Image.open(image["file"]))
-    assert picture.shape == (256, 256, 3) and len(image["degrees"]) == image["num_steps"] == 12
+    assert picture.shape == (256, 256, 3) and len(image["degrees"]) == image["num_steps"] == 16
     expected = np.pi / 4 * 0.45**2
     assert share_of(picture, (0xE5, 0x39, 0x35)) == pytest.approx(expected, rel=0.35)
     assert share_of(picture, (0x0D, 0x1B, 0x4C)) == pytest.approx(1 - expected, rel=0.1)

@@ -60,6 +60,7 @@ def test_json_is_one_object_with_everything(tetrion: Tetrion, tmp_path: Path, ca
     assert image["seed"] == 3 and image["degrees"] == [1, 2, 2, 2] and image["degrees_compact"] == "1×1 2×3"
     assert (image["width"], image["height"], image["num_steps"]) == (256, 256, 4)
     assert image["latency_s"] == 0.5 and image["slo_met"] is False and Path(image["file"]).is_file()
+    assert image["energy"]["active_j"] is None and image["energy"]["reasons"]["active_j"]
 
 
 def test_nothing_is_overwritten(tetrion: Tetrion, tmp_path: Path, capsys: Capture) -> None:

@@ -5,7 +5,8 @@ import pytest
 
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.simulated import Disturbance
-from tetrion.entrypoints.bench.simulation import Loss, SimulatedRun, simulate
+from tetrion.entrypoints.bench.outcomes import Run
+from tetrion.entrypoints.bench.simulation import Loss, simulate
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest, Workload, base_slo_s, make_trace
 
 PROFILE = msgspec.convert(
@@ -54,7 +55,7 @@ def test_every_request_of_a_trace_finishes(policy: str) -> None:
     assert 0 < run.utilisation <= 1 and len(run.decision_s) >= 40
 
 
-def noisy(seed: int, policy: str = "horizon") -> SimulatedRun:
+def noisy(seed: int, policy: str = "horizon") -> Run:
     return simulate(
         trace(),
         profile=PROFILE,

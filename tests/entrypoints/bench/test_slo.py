@@ -1,11 +1,11 @@
-"""`tetrion bench slo --simulate`: rows, statistics, table, errors."""
+"""`tetrion bench slo`: rows, statistics, table, errors, in simulation."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tetrion.entrypoints.bench.simulation import Outcome
+from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.slo import command, parse_loss
 from tetrion.entrypoints.bench.slo_statistics import (
     attainment,
@@ -73,6 +73,7 @@ def test_one_line_does_one_point(
 
 def grid(profile: Path) -> dict[str, object]:
     return command(
+        simulate=True,
         profile=profile,
         devices=4,
         policy=["horizon", "fixed-1"],
@@ -81,7 +82,7 @@ def grid(profile: Path) -> dict[str, object]:
         slo_scale=[1.0, 3.0],
         seed=[1, 2],
         num_requests=12,
-        noise=0.05,
+        simulation={"noise": 0.05},
     )
 
 
@@ -101,44 +102,86 @@ def test_a_grid_has_a_row_for_each_policy_mix_rate_and_scale_and_repeats(
 
 
 def test_slo_scale_stretches_the_deadlines_of_a_trace_file(profile: Path, trace: Path) -> None:
-    record = command(profile=profile, trace=[trace], devices=1, slo_scale=[0.01, 1000.0])
+    record = command(simulate=True, profile=profile, trace=[trace], devices=1, slo_scale=[0.01, 1000.0])
     assert [row["attainment"] for row in record["rows"]] == [0.0, 1.0]
 
 
-def test_the_recorded_command_names_everything(profile: Path) -> None:
+def test_policies_are_compared_request_by_request_with_the_first(profile: Path) -> None:
     record = command(
-        profile=profile, devices=2, seed=[5], num_requests=4, lose=["3:1"], tiers=True, arrivals="gamma", bias=0.1
+        simulate=True, profile=profile, devices=4, policy=["horizon", "fixed-1"], rate=[30.0], num_requests=60
     )
-    for words in ("--devices 2", "--seed 5", "--num-requests 4", "--lose 3:1", "--tiers", "gamma", "--bias 0.1"):
-        assert words in record["command"]
+    (ours, theirs), (first, second) = record["rows"], record["diagnostics"]
+    assert first["difference"] is None and second["difference"]["to"] == "horizon"
+    low, high = second["difference"]["ci95"]
+    assert second["difference"]["attainment"] == pytest.approx(theirs["attainment"] - ours["attainment"])
+    assert low <= second["difference"]["attainment"] <= high < 0
+
+
+def test_the_bound_stands_beside_every_policy(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"simulate": True, "profile": profile, "devices": 4, "rate": [30.0], "num_requests": 40, "seed": [1, 2]}
+    record = command(**options, policy=["horizon", "fixed-1"], bound=True)  # type: ignore[arg-type]
+    bounds = {row["bound"] for row in record["rows"]}
+    assert len(bounds) == 1 and all(row["attainment"] <= row["bound"] for row in record["rows"])
+    shares = [beside["share_of_the_possible"] for beside in record["diagnostics"]]
+    assert shares == [pytest.approx(row["attainment"] / row["bound"]) for row in record["rows"]]
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "possible" in head and all(f"{share:.0%}" in line for share, line in zip(shares, lines, strict=True))
+
+
+def test_first_takes_a_prefix_and_compression_is_recorded(profile: Path) -> None:
+    options = {"simulate": True, "profile": profile, "seed": [1], "num_requests": 40}
+    whole, cut = command(**options), command(**options, first=10, compress=4)  # type: ignore[arg-type]
+    assert (whole["rows"][0]["requests"], cut["rows"][0]["requests"]) == (40, 10)
+    assert cut["workload"]["compress"] == 4 and "÷ 4" in cut["workload"]["compressed"]
+    assert whole["workload"]["compressed"] is None
+    assert cut["rows"][0]["gpu_s_per_image"] < 0.5 * whole["rows"][0]["gpu_s_per_image"]
+
+
+def test_joules_are_predicted_where_the_profile_has_them(tmp_path: Path, trace: Path) -> None:
+    cost = {"step_ms": {"1": 10.0}, "step_j": {"1": 3.0}, "encode_ms": 5, "decode_ms": 5}
+    sizes = ("256x256", "512x512", "1024x1024", "2048x2048")
+    path = tmp_path / "J.json"
+    path.write_text(json.dumps({"heads": 24, "classes": dict.fromkeys(sizes, cost)}))
+    (row,), (beside,) = (command(simulate=True, profile=path, trace=[trace])[k] for k in ("rows", "diagnostics"))
+    assert row["joules_per_image"] == pytest.approx(28 * 3.0) and "predicted" in beside["notes"]["joules_per_image"]
+    path.write_text(json.dumps({"heads": 24, "classes": dict.fromkeys(sizes[:3], cost)}))
+    (row,), (beside,) = (command(simulate=True, profile=path, trace=[trace])[k] for k in ("rows", "diagnostics"))
+    assert row["joules_per_image"] is None and "no step_j" in beside["notes"]["joules_per_image"]
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"simulate": False}, "simulate: this version has no live mode"),
-        ({"devices": 0}, "devices: must be from 1 to 1024, got 0"),
+        ({"simulate": False}, "mode: give one of --simulate, --live and --url"),
+        ({"live": True}, "mode: give one of --simulate, --live and --url"),
+        ({"profile": None}, "profile: a simulation needs a cost table"),
+        ({"devices": 1025}, "devices: must be from 1 to 1024, got 1025"),
         ({"policy": ["horizn"]}, "policy: expected one of horizon, .*'horizn'"),
         ({"mix": ["even"]}, "mix: must be one of uniform, skewed, got 'even'"),
         ({"rate": [0.0]}, "rate_per_min: must be above 0"),
-        ({"noise": -1.0}, "noise: must be at least 0"),
-        ({"lose": ["soon"]}, "lose: expected SECONDS:DEVICE .*'soon'"),
-        ({"lose": ["1:9"]}, "lose: device must be from 0 to 7, got 9"),
+        ({"simulation": {"noise": -1.0}}, "noise: must be at least 0"),
+        ({"simulation": {"noise": 0.1}, "bound": True}, "bound: with noise"),
+        ({"simulation": {"lose": ["soon"]}}, "lose: expected SECONDS:DEVICE .*'soon'"),
+        ({"simulation": {"lose": ["1:9"]}}, "lose: device must be from 0 to 7, got 9"),
         ({"slo_scale": [0.0]}, "slo_scale: must be above 0"),
+        ({"size": ["256"]}, "size: expected WIDTHxHEIGHT"),
+        ({"size": ["256x256"]}, "base_slo: sizes other than the published ones need a base SLO each"),
+        ({"size": ["256x256"], "base_slo": [1.0, 2.0]}, "base_slo_s: must be one value for each of 1 sizes"),
+        ({"compress": 5}, "compress: 28 steps cannot be divided by 5"),
     ],
 )
 def test_bad_input_is_one_line(profile: Path, options: dict[str, object], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        command(**({"profile": profile, "num_requests": 4} | options))  # type: ignore[arg-type]
+        command(**({"simulate": True, "profile": profile, "num_requests": 4} | options))  # type: ignore[arg-type]
 
 
 def test_a_bad_file_is_named(profile: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"arrival_s": 0, "width": 256, "height": 256, "num_steps": 0}\n')
     with pytest.raises(InputError, match=r"bad\.jsonl: line 1: num_steps: Expected"):
-        command(profile=profile, trace=[tmp_path / "bad.jsonl"])
+        command(simulate=True, profile=profile, trace=[tmp_path / "bad.jsonl"])
     profile.write_text('{"heads": 24, "classes": {}}')
     with pytest.raises(InputError, match=r"P\.json: profile: classes"):
-        command(profile=profile)
+        command(simulate=True, profile=profile)
 
 
 def test_losses_are_parsed() -> None:

@@ -118,6 +118,8 @@ async def test_the_body_is_strictly_of_the_clients_own_type(served: Served, body
 async def test_each_picture_has_a_receipt(served: Served) -> None:
     (picture,) = (await served.post(seed=5, slo_ms=100, num_inference_steps=3)).json()["data"]
     assert picture.pop("b64_json")
+    energy = picture.pop("energy")
+    assert energy["active_j"] is None and energy["method"] == "none" and energy["reasons"]["active_j"]
     assert picture == {
         "request_id": "r0",
         "seed": 5,
@@ -299,6 +301,22 @@ async def test_the_clients_errors_are_filled_in(served: Served) -> None:
             await client.models.retrieve("dall-e-9")
     assert (bad.value.param, bad.value.type, bad.value.code) == ("n", "invalid_request_error", "invalid_value")
     assert full.value.code == "engine_overloaded" and bad.value.request_id
+
+
+async def test_a_hopeless_deadline_is_refused_with_one_that_is_not(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        with pytest.raises(openai.RateLimitError) as refused:
+            await client.images.generate(prompt="hopeless", extra_body={"slo_ms": 5}, user="gold")
+    error = refused.value
+    assert (error.param, error.code) == ("slo_ms", "deadline_unmeetable") and "slo_ms: 5 cannot be met" in error.message
+    assert error.body["earliest_slo_ms"] == 1234.0  # type: ignore[index]
+    assert error.response.headers["x-should-retry"] == "false"
+
+
+async def test_the_user_is_the_tenant(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        await client.images.generate(prompt="a star", user="gold")
+    assert served.engine.handles[-1].request.tenant == "gold"
 
 
 async def test_models_health_and_ready(served: Served) -> None:

@@ -1,0 +1,52 @@
+"""Workloads fitted to a machine: base SLOs from what it costs there, and the same load in a fraction of the time.
+
+Pure functions of traces and a cost table.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from tetrion.engine.planning.degrees import usable_degrees
+from tetrion.engine.planning.profile import Profile
+from tetrion.entrypoints.bench.simulation import simulated_spec
+from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
+
+SLO_HEADROOM = 1.1
+"""The largest picture alone on all devices takes its base SLO divided by this."""
+
+
+def calibrated_slo_s(
+    base_slo_s: Sequence[float], sizes: Sequence[Size], num_steps: int, profile: Profile, num_devices: int
+) -> tuple[float, ...]:
+    """`base_slo_s` times one factor, so that the largest size, alone on the machine at its quickest degree, takes 1/1.1
+    of its SLO: with base SLOs for another GPU, deadlines here are as tight as they were there."""
+    largest = max(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1])
+    cost = profile.cost(*sizes[largest])
+    degrees = usable_degrees(cost, simulated_spec(profile).legal_degrees(num_devices), num_devices)
+    alone_s = cost.encode_s + num_steps * min(cost.step_s(degree) for degree in degrees) + cost.decode_s
+    factor = SLO_HEADROOM * alone_s / base_slo_s[largest]
+    return tuple(slo_s * factor for slo_s in base_slo_s)
+
+
+def compress(trace: Trace, factor: int, profile: Profile) -> Trace:
+    """The trace with arrival times, steps and the part of each SLO that is left for denoising divided by `factor`.
+
+    Encode and decode stay whole and inside the SLO: SLO' = encode + decode + (SLO − encode − decode) / factor. Beside
+    the denoising they weigh `factor` times as much as before. Raises ValueError where steps cannot be divided.
+    """
+    if factor < 1:
+        raise ValueError(f"compress: must be at least 1, got {factor}")
+    return tuple(_compressed(request, factor, profile) for request in trace)
+
+
+def _compressed(request: TraceRequest, factor: int, profile: Profile) -> TraceRequest:
+    if request.num_steps % factor:
+        raise ValueError(f"compress: {request.num_steps} steps cannot be divided by {factor}")
+    slo_s = request.slo_s
+    if slo_s is not None:
+        aux_s = profile.encode_s(request.width, request.height) + profile.decode_s(request.width, request.height)
+        slo_s = aux_s + (slo_s - aux_s) / factor
+    return msgspec.structs.replace(
+        request, arrival_s=request.arrival_s / factor, num_steps=request.num_steps // factor, slo_s=slo_s
+    )

@@ -1,0 +1,175 @@
+"""Measuring energy on a running engine: windows of a sweep, and arrivals in an open loop.
+
+Counted is what all GPUs of the engine take between two moments, idle ones included. Encoding a picture as PNG is not
+part of it. Knows the engine and a meter's windows, prints nothing.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from tetrion.engine.api import AsyncEngine
+from tetrion.engine.energy.windows import EnergyWindows, WindowEnergy
+from tetrion.engine.gpu_facts import gpu_facts
+from tetrion.engine.request import EngineOverloaded, GenerationError, ImageRequest
+from tetrion.entrypoints.bench.energy_points import (
+    MIN_WINDOWS,
+    EnergyPoint,
+    SweepOptions,
+    interval,
+    is_settled,
+    pictures_per_lane,
+    shuffled,
+)
+from tetrion.entrypoints.bench.live import HEAD_START_S, open_loop
+from tetrion.entrypoints.bench.simulation import as_image_request, prompt_of
+from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
+
+Report = Callable[[str], None]
+WARM_SHARE = 0.2
+"""Of an open loop's arrivals: its steady state begins with the first one after these."""
+NO_WINDOW = "no window was measured before the budget ended"
+
+
+class MeasuredWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """`num_images` drawn in `energy.seconds`; `gpus`: their facts (temperature, clocks, …) at the end."""
+
+    energy: WindowEnergy
+    num_images: int
+    latencies_s: tuple[float, ...]
+    gpus: list[dict[str, Any]]
+
+    @property
+    def joules_per_image(self) -> float | None:
+        return None if self.energy.total_j is None else self.energy.total_j / self.num_images
+
+
+class PointResult(msgspec.Struct, frozen=True, kw_only=True):
+    point: EnergyPoint
+    windows: tuple[MeasuredWindow, ...]
+
+
+class SteadyState(msgspec.Struct, frozen=True, kw_only=True):
+    """What an open loop took between `from_s` and `to_s` of the trace, and the pictures that were finished then."""
+
+    from_s: float
+    to_s: float
+    window: MeasuredWindow
+    num_requests: int
+
+
+class EnergyBench:
+    def __init__(self, engine: AsyncEngine, windows: EnergyWindows, report: Report = lambda _: None) -> None:
+        self._engine, self._windows, self._report = engine, windows, report
+        self._number = 0
+
+    async def idle(self, options: SweepOptions) -> WindowEnergy:
+        """What the GPUs take with the model loaded and nothing to do."""
+        await asyncio.sleep(options.cool_s)
+        self._windows.begin()
+        await asyncio.sleep(options.window_s)
+        return self._windows.end()
+
+    async def sweep(self, points: Sequence[EnergyPoint], options: SweepOptions) -> list[PointResult]:
+        """Rounds of one window each, in random order, until every interval is narrow or the budget is over."""
+        end_s = time.monotonic() + options.budget_s
+        alone_s = {}
+        for point in points:
+            self._report(f"warm-up: {point.text}")
+            await self._lane(point, 1)
+            alone_s[point] = (await self._lane(point, 1))[0]
+        measured: dict[EnergyPoint, list[MeasuredWindow]] = {point: [] for point in points}
+        open_points, round_number = list(points), 0
+        while open_points and time.monotonic() < end_s:
+            for point in shuffled(open_points, options, round_number):
+                if time.monotonic() >= end_s:
+                    break
+                measured[point].append(await self._window(point, pictures_per_lane(options, alone_s[point]), options))
+                self._report(f"{point.text}: {_text(measured[point])}")
+            open_points = [point for point in open_points if not _is_done(measured[point], options)]
+            round_number += 1
+        return [PointResult(point=point, windows=tuple(windows)) for point, windows in measured.items()]
+
+    async def arrivals(self, trace: Trace) -> SteadyState:
+        """A trace in an open loop. Its steady state, by this rule: from the first arrival after `WARM_SHARE` of all
+        until the last arrival; a picture counts if it was finished within."""
+        first, last = trace[int(WARM_SHARE * len(trace))].arrival_s, trace[-1].arrival_s
+        zero_s = time.monotonic() + HEAD_START_S
+        metering = asyncio.create_task(self._between(zero_s + first, zero_s + last))
+        finished, _ = await open_loop(trace, zero_s, self._draw_traced)
+        energy = await metering
+        latencies_s = [
+            time_s - request.arrival_s
+            for request, (time_s, _) in zip(trace, finished, strict=True)
+            if time_s is not None and first <= time_s <= last
+        ]
+        window = MeasuredWindow(
+            energy=energy, num_images=len(latencies_s), latencies_s=tuple(latencies_s), gpus=gpu_facts()
+        )
+        return SteadyState(from_s=first, to_s=last, window=window, num_requests=len(trace))
+
+    async def _between(self, start_s: float, end_s: float) -> WindowEnergy:
+        await asyncio.sleep(start_s - time.monotonic())
+        self._windows.begin()
+        await asyncio.sleep(end_s - time.monotonic())
+        return self._windows.end()
+
+    async def _window(self, point: EnergyPoint, num_per_lane: int, options: SweepOptions) -> MeasuredWindow:
+        await asyncio.sleep(options.cool_s)
+        self._windows.begin()
+        lanes = await asyncio.gather(*(self._lane(point, num_per_lane) for _ in range(point.in_flight)))
+        energy = self._windows.end()
+        latencies_s = tuple(latency_s for lane in lanes for latency_s in lane)
+        return MeasuredWindow(
+            energy=energy, num_images=len(latencies_s), latencies_s=latencies_s, gpus=await asyncio.to_thread(gpu_facts)
+        )
+
+    async def _lane(self, point: EnergyPoint, num_images: int) -> list[float]:
+        """Pictures one after the other; the latency of each."""
+        latencies_s = []
+        for _ in range(num_images):
+            self._number += 1
+            result = await self._engine.generate(
+                ImageRequest(
+                    prompt=prompt_of(self._number),
+                    width=point.width,
+                    height=point.height,
+                    num_steps=point.num_steps,
+                    seed=self._number,
+                    force_degrees=(point.degree,),
+                )
+            )
+            latencies_s.append(result.latency_s)
+        return latencies_s
+
+    async def _draw_traced(self, request: TraceRequest, number: int) -> tuple[int, ...] | None:
+        try:
+            return (await self._engine.generate(as_image_request(request, number))).degrees
+        except (EngineOverloaded, GenerationError):
+            return None
+
+
+def joules(windows: Sequence[MeasuredWindow]) -> tuple[float | None, tuple[float, float] | None, str]:
+    """Mean joules a picture over windows, its interval, and why they are None."""
+    if not windows:
+        return None, None, NO_WINDOW
+    known = [window.joules_per_image for window in windows]
+    if None in known:
+        return None, None, next(window.energy.reason for window in windows if window.joules_per_image is None)
+    return *interval([value for value in known if value is not None]), ""
+
+
+def _is_done(windows: Sequence[MeasuredWindow], options: SweepOptions) -> bool:
+    """Without joules there is nothing to narrow: the least number of windows does."""
+    known = [window.joules_per_image for window in windows if window.joules_per_image is not None]
+    return len(windows) >= MIN_WINDOWS and (len(known) < len(windows) or is_settled(known, options.target))
+
+
+def _text(windows: Sequence[MeasuredWindow]) -> str:
+    mean, ci95, reason = joules(windows)
+    if mean is None:
+        return f"window {len(windows)}, no joules: {reason}"
+    return f"window {len(windows)}, {mean:.1f} J" + (f" ± {100 * (ci95[1] / mean - 1):.1f} %" if ci95 else "")

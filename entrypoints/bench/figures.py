@@ -1,0 +1,35 @@
+"""Matplotlib for benchmarks: imported only when something is drawn, without a display, in one style."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from tetrion.entrypoints.errors import InputError
+
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+}
+
+
+def import_matplotlib() -> Any:
+    """The `matplotlib` module in our style, drawing into files. Raises InputError where it is not installed."""
+    try:
+        matplotlib: Any = importlib.import_module("matplotlib")
+    except ImportError:
+        raise InputError("plots: need matplotlib; install it with pip install 'tetrion[bench]'") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(STYLE)
+    return matplotlib
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the figure as PNG, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")

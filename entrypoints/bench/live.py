@@ -1,0 +1,222 @@
+"""Traces on a real engine, embedded in this process, or on a server over HTTP.
+
+Requests are submitted at their times on the wall clock whatever has become of those before (open loop). Latency is
+counted from the time in the trace, so a load generator that falls behind makes figures worse, never better.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Self
+
+import msgspec
+
+from tetrion.engine.api import AsyncEngine
+from tetrion.engine.event_loop import new_event_loop
+from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.request import (
+    EngineOverloaded,
+    GenerationError,
+    ImageRequest,
+    RequestCancelled,
+    RequestError,
+    resolve_request,
+)
+from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
+from tetrion.entrypoints.bench.recording import Recorder
+from tetrion.entrypoints.bench.simulation import as_image_request, prompt_of
+from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
+from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.session import EngineOptions, open_engine
+
+HEAD_START_S = 0.1
+"""From the start of a run to time 0 of its trace."""
+WARM_STEPS = 4
+Answer = tuple[int, ...] | None
+"""The degrees of a finished request's steps, None if it failed."""
+
+
+class EmbeddedSystem:
+    """An engine in this process. A context manager. One start serves all policies: the recorder exchanges the policy
+    while nothing runs, so that all of them meet the same workers, weights and (ever better corrected) cost table."""
+
+    mode: Mode = "live"
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Raises InputError for what is wrong with `options`; starts nothing."""
+        self.recorder = Recorder()
+        self._engine = open_engine(options, lambda config: AsyncEngine(config, instrument=self.recorder))
+        self._runner = asyncio.Runner(loop_factory=new_event_loop)
+
+    def __enter__(self) -> Self:
+        try:
+            self._runner.run(self._engine.start())
+        except BaseException:
+            self._runner.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._runner.run(self._engine.close())
+        finally:
+            self._runner.close()
+
+    @property
+    def num_devices(self) -> int:
+        return len(self._engine.devices)
+
+    @property
+    def profile(self) -> Profile:
+        """The cost table as corrected so far."""
+        return self._engine.stats().profile
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a recording says of the engine."""
+        config = self._engine.config
+        return {
+            "model": self._engine.spec.name,
+            "devices": [device.name for device in self._engine.devices],
+            "max_inflight": config.max_inflight,
+        }
+
+    def check(self, trace: Trace) -> None:
+        """Raises InputError for a request that the model does not draw."""
+        for number, request in enumerate(trace):
+            try:
+                resolve_request(as_image_request(request, number), self._engine.spec, self.num_devices)
+            except RequestError as error:
+                raise InputError(f"trace: request {number + 1}: {error}") from None
+
+    def warm_up(self, sizes: Sequence[Size]) -> None:
+        """Every size at every degree, twice: what is made on first use is made, and the cost table has seen it."""
+        self._runner.run(self._warm_up(sizes))
+
+    async def _warm_up(self, sizes: Sequence[Size]) -> None:
+        for width, height in sizes:
+            for degree in self._engine.spec.legal_degrees(self.num_devices) * 2:
+                await self._engine.generate(
+                    ImageRequest(
+                        prompt="warm up",
+                        width=width,
+                        height=height,
+                        num_steps=WARM_STEPS,
+                        seed=0,
+                        force_degrees=(degree,),
+                        request_id="warm-up",
+                    )
+                )
+
+    def run(self, trace: Trace, policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
+        """One trace under one policy (`seed`: of no use here)."""
+        return self._runner.run(self._run(trace, policy))
+
+    async def _run(self, trace: Trace, policy: str) -> tuple[Run, tuple[Chunk, ...]]:
+        self.recorder.planner = get_planner(policy)
+        before, zero_s = self._engine.stats().loop, time.monotonic() + HEAD_START_S
+        self.recorder.start(zero_s)
+        finished, max_lag_s = await open_loop(trace, zero_s, self._draw)
+        run = self.recorder.run(
+            trace,
+            finished,
+            num_devices=self.num_devices,
+            end_s=time.monotonic() - zero_s,
+            max_lag_s=max_lag_s,
+            loop=since(before, self._engine.stats().loop),
+        )
+        return run, tuple(self.recorder.chunks)
+
+    async def _draw(self, request: TraceRequest, number: int) -> Answer:
+        try:
+            return (await self._engine.generate(as_image_request(request, number))).degrees
+        except (EngineOverloaded, GenerationError, RequestCancelled):
+            return None
+
+
+def since(before: LoopFigures, now: LoopFigures) -> LoopFigures:
+    """What the loop cost between two moments."""
+    start, end = msgspec.structs.asdict(before), msgspec.structs.asdict(now)
+    return LoopFigures(**{name: end[name] - start[name] for name in end})
+
+
+class HttpSystem:
+    """A server somewhere else, under the policy it was started with; needs httpx. Latencies are the client's: those of
+    the network and of encoding the picture are inside. The server says nothing of GPU time and decisions."""
+
+    mode: Mode = "live"
+
+    def __init__(self, url: str) -> None:
+        """Asks the server what it is. Raises InputError if it does not answer."""
+        self._httpx = _import_httpx()
+        self.url = url.rstrip("/")
+        try:
+            ready = self._httpx.get(f"{self.url}/ready", timeout=10.0).raise_for_status().json()
+        except (self._httpx.HTTPError, self._httpx.InvalidURL, ValueError) as error:
+            raise InputError(f"url: {self.url} is not a server that is ready: {error}") from None
+        self.num_devices = int(ready["num_devices"])
+        self.facts: dict[str, Any] = {"model": ready.get("model"), "url": self.url}
+
+    def run(self, trace: Trace, policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
+        """One trace (`policy` is the server's own)."""
+        return asyncio.run(self._run(trace)), ()
+
+    async def _run(self, trace: Trace) -> Run:
+        limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        async with self._httpx.AsyncClient(limits=limits, timeout=None) as client:
+            zero_s = time.monotonic() + HEAD_START_S
+            finished, max_lag_s = await open_loop(trace, zero_s, lambda r, number: self._draw(client, r, number))
+            return Run(
+                outcomes=tuple(
+                    Outcome(request=request, finished_s=finished_s, gpu_s=None, degrees=degrees)
+                    for request, (finished_s, degrees) in zip(trace, finished, strict=True)
+                ),
+                num_devices=self.num_devices,
+                end_s=time.monotonic() - zero_s,
+                max_lag_s=max_lag_s,
+            )
+
+    async def _draw(self, client: Any, request: TraceRequest, number: int) -> Answer:
+        body = {
+            "prompt": prompt_of(number),
+            "size": f"{request.width}x{request.height}",
+            "num_inference_steps": request.num_steps,
+            "seed": number,
+            "output_format": "jpeg",
+        }
+        if request.slo_s is not None:
+            body["slo_ms"] = request.slo_s * 1e3
+        try:
+            response = await client.post(f"{self.url}/v1/images/generations", json=body)
+        except self._httpx.HTTPError:
+            return None
+        return tuple(response.json()["data"][0]["degrees"]) if response.is_success else None
+
+
+async def open_loop(
+    trace: Trace, zero_s: float, draw: Callable[[TraceRequest, int], Awaitable[Answer]]
+) -> tuple[list[tuple[float | None, tuple[int, ...]]], float]:
+    """Start `draw(request, number)` for every request at its time after `zero_s` (CLOCK_MONOTONIC) and wait for all.
+
+    Returns for each its time of finishing and degrees, (None, ()) if it failed, and the largest lag of a start.
+    """
+    lags_s = [0.0]
+
+    async def one(request: TraceRequest, number: int) -> tuple[float | None, tuple[int, ...]]:
+        await asyncio.sleep(zero_s + request.arrival_s - time.monotonic())
+        lags_s.append(time.monotonic() - zero_s - request.arrival_s)
+        degrees = await draw(request, number)
+        return (None, ()) if degrees is None else (time.monotonic() - zero_s, degrees)
+
+    finished = await asyncio.gather(*(one(request, number) for number, request in enumerate(trace)))
+    return list(finished), max(lags_s)
+
+
+def _import_httpx() -> Any:
+    try:
+        import httpx
+    except ImportError:
+        raise InputError("url: needs httpx; install it with pip install 'tetrion[bench]'") from None
+    return httpx

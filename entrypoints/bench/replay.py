@@ -1,0 +1,169 @@
+"""`tetrion bench replay`: recorded runs again in virtual time, and how well the two agree.
+
+The same arrivals, policy and number of devices; every stage costs what it took on average in the recorded run, plus
+what a chunk cost beyond its steps. A simulation that agrees may be believed about workloads that were not run.
+
+On a machine that others use too, speed drifts while a run lasts. With `drift` the simulated devices drift with it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tetrion.engine.messages import Command, Denoise
+from tetrion.engine.planning.profile import ClassCost, Profile, read_profile
+from tetrion.entrypoints.bench.outcomes import Chunk, Run
+from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings
+from tetrion.entrypoints.bench.simulation import MAX_INFLIGHT, simulate
+from tetrion.entrypoints.bench.slo_statistics import Row, attainment
+from tetrion.entrypoints.errors import InputError
+
+DRIFT_WINDOW_S = 3.0
+
+
+def command(
+    *,
+    recordings: Path,
+    profile: Path | None = None,
+    drift: bool = False,
+    output: Path | None = None,
+    as_json: bool = False,
+    command_line: str = "tetrion bench replay",
+) -> dict[str, Any]:
+    """What `tetrion bench replay` does: a line for each recorded run (or one JSON object), written to `output` too.
+
+    Raises InputError for what the caller can put right.
+    """
+    try:
+        recorded = read_recordings(recordings)
+        table = None if profile is None else read_profile(profile)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    rows = [agreement(recording, replay(recording, table, drift=drift)) for recording in recorded]
+    made = make_record(command_line, rows)
+    text = write_record(made, output)
+    print(text if as_json else "\n".join(map(_line, rows)))
+    return made
+
+
+def replay(recording: Recording, profile: Profile | None = None, *, drift: bool = False) -> Run:
+    """The recorded trace and policy in virtual time, on `profile` or on what the recorded run measured. `drift`: times
+    also follow how the recorded ones deviated from that, in windows of `DRIFT_WINDOW_S`."""
+    table, recorder = profile or measured_profile(recording), Recorder()
+    overhead_s = chunk_overhead_s(recording.chunks) if recording.mode == "live" else 0.0
+    slowdown = drift_of(recording, table) if drift else lambda _: 1.0
+
+    def duration(command: Command, seconds: float) -> float:
+        return seconds * slowdown(recorder.now_s()) + overhead_s * isinstance(command, Denoise)
+
+    return simulate(
+        recording.trace,
+        profile=table,
+        policy=recording.policy,
+        num_devices=recording.run.num_devices,
+        duration=duration,
+        recorder=recorder,
+        max_inflight=recording.facts.get("max_inflight", MAX_INFLIGHT),
+    )
+
+
+def measured_profile(recording: Recording) -> Profile:
+    """The recording's profile with the mean of every time that the run measured in place of what it says."""
+    times: dict[tuple[tuple[int, int], str | int], list[tuple[float, int]]] = {}
+    for chunk in recording.chunks:
+        if not chunk.failed:
+            request = recording.run.outcomes[chunk.request].request
+            what = len(chunk.members) if chunk.stage == "denoise" else chunk.stage
+            times.setdefault(((request.width, request.height), what), []).append((chunk.net_s, chunk.chunk_steps or 1))
+    mean_ms = {key: 1e3 * sum(s for s, _ in got) / sum(n for _, n in got) for key, got in times.items()}
+    classes = dict(recording.profile.classes)
+    for size in {size for size, _ in mean_ms}:
+        classes[f"{size[0]}x{size[1]}"] = _measured_class(recording.profile, size, mean_ms)
+    return msgspec.structs.replace(recording.profile, classes=classes)
+
+
+def _measured_class(
+    profile: Profile, size: tuple[int, int], mean_ms: dict[tuple[tuple[int, int], str | int], float]
+) -> ClassCost:
+    known = profile.cost(*size)
+    return ClassCost(
+        step_ms={
+            degree: mean_ms.get((size, degree), 1e3 * step_s) for degree, step_s in known.step_by_degree_s.items()
+        },
+        encode_ms=mean_ms.get((size, "encode"), 1e3 * known.encode_s),
+        decode_ms=mean_ms.get((size, "decode"), 1e3 * known.decode_s),
+    )
+
+
+def chunk_overhead_s(chunks: tuple[Chunk, ...]) -> float:
+    """What chunks took on average beyond their steps, once all members were there: entry barrier and pull of state."""
+    beyond_s = [max(0.0, c.end_s - c.joined_s - c.net_s) for c in chunks if c.stage == "denoise" and not c.failed]
+    return float(np.mean(beyond_s)) if beyond_s else 0.0
+
+
+def drift_of(recording: Recording, profile: Profile) -> Callable[[float], float]:
+    """Time -> how many times what `profile` says stages took then; where nothing ran, as in the window before."""
+    took: dict[int, list[tuple[float, float]]] = {}
+    for chunk in recording.chunks:
+        if not chunk.failed:
+            request = recording.run.outcomes[chunk.request].request
+            cost = profile.cost(request.width, request.height)
+            stages_s = {"encode": cost.encode_s, "decode": cost.decode_s}
+            said_s = stages_s.get(chunk.stage) or chunk.chunk_steps * cost.step_s(len(chunk.members))
+            took.setdefault(int(chunk.start_s // DRIFT_WINDOW_S), []).append((chunk.net_s, said_s))
+    ratios, last = [], 1.0
+    for window in range(max(took, default=0) + 1):
+        if window in took:
+            last = sum(net_s for net_s, _ in took[window]) / sum(said_s for _, said_s in took[window])
+        ratios.append(last)
+    return lambda time_s: ratios[min(int(time_s // DRIFT_WINDOW_S), len(ratios) - 1)]
+
+
+def agreement(recording: Recording, simulated: Run) -> Row:
+    """Recorded beside simulated: attainment (difference: simulated − recorded) and latency (ratio: simulated /
+    recorded)."""
+    real, ours = attainment(recording.run.outcomes), attainment(simulated.outcomes)
+    row: Row = {
+        "policy": recording.policy,
+        "recorded_mode": recording.mode,
+        "devices": recording.run.num_devices,
+        "mix": recording.mix,
+        "rate_per_min": recording.rate_per_min,
+        "slo_scale": recording.slo_scale,
+        "seed": recording.seed,
+        "requests": len(recording.run.outcomes),
+        "attainment": {"recorded": real, "simulated": ours},
+        "attainment_difference": None if real is None or ours is None else ours - real,
+    }
+    for name, statistic in (("mean", np.mean), ("p95", _p95)):
+        values = [_latency(run, statistic) for run in (recording.run, simulated)]
+        row[f"{name}_s"] = {"recorded": values[0], "simulated": values[1]}
+        row[f"{name}_ratio"] = values[1] / values[0] if values[0] and values[1] else None
+    return row
+
+
+def _latency(run: Run, statistic: Callable[[list[float]], Any]) -> float | None:
+    latencies_s = [outcome.latency_s for outcome in run.outcomes if outcome.latency_s is not None]
+    return float(statistic(latencies_s)) if latencies_s else None
+
+
+def _p95(values: list[float]) -> Any:
+    return np.percentile(values, 95)
+
+
+def _line(row: Row) -> str:
+    words = [f"{row['policy']:22} {row['mix']:10} SLO ×{row['slo_scale']:<5g} {row['requests']:5} requests"]
+    if row["attainment_difference"] is not None:
+        shares = row["attainment"]
+        difference = 100 * row["attainment_difference"]
+        words.append(f"attainment {shares['recorded']:.3f} → {shares['simulated']:.3f} ({difference:+.1f} points)")
+    for name in ("mean", "p95"):
+        if row[f"{name}_ratio"] is not None:
+            seconds = row[f"{name}_s"]
+            ratio = row[f"{name}_ratio"]
+            words.append(f"{name} {seconds['recorded']:.3f} → {seconds['simulated']:.3f} s (×{ratio:.3f})")
+    return "  ".join(words)

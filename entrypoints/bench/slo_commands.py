@@ -1,0 +1,201 @@
+"""The commands around deadlines: options of `tetrion bench slo`, `bound`, `replay`, `timeline` and `plot`.
+
+Imports nothing but click at module level, so that `--help` is quick.
+"""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tetrion.entrypoints.exit_codes import report_errors
+
+FILE = click.Path(path_type=Path)
+POSITIVE = click.IntRange(min=1)
+Command = Callable[..., Any]
+
+WORKLOAD_OPTIONS = (
+    click.option("--trace", metavar="FILE", type=FILE, multiple=True, help="Arrivals, JSON lines; may be repeated."),
+    click.option("--mix", metavar="NAME", multiple=True, help="Without a trace: uniform (default), skewed."),
+    click.option("--rate", type=float, multiple=True, help="Without a trace: arrivals per minute. Default: 12."),
+    click.option("--slo-scale", type=float, multiple=True, help="Factor on all SLOs. Default: 1."),
+    click.option("--seed", type=int, multiple=True, help="Without a trace: seed of the arrivals. Default: 11, 12, 13."),
+    click.option("--num-requests", type=POSITIVE, help="Without a trace: requests of each. Default: 700."),
+    click.option("--num-steps", type=POSITIVE, help="Without a trace: denoising steps. Default: 28."),
+    click.option("--size", metavar="WxH", multiple=True, help="Without a trace: sizes. Default: the published four."),
+    click.option("--base-slo", metavar="S", type=float, multiple=True, help="Seconds for each --size, in their order."),
+    click.option(
+        "--calibrate-slo", is_flag=True, help="Fit base SLOs to this machine: largest size alone = SLO / 1.1."
+    ),
+    click.option("--arrivals", type=click.Choice(["poisson", "gamma", "diurnal"]), help="Default: poisson."),
+    click.option("--tiers", is_flag=True, help="70 % interactive, 30 % batch (SLO ×10, weight 0.25)."),
+    click.option("--first", type=POSITIVE, metavar="N", help="Only the first N requests of each trace."),
+    click.option(
+        "--compress", type=POSITIVE, metavar="N", help="Arrival times, steps and what SLOs leave for denoising ÷ N."
+    ),
+)
+SIMULATION_OPTIONS = (
+    click.option("--noise", type=float, help="Simulated: standard deviation of the log of every duration."),
+    click.option("--bias", type=float, help="Simulated: 0.05 makes everything 5 % slower than the profile."),
+    click.option("--step-overhead-ms", type=float, help="Simulated: added to each step. Default: 0.3."),
+    click.option("--regroup-ms", type=float, help="Simulated: added when members change. Default: 0.2."),
+    click.option("--lose", metavar="S:DEVICE", multiple=True, help="Simulated: this device dies after S seconds."),
+)
+ENGINE_OPTIONS = (
+    click.option("--model", metavar="PATH", help="Live: a FLUX.1 folder. Default: the embedded model."),
+    click.option("--load-format", help="Live: safetensors (default) or dummy weights."),
+    click.option("--num-threads", type=POSITIVE, help="Live: CPU threads per worker."),
+)
+SIMULATION = ("noise", "bias", "step_overhead_ms", "regroup_ms", "lose")
+RESULT_OPTIONS = (
+    click.option("--output", metavar="FILE", type=FILE, help="Write the result there as JSON."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+)
+
+
+def with_options(*groups: tuple[Command, ...]) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.command("slo")
+@click.option("--simulate", is_flag=True, help="In virtual time on --profile.")
+@click.option("--live", is_flag=True, help="On an engine in this process.")
+@click.option("--url", metavar="URL", help="On the server at URL, under its own policy; --policy names it in the rows.")
+@click.option("--profile", metavar="FILE", type=FILE, help="Cost table, JSON. Live: the engine's own by default.")
+@click.option("--devices", metavar="N|LIST", help="Simulated: how many (default 8). Live: as for generate, e.g. cpu:2.")
+@click.option("--policy", metavar="NAME", multiple=True, help="Planner; may be repeated. Default: horizon.")
+@with_options(WORKLOAD_OPTIONS)
+@click.option(
+    "--bound", is_flag=True, help="Compute the clairvoyant bound of every point too (see tetrion bench bound)."
+)
+@click.option("--record", metavar="FILE", type=FILE, help="Write every run there, for replay and timeline.")
+@click.option("--plots", metavar="DIR", type=FILE, help="Draw attainment against SLO scale and rate into DIR.")
+@with_options(SIMULATION_OPTIONS, ENGINE_OPTIONS, RESULT_OPTIONS)
+def slo(**options: Any) -> int:
+    """Attainment of deadlines and latency of planners on the same arrivals, simulated or live."""
+
+    def run() -> int:
+        from tetrion.entrypoints.bench.slo import command
+        from tetrion.entrypoints.session import EngineOptions
+
+        given = _given(options)
+        given["command_line"] = spell("slo", given)
+        devices = given.pop("devices", None)
+        engine = {name: given.pop(name) for name in ("model", "load_format", "num_threads") if name in given}
+        simulation = {name: given.pop(name) for name in SIMULATION if name in given}
+        if options["simulate"] and devices is not None:
+            given["devices"] = _number_of_devices(devices)
+        command(engine=EngineOptions(devices=devices, **engine), simulation=simulation, **given)
+        return 0
+
+    return report_errors(run)
+
+
+@click.command("bound")
+@click.option("--profile", metavar="FILE", type=FILE, required=True, help="Cost table, JSON.")
+@click.option("--devices", type=POSITIVE, default=8, show_default=True, help="How many.")
+@with_options(WORKLOAD_OPTIONS)
+@click.option("--step-overhead-ms", type=float, default=0.0, show_default=True, help="Added to each step.")
+@click.option("--block", type=POSITIVE, help="Requests solved together; more is tighter and slower. Default: 150.")
+@click.option("--time-limit", "time_limit_s", type=float, metavar="S", help="For each block. Default: 60.")
+@with_options(RESULT_OPTIONS)
+def bound(**options: Any) -> int:
+    """What share of the deadlines of a trace anybody could have met: a clairvoyant upper bound (needs scipy)."""
+
+    def run() -> int:
+        from tetrion.entrypoints.bench.bound import command
+
+        given = _given(options)
+        command(command_line=spell("bound", given), **given)
+        return 0
+
+    return report_errors(run)
+
+
+@click.command("replay")
+@click.argument("recordings", metavar="RECORD", type=FILE)
+@click.option("--profile", metavar="FILE", type=FILE, help="Cost table. Default: the times measured in the run itself.")
+@click.option("--drift", is_flag=True, help="Simulated devices slow down when those of the recorded run did.")
+@with_options(RESULT_OPTIONS)
+def replay(**options: Any) -> int:
+    """Simulate what `tetrion bench slo --record RECORD` recorded, and say how well it agrees."""
+
+    def run() -> int:
+        from tetrion.entrypoints.bench.replay import command
+
+        given = _given(options)
+        command(command_line=spell("replay", given), **given)
+        return 0
+
+    return report_errors(run)
+
+
+@click.command("timeline")
+@click.argument("recordings", metavar="RECORD", type=FILE)
+@click.option("--run", "number", type=POSITIVE, default=1, show_default=True, help="Which run of the file.")
+@click.option("--from", "from_s", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Seconds.")
+@click.option("--to", "to_s", type=click.FloatRange(min=0), help="Seconds. Default: 20 s later.")
+@click.option("--png", metavar="FILE", type=FILE, help="Draw GPUs × time there (needs matplotlib).")
+@click.option("--chrome-trace", metavar="FILE", type=FILE, help="Write all of it for chrome://tracing or Perfetto.")
+def timeline(**options: Any) -> int:
+    """What every device did when, of a run recorded with `tetrion bench slo --record RECORD`."""
+
+    def run() -> int:
+        from tetrion.entrypoints.bench.timeline import command
+
+        command(**_given(options))
+        return 0
+
+    return report_errors(run)
+
+
+@click.command("plot")
+@click.argument("results", metavar="RESULT.json...", type=FILE, nargs=-1, required=True)
+@click.option("--output", metavar="DIR", type=FILE, default=Path("plots"), show_default=True)
+def plot(results: tuple[Path, ...], output: Path) -> int:
+    """Draw attainment against SLO scale and rate from results of `tetrion bench slo` (needs matplotlib)."""
+
+    def run() -> int:
+        from tetrion.entrypoints.bench.attainment_plots import command
+
+        command(results, output)
+        return 0
+
+    return report_errors(run)
+
+
+COMMANDS = (slo, bound, replay, timeline, plot)
+
+
+def spell(name: str, given: dict[str, Any]) -> str:
+    """The command line that says what `given` does."""
+    words = ["tetrion", "bench", name]
+    for option, value in given.items():
+        flag = {"as_json": "--json", "time_limit_s": "--time-limit"}.get(option, f"--{option.replace('_', '-')}")
+        if option in ("recordings",):
+            words.append(str(value))
+        elif value is True:
+            words.append(flag)
+        else:
+            words += [word for item in (value if isinstance(value, tuple) else (value,)) for word in (flag, str(item))]
+    return shlex.join(words)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given; commands have the defaults."""
+    return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+
+
+def _number_of_devices(text: str) -> int:
+    from tetrion.entrypoints.errors import InputError
+
+    if not text.isdecimal():
+        raise InputError(f"devices: a simulation needs their number, got {text!r}")
+    return int(text)

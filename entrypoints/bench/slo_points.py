@@ -1,0 +1,127 @@
+"""The points of `tetrion bench slo`: which traces are run, and what a row says of them. Runs nothing."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from tetrion.engine.planning.profile import Profile
+from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress
+from tetrion.entrypoints.bench.simulation import MAX_QUEUED
+from tetrion.entrypoints.bench.workloads import (
+    INTERACTIVE_AND_BATCH,
+    SIZES,
+    Arrivals,
+    Size,
+    Trace,
+    TraceRequest,
+    Workload,
+    base_slo_s,
+    make_trace,
+)
+
+
+class Grid(msgspec.Struct, frozen=True, kw_only=True):
+    """Which workloads to run. `traces` given (name, trace): those, each a point of its own; else traces are drawn for
+    every mix, rate and seed. `slo_scales` multiply the SLOs in either case.
+
+    `base_slo_s`: seconds for each of `sizes`; empty: those published for the number of devices. `calibrate_slo`: fit
+    them to the machine (see `calibrated_slo_s`). `first`: only so many requests of each trace. `compress`: see there.
+    """
+
+    traces: tuple[tuple[str, Trace], ...] = ()
+    mixes: tuple[str, ...] = ("uniform",)
+    rates_per_min: tuple[float, ...] = (12.0,)
+    slo_scales: tuple[float, ...] = (1.0,)
+    seeds: tuple[int, ...] = (11, 12, 13)
+    num_requests: int = 700
+    num_steps: int = 28
+    sizes: tuple[Size, ...] = SIZES
+    base_slo_s: tuple[float, ...] = ()
+    calibrate_slo: bool = False
+    arrivals: Arrivals = "poisson"
+    with_tiers: bool = False
+    first: int | None = None
+    compress: int = 1
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One workload: the traces that every policy runs, and what a row says of them. `rate_per_min` None: all of a trace
+    arrives at once. Rate and SLOs of a compressed trace are those before compression."""
+
+    mix: str
+    rate_per_min: float | None
+    slo_scale: float
+    traces: tuple[tuple[int, Trace], ...]
+    """(seed, trace)"""
+
+
+def points(grid: Grid, num_devices: int, profile: Callable[[], Profile]) -> Iterator[Point]:
+    """The workloads of a run, in the order of its rows. `profile()` is asked for only if SLOs or compression need it.
+    Raises ValueError, naming the field, for one that is not
+    possible."""
+    for slo_scale in grid.slo_scales:
+        if not 0 < slo_scale < math.inf:
+            raise ValueError(f"slo_scale: must be above 0 and finite, got {slo_scale}")
+    if grid.first is not None and grid.first < 1:
+        raise ValueError(f"first: must be at least 1, got {grid.first}")
+    for name, trace in grid.traces:
+        for slo_scale in grid.slo_scales:
+            scaled = tuple(_scaled(request, slo_scale) for request in trace)
+            cut = _cut(grid, scaled, profile)
+            yield Point(mix=name, rate_per_min=_rate_per_min(trace), slo_scale=slo_scale, traces=((0, cut),))
+    if grid.traces:
+        return
+    slos_s = grid.base_slo_s or _published_slo_s(grid, num_devices)
+    if grid.calibrate_slo:
+        slos_s = calibrated_slo_s(slos_s, grid.sizes, grid.num_steps, profile(), num_devices)
+    for mix in grid.mixes:
+        for rate_per_min in grid.rates_per_min:
+            for slo_scale in grid.slo_scales:
+                workload = Workload(
+                    rate_per_min=rate_per_min,
+                    num_requests=grid.num_requests,
+                    num_steps=grid.num_steps,
+                    sizes=grid.sizes,
+                    mix=mix,
+                    slo_scale=slo_scale,
+                    base_slo_s=slos_s,
+                    arrivals=grid.arrivals,
+                    tiers=INTERACTIVE_AND_BATCH if grid.with_tiers else (),
+                )
+                traces = tuple((seed, _cut(grid, make_trace(workload, seed), profile)) for seed in grid.seeds)
+                yield Point(mix=mix, rate_per_min=rate_per_min, slo_scale=slo_scale, traces=traces)
+
+
+def samples(grid: Grid) -> Trace:
+    """Requests that a model must be able to draw before anything is run: those of the traces, or one of each size."""
+    if grid.traces:
+        return tuple(request for _, trace in grid.traces for request in trace[: grid.first])
+    return tuple(
+        TraceRequest(arrival_s=0.0, width=width, height=height, num_steps=grid.num_steps)
+        for width, height in grid.sizes
+    )
+
+
+def _published_slo_s(grid: Grid, num_devices: int) -> tuple[float, ...]:
+    if grid.sizes != SIZES:
+        raise ValueError("base_slo: sizes other than the published ones need a base SLO each (--base-slo)")
+    return base_slo_s(num_devices)
+
+
+def _cut(grid: Grid, trace: Trace, profile: Callable[[], Profile]) -> Trace:
+    trace = trace[: grid.first]
+    if len(trace) > MAX_QUEUED:
+        raise ValueError(f"trace: must have at most {MAX_QUEUED} requests, got {len(trace)}")
+    return compress(trace, grid.compress, profile()) if grid.compress != 1 else trace
+
+
+def _scaled(request: TraceRequest, slo_scale: float) -> TraceRequest:
+    slo_s = None if request.slo_s is None else request.slo_s * slo_scale
+    return msgspec.structs.replace(request, slo_s=slo_s)
+
+
+def _rate_per_min(trace: Trace) -> float | None:
+    """Mean rate over the trace; None for a single instant."""
+    span_s = trace[-1].arrival_s - trace[0].arrival_s
+    return 60 * (len(trace) - 1) / span_s if span_s > 0 else None

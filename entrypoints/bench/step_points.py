@@ -1,0 +1,235 @@
+"""What `tetrion bench step` measures on groups of real workers: steps beside the floor, resizing, gaps, exactness.
+
+Each function measures one thing on an idle executor and returns plain rows. Knows no other system but the floor.
+"""
+
+import asyncio
+import random
+import statistics
+from collections.abc import AsyncIterator, Sequence
+from itertools import combinations_with_replacement, pairwise
+from typing import Any, cast
+
+import numpy as np
+
+from tetrion.engine.config import EngineConfig
+from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
+from tetrion.engine.loop import EngineLoop
+from tetrion.engine.messages import Denoised, Event
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, Members, Probe, Size
+from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, resolve_request
+from tetrion.entrypoints.bench.line_process import LineProcess
+
+Row = dict[str, Any]
+SLICES = 2
+"""Each system runs so many times, in turn: A B, B A."""
+MIN_STEPS = 2
+FLOOR_TIMEOUT_S = 120.0
+NUM_RANDOM = 3
+LONGEST_CHUNK = 4
+
+
+async def time_step(probe: Probe, size: Size, degree: int, seconds: float, floor: LineProcess | None) -> Row:
+    """Median milliseconds of a step and of the floor, which take turns on the first device, for `seconds` each."""
+    if floor is not None:
+        await _prepare_floor(floor, probe.spec, size, degree)
+    members, num_steps = tuple(range(degree)), probe.spec.num_steps
+    await probe.runs(size, num_steps, (members, 1), 1)  # records the graph
+    (first,) = await probe.runs(size, num_steps, (members, min(MIN_STEPS, num_steps)), 1)
+    slice_s = seconds / SLICES
+    chunk_steps = max(1, min(num_steps, round(slice_s / first.step_s)))
+    count = max(1, round(slice_s / (chunk_steps * first.step_s)))
+    ours: list[float] = []
+    floors: list[float] = []
+
+    async def run_ours() -> None:
+        ours.extend(1e3 * run.step_s for run in await probe.runs(size, num_steps, (members, chunk_steps), count))
+
+    async def run_floor() -> None:
+        if floor is not None:
+            floors.extend(await _floor_ms(floor, slice_s))
+
+    for i in range(SLICES):
+        for run in (run_ours, run_floor) if i % 2 == 0 else (run_floor, run_ours):
+            await run()
+    return {
+        "ms": statistics.median(ours),
+        "floor_ms": statistics.median(floors) if floors else None,
+        "chunk_steps": chunk_steps,
+        "num_chunks": len(ours),
+        "slowest_ms": max(ours),
+    }
+
+
+async def time_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: int, seconds: float) -> float:
+    """Median milliseconds of the floor alone. Raises ProcessFailed."""
+    await _prepare_floor(floor, spec, size, degree)
+    return statistics.median(await _floor_ms(floor, seconds))
+
+
+async def _prepare_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: int) -> None:
+    tokens = {"num_text": spec.max_text_tokens, "num_image": spec.num_image_tokens(*size)}
+    await floor.ask({**tokens, "degree": degree}, FLOOR_TIMEOUT_S)
+
+
+async def _floor_ms(floor: LineProcess, seconds: float) -> list[float]:
+    times: list[float] = (await floor.ask({"seconds": seconds}, seconds + FLOOR_TIMEOUT_S))["ms"]
+    return times
+
+
+async def resize_every_step(probe: Probe, size: Size, num_steps: int) -> AsyncIterator[Row]:
+    """Two groups that take turns at every step, beside each of them alone in chunks of one step. `added_ms`: what a
+    change of group adds to a step. Groups: the first and the last devices."""
+    num_devices = len(probe.executor.device_ids)
+    degrees = probe.spec.legal_degrees(num_devices)
+    alone: dict[Members, float] = {}
+    for narrow, wide in combinations_with_replacement(degrees, 2):
+        groups = tuple(range(narrow)), tuple(range(num_devices - wide, num_devices))
+        if groups[0] == groups[1]:
+            continue
+        for group in groups:
+            if group not in alone:
+                alone[group] = await _wall_step_ms(probe, size, [(group, 1)] * num_steps)
+        turns = [(groups[i % 2], 1) for i in range(num_steps)]
+        ms, steady_ms = await _wall_step_ms(probe, size, turns), statistics.mean(alone[group] for group in groups)
+        yield {
+            "px": px_of(size),
+            "groups": [list(group) for group in groups],
+            "ms": ms,
+            "steady_ms": steady_ms,
+            "added_ms": ms - steady_ms,
+        }
+
+
+async def _wall_step_ms(probe: Probe, size: Size, chunks: Sequence[ChunkPlan]) -> float:
+    """From the end of a first, extra step to the end of the last."""
+    for group in {members for members, _ in chunks}:
+        await probe.runs(size, 1, (group, 1), 1)  # records its graph
+    request = probe.request(size, 1 + len(chunks))
+    await probe.encode(request)
+    times = await probe.denoise(request, [(chunks[-1][0], 1), *chunks])
+    return 1e3 * (times[-1].ended_s - times[0].ended_s) / len(chunks)
+
+
+async def idle_gaps(probe: Probe, config: EngineConfig, profile: Profile, size: Size, degree: int) -> Row:
+    """Time between consecutive chunks of one request on one group, planned by the engine's own loop as it goes."""
+    executor, spec, listener = probe.executor, probe.spec, _Listener(probe.executor)
+    ended: asyncio.Queue[ImageResult | Failure] = asyncio.Queue()
+
+    def receive(output: Output) -> None:
+        if isinstance(output, (ImageResult, Failure)):
+            ended.put_nowait(output)
+
+    loop = EngineLoop(
+        executor=cast(Executor, listener),
+        planner=get_planner(config.planner.policy),
+        cost_model=CostModel(profile),
+        spec=spec,
+        config=config,
+        outputs=receive,
+    )
+    task = asyncio.create_task(loop.run())
+    try:
+        for request_id in ("0", "1"):  # the first one loads what has not run before
+            listener.chunks.clear()
+            request = ImageRequest(
+                prompt=PROMPT,
+                width=size[0],
+                height=size[1],
+                seed=SEED,
+                force_degrees=(degree,),
+                request_id=request_id,
+            )
+            loop.submit(resolve_request(request, spec, len(executor.device_ids)))
+            output = await ended.get()
+            if isinstance(output, Failure):
+                raise output.error
+    finally:
+        loop.stop()
+        await asyncio.wait([task])
+    gaps_ms = gaps_between(listener.chunks)
+    common = {"px": px_of(size), "degree": degree, "num_gaps": len(gaps_ms)}
+    if not gaps_ms:
+        return {**common, "median_ms": None, "max_ms": None, "reason": "the request ran in one chunk"}
+    return {**common, "median_ms": statistics.median(gaps_ms), "max_ms": max(gaps_ms)}
+
+
+class _Listener:
+    """An executor that keeps what members say of their chunks; everything else goes straight through."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.chunks: list[Denoised] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+    def poll(self) -> list[Event | WorkerLost | WorkerReady]:
+        events = self._executor.poll()
+        self.chunks += [event for event in events if isinstance(event, Denoised)]
+        return events
+
+
+def gaps_between(chunks: Sequence[Denoised]) -> list[float]:
+    """Milliseconds from the end of one chunk of a request to the beginning of the next on the same members, for the
+    member that waited longest. Each member's two times are of its own clock."""
+    by_command: dict[int, dict[int, Denoised]] = {}
+    for chunk in chunks:
+        by_command.setdefault(chunk.command_id, {})[chunk.device_id] = chunk
+    ordered = [members for _, members in sorted(by_command.items())]
+    return [
+        max(max(0.0, 1e3 * (after[device].started_s - before[device].ended_s)) for device in before)
+        for before, after in pairwise(ordered)
+        if before.keys() == after.keys()
+    ]
+
+
+async def exactness(probe: Probe, size: Size, num_steps: int, seed: int) -> AsyncIterator[Row]:
+    """Latents after `num_steps` at every degree, on two sets of members each, and by random schedules, against those
+    of device 0 alone."""
+    expected = await _latents(probe, size, [((0,), num_steps)])
+    for name, schedule in _schedules(probe, num_steps, random.Random(seed)):
+        latents = await _latents(probe, size, schedule)
+        yield {
+            "px": px_of(size),
+            "num_steps": num_steps,
+            "schedule": name,
+            "bit_identical": bool(np.array_equal(latents, expected)),
+            "max_difference": float(np.abs(latents - expected).max()),
+            "chunks": [[list(members), steps] for members, steps in schedule],
+        }
+
+
+def _schedules(probe: Probe, num_steps: int, dice: random.Random) -> list[tuple[str, list[ChunkPlan]]]:
+    devices = probe.executor.device_ids
+    degrees = probe.spec.legal_degrees(len(devices))
+    fixed: list[tuple[str, list[ChunkPlan]]] = []
+    for degree in degrees:
+        fixed.append((f"degree {degree}", [(devices[:degree], num_steps)]))
+        if len(devices) > 1:
+            fixed.append((f"degree {degree}, last devices", [(devices[::-1][:degree], num_steps)]))
+    for i in range(NUM_RANDOM):
+        chunks: list[ChunkPlan] = []
+        left = num_steps
+        while left:
+            steps = dice.randint(1, min(left, LONGEST_CHUNK))
+            chunks.append((tuple(dice.sample(devices, dice.choice(degrees))), steps))
+            left -= steps
+        fixed.append((f"random {i}", chunks))
+    return fixed
+
+
+async def _latents(probe: Probe, size: Size, schedule: Sequence[ChunkPlan]) -> Any:
+    request = probe.request(size, sum(steps for _, steps in schedule))
+    await probe.encode(request)
+    await probe.denoise(request, schedule)
+    return await probe.latents(request)
+
+
+def px_of(size: Size) -> int | str:
+    """A square's side, else both sides."""
+    return size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}"

@@ -1,0 +1,151 @@
+"""One rank's part in timing a FLUX.1 transformer of another system: its inputs, sustained steps, answers.
+
+Knows a transformer only as a module with diffusers' `forward`; which one it is and how it is parallel is the caller's.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tetrion.entrypoints.bench.line_process import TAIL_CHARS, claim_stdout
+
+BATCH_S = 0.25
+MIN_BATCHES = 3
+Step = Callable[[], object]
+
+
+class StepJob(msgspec.Struct, frozen=True, kw_only=True):
+    """`transformer`: folder of its config.json. `sizes`: (width, height) in tokens, with the number they go by.
+    `seconds`: how long each is timed. `until_s`: CLOCK_MONOTONIC; nothing is begun after it."""
+
+    transformer: str
+    device: str
+    num_text: int
+    sizes: list[tuple[str, int, int]]
+    seconds: float
+    until_s: float
+    compiled: bool = False
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def device_of(job: StepJob) -> torch.device:
+    """This rank's. On CPUs, where only rehearsals run, a rank has one thread."""
+    if job.device == "cpu":
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def new_transformer(model: type[Any], job: StepJob, device: torch.device) -> Any:
+    """Random weights at the real shapes, bf16 on a GPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.set_default_dtype(dtype)
+    with device:
+        transformer = model.from_config(model.load_config(job.transformer)).eval()
+    torch.set_default_dtype(torch.float32)
+    return transformer
+
+
+def run(build: Callable[[StepJob], nn.Module]) -> None:
+    """The rank's whole life: read the job, build the transformer, time every size, rank 0 answers."""
+    job = msgspec.json.decode(sys.argv[1], type=StepJob)
+    with claim_stdout() as answers, torch.inference_mode() if not job.compiled else torch.no_grad():
+        transformer = build(job)
+        for name, width, height in job.sizes:
+            if not agreed(time.monotonic() < job.until_s):
+                break
+            answer: dict[str, Any] = {"name": name}
+            try:
+                times = time_size(transformer, job, width, height)
+                answer |= {"ms": statistics.median(times), "num_batches": len(times)}
+            except torch.OutOfMemoryError as error:
+                if world()[1] > 1:
+                    raise  # the other ranks wait for this one
+                answer["reason"] = f"out of memory: {error}"[:TAIL_CHARS]
+            if world()[0] == 0:
+                print(json.dumps(answer), file=answers, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def time_size(transformer: nn.Module, job: StepJob, width: int, height: int) -> list[float]:
+    """Milliseconds a step, of batches of steps without a wait in between."""
+    if job.compiled:
+        torch._dynamo.reset()  # else the second size gets kernels for any size
+    step = step_of(transformer, job, width, height)
+    device = next(transformer.parameters()).device
+    _seconds(step, 2, device)
+    one_s = slowest(_seconds(step, 2, device) / 2, device)
+    batch = max(1, min(50, int(BATCH_S / one_s)))
+    num_batches = max(MIN_BATCHES, round(job.seconds / (batch * one_s)))
+    return [1e3 * _seconds(step, batch, device) / batch for _ in range(num_batches)]
+
+
+def step_of(transformer: Any, job: StepJob, width: int, height: int) -> Step:
+    """One denoising step on random inputs: the transformer and the Euler update."""
+    weight, config = next(transformer.parameters()), transformer.config
+    generator = torch.Generator(weight.device).manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
+
+    latents, text = random(1, width * height, config.in_channels), random(1, job.num_text, config.joint_attention_dim)
+    ids = torch.zeros(height, width, 3, device=weight.device)
+    ids[..., 1] = torch.arange(height, device=weight.device)[:, None]
+    ids[..., 2] = torch.arange(width, device=weight.device)[None]
+    inputs = {
+        "hidden_states": latents,
+        "encoder_hidden_states": text,
+        "pooled_projections": random(1, config.pooled_projection_dim),
+        "timestep": torch.full((1,), 0.5, device=weight.device, dtype=weight.dtype),
+        "guidance": torch.full((1,), 3.5, device=weight.device) if config.guidance_embeds else None,
+        "img_ids": ids.view(-1, 3),
+        "txt_ids": torch.zeros(job.num_text, 3, device=weight.device),
+    }
+
+    def step() -> None:
+        (velocity,) = transformer(**inputs, return_dict=False)
+        torch.add(latents, velocity, alpha=-0.03)
+
+    return step
+
+
+def agreed(mine: bool) -> bool:
+    """Rank 0's answer, everywhere."""
+    if not dist.is_initialized():
+        return mine
+    answer = [mine]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def slowest(seconds: float, device: torch.device) -> float:
+    """The greatest of all ranks' values, everywhere."""
+    value = torch.tensor(seconds, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+def _seconds(step: Step, count: int, device: torch.device) -> float:
+    started_s = time.perf_counter()
+    for _ in range(count):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started_s

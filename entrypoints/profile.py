@@ -1,0 +1,216 @@
+"""`tetrion profile`: measure the cost table that the planner reads, on this machine's devices.
+
+Owns what is measured and the file's form. Commands and their times are the engine's own (`engine/probe.py`).
+"""
+
+import statistics
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tetrion.engine.calibration import decode_s_of, encode_s_of
+from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.machine import cpu_name
+from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.planning.profile import ClassCost, Profile
+from tetrion.engine.probe import Probe, Size
+from tetrion.engine.process_executor import ProcessExecutor
+from tetrion.engine.profile_files import cache_folder, profile_file_name, single_gpu_name
+from tetrion.entrypoints.arguments import parse_degrees, parse_size
+from tetrion.entrypoints.bench.record import commit, host_facts
+from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.session import EngineOptions, engine_config, run_async
+
+DEFAULT_SIZES = ((256, 256), (512, 512), (1024, 1024), (1536, 1024), (2048, 2048))
+REPEATS = 3
+"""Chunks of each size and degree; the median counts."""
+NO_METER = "not metered: there is no energy meter yet"
+Row = dict[str, Any]
+
+
+class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """`num_steps`: of each measured chunk."""
+
+    sizes: tuple[Size, ...]
+    degrees: tuple[int, ...]
+    num_steps: int = 8
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """One size. `self_test`: whether each degree's latents are the first degree's, bit for bit."""
+
+    size: str
+    cost: ClassCost
+    self_test: tuple[Row, ...]
+
+
+def checked_sizes(spec: ModelSpec, text: str | None, usual: Sequence[Size]) -> tuple[Size, ...]:
+    """`256x256,512x256` as sizes; without it those of `usual` that the model draws, or its own. Raises InputError."""
+    if not text:
+        fitting = [size for size in usual if spec.min_size <= min(size) and max(size) <= spec.max_size]
+        return tuple(fitting) or ((spec.default_width, spec.default_height),)
+    sizes = tuple(parse_size(part) for part in text.split(","))
+    for size in sizes:
+        if any(side % spec.size_multiple or not spec.min_size <= side <= spec.max_size for side in size):
+            raise InputError(
+                f"sizes: sides must be multiples of {spec.size_multiple} from {spec.min_size} to {spec.max_size}"
+                f" for model {spec.name!r}, got {size_name(size)}"
+            )
+    return sizes
+
+
+def checked_degrees(spec: ModelSpec, num_devices: int, text: str | None) -> tuple[int, ...]:
+    """`1,2` as degrees, ascending; without it all that the devices allow. Raises InputError."""
+    legal = spec.legal_degrees(num_devices)
+    wanted = parse_degrees(text, "degrees") if text else legal
+    if unknown := sorted(set(wanted) - set(legal)):
+        raise InputError(f"degrees: {unknown[0]} is not one of {', '.join(map(str, legal))}")
+    return tuple(sorted(set(wanted)))
+
+
+def size_name(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+async def measure(probe: Probe, options: ProfileOptions) -> AsyncIterator[Measured]:
+    """Each size in turn: encode, every degree's steps, decode."""
+    for size in options.sizes:
+        encode_s = await encode_s_of(probe, size, REPEATS)
+        step_ms, reference, self_test = {}, None, []
+        for degree in options.degrees:
+            request = probe.request(size, 1 + REPEATS * options.num_steps)
+            await probe.encode(request)
+            members = tuple(range(degree))
+            await probe.denoise(request, [(members, 1)])  # records the step's graph, loads kernels
+            chunks = await probe.denoise(request, [(members, options.num_steps)] * REPEATS)
+            step_ms[degree] = 1e3 * statistics.median(chunk.step_s for chunk in chunks)
+            latents = await probe.latents(request)
+            reference = latents if reference is None else reference
+            self_test.append(
+                {
+                    "size": size_name(size),
+                    "degree": degree,
+                    "bit_identical": bool(np.array_equal(latents, reference)),
+                    "max_difference": float(np.abs(latents - reference).max()),
+                }
+            )
+        decode_s = await decode_s_of(probe, request, REPEATS)
+        cost = ClassCost(step_ms=step_ms, encode_ms=1e3 * encode_s, decode_ms=1e3 * decode_s)
+        yield Measured(size=size_name(size), cost=cost, self_test=tuple(self_test))
+
+
+def assemble(
+    spec: ModelSpec, device_name: str, measured: list[Measured], command_line: str, facts: dict[str, Any]
+) -> Profile:
+    """The file's contents. `facts`: host and memory."""
+    tests = [row for size in measured for row in size.self_test]
+    return Profile(
+        heads=spec.num_heads,
+        classes={size.size: size.cost for size in measured},
+        gpu=device_name,
+        model=spec.name,
+        commit=commit() or "",
+        command=command_line,
+        meta={
+            "batch": 1,
+            "step_j": None,
+            "step_j_reason": NO_METER,
+            "inexact_degrees": sorted({row["degree"] for row in tests if not row["bit_identical"]}),
+            "self_test": tests,
+            **facts,
+        },
+    )
+
+
+def memory_facts(spec: ModelSpec, config: EngineConfig, kind: str, num_devices: int) -> dict[str, Any]:
+    """The memory budget of one device, in bytes and in words."""
+    from tetrion.engine.fleet.segments import ITEMSIZE
+    from tetrion.engine.models.memory_budget import memory_budget  # these import torch
+    from tetrion.engine.models.registry import model_components
+    from tetrion.engine.parallel.layout import slab_layout
+
+    layout = slab_layout(spec, num_devices, config.max_inflight, ITEMSIZE[kind])
+    budget = memory_budget(spec, model_components(spec, config.load_format), layout)
+    return msgspec.to_builtins(budget) | {"num_bytes": budget.num_bytes, "text": budget.describe()}
+
+
+def table(profile: Profile) -> str:
+    """The costs as text for people."""
+    degrees = sorted({degree for cost in profile.classes.values() for degree in cost.step_ms})
+    head = "".join(f"{f'step at {degree}':>12}" for degree in degrees)
+    lines = [f"{'ms':<12}{head}{'encode':>10}{'decode':>10}"]
+    for size, cost in profile.classes.items():
+        steps = "".join(
+            f"{cost.step_ms[degree]:>12.2f}" if degree in cost.step_ms else f"{'–':>12}" for degree in degrees
+        )
+        lines.append(f"{size:<12}{steps}{cost.encode_ms:>10.2f}{cost.decode_ms:>10.2f}")
+    inexact = [row for row in profile.meta["self_test"] if not row["bit_identical"]]
+    for row in inexact:
+        lines.append(f"inexact: {row['size']} at degree {row['degree']} differs by {row['max_difference']:.3g}")
+    if not inexact:
+        lines.append("self-test: every degree gives the first one's latents, bit for bit")
+    lines.append(f"joules: {profile.meta['step_j_reason']}")
+    lines.append(f"memory of one device: {profile.meta['memory']['text']}")
+    return "\n".join(lines)
+
+
+def command(
+    engine: EngineOptions,
+    *,
+    sizes: str | None = None,
+    degrees: str | None = None,
+    num_steps: int = 8,
+    output: Path | None = None,
+    command_line: str = "tetrion profile",
+) -> int:
+    """What `tetrion profile` does: measure, write the file (after every size, so that it is never lost), print it."""
+    config = engine_config(engine)
+    spec = read_model_spec(resolve_model(config.model), config.load_format)
+    try:
+        devices = parse_devices(config.devices)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    options = ProfileOptions(
+        sizes=checked_sizes(spec, sizes, DEFAULT_SIZES),
+        degrees=checked_degrees(spec, len(devices), degrees),
+        num_steps=num_steps,
+    )
+    device_name = single_gpu_name(devices) or (cpu_name() if devices[0].kind == "cpu" else "mixed")
+    path = output or cache_folder() / profile_file_name(device_name, spec.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    memory = memory_facts(spec, config, devices[0].kind, len(devices))
+    report = _to_stderr
+
+    async def run() -> int:
+        executor = ProcessExecutor(devices, spec, config)
+        report(f"starting {len(devices)} workers with {spec.name!r}")
+        await executor.start()
+        measured: list[Measured] = []
+        try:
+            async for size in measure(Probe(executor, spec), options):
+                measured.append(size)
+                facts = {
+                    "num_devices": len(devices),
+                    "load_format": config.load_format,
+                    "host": host_facts(),
+                    "memory": memory,
+                }
+                profile = assemble(spec, device_name, measured, command_line, facts)
+                path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+                report(f"{size.size} done")
+        finally:
+            await executor.close()
+        print(table(profile))
+        print(f"written to {path}")
+        return 0
+
+    return run_async(run())
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

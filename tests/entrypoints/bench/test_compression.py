@@ -1,0 +1,49 @@
+"""Workloads fitted to a machine."""
+
+import msgspec
+import pytest
+
+from tetrion.engine.planning.profile import Profile
+from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress
+from tetrion.entrypoints.bench.workloads import SIZES, TraceRequest, Workload, base_slo_s, make_trace
+
+PROFILE = msgspec.convert(
+    {
+        "heads": 24,
+        "classes": {
+            "256x256": {"step_ms": {1: 30.0, 4: 16.0}, "encode_ms": 25, "decode_ms": 15},
+            "2048x2048": {"step_ms": {1: 800.0, 2: 470.0, 4: 250.0, 8: 147.0}, "encode_ms": 25, "decode_ms": 480},
+        },
+    },
+    Profile,
+)
+
+
+def test_compression_divides_all_but_encode_and_decode() -> None:
+    trace = (TraceRequest(arrival_s=8.0, width=2048, height=2048, num_steps=28, slo_s=8.505, weight=2.0),)
+    (request,) = compress(trace, 4, PROFILE)
+    assert (request.arrival_s, request.num_steps, request.weight) == (2.0, 7, 2.0)
+    assert request.slo_s == pytest.approx(0.505 + 8.0 / 4)
+
+
+def test_factor_one_changes_nothing_and_a_request_without_slo_keeps_none() -> None:
+    trace = make_trace(Workload(rate_per_min=12, num_requests=20, base_slo_s=base_slo_s(4)), 1)
+    same = compress(trace, 1, PROFILE)
+    assert [request.arrival_s for request in same] == [request.arrival_s for request in trace]
+    assert [request.slo_s for request in same] == pytest.approx([request.slo_s for request in trace])
+    (free,) = compress((TraceRequest(arrival_s=1, width=256, height=256, num_steps=8),), 2, PROFILE)
+    assert free.slo_s is None and free.num_steps == 4
+
+
+@pytest.mark.parametrize(("factor", "complaint"), [(3, "28 steps cannot be divided by 3"), (0, "at least 1, got 0")])
+def test_steps_must_divide(factor: int, complaint: str) -> None:
+    trace = make_trace(Workload(rate_per_min=12, num_requests=2, base_slo_s=base_slo_s(4)), 1)
+    with pytest.raises(ValueError, match=f"^compress: .*{complaint}"):
+        compress(trace, factor, PROFILE)
+
+
+def test_the_largest_size_alone_takes_its_slo_over_1_1() -> None:
+    slos_s = calibrated_slo_s(base_slo_s(4), SIZES, 28, PROFILE, 4)
+    assert slos_s[3] / 1.1 == pytest.approx(0.025 + 28 * 0.25 + 0.48)
+    assert [slo_s / slos_s[3] for slo_s in slos_s] == pytest.approx([0.15, 0.25, 0.5, 1.0])
+    assert calibrated_slo_s(base_slo_s(8), SIZES, 28, PROFILE, 8)[3] / 1.1 == pytest.approx(0.505 + 28 * 0.147)

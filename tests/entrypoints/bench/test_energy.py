@@ -1,0 +1,184 @@
+"""`tetrion bench energy`: the plan, windows on a real engine, rows, export; without a GPU by a meter of our own."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from tetrion.engine.api import AsyncEngine
+from tetrion.engine.config import EngineConfig
+from tetrion.engine.energy.meter import NoMeter, Reading
+from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
+from tetrion.entrypoints.bench.energy_export import export
+from tetrion.entrypoints.bench.energy_points import (
+    MIN_WINDOWS,
+    EnergyPoint,
+    SweepOptions,
+    interval,
+    is_settled,
+    least_duration_s,
+    pictures_per_lane,
+    shuffled,
+    sweep_points,
+)
+from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, PointResult, joules
+from tetrion.entrypoints.bench.workloads import TraceRequest
+from tetrion.entrypoints.recommend_sources import read_source
+
+OPTIONS = SweepOptions(sizes=((128, 128), (256, 256)), num_steps=(2,), degrees=(1, 2), window_s=0.05, cool_s=0.0, target=9.0)
+POINT = EnergyPoint(width=1024, height=512, num_steps=28, degree=2, in_flight=2)
+
+
+class ConstantPower(NoMeter):
+    """Two GPUs that draw 100 and 200 W."""
+
+    source, reason, resolution_s = "constant", "", 0.0
+    uuids = ("GPU-a", "GPU-b")
+
+    def __init__(self) -> None:
+        pass
+
+    def read(self) -> Reading:
+        now_s = time.monotonic()
+        return Reading(time_s=now_s, joules={"GPU-a": 100 * now_s, "GPU-b": 200 * now_s}, watts={})
+
+
+def test_a_sweep_keeps_all_devices_busy_and_its_order_is_random_but_repeatable() -> None:
+    points = sweep_points(OPTIONS, 4)
+    assert [(p.width, p.degree, p.in_flight) for p in points] == [(128, 1, 4), (128, 2, 2), (256, 1, 4), (256, 2, 2)]
+    orders = {tuple(shuffled(points, OPTIONS, number)) for number in range(8)}
+    assert len(orders) > 1 and all(set(order) == set(points) for order in orders)
+    assert shuffled(points, OPTIONS, 3) == shuffled(points, OPTIONS, 3)
+
+
+@given(st.floats(0.001, 100), st.floats(5, 60))
+def test_a_lane_takes_at_least_a_window_and_hardly_more(latency_s: float, window_s: float) -> None:
+    options = SweepOptions(sizes=(), num_steps=(), degrees=(), window_s=window_s)
+    num = pictures_per_lane(options, latency_s)
+    assert num * latency_s >= window_s * (1 - 1e-9)
+    assert (num - 1) * latency_s < window_s
+
+
+def test_the_plans_duration_is_warm_up_pauses_and_windows() -> None:
+    options = SweepOptions(sizes=(), num_steps=(), degrees=(), window_s=5.0, cool_s=2.0)
+    assert least_duration_s([POINT], options, lambda _: 4.0) == pytest.approx(7 + 4 + MIN_WINDOWS * (2 + 8))
+    assert least_duration_s([POINT], options, lambda _: None) == pytest.approx(7 + MIN_WINDOWS * 7)
+
+
+@given(st.lists(st.floats(1, 1e4), min_size=2, max_size=30))
+def test_the_interval_is_students_or_a_little_wider(values: list[float]) -> None:
+    mean, ci95 = interval(values)
+    assert ci95 is not None
+    exact = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    assert exact * 0.999 - 1e-9 <= ci95[1] - mean <= exact * 1.02 + 1e-9
+
+
+def test_a_point_is_settled_after_enough_windows_that_agree() -> None:
+    assert not is_settled([100.0, 100.0], 0.02)
+    assert is_settled([100.0, 100.1, 99.9], 0.02)
+    assert not is_settled([100.0, 110.0, 90.0], 0.02)
+
+
+async def test_windows_of_a_real_engine_count_all_devices_and_every_picture() -> None:
+    async with AsyncEngine(EngineConfig(devices="cpu:2", num_threads=1)) as engine:
+        bench = EnergyBench(engine, CounterWindows(ConstantPower()))
+        idle = await bench.idle(OPTIONS)
+        results = await bench.sweep(sweep_points(OPTIONS, 2), OPTIONS)
+        trace = tuple(
+            TraceRequest(arrival_s=0.02 * i, width=128, height=128, num_steps=1, slo_s=60.0) for i in range(40)
+        )
+        steady = await bench.arrivals(trace)
+    assert idle.total_j is not None and idle.total_j / idle.seconds == pytest.approx(300)
+    for result in results:
+        assert len(result.windows) >= MIN_WINDOWS
+        for window in result.windows:
+            assert window.num_images == len(window.latencies_s) and window.num_images % result.point.in_flight == 0
+            assert window.energy.total_j == pytest.approx(300 * window.energy.seconds)
+    assert (steady.from_s, steady.to_s) == pytest.approx((0.02 * 8, 0.02 * 39))
+    assert steady.window.energy.seconds == pytest.approx(0.02 * 31, abs=0.3)
+    assert 0 < steady.window.num_images <= len(trace)
+
+
+def window(total_j: float | None, num_images: int = 4) -> MeasuredWindow:
+    gpu_j = None if total_j is None else {"GPU-a": 0.75 * total_j, "GPU-b": 0.25 * total_j}
+    energy = WindowEnergy(seconds=8.0, gpu_j=gpu_j, reason="" if gpu_j else "no meter")
+    gpus = [{"name": "NVIDIA H100", "temperature_c": 50.0}]
+    return MeasuredWindow(energy=energy, num_images=num_images, latencies_s=(3.0, 5.0), gpus=gpus)
+
+
+def test_joules_are_a_mean_over_windows_or_none_with_a_reason() -> None:
+    mean, ci95, reason = joules([window(400.0), window(440.0), window(420.0)])
+    assert mean == pytest.approx(105.0) and ci95 is not None and ci95[0] < 105 < ci95[1] and not reason
+    assert joules([window(400.0), window(None)]) == (None, None, "no meter")
+    assert joules([])[0] is None and joules([])[2]
+
+
+def test_the_export_is_loaded_by_mlenergy_data(tmp_path: Path) -> None:
+    records = pytest.importorskip("mlenergy.data.records")
+    results = [
+        PointResult(point=POINT, windows=(window(400.0), window(420.0))),
+        PointResult(
+            point=EnergyPoint(width=64, height=64, num_steps=1, degree=1, in_flight=1), windows=(window(None),)
+        ),
+    ]
+    export(
+        tmp_path, results, model="black-forest-labs/FLUX.1-dev", gpu="H100", total_params_b=12.0, precision="bfloat16"
+    )
+    (run,) = records.DiffusionRuns.from_raw_results(tmp_path, n_workers=1)
+    assert (run.model_id, run.gpu_model, run.task) == ("black-forest-labs/FLUX.1-dev", "H100", "text-to-image")
+    assert (run.height, run.width, run.inference_steps) == (512, 1024, 28)
+    assert (run.num_gpus, run.ulysses_degree, run.ring_degree, run.batch_size) == (2, 2, 1, 1)
+    assert run.energy_per_generation_joules == pytest.approx(102.5)
+    assert run.batch_latency_s == pytest.approx(4.0)
+    assert run.total_params_billions == 12.0
+
+
+def test_a_dry_run_says_what_would_be_done_and_how_long(tetrion: Callable[..., int], capsys: Any) -> None:
+    arguments = (
+        "bench",
+        "energy",
+        "--devices",
+        "cpu:2",
+        "--sizes",
+        "128x128",
+        "--degrees",
+        "1,2",
+        "--dry-run",
+        "--json",
+    )
+    assert tetrion(*arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [point["degree"] for point in plan["points"]] == [1, 2]
+    assert plan["least_windows"] == 6 and plan["least_duration_s"] >= 6 * 7
+    assert tetrion(*arguments, "--rate", 60, "--num-requests", 10) == 0
+    assert json.loads(capsys.readouterr().out)["num_requests"] == 10
+    assert tetrion("bench", "energy", "--devices", "cpu:2", "--window-s", 1) == 2
+
+
+@pytest.mark.timeout(120)
+def test_without_a_meter_the_command_runs_and_joules_are_null(
+    tetrion: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    output, folder = tmp_path / "energy.json", tmp_path / "export"
+    status = tetrion(
+        *("bench", "energy", "--devices", "cpu:1", "--num-threads", 1, "--sizes", "128x128", "--steps", 2),
+        *("--degrees", 1, "--cool-s", 0, "--output", output, "--export", folder),
+    )
+    assert status == 0
+    record = json.loads(output.read_text())
+    (row,), (detail,) = record["rows"], record["details"]
+    assert list(row) == [
+        *("system", "model", "px", "steps", "devices", "degree", "batch"),
+        *("joules_per_image", "ci95", "latency_s", "watts", "idle_watts"),
+    ]
+    assert row["joules_per_image"] is None and row["watts"] is None and row["idle_watts"] is None
+    assert row["latency_s"] > 0 and detail["num_windows"] == MIN_WINDOWS and "CPU workers" in detail["reason"]
+    assert "no joules" in capsys.readouterr().out
+    assert not folder.exists()
+    assert read_source(tmp_path) == []

@@ -1,0 +1,76 @@
+"""Recorded runs in virtual time again."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.entrypoints.bench.conftest import PROFILE, recorded
+from tetrion.entrypoints.bench.recording import write_recordings
+from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, replay
+from tetrion.entrypoints.errors import InputError
+
+
+@pytest.mark.parametrize("policy", ["horizon", "fixed-2", "rssp"])
+def test_an_undisturbed_run_replays_exactly(policy: str) -> None:
+    (recording,) = recorded((policy,))
+    row = agreement(recording, replay(recording))
+    assert row["attainment_difference"] == 0
+    assert row["mean_ratio"] == pytest.approx(1.0, abs=1e-3) and row["p95_ratio"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_measured_profile_is_what_the_run_saw() -> None:
+    (recording,) = recorded(bias=0.5)
+    measured = measured_profile(recording)
+    for size in ("256x256", "2048x2048"):
+        assert measured.classes[size].decode_ms == pytest.approx(1.5 * PROFILE.classes[size].decode_ms)
+        used = {
+            len(c.members) for c in recording.chunks if c.stage == "denoise" and _size(recording, c.request) == size
+        }
+        assert used
+        for degree in used:
+            step_ms = PROFILE.classes[size].step_ms[degree]
+            assert measured.classes[size].step_ms[degree] == pytest.approx(1.5 * step_ms)
+
+
+def _size(recording: object, number: int) -> str:
+    request = recording.run.outcomes[number].request  # type: ignore[attr-defined]
+    return f"{request.width}x{request.height}"
+
+
+def test_a_run_that_was_slower_and_noisy_is_predicted_from_its_own_times() -> None:
+    (recording,) = recorded(("fixed-1",), bias=0.3, noise=0.05)
+    own, table = agreement(recording, replay(recording)), agreement(recording, replay(recording, PROFILE))
+    assert own["mean_ratio"] == pytest.approx(1.0, abs=0.05) and abs(own["attainment_difference"]) <= 0.08
+    assert table["mean_ratio"] < 0.9
+
+
+def test_with_drift_a_machine_that_slowed_down_is_followed() -> None:
+    """In the second half of the run everything took three times as long."""
+    (recording,) = recorded(("fixed-2",))
+    middle_s = recording.run.end_s / 2
+    chunks = tuple(
+        msgspec.structs.replace(chunk, net_s=chunk.net_s * (3 if chunk.start_s > middle_s else 1))
+        for chunk in recording.chunks
+    )
+    slowed = msgspec.structs.replace(recording, chunks=chunks)
+    slowdown = drift_of(slowed, PROFILE)
+    assert slowdown(1.0) == pytest.approx(1.0) and slowdown(middle_s + 5) == pytest.approx(3.0)
+    assert slowdown(1e6) == pytest.approx(3.0)
+    with_drift, without = replay(slowed, PROFILE, drift=True), replay(slowed, PROFILE)
+    pairs = [(a.finished_s or 0.0, b.finished_s) for a, b in zip(without.outcomes, with_drift.outcomes, strict=True)]
+    early = [(one, other) for one, other in pairs if one < middle_s - 4]
+    assert early and all(other == pytest.approx(one) for one, other in early)
+    assert with_drift.end_s > without.end_s + 5
+
+
+def test_the_command_reports_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_recordings(tmp_path / "r.jsonl", recorded(("horizon", "fixed-2")))
+    record = command(recordings=tmp_path / "r.jsonl", output=tmp_path / "a.json")
+    assert [row["policy"] for row in record["rows"]] == ["horizon", "fixed-2"]
+    assert (tmp_path / "a.json").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "(+0.0 points)" in lines[0] and "(×1.000)" in lines[0]
+    (tmp_path / "bad.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"bad\.jsonl: line 1"):
+        command(recordings=tmp_path / "bad.jsonl")

@@ -1,0 +1,83 @@
+"""The command lines around deadlines, as people type them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tetrion.entrypoints.bench.slo_commands import spell
+from tetrion.entrypoints.cli import run
+
+HAND_WRITTEN = """{"heads": 24, "classes": {"1024x1024": {"step_ms": {"1": 164.7, "2": 105.7, "4": 59.8},
+ "encode_ms": 25, "decode_ms": 120, "step_j": {"1": 100, "2": 120, "4": 150}}}}"""
+
+
+def test_one_line_does_one_point_with_a_profile_written_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("P.json").write_text(HAND_WRITTEN)
+    line = '{"arrival_s": %d, "width": 1024, "height": 1024, "num_steps": 28, "slo_s": 3.0, "weight": 1.0}\n'
+    Path("T.jsonl").write_text("".join(line % number for number in range(8)))
+    words = "bench slo --simulate --profile P.json --trace T.jsonl --devices 8 --policy horizon --output R.json"
+    assert run(words.split()) == 0
+    record = json.loads(Path("R.json").read_text())
+    (row,) = record["rows"]
+    assert (row["attainment"], row["requests"], row["devices"]) == (1.0, 8, 8)
+    assert row["joules_per_image"] == pytest.approx(28 * 150)
+    assert record["command"] == "tetrion " + words
+    assert capsys.readouterr().out.startswith("policy")
+
+
+def test_record_timeline_replay_and_plots(tmp_path: Path, profile_file: Path) -> None:
+    pytest.importorskip("matplotlib")
+    common = ["bench", "slo", "--simulate", "--profile", str(profile_file), "--devices", "4", "--seed", "1"]
+    common += ["--num-requests", "12", "--slo-scale", "1", "--slo-scale", "1.5"]
+    record, plots = str(tmp_path / "r.jsonl"), str(tmp_path / "plots")
+    output = str(tmp_path / "R.json")
+    assert run([*common, "--record", record, "--plots", plots, "--output", output, "--bound"]) == 0
+    assert (tmp_path / "plots" / "attainment-slo-scale.png").exists()
+    assert run(["bench", "timeline", record, "--run", "2", "--png", str(tmp_path / "t.png")]) == 0
+    assert run(["bench", "replay", record]) == 0
+    assert run(["bench", "plot", output, "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "attainment-slo-scale.png").exists() and (tmp_path / "t.png").exists()
+
+
+def test_bound_prints_a_line_for_each_point(profile_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"bench bound --profile {profile_file} --devices 4 --rate 6 --rate 60 --seed 1 --num-requests 20"
+    assert run([*words.split(), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["rate_per_min"] for row in rows] == [6, 60] and rows[0]["bound"] >= rows[1]["bound"] > 0
+    assert run(words.split()) == 0
+    assert capsys.readouterr().out.count("at most") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("bench slo --simulate --profile {p} --devices cpu:2", "devices: a simulation needs their number, got 'cpu:2'"),
+        ("bench slo --profile {p}", "mode: give one of --simulate, --live and --url"),
+        ("bench slo --live --devices cpu:0", "devices: expected cpu:N"),
+        ("bench bound --profile missing.json", "missing.json"),
+        ("bench replay missing.jsonl", "missing.jsonl"),
+        ("bench timeline {p} --png x.png", "not a recording"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    profile_file: Path, capsys: pytest.CaptureFixture[str], words: str, says: str
+) -> None:
+    assert run(words.format(p=profile_file).split()) in (1, 2)
+    err = capsys.readouterr().err
+    assert says in err and err.startswith("tetrion: error: ") and err.count("\n") == 1
+
+
+def test_the_command_line_is_spelt_as_it_was_given() -> None:
+    given = {
+        "simulate": True,
+        "rate": (6.0, 12.0),
+        "profile": Path("a b.json"),
+        "as_json": True,
+        "bias": 0.5,
+    }
+    spelt = "tetrion bench slo --simulate --rate 6.0 --rate 12.0 --profile 'a b.json' --json --bias 0.5"
+    assert spell("slo", given) == spelt

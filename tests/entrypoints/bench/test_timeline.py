@@ -1,0 +1,71 @@
+"""Timelines of recorded runs: the picture and the trace."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.entrypoints.bench.conftest import recorded
+from tetrion.entrypoints.bench.recording import write_recordings
+from tetrion.entrypoints.bench.timeline import command
+from tetrion.entrypoints.errors import InputError
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> Path:
+    write_recordings(tmp_path / "r.jsonl", recorded(("horizon", "fixed-2")))
+    return tmp_path / "r.jsonl"
+
+
+def colours(path: Path) -> set[tuple[int, int, int]]:
+    with Image.open(path) as image:
+        found = image.convert("RGB").getcolors(1 << 24)
+    assert found is not None
+    return {colour for count, colour in found if count > 200}  # type: ignore[misc]
+
+
+def test_the_picture_shows_the_window_that_was_asked_for(recordings: Path, tmp_path: Path) -> None:
+    command(recordings=recordings, png=tmp_path / "busy.png", from_s=0.0, to_s=15.0)
+    command(recordings=recordings, png=tmp_path / "after.png", from_s=1e5, to_s=1e5 + 15.0)
+    busy, after = colours(tmp_path / "busy.png"), colours(tmp_path / "after.png")
+    assert len(busy - after) >= 3
+
+
+def test_the_trace_has_every_chunk_on_every_member_and_every_request(recordings: Path, tmp_path: Path) -> None:
+    command(recordings=recordings, number=2, chrome_trace=tmp_path / "t.json")
+    document = json.loads((tmp_path / "t.json").read_text())
+    recording = recorded(("fixed-2",))[0]
+    slices = [event for event in document["traceEvents"] if event["ph"] == "X"]
+    assert document["otherData"]["policy"] == "fixed-2"
+    assert len(slices) == sum(len(chunk.members) for chunk in recording.chunks)
+    assert sum(event["dur"] for event in slices) == pytest.approx(1e6 * (recording.run.gpu_s or 0))
+    phases = Counter(event["ph"] for event in document["traceEvents"] if event.get("cat") == "request")
+    assert phases["b"] == phases["e"] == 25
+    assert phases["n"] == sum(not outcome.is_met for outcome in recording.run.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({}, "give --png, --chrome-trace or both"),
+        ({"number": 3, "png": Path("x.png")}, "run: must be from 1 to 2, got 3"),
+        ({"from_s": 5.0, "to_s": 4.0, "png": Path("x.png")}, "to: must be after 5, got 4"),
+    ],
+)
+def test_bad_input_is_one_line(recordings: Path, options: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        command(recordings=recordings, **options)  # type: ignore[arg-type]
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"plots: need matplotlib.*tetrion\[bench\]"):
+        command(recordings=recordings, png=tmp_path / "x.png")
+    command(recordings=recordings, chrome_trace=tmp_path / "t.json")

@@ -1,0 +1,54 @@
+"""Ranks of diffusers and xfuser on a CPU, with a transformer of toy size."""
+
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tetrion.entrypoints.bench.rank_group import run_ranks
+
+TOY = {
+    "_class_name": "FluxTransformer2DModel",
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "pooled_projection_dim": 8,
+    "guidance_embeds": True,
+    "axes_dims_rope": [2, 2, 4],
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "config.json").write_text(json.dumps(TOY))
+    return {
+        "transformer": str(tmp_path),
+        "device": "cpu",
+        "num_text": 6,
+        "sizes": [["small", 4, 4], ["wide", 8, 4]],
+        "seconds": 0.05,
+        "until_s": time.monotonic() + 120,
+    }
+
+
+def test_diffusers_times_every_size(job: dict[str, Any]) -> None:
+    answers, reason = run_ranks("tetrion.entrypoints.bench.diffusers_step", job, [0], 150)
+    assert reason is None and [answer["name"] for answer in answers] == ["small", "wide"]
+    assert all(answer["ms"] > 0 for answer in answers)
+
+
+def test_nothing_is_begun_after_the_time_is_up(job: dict[str, Any]) -> None:
+    job["until_s"] = time.monotonic()
+    assert run_ranks("tetrion.entrypoints.bench.diffusers_step", job, [0], 150) == ([], None)
+
+
+@pytest.mark.skipif(find_spec("xfuser") is not None, reason="xfuser is installed")
+def test_a_system_that_is_not_installed_says_so(job: dict[str, Any]) -> None:
+    answers, reason = run_ranks("tetrion.entrypoints.bench.xfuser_step", job, [0], 150)
+    assert answers == [] and reason is not None and "No module named 'xfuser'" in reason
