@@ -112,7 +112,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens-per-batch", type=int, default=98_304)
     parser.add_argument("--peak-rate", type=float, default=1.0, help="factor on the peak learning rates")
     parser.add_argument("--fresh-transformer", action="store_true", help="with --resume: do not keep its transformer")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks for the most frequent shape")
+    parser.add_argument(
+        "--compile", type=int, default=0, metavar="N", help="compile the blocks for the N commonest shapes"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on batch and data set sizes, for rehearsals")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

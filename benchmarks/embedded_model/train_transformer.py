@@ -115,7 +115,7 @@ class TransformerTrainer:
         buckets: list[Bucket],
         device: torch.device,
         tokens_per_batch: int,
-        compile_blocks: bool = False,
+        num_compiled: int = 0,
     ):
         self._components = components
         self._buckets = buckets
@@ -130,8 +130,7 @@ class TransformerTrainer:
         self._rng = np.random.default_rng(int(time.time()))
         shares = np.array([BUCKETS[bucket.width, bucket.height][0] for bucket in buckets])
         self._shares = shares / shares.sum()
-        if compile_blocks:
-            self._compile()
+        self._compile(num_compiled)
 
     def train(self, seconds: float, on_interval=None, interval_s: float = 240.0, peak: float = 1.0) -> int:
         """Train for `seconds`; `on_interval(average)` is called now and then. Returns the number of steps."""
@@ -157,18 +156,19 @@ class TransformerTrainer:
         log("transformer", step=step, loss=smoothed, samples=num_samples, seconds=time.time() - began)
         return step
 
-    def _compile(self) -> None:
-        """Compile the blocks for the most frequent shape; where that fails, say so and stay eager."""
-        bucket = max(self._buckets, key=lambda bucket: BUCKETS[bucket.width, bucket.height][0])
-        num_image, length, began = bucket.latents.shape[1], TEXT_LENGTHS[0], time.time()
-        self._forward.compile_for(self._batch_size(bucket, length), length, num_image)
+    def _compile(self, num_shapes: int) -> None:
+        """Compile the blocks for the most frequent shapes; where that fails, say so and stay eager."""
+        by_share = sorted(self._buckets, key=lambda bucket: -BUCKETS[bucket.width, bucket.height][0])
+        length, began = TEXT_LENGTHS[0], time.time()
         try:
-            self._loss(bucket, length)[0].backward()
+            for bucket in by_share[:num_shapes]:
+                self._forward.compile_for(self._batch_size(bucket, length), length, bucket.latents.shape[1])
+                self._loss(bucket, length)[0].backward()
+                log("compile", width=bucket.width, height=bucket.height, seconds=time.time() - began)
         except Exception as error:
             self._forward.compile_nothing()
             log("compile", failed=f"{type(error).__name__}: {error}"[:500])
         self.transformer.zero_grad(set_to_none=True)
-        log("compile", seconds=time.time() - began)
 
     def _batch_size(self, bucket: Bucket, length: int) -> int:
         return max(2, self._tokens_per_batch // (bucket.latents.shape[1] + length))

@@ -128,7 +128,6 @@ def test_results_of_the_benchmark_are_read(tmp_path: Path, tetrion: Tetrion, cap
 
 
 def test_the_command_prints_and_draws(tmp_path: Path, tetrion: Tetrion, capsys: Any) -> None:
-    pytest.importorskip("matplotlib")
     picture = tmp_path / "frontier.png"
     arguments = ("recommend", "--deadline", "10s", "--model", "FLUX.1-dev", "--gpu", "H100")
     assert tetrion(*arguments, "--png", picture) == 0

@@ -8,8 +8,6 @@ import pytest
 from tetrion.entrypoints.bench.attainment_plots import command, draw_attainment
 from tetrion.entrypoints.errors import InputError
 
-pytest.importorskip("matplotlib")
-
 
 def row(policy: str, rate: float | None, slo_scale: float, attainment: float | None) -> dict[str, object]:
     return {

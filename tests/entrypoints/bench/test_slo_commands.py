@@ -30,7 +30,6 @@ def test_one_line_does_one_point_with_a_profile_written_by_hand(
 
 
 def test_record_timeline_replay_and_plots(tmp_path: Path, profile_file: Path) -> None:
-    pytest.importorskip("matplotlib")
     common = ["bench", "slo", "--simulate", "--profile", str(profile_file), "--devices", "4", "--seed", "1"]
     common += ["--num-requests", "12", "--slo-scale", "1", "--slo-scale", "1.5"]
     record, plots = str(tmp_path / "r.jsonl"), str(tmp_path / "plots")

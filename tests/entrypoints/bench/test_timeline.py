@@ -13,8 +13,6 @@ from tetrion.entrypoints.bench.recording import write_recordings
 from tetrion.entrypoints.bench.timeline import command
 from tetrion.entrypoints.errors import InputError
 
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture
 def recordings(tmp_path: Path) -> Path:
