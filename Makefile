@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	@echo "The contact sheet is $(CURDIR)/$(DEMO_OUTPUT)/sheet.png"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -P -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -P -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -32,25 +32,28 @@ LARGEST_ON_CPU = 512
 SIZES_ON_GPU = (512, 1024)
 """Squares, in pixels, measured besides the model's smallest and largest."""
 BUSY_LOAD = 1.5
-"""Load average per core above which a measurement is not worth keeping."""
+"""Load average per core above which a measurement only serves until the machine is less busy."""
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """`inexact_degrees`: those whose latents differed from degree 1's by a single bit."""
+    """`inexact_degrees`: those whose latents differed from degree 1's by a single bit. `was_busy`: with other load on
+    the machine, so that the times are too long."""
 
     profile: Profile
     inexact_degrees: tuple[int, ...]
+    was_busy: bool
 
 
 async def calibrate(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig) -> Calibration:
     """The cached calibration for this model and machine, else a fresh one (about a second per degree on a CPU)."""
     path = _cache_path(executor, spec, config)
+    is_busy = _machine_is_busy()
     if config.profile_cache:
         cached = _read(path)
-        if cached is not None:
+        if cached is not None and (is_busy or not cached.was_busy):
             return cached
-    calibration = await Calibrator(executor, spec).run()
-    if config.profile_cache and not _machine_is_busy():
+    calibration = msgspec.structs.replace(await Calibrator(executor, spec).run(), was_busy=is_busy)
+    if config.profile_cache:
         _write(path, calibration)
     if calibration.inexact_degrees:
         logger.warning("degrees %s do not reproduce degree 1 bit for bit here", calibration.inexact_degrees)
@@ -86,7 +89,7 @@ class Calibrator:
                 "decode_ms": decode_s * 1e3,
             }
         profile = msgspec.convert({"heads": self._spec.num_heads, "classes": classes}, Profile)
-        return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)))
+        return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)), was_busy=False)
 
     @property
     def _on_gpu(self) -> bool:

@@ -22,10 +22,10 @@ def bench() -> Iterator[LatentsBench]:
     running.close()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_every_schedule_gives_the_latents_of_degree_1(bench: LatentsBench, data: st.DataObject) -> None:
-    size = data.draw(st.sampled_from([(128, 128), (144, 128), (128, 208), (256, 256)]))
+    size = data.draw(st.sampled_from([(128, 128), (144, 128), (128, 208), (192, 176)]))
     slot, first = data.draw(st.integers(0, 3)), data.draw(st.integers(0, NUM_DEVICES - 1))
     expected = bench.alone(size)
     assert np.isfinite(expected).all() and expected.std() > 0

@@ -87,7 +87,7 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_no_process_and_no_half_written_file(tmp_path: Path) -> None:
-    command = [TETRION, "generate", "a red circle", "-n", "100", "--size", "512x512", "--output", str(tmp_path)]
+    command = [TETRION, "generate", "a red circle", "-n", "100", "--size", "192x192", "--output", str(tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
         wait_for_file(tmp_path, process)
         workers = psutil.Process(process.pid).children(recursive=True)
@@ -102,7 +102,7 @@ def test_ctrl_c_leaves_no_process_and_no_half_written_file(tmp_path: Path) -> No
 
 def test_an_interrupted_batch_goes_on(tmp_path: Path) -> None:
     requests, output = tmp_path / "requests.jsonl", tmp_path / "out"
-    lines = [json.dumps({"prompt": f"a red circle number {i}", "size": "256x256", "id": f"p{i}"}) for i in range(12)]
+    lines = [json.dumps({"prompt": f"a red circle number {i}", "size": "128x128", "id": f"p{i}"}) for i in range(12)]
     requests.write_text("\n".join([*lines, "{broken"]))
     command = [TETRION, "batch", str(requests), "--output", str(output), "--devices", "cpu:2"]
     with subprocess.Popen(
