@@ -31,7 +31,9 @@ from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, Po
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.recommend_sources import read_source
 
-OPTIONS = SweepOptions(sizes=((128, 128), (256, 256)), num_steps=(2,), degrees=(1, 2), window_s=0.05, cool_s=0.0, target=9.0)
+OPTIONS = SweepOptions(
+    sizes=((128, 128), (256, 256)), num_steps=(2,), degrees=(1, 2), window_s=0.05, cool_s=0.0, target=9.0
+)
 POINT = EnergyPoint(width=1024, height=512, num_steps=28, degree=2, in_flight=2)
 
 
