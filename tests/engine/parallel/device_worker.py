@@ -81,6 +81,7 @@ class DeviceWorker:
         self.layout, self.device_id = msgspec.convert(start["layout"], SlabLayout), start["device_id"]
         self.device = torch.device(start["device"])
         if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.device_id % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.memory = DeviceMemory(self.layout, self.device_id, self.device, start["slab_fds"], start["control_fd"])
         self.num_heads, self.head_dim = start["num_heads"], start["head_dim"]
