@@ -107,6 +107,7 @@ class StepBench:
             self._record.add_missing(OURS, self._record.lacks(OURS, self._points), str(error))
             return
         try:
+            self._record.contents["exchange"] = executor.exchange
             probe = Probe(executor, self._spec)
             if STEPS in self._options.sections:
                 await self._time_points(probe)

@@ -124,6 +124,8 @@ def table(contents: dict[str, Any]) -> str:
         lines.append(f"not exact: {row['px']}, {row['schedule']}: largest difference {row['max_difference']:.3g}")
     if contents.get("exactness") and not differing:
         lines.append(f"exactness: {len(contents['exactness'])} schedules gave degree 1's latents, bit for bit")
+    if "exchange" in contents:
+        lines.append(f"members exchange through {contents['exchange']}")
     if "cut_short" in contents:
         lines.append(f"cut short: {contents['cut_short']}")
     return "\n".join(lines)

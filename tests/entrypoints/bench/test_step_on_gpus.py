@@ -70,6 +70,7 @@ def test_resizing_and_gaps(record: dict[str, Any]) -> None:
     assert all(isinstance(row["first_visit_ms"], float) for row in record["resizing"])
     assert [row["degree"] for row in record["idle_gaps"]] == [1, 2]
     text = table(record)
+    assert record["exchange"] == "host memory" and "through host memory" in text
     assert "bit for bit" in text and "[0] ↔ [0, 1]" in text
 
 
