@@ -44,12 +44,13 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
 async def calibrate(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig) -> Calibration:
     """The cached calibration for this model and machine, else a fresh one (about a second per degree on a CPU)."""
-    path = _cache_path(executor, spec, config)
+    path, calibrator = _cache_path(executor, spec, config), Calibrator(executor, spec)
     if config.profile_cache:
         cached = _read(path)
         if cached is not None:
+            await calibrator.warm_up()
             return cached
-    calibration = await Calibrator(executor, spec).run()
+    calibration = await calibrator.run()
     if config.profile_cache and not _machine_is_busy():
         _write(path, calibration)
     if calibration.inexact_degrees:
@@ -87,6 +88,16 @@ class Calibrator:
             }
         profile = msgspec.convert({"heads": self._spec.num_heads, "classes": classes}, Profile)
         return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)))
+
+    async def warm_up(self) -> None:
+        """One step at every size and degree, so that a GPU's workers have recorded them and loaded all kernels before
+        the first request comes: what is recorded later holds up the group that wants it. CPUs have nothing to load."""
+        for size in ((pixels, pixels) for pixels in self._sizes() if self._on_gpu):
+            for degree in self._spec.legal_degrees(len(self._executor.device_ids)):
+                request = self._probe.request(size, 1)
+                await self._probe.encode(request)
+                await self._probe.denoise(request, [(tuple(range(degree)), 1)])
+            await self._probe.decode(request)
 
     @property
     def _on_gpu(self) -> bool:
