@@ -155,12 +155,15 @@ async def idle_gaps(
     finally:
         loop.stop()
         await asyncio.wait([task])
-    gaps_ms = gaps_between(listener.chunks)
-    common = {"px": px_of(size), "degree": degree, "num_gaps": len(gaps_ms)}
-    if not gaps_ms:
-        yield {**common, "median_ms": None, "max_ms": None, "reason": "the request ran in one chunk"}
+    gaps = gaps_between(listener.chunks)
+    row: Row = {"px": px_of(size), "degree": degree, "num_gaps": len(gaps)}
+    if gaps:
+        idle_ms, entered_ms = zip(*gaps, strict=True)
+        times = {"median_ms": statistics.median(idle_ms), "max_ms": max(idle_ms)}
+        yield row | times | {"until_entered_ms": statistics.median(entered_ms)}
     else:
-        yield {**common, "median_ms": statistics.median(gaps_ms), "max_ms": max(gaps_ms)}
+        nothing = dict.fromkeys(("median_ms", "max_ms", "until_entered_ms"))
+        yield row | nothing | {"reason": "the request ran in one chunk"}
 
 
 class _Listener:
@@ -179,15 +182,18 @@ class _Listener:
         return events
 
 
-def gaps_between(chunks: Sequence[Denoised]) -> list[float]:
-    """Milliseconds from the end of one chunk of a request to the beginning of the next on the same members, for the
-    member that waited longest. Each member's two times are of its own clock."""
+def gaps_between(chunks: Sequence[Denoised]) -> list[tuple[float, float]]:
+    """Milliseconds from the end of one chunk of a request to the beginning of the next on the same members, and until
+    they had all entered it, each for the member that waited longest. A member's times are of its own clock."""
     by_command: dict[int, dict[int, Denoised]] = {}
     for chunk in chunks:
         by_command.setdefault(chunk.command_id, {})[chunk.device_id] = chunk
     ordered = [members for _, members in sorted(by_command.items())]
     return [
-        max(max(0.0, 1e3 * (after[device].started_s - before[device].ended_s)) for device in before)
+        (
+            max(max(0.0, 1e3 * (after[device].started_s - before[device].ended_s)) for device in before),
+            max(1e3 * (after[d].started_s + after[d].waited_s - before[d].ended_s) for d in before),
+        )
         for before, after in pairwise(ordered)
         if before.keys() == after.keys()
     ]

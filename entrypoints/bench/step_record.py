@@ -118,7 +118,8 @@ def table(contents: dict[str, Any]) -> str:
         lines.append(f"a new group every step, {row['px']}: {first} ↔ {second}: {added}")
     for row in contents.get("idle_gaps", []):
         gap = f"{number(row['median_ms'], 3)} ms, at most {number(row['max_ms'], 3)} ms ({row['num_gaps']} gaps)"
-        lines.append(f"idle between chunks, {row['px']} at degree {row['degree']}: median {gap}")
+        entry = f"{number(row['until_entered_ms'], 3)} ms with the next one's entry"
+        lines.append(f"idle between chunks, {row['px']} at degree {row['degree']}: median {gap}, {entry}")
     differing = [row for row in contents.get("exactness", []) if not row["bit_identical"]]
     for row in differing:
         lines.append(f"not exact: {row['px']}, {row['schedule']}: largest difference {row['max_difference']:.3g}")

@@ -136,12 +136,12 @@ def test_gaps_are_between_chunks_on_the_same_members() -> None:
             step_index=command_id,
             started_s=started_s,
             ended_s=ended_s,
-            waited_s=0.0,
+            waited_s=0.25,
         )
 
     chunks = [chunk(8, 1, 4.0, 5.0), chunk(8, 0, 4.0, 5.0), chunk(6, 0, 1.0, 2.0), chunk(6, 1, 1.0, 2.25)]
     chunks += [chunk(7, 0, 2.5, 3.75), chunk(7, 1, 2.5, 3.0), chunk(9, 1, 9.0, 10.0)]
-    assert gaps_between(chunks) == [500.0, 1000.0]
+    assert gaps_between(chunks) == [(500.0, 750.0), (1000.0, 1250.0)]
 
 
 @pytest.mark.gpu
