@@ -84,7 +84,7 @@ async def _floor_ms(floor: LineProcess, seconds: float) -> list[float]:
 async def resize_every_step(probe: Probe, size: Size, num_steps: int) -> AsyncIterator[Row]:
     """Two groups that take turns at every step, beside each of them alone in chunks of one step. Groups: the first and
     the last devices. `added_ms`: what a change of group adds to a step, once both groups have had the request;
-    `first_visit_ms`: what it adds the first time, when newcomers also compute the request's modulations."""
+    `first_visit_ms`: what it adds the first time, when newcomers compute the request's modulations beforehand."""
     num_devices = len(probe.executor.device_ids)
     degrees = probe.spec.legal_degrees(num_devices)
     alone: dict[Members, float] = {}

@@ -88,6 +88,7 @@ def main() -> None:
     meet = {"DEGREE": 4, "LANES": 4, "WORDS_APART": 16, "INTERVAL": 256, "ABORTED_STATUS": 1, "INTERPRETED": False}
     latents = {"DEGREE": 4, "CHANNELS": 64, "SIZE": latents_push.BLOCK}
     versions = {"LONGS_APART": 8, "ABORTED_STATUS": 1}
+    waits = versions | {"INTERVAL": 256, "INTERPRETED": False}
     confirm = {"LONGS_APART": 8, "WRONG": 2, "IN_GROUP": True}
     results = {
         "qk_norm_rope_push": compiled(qk_norm_rope_push, push, num_warps=4),
@@ -98,7 +99,8 @@ def main() -> None:
         "state_pull": compiled(state_pull, {"SHORTS": 8, "BLOCK": 8 * state_pull.BLOCK_UNITS}, num_warps=4),
         "latents_read": compiled(latents_push._read, latents, {"out": "*fp32"}, num_warps=4),
         "latents_push": compiled(latents_push._push, latents, num_warps=4),
-        "wait_version": compiled(slot_version._wait, versions | {"INTERVAL": 256, "INTERPRETED": False}, num_warps=1),
+        "wait_version": compiled(slot_version._wait, waits, num_warps=1),
+        "wait_for_state": compiled(slot_version._wait_for_state, waits, num_warps=1),
         "confirm_version": compiled(slot_version._confirm, confirm, num_warps=1),
         "invalidate_version": compiled(slot_version._invalidate, versions | {"DEGREE": 4}, num_warps=1),
         "publish_version": compiled(slot_version._publish, versions, num_warps=1),

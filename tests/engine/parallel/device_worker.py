@@ -149,6 +149,8 @@ class DeviceWorker:
         versions = [slot_version(state_id, index) for index in (step_index, step_index + chunk_steps)]
         source = self.device_id if self.device_id in holders else source
         step.group.bind(plan, slot, source=source, start_version=versions[0], end_version=versions[1])
+        if source != self.device_id:
+            step.group.pull_pooled()
         step.group.pull_state()
         step.group.enter()
         step.load(plan, slot)
