@@ -31,12 +31,12 @@ from tetrion.kernels import reference
 from tetrion.kernels.attention import attention
 from tetrion.kernels.attention_tiles import CANDIDATES, tile_for
 from tetrion.kernels.barrier import CACHE_LINE, barrier
-from tetrion.kernels.gated_residual import gated_residual
 from tetrion.kernels.gelu import gelu
 from tetrion.kernels.group_table import group_words
-from tetrion.kernels.modulate import modulate
 from tetrion.kernels.output_push import output_push
 from tetrion.kernels.qk_norm_rope_push import qk_norm_rope_push
+from tetrion.kernels.reference import Branch
+from tetrion.kernels.residual_modulate import residual_modulate
 
 Row = dict[str, Any]
 Calls = Mapping[str, Callable[[], object]]
@@ -321,22 +321,41 @@ def row_operators(shapes: Shapes, device: torch.device) -> Iterator[Row]:
     width = shapes.num_heads * shapes.head_dim
     for num_rows in (shapes.num_text + image for image in shapes.num_image):
         x, y = (torch.randn(num_rows, width).bfloat16() for _ in range(2))
-        wide, shift, scale = torch.randn(num_rows, 4 * width).bfloat16(), *torch.randn(2, width).bfloat16()
-        operators: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...], int]] = {
-            "modulate": (modulate, reference.modulate, (x, shift, scale), 2 * x.numel()),
-            "gated_residual": (gated_residual, reference.gated_residual, (x, scale, y), 3 * x.numel()),
-            "gelu": (gelu, lambda x: F.gelu(x, approximate="tanh"), (wide,), 2 * wide.numel()),
+        wide, (shift, scale, gate) = (
+            torch.randn(num_rows, 4 * width).bfloat16(),
+            torch.randn(3, width).div(8).bfloat16(),
+        )
+        out = torch.full_like(wide, float("nan"))
+        error = _error(gelu(wide, out=out), F.gelu(wide.float(), approximate="tanh"))
+        calls: Calls = {"ours": partial(gelu, wide, out=out), "eager": partial(F.gelu, wide, approximate="tanh")}
+        yield _row_of("gelu", wide, 2, error, median_ms(calls, device))
+        split = (shapes.num_text, num_rows - shapes.num_text)
+        branches = [
+            Branch(x_part, shift, scale, gate, y_part)
+            for x_part, y_part in zip(x.split(split), y.clone().split(split), strict=True)
+        ]
+        total = reference.gated_residual(x.float(), gate.float(), y.float())
+        normed = torch.cat([normed for _, normed in residual_modulate(branches)])
+        error = _error(normed, reference.modulate(total, shift.float(), scale.float()))
+        calls = {
+            "ours": partial(residual_modulate, branches),
+            "eager": partial(reference.residual_modulate, branches),
         }
-        for name, (ours, theirs, inputs, moved) in operators.items():
-            out = torch.full_like(inputs[0], float("nan"))
-            ours(*inputs, out=out)
-            error = _error(out, theirs(*(part.float() for part in inputs)))
-            calls: Calls = {"ours": partial(ours, *inputs, out=out), "eager": partial(theirs, *inputs)}
-            times = median_ms(calls, device)
-            speed = 2 * moved / times["ours"] / 1e6
-            shape = {"rows": num_rows, "width": inputs[0].shape[1]}
-            row = {"kernel": name, **shape, "ms": times["ours"], "eager_ms": times["eager"]}
-            yield row | {"gb_per_s": speed, "error": error}
+        yield _row_of("residual_modulate", x, 4, error, median_ms(calls, device))
+
+
+def _row_of(kernel: str, x: Tensor, num_tensors: int, error: float, times: dict[str, float]) -> Row:
+    """`num_tensors`: as large as x, read or written."""
+    speed = num_tensors * x.numel() * x.element_size() / times["ours"] / 1e6
+    shape = {"rows": x.shape[0], "width": x.shape[1]}
+    return {
+        "kernel": kernel,
+        **shape,
+        "ms": times["ours"],
+        "eager_ms": times["eager"],
+        "gb_per_s": speed,
+        "error": error,
+    }
 
 
 def barriers(shapes: Shapes, device: torch.device) -> Iterator[Row]:

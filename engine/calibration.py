@@ -46,13 +46,14 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
 async def calibrate(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig) -> Calibration:
     """The cached calibration for this model and machine, else a fresh one (about a second per degree on a CPU)."""
-    path = _cache_path(executor, spec, config)
+    path, calibrator = _cache_path(executor, spec, config), Calibrator(executor, spec)
     is_busy = _machine_is_busy()
     if config.profile_cache:
         cached = _read(path)
         if cached is not None and (is_busy or not cached.was_busy):
+            await calibrator.warm_up()
             return cached
-    calibration = msgspec.structs.replace(await Calibrator(executor, spec).run(), was_busy=is_busy)
+    calibration = msgspec.structs.replace(await calibrator.run(), was_busy=is_busy)
     if config.profile_cache:
         _write(path, calibration)
     if calibration.inexact_degrees:
@@ -90,6 +91,16 @@ class Calibrator:
             }
         profile = msgspec.convert({"heads": self._spec.num_heads, "classes": classes}, Profile)
         return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)), was_busy=False)
+
+    async def warm_up(self) -> None:
+        """One step at every size and degree, so that a GPU's workers have recorded them and loaded all kernels before
+        the first request comes: what is recorded later holds up the group that wants it. CPUs have nothing to load."""
+        for size in ((pixels, pixels) for pixels in self._sizes() if self._on_gpu):
+            for degree in self._spec.legal_degrees(len(self._executor.device_ids)):
+                request = self._probe.request(size, 1)
+                await self._probe.encode(request)
+                await self._probe.denoise(request, [(tuple(range(degree)), 1)])
+            await self._probe.decode(request)
 
     @property
     def _on_gpu(self) -> bool:

@@ -142,6 +142,11 @@ class ProcessExecutor:
         """UUID of the GPU of each GPU worker, by device id; empty on CPUs."""
         return {} if self._pool is None else self._pool.device_uuids
 
+    @property
+    def exchange(self) -> str:
+        """Where members' slabs lie: `peer memory` of GPUs that reach each other, or `host memory`."""
+        return "host memory" if self._mapped.slabs_in_host_memory else "peer memory"
+
     def worker_pids(self) -> dict[int, int]:
         """Process id of each worker that is alive, by device id."""
         return {} if self._pool is None else self._pool.pids()

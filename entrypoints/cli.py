@@ -202,10 +202,13 @@ def bench_ring(**options: Any) -> int:
 @click.option("--sizes", metavar="WxH,…", help="GPUs. Default: 256², 512², 1024², 2048².")
 @click.option("--degrees", metavar="N,N,…", help="GPUs. Default: all that the devices allow.")
 @click.option("--systems", metavar="NAME,…", help="GPUs: tetrion, floor, diffusers eager, … Default: all.")
+@click.option("--sections", metavar="NAME,…", help="GPUs: steps, idle_gaps, resizing, exactness. Default: all.")
 @click.option("--seconds", type=float, default=5.0, show_default=True, help="GPUs: how long each system is sustained.")
 @click.option("--budget-s", type=float, default=3600.0, show_default=True, help="GPUs: nothing is begun after that.")
 @click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there as JSON.")
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="GPUs: draw the step times there, PNG.")
+@click.option("--resume", is_flag=True, help="GPUs: go on with OUTPUT: measure only what it lacks.")
+@click.option("--rehearse", is_flag=True, help="On CPUs do what is done on GPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @engine_options
 @click.pass_context

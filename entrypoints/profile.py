@@ -196,6 +196,7 @@ def command(
                 measured.append(size)
                 facts = {
                     "num_devices": len(devices),
+                    "exchange": executor.exchange,
                     "load_format": config.load_format,
                     "host": host_facts(),
                     "memory": memory,

@@ -10,6 +10,8 @@ thread's share ends depends on its size; `exp` has no such tail, so the activati
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,26 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x [n, C] + gate [C] · y [n, C]."""
     return torch.addcmul(x, gate, y)
+
+
+class Branch(NamedTuple):
+    """A stream between two sub-blocks: x + gate · y, which is to be normed, scaled and shifted. x, y: [n, C]; vectors:
+    [C]. Without y there is nothing to add. For the kernel that knows its step, vectors are tables [steps, C]."""
+
+    x: Tensor
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+    y: Tensor | None = None
+
+
+def residual_modulate(branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+    """(the sum, that modulated) of each branch."""
+    pairs = []
+    for x, shift, scale, gate, y in branches:
+        total = x if gate is None or y is None else gated_residual(x, gate, y)
+        pairs.append((total, modulate(total, shift, scale)))
+    return pairs
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ program, read the chunk's words (chunk_words.py) and work on `status`, two int32
     1   the chunk's own outcome: not 0 if its source was already further than the version it wanted
 
 Only the slab's owner writes a version, with a release at system scope, so whoever reads it may read the state. The
-sequence word beside a version is for processes that sleep; nobody sleeps here.
+sequence word beside a version is for processes that sleep; nobody sleeps here. The third word of a slot says whose
+state it holds, and stays while steps go on: what never changes of a state may be read as soon as it is there.
 """
 
 import torch
@@ -21,6 +22,8 @@ from tetrion.kernels.chunk_words import NUM_CHUNK_WORDS, end_version, slot_of, s
 from tetrion.kernels.group_table import device_of, disarm, own_rank, slab_pointer
 
 WRONG_VERSION = 2
+STATE_WORD: tl.constexpr = tl.constexpr(2)
+"""In longs after the version."""
 NUM_STATUS_WORDS = 2
 
 
@@ -50,6 +53,17 @@ class SlotVersions:
             num_warps=1,
         )
 
+    def wait_for_state(self) -> None:
+        """Enqueue: wait until the source's slot holds the start version's state, after whatever number of steps."""
+        _wait_for_state[(1,)](
+            *self._arguments,
+            LONGS_APART=CACHE_LINE // 8,
+            INTERVAL=ABORT_INTERVAL,
+            ABORTED_STATUS=ABORTED,
+            INTERPRETED=triton.knobs.runtime.interpret,
+            num_warps=1,
+        )
+
     def confirm(self, *, in_group: bool) -> None:
         """Enqueue, after the state was copied: if the source still has the start version, so has this device's slot."""
         _confirm[(1,)](
@@ -71,6 +85,42 @@ class SlotVersions:
 @triton.jit
 def _version_pointer(bases, device, versions, slot, LONGS_APART: tl.constexpr):
     return slab_pointer(bases, device, tl.int64) + versions + slot * LONGS_APART
+
+
+@triton.jit
+def _publish_version(bases, device, versions, slot, version, LONGS_APART: tl.constexpr):
+    ours = _version_pointer(bases, device, versions, slot, LONGS_APART)
+    tl.atomic_xchg(ours + STATE_WORD, version >> 32, sem="release", scope="sys")
+    tl.atomic_xchg(ours, version, sem="release", scope="sys")
+
+
+@triton.jit(do_not_specialize=["versions"])
+def _wait_for_state(
+    table,
+    chunk,
+    bases,
+    abort,
+    status,
+    versions,
+    LONGS_APART: tl.constexpr,
+    INTERVAL: tl.constexpr,
+    ABORTED_STATUS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    wanted = start_version(chunk)
+    if (tl.load(status) == 0) & (wanted != 0):
+        theirs = _version_pointer(bases, source_of(chunk), versions, slot_of(chunk), LONGS_APART) + STATE_WORD
+        waiting = 1
+        looks = 0
+        while waiting > 0:
+            waiting = (tl.load(theirs, volatile=True) != (wanted >> 32)).to(tl.int32)
+            looks += 1
+            if looks % INTERVAL == 0:  # noqa: SIM102 - here `and` would read the host's word at every look
+                if tl.load(abort, volatile=True) != 0:
+                    tl.store(status, ABORTED_STATUS)
+                    waiting = 0
+        if not INTERPRETED:
+            system_fence(looks)
 
 
 @triton.jit(do_not_specialize=["versions"])
@@ -132,8 +182,7 @@ def _confirm(
             if IN_GROUP:
                 tl.store(status, WRONG)
         elif source != me:
-            ours = _version_pointer(bases, me, versions, slot, LONGS_APART)
-            tl.atomic_xchg(ours, wanted, sem="release", scope="sys")
+            _publish_version(bases, me, versions, slot, wanted, LONGS_APART)
 
 
 @triton.jit(do_not_specialize=["versions"])
@@ -167,5 +216,4 @@ def _publish(table, chunk, bases, abort, status, versions, LONGS_APART: tl.const
             tl.store(status, ABORTED_STATUS)
         elif end_version(chunk) != 0:
             me = device_of(table, own_rank(table))
-            ours = _version_pointer(bases, me, versions, slot_of(chunk), LONGS_APART)
-            tl.atomic_xchg(ours, end_version(chunk), sem="release", scope="sys")
+            _publish_version(bases, me, versions, slot_of(chunk), end_version(chunk), LONGS_APART)

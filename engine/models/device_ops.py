@@ -8,14 +8,16 @@ Modulation vectors come as tables of all steps; a counter in device memory says 
 serves every step. Runs on CPU tensors too, in Triton's interpreter.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tetrion.engine.models.ops import Linear
-from tetrion.kernels.gated_residual import gated_residual
 from tetrion.kernels.gelu import gelu
-from tetrion.kernels.modulate import modulate
+from tetrion.kernels.reference import Branch
+from tetrion.kernels.residual_modulate import residual_modulate
 
 MIN_ROWS = 64
 NARROW_ROWS = 1024
@@ -50,12 +52,9 @@ class DeviceOps:
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return modulate(x, shift, scale, step=self._step)
-
-    def gated_residual(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-        """The result takes y's place."""
-        return gated_residual(x, gate, y, step=self._step, out=y)
+    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+        """The sum takes y's place."""
+        return residual_modulate(branches, step=self._step)
 
 
 def _padded(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -27,6 +27,7 @@ from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.loading import Part
 from tetrion.engine.models.ops import Linear, Ops, ReferenceOps
 from tetrion.engine.parallel.exchange import Stream
+from tetrion.kernels.reference import Branch
 
 ROPE_THETA = 10_000.0
 MLP_RATIO = 4
@@ -305,6 +306,20 @@ def project_text(ops: Ops, weights: FluxWeights, prompt_embeds: Tensor) -> Tenso
     return ops.linear(prompt_embeds, weights.text_in)
 
 
+class Sum(NamedTuple):
+    """A stream's hidden states between two blocks, x + gate · y: the next block adds, in one pass with its norm."""
+
+    x: Tensor
+    gate: Tensor | None = None
+    y: Tensor | None = None
+
+    def branch(self, shift: Tensor, scale: Tensor) -> Branch:
+        return Branch(self.x, shift, scale, self.gate, self.y)
+
+    def rows_from(self, first: int) -> "Sum":
+        return Sum(self.x[first:], self.gate, None if self.y is None else self.y[first:])
+
+
 def step(
     ops: Ops, weights: FluxWeights, latents: Tensor, text: Tensor, modulation: Tensor, rope: Rope, attend: Attend
 ) -> Tensor:
@@ -314,55 +329,61 @@ def step(
     `modulations`, or [S, V, C], all of it, where `ops` knows the step; rope: what `attend` wants.
     """
     vectors = iter(modulation.unbind(-2))
-    image = ops.linear(latents, weights.image_in)
+    streams = [Sum(text), Sum(ops.linear(latents, weights.image_in))]
     for block in weights.double_blocks:
         text_vectors, image_vectors = _take(vectors, VECTORS_PER_STREAM), _take(vectors, VECTORS_PER_STREAM)
-        text, image = _double_block(ops, block, text, image, text_vectors, image_vectors, rope, attend)
-    num_text = text.shape[0]
-    tokens = torch.cat([text, image])
+        streams = _double_block(ops, block, streams, (text_vectors, image_vectors), rope, attend)
     for single in weights.single_blocks:
-        tokens = _single_block(ops, single, tokens, _take(vectors, VECTORS_PER_SINGLE), rope, attend)
+        streams = [_single_block(ops, single, streams, _take(vectors, VECTORS_PER_SINGLE), rope, attend)]
     scale, shift = _take(vectors, VECTORS_AT_END)
-    return ops.narrow_linear(ops.modulate(tokens[num_text:], shift, scale), weights.final)
+    image = streams[1] if len(streams) == 2 else streams[0].rows_from(len(text))
+    ((_, normed),) = ops.residual_modulate([image.branch(shift, scale)])
+    return ops.narrow_linear(normed, weights.final)
 
 
 def _double_block(
     ops: Ops,
     block: DoubleBlock,
-    text: Tensor,
-    image: Tensor,
-    text_vectors: Sequence[Tensor],
-    image_vectors: Sequence[Tensor],
+    streams: Sequence[Sum],
+    vectors: tuple[Sequence[Tensor], Sequence[Tensor]],
     rope: Rope,
     attend: Attend,
-) -> tuple[Tensor, Tensor]:
-    streams = [_stream(ops, block.text, text, text_vectors), _stream(ops, block.image, image, image_vectors)]
-    text_attended, image_attended = attend(streams, rope).split([text.shape[0], image.shape[0]])
-    return (
-        _finish_stream(ops, block.text, text, text_attended, text_vectors),
-        _finish_stream(ops, block.image, image, image_attended, image_vectors),
-    )
-
-
-def _stream(ops: Ops, block: StreamBlock, x: Tensor, vectors: Sequence[Tensor]) -> Stream:
-    shift, scale, *_ = vectors
-    return Stream(ops.linear(ops.modulate(x, shift, scale), block.qkv), block.q_norm, block.k_norm)
-
-
-def _finish_stream(ops: Ops, block: StreamBlock, x: Tensor, attended: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-    _, _, gate, mlp_shift, mlp_scale, mlp_gate = vectors
-    x = ops.gated_residual(x, gate, ops.linear(attended, block.out))
-    hidden = ops.gelu_linear(ops.modulate(x, mlp_shift, mlp_scale), block.mlp_in)
-    return ops.gated_residual(x, mlp_gate, ops.linear(hidden, block.mlp_out))
+) -> list[Sum]:
+    """`streams`, `vectors`: text's and image's."""
+    layers = block.text, block.image
+    xs, normed = _normed(ops, streams, [(v[0], v[1]) for v in vectors])
+    attended = attend(
+        [Stream(ops.linear(n, layer.qkv), layer.q_norm, layer.k_norm) for n, layer in zip(normed, layers, strict=True)],
+        rope,
+    ).split([len(x) for x in xs])
+    outs = [ops.linear(part, layer.out) for part, layer in zip(attended, layers, strict=True)]
+    sums = [Sum(x, v[2], out) for x, v, out in zip(xs, vectors, outs, strict=True)]
+    xs, normed = _normed(ops, sums, [(v[3], v[4]) for v in vectors])
+    outs = [
+        ops.linear(ops.gelu_linear(n, layer.mlp_in), layer.mlp_out) for n, layer in zip(normed, layers, strict=True)
+    ]
+    return [Sum(x, v[5], out) for x, v, out in zip(xs, vectors, outs, strict=True)]
 
 
 def _single_block(
-    ops: Ops, block: SingleBlock, x: Tensor, vectors: Sequence[Tensor], rope: Rope, attend: Attend
-) -> Tensor:
+    ops: Ops, block: SingleBlock, streams: Sequence[Sum], vectors: Sequence[Tensor], rope: Rope, attend: Attend
+) -> Sum:
+    """`streams`: text's and image's, or both in one, as all blocks but the first have it."""
     shift, scale, gate = vectors
-    normed = ops.modulate(x, shift, scale)
+    x, normed = (
+        parts[0] if len(parts) == 1 else torch.cat(parts)
+        for parts in _normed(ops, streams, [(shift, scale)] * len(streams))
+    )
     attended = attend([Stream(ops.linear(normed, block.qkv), block.q_norm, block.k_norm)], rope)
-    return ops.gated_residual(x, gate, ops.joined_linear(attended, ops.gelu_linear(normed, block.mlp_in), block.out))
+    return Sum(x, gate, ops.joined_linear(attended, ops.gelu_linear(normed, block.mlp_in), block.out))
+
+
+def _normed(
+    ops: Ops, streams: Sequence[Sum], shifts_scales: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each stream's sum, and that modulated."""
+    pairs = ops.residual_modulate([s.branch(*vectors) for s, vectors in zip(streams, shifts_scales, strict=True)])
+    return [x for x, _ in pairs], [normed for _, normed in pairs]
 
 
 def _take(vectors: Iterator[Tensor], count: int) -> tuple[Tensor, ...]:

@@ -1,9 +1,11 @@
 """The operators a transformer is written in, as an argument: the same forward pass runs on every kind of device.
 
-Owns the protocol and its form in plain PyTorch, which is the CPU's; the GPU's is `gpu_ops.py`. Knows no architecture.
-Every implementation is row-exact (see kernels/reference.py): a token's result does not depend on the other rows.
+Owns the protocol and its form in plain PyTorch, which is the CPU's; the GPU's is `device_ops.py`. Knows no
+architecture. Every implementation is row-exact (see kernels/reference.py): a token's result does not depend on the
+other rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tetrion.kernels import reference
+from tetrion.kernels.reference import Branch
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,8 @@ class Ops(Protocol):
 
     def silu(self, x: Tensor) -> Tensor: ...
 
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """LayerNorm(x) · (1 + scale) + shift."""
-
-    def gated_residual(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-        """x + gate · y."""
+    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+        """(x + gate · y, LayerNorm of that · (1 + scale) + shift) of one or two streams. y may be overwritten."""
 
 
 class ReferenceOps:
@@ -67,8 +67,5 @@ class ReferenceOps:
     def silu(self, x: Tensor) -> Tensor:
         return reference.silu(x)
 
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return reference.modulate(x, shift, scale)
-
-    def gated_residual(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-        return reference.gated_residual(x, gate, y)
+    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+        return reference.residual_modulate(branches)

@@ -5,6 +5,7 @@ and no commands. A chunk of steps on one member, all on ONE stream:
 
     group = exchange.group(shape)       once a shape
     group.bind(plan, slot, …)           the chunk's words: one small copy
+    group.pull_pooled()                 a newcomer's early part of it
     group.pull_state()                  wait for the source's version → copy → check it; a holder only waits
     group.enter()                       entry barrier; then this slot's version is invalid until the chunk ends
     k times, by a CUDA graph:
@@ -47,7 +48,7 @@ from tetrion.kernels.latents_push import Place, latents_push, latents_read
 from tetrion.kernels.output_push import output_push
 from tetrion.kernels.qk_norm_rope_push import qk_norm_rope_push
 from tetrion.kernels.slot_version import NUM_STATUS_WORDS, WRONG_VERSION, SlotVersions
-from tetrion.kernels.state_pull import state_pull
+from tetrion.kernels.state_pull import Piece, state_pull
 
 
 class GroupShape(NamedTuple):
@@ -164,6 +165,7 @@ class DeviceExchange:
         for degree in degrees:
             group = self.group(GroupShape(0, degree, degree, -(-self.num_heads // degree)))
             group.rehearse()
+            group.pull_pooled()
             group.pull_state()
             group.enter()
             group.finish()
@@ -218,24 +220,35 @@ class DeviceGroup:
         words = group_words(plan.shard_of(self._me).rank, plan.members, *ranges)
         self._exchange.upload.copy([*words, *chunk_words(slot, source, start_version, end_version)], self._words)
 
+    def pull_pooled(self) -> None:
+        """Enqueue, before `pull_state`: copy the pooled embedding as soon as the source has the request at all, be it
+        in the midst of a chunk. It never changes, and a newcomer can compute from it while the others are at work."""
+        self._versions.wait_for_state()
+        layout = self._layout
+        self._pull((0, 0), (layout.pooled_in_slot, layout.pooled_dim * layout.itemsize), (layout.latents_in_slot, 0))
+
     def pull_state(self) -> None:
         """Enqueue: wait until the source has the start version, copy its state here, and check that it still has it."""
         self._versions.wait()
         layout, shape = self._layout, self.shape
+        self._pull(
+            (0, shape.num_text * layout.text_dim * layout.itemsize),
+            (layout.pooled_in_slot, layout.pooled_dim * layout.itemsize),
+            (layout.latents_in_slot, shape.num_image * layout.in_channels * self._latents.element_size()),
+        )
+        self._versions.confirm(in_group=shape.degree > 1)
+
+    def _pull(self, *pieces: *tuple[Piece, Piece, Piece]) -> None:
+        exchange, layout = self._exchange, self._layout
         state_pull(
             self._table,
             self._chunk,
-            self._exchange.slabs.bases,
-            self._exchange.status,
-            (
-                (0, shape.num_text * layout.text_dim * layout.itemsize),
-                (layout.pooled_in_slot, layout.pooled_dim * layout.itemsize),
-                (layout.latents_in_slot, shape.num_image * layout.in_channels * self._latents.element_size()),
-            ),
+            exchange.slabs.bases,
+            exchange.status,
+            pieces,
             slots_offset=layout.slots_offset,
             slot_bytes=layout.slot_bytes,
         )
-        self._versions.confirm(in_group=shape.degree > 1)
 
     def enter(self) -> None:
         """Enqueue: wait for all members; from here on the slot's latents change."""

@@ -3,7 +3,7 @@
 Owns byte offsets and nothing else; knows no torch, no processes, no groups. A slab, offsets ascending:
 
     ┌ counters   num_devices cache lines: word `s` is written by device `s` alone (barrier.py)
-    ├ versions   num_slots cache lines: version and sequence of each state slot, written by the slab's owner alone
+    ├ versions   num_slots cache lines: version, sequence and state of each slot, written by the slab's owner alone
     ├ q, k, v    [text + image tokens, local heads, head_dim] each, in canonical token order: all text, then all image
     ├ output     [local tokens, num_heads * head_dim]: attention output of this device's own tokens
     └ slots      num_slots × { text [max_text_tokens, text_dim], pooled [pooled_dim], latents [max_image_tokens, C] }
@@ -70,7 +70,7 @@ class SlabLayout(msgspec.Struct, frozen=True, kw_only=True):
         return self.counters_offset + sender * CACHE_LINE
 
     def version_offset(self, slot: int) -> int:
-        """64-bit version, followed by its 32-bit sequence."""
+        """64-bit version, followed by its 32-bit sequence; GPUs add the state's number, 64 bits, 16 bytes on."""
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         return self.versions_offset + slot * CACHE_LINE
 

@@ -78,7 +78,7 @@ def run_on_gpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Se
 
     device_id = spec.device.device_id
     queue = CudaQueue(spec.device.index)
-    completions = Completions(device_id, send, on_broken=lambda: os._exit(1))
+    completions = Completions(device_id, send, on_broken=lambda: os._exit(1), on_start=queue.attach_thread)
     runner = DeviceRunner(spec, queue, completions)
     completions.send(Started(device_id=device_id, pid=os.getpid(), slab=runner.slab))
     serve(runner, device_id, receive, completions.send)

@@ -24,10 +24,17 @@ class _Entry(NamedTuple):
 
 
 class Completions:
-    """`send` delivers an event; `on_broken` is called once the device cannot go on, after everything was answered."""
+    """`send` delivers an event; `on_broken` is called once the device cannot go on, after everything was answered;
+    `on_start` is the first that the thread does."""
 
-    def __init__(self, device_id: int, send: Callable[[Event], None], on_broken: Callable[[], None]) -> None:
-        self._device_id, self._send, self._on_broken = device_id, send, on_broken
+    def __init__(
+        self,
+        device_id: int,
+        send: Callable[[Event], None],
+        on_broken: Callable[[], None],
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._device_id, self._send, self._on_broken, self._on_start = device_id, send, on_broken, on_start
         self._entries: queue.SimpleQueue[_Entry | Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="completions", daemon=True)
         self._thread.start()
@@ -46,6 +53,7 @@ class Completions:
         self._thread.join()
 
     def _run(self) -> None:
+        self._on_start()
         while (entry := self._entries.get()) is not None:
             if isinstance(entry, _Entry):
                 self._finish(entry)

@@ -49,15 +49,21 @@ class DeviceModel:
             self._slabs.slot(self._slabs.device_id, slot).text[text.start : text.stop]
         )
 
+    def prepare(self, command: Denoise, num_image: int) -> None:
+        """Enqueue what a request needs once, if it is not there: the first steps' modulations, from the pooled
+        embedding in its slot."""
+        self._modulation_of(command, num_image, command.step_index // TABLE_STEPS)
+
     def load_tables(self, command: Denoise, num_image: int, steps: range) -> None:
         """Enqueue: the next replays are `steps` of the command's request, all of one part of TABLE_STEPS steps."""
         part = steps.start // TABLE_STEPS
-        modulation = self._modulations(
-            command.state_id, command.slot, command.num_steps, num_image, command.guidance, part
-        )
+        modulation = self._modulation_of(command, num_image, part)
         rows = slice(steps.start - part * TABLE_STEPS, steps.stop - part * TABLE_STEPS)
         deltas = self._deltas(command.num_steps, num_image)[steps.start : steps.stop]
         self.tables.load(deltas, modulation[rows])
+
+    def _modulation_of(self, command: Denoise, num_image: int, part: int) -> Tensor:
+        return self._modulations(command.state_id, command.slot, command.num_steps, num_image, command.guidance, part)
 
     def _compute_modulations(
         self, state_id: int, slot: int, num_steps: int, num_image: int, guidance: float, part: int

@@ -121,14 +121,18 @@ class DeviceRunner:
         model, last = self._model, command.step_index + command.chunk_steps
         plan = plan_group(command.members, model.max_text_tokens, self._num_image(command), model.num_heads)
         graph = self.model.graph(plan)
+        source = self.device_id if self.device_id in command.holders else command.source
         started = self._queue.mark()
         graph.group.bind(
             plan,
             command.slot,
-            source=self.device_id if self.device_id in command.holders else command.source,
+            source=source,
             start_version=slot_version(command.state_id, command.step_index),
             end_version=slot_version(command.state_id, last),
         )
+        if source != self.device_id:
+            graph.group.pull_pooled()
+        self.model.prepare(command, plan.num_image)
         graph.group.pull_state()
         graph.group.enter()
         entered = self._queue.mark()

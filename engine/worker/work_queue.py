@@ -62,6 +62,11 @@ class CudaQueue:
         self._pool = torch.cuda.graph_pool_handle()
         self._clock = DeviceClock(self._new_event())
 
+    def attach_thread(self) -> None:
+        """Make the device that of the calling thread too, before it waits for marks: CUDA may open a context on the
+        thread's device, and that of a new thread is GPU 0, whose memory is another worker's."""
+        torch.cuda.set_device(self.device)
+
     def mark(self) -> Mark:
         return CudaMark(self._new_event(), self._clock)
 

@@ -108,9 +108,10 @@ class Floor:
         tensors: dict[tuple[int, ...], list[Tensor]] = {}
 
         def some(*shape: int, count: int) -> list[Tensor]:
-            if shape not in tensors:
-                tensors[shape] = [torch.randn(shape, device=self._device, dtype=self._dtype) for _ in range(count)]
-            return tensors[shape]
+            key = count, *shape  # activations and weights of one shape differ in number
+            if key not in tensors:
+                tensors[key] = [torch.randn(shape, device=self._device, dtype=self._dtype) for _ in range(count)]
+            return tensors[key]
 
         calls: list[Callable[[], object]] = []
         for i, operator in enumerate(operators):

@@ -22,10 +22,12 @@ def host_facts() -> dict[str, Any]:
 
 
 def write_record(record: dict[str, Any], output: Path | None) -> str:
-    """The record as JSON text, written to `output` too if one is given."""
+    """The record as JSON text, written to `output` too if one is given: the whole of it or nothing."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     if output is not None:
-        output.write_text(text + "\n")
+        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+        temporary.write_text(text + "\n")
+        temporary.replace(output)
     return text
 
 

@@ -82,41 +82,45 @@ async def _floor_ms(floor: LineProcess, seconds: float) -> list[float]:
 
 
 async def resize_every_step(probe: Probe, size: Size, num_steps: int) -> AsyncIterator[Row]:
-    """Two groups that take turns at every step, beside each of them alone in chunks of one step. `added_ms`: what a
-    change of group adds to a step. Groups: the first and the last devices."""
+    """Two groups that take turns at every step, beside each of them alone in chunks of one step. Groups: the first and
+    the last devices. `added_ms`: what a change of group adds to a step, once both groups have had the request;
+    `first_visit_ms`: what it adds the first time, when newcomers compute the request's modulations beforehand."""
     num_devices = len(probe.executor.device_ids)
     degrees = probe.spec.legal_degrees(num_devices)
     alone: dict[Members, float] = {}
     for narrow, wide in combinations_with_replacement(degrees, 2):
-        groups = tuple(range(narrow)), tuple(range(num_devices - wide, num_devices))
-        if groups[0] == groups[1]:
+        first, last = tuple(range(narrow)), tuple(range(num_devices - wide, num_devices))
+        if first == last:
             continue
-        for group in groups:
+        for group in (first, last):
             if group not in alone:
-                alone[group] = await _wall_step_ms(probe, size, [(group, 1)] * num_steps)
-        turns = [(groups[i % 2], 1) for i in range(num_steps)]
-        ms, steady_ms = await _wall_step_ms(probe, size, turns), statistics.mean(alone[group] for group in groups)
+                steps = await _step_ends_ms(probe, size, [group] * (1 + num_steps))
+                alone[group] = (steps[-1] - steps[0]) / num_steps
+        ends = await _step_ends_ms(probe, size, [(first, last)[i % 2] for i in range(2 + num_steps)])
+        ms, steady_ms = (ends[-1] - ends[1]) / num_steps, statistics.mean((alone[first], alone[last]))
         yield {
             "px": px_of(size),
-            "groups": [list(group) for group in groups],
+            "groups": [list(first), list(last)],
             "ms": ms,
             "steady_ms": steady_ms,
             "added_ms": ms - steady_ms,
+            "first_visit_ms": ends[1] - ends[0] - alone[last],
         }
 
 
-async def _wall_step_ms(probe: Probe, size: Size, chunks: Sequence[ChunkPlan]) -> float:
-    """From the end of a first, extra step to the end of the last."""
-    for group in {members for members, _ in chunks}:
+async def _step_ends_ms(probe: Probe, size: Size, groups: Sequence[Members]) -> list[float]:
+    """When each step of a request ended that has a chunk of its own; all are queued at once."""
+    for group in set(groups):
         await probe.runs(size, 1, (group, 1), 1)  # records its graph
-    request = probe.request(size, 1 + len(chunks))
+    request = probe.request(size, len(groups))
     await probe.encode(request)
-    times = await probe.denoise(request, [(chunks[-1][0], 1), *chunks])
-    return 1e3 * (times[-1].ended_s - times[0].ended_s) / len(chunks)
+    return [1e3 * times.ended_s for times in await probe.denoise(request, [(group, 1) for group in groups])]
 
 
-async def idle_gaps(probe: Probe, config: EngineConfig, profile: Profile, size: Size, degree: int) -> Row:
-    """Time between consecutive chunks of one request on one group, planned by the engine's own loop as it goes."""
+async def idle_gaps(
+    probe: Probe, config: EngineConfig, profile: Profile, size: Size, degree: int
+) -> AsyncIterator[Row]:
+    """One row: times between consecutive chunks of one request on one group, planned by the engine's own loop."""
     executor, spec, listener = probe.executor, probe.spec, _Listener(probe.executor)
     ended: asyncio.Queue[ImageResult | Failure] = asyncio.Queue()
 
@@ -151,11 +155,15 @@ async def idle_gaps(probe: Probe, config: EngineConfig, profile: Profile, size: 
     finally:
         loop.stop()
         await asyncio.wait([task])
-    gaps_ms = gaps_between(listener.chunks)
-    common = {"px": px_of(size), "degree": degree, "num_gaps": len(gaps_ms)}
-    if not gaps_ms:
-        return {**common, "median_ms": None, "max_ms": None, "reason": "the request ran in one chunk"}
-    return {**common, "median_ms": statistics.median(gaps_ms), "max_ms": max(gaps_ms)}
+    gaps = gaps_between(listener.chunks)
+    row: Row = {"px": px_of(size), "degree": degree, "num_gaps": len(gaps)}
+    if gaps:
+        idle_ms, entered_ms = zip(*gaps, strict=True)
+        times = {"median_ms": statistics.median(idle_ms), "max_ms": max(idle_ms)}
+        yield row | times | {"until_entered_ms": statistics.median(entered_ms)}
+    else:
+        nothing = dict.fromkeys(("median_ms", "max_ms", "until_entered_ms"))
+        yield row | nothing | {"reason": "the request ran in one chunk"}
 
 
 class _Listener:
@@ -174,15 +182,18 @@ class _Listener:
         return events
 
 
-def gaps_between(chunks: Sequence[Denoised]) -> list[float]:
-    """Milliseconds from the end of one chunk of a request to the beginning of the next on the same members, for the
-    member that waited longest. Each member's two times are of its own clock."""
+def gaps_between(chunks: Sequence[Denoised]) -> list[tuple[float, float]]:
+    """Milliseconds from the end of one chunk of a request to the beginning of the next on the same members, and until
+    they had all entered it, each for the member that waited longest. A member's times are of its own clock."""
     by_command: dict[int, dict[int, Denoised]] = {}
     for chunk in chunks:
         by_command.setdefault(chunk.command_id, {})[chunk.device_id] = chunk
     ordered = [members for _, members in sorted(by_command.items())]
     return [
-        max(max(0.0, 1e3 * (after[device].started_s - before[device].ended_s)) for device in before)
+        (
+            max(max(0.0, 1e3 * (after[device].started_s - before[device].ended_s)) for device in before),
+            max(1e3 * (after[d].started_s + after[d].waited_s - before[d].ended_s) for d in before),
+        )
         for before, after in pairwise(ordered)
         if before.keys() == after.keys()
     ]

@@ -18,12 +18,11 @@ from triton.compiler import ASTSource
 from tetrion.kernels import (
     attention,
     barrier,
-    gated_residual,
     gelu,
     latents_push,
-    modulate,
     output_push,
     qk_norm_rope_push,
+    residual_modulate,
     slot_version,
     state_pull,
 )
@@ -44,7 +43,9 @@ POINTERS = {"table": "*i32", "bases": "*i64", "expected": "*i32", "status": "*i3
 POINTERS |= {"abort": "*i32", "chunk": "*i32", "latents": "*fp32"}
 POINTERS |= {"cos": "*fp32", "sin": "*fp32", "log_sum_exp": "*fp32"}
 NORMS = ("text_q_norm", "text_k_norm", "image_q_norm", "image_k_norm")
-TENSORS = ("x", "y", "out", "output", "shift", "scale", "gate", "text_qkv", "image_qkv", *NORMS)
+BRANCH = ("x", "y", "shift", "scale", "gate")
+TENSORS = ("x", "out", "output", "normed", "text_qkv", "image_qkv", *NORMS)
+TENSORS += tuple(f"{which}_{name}" for which in ("first", "last") for name in BRANCH)
 POINTERS |= dict.fromkeys(TENSORS, "*bf16")
 
 
@@ -87,18 +88,19 @@ def main() -> None:
     meet = {"DEGREE": 4, "LANES": 4, "WORDS_APART": 16, "INTERVAL": 256, "ABORTED_STATUS": 1, "INTERPRETED": False}
     latents = {"DEGREE": 4, "CHANNELS": 64, "SIZE": latents_push.BLOCK}
     versions = {"LONGS_APART": 8, "ABORTED_STATUS": 1}
+    waits = versions | {"INTERVAL": 256, "INTERPRETED": False}
     confirm = {"LONGS_APART": 8, "WRONG": 2, "IN_GROUP": True}
     results = {
         "qk_norm_rope_push": compiled(qk_norm_rope_push, push, num_warps=4),
         "output_push": compiled(output_push, {"ROWS": output_push.TILE_ELEMENTS // 128} | FLUX, num_warps=4),
-        "modulate": compiled(modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6}, num_warps=8),
-        "gated_residual": compiled(gated_residual, {"WIDTH": 3072, "COLUMNS": 1024}, num_warps=4),
+        "residual_modulate": compiled(residual_modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6}, num_warps=8),
         "gelu": compiled(gelu, {"WIDTH": 12288, "COLUMNS": 1024, "SLOPE": gelu.TWICE}, num_warps=4),
         "barrier": compiled(barrier, meet, num_warps=1),
         "state_pull": compiled(state_pull, {"SHORTS": 8, "BLOCK": 8 * state_pull.BLOCK_UNITS}, num_warps=4),
         "latents_read": compiled(latents_push._read, latents, {"out": "*fp32"}, num_warps=4),
         "latents_push": compiled(latents_push._push, latents, num_warps=4),
-        "wait_version": compiled(slot_version._wait, versions | {"INTERVAL": 256, "INTERPRETED": False}, num_warps=1),
+        "wait_version": compiled(slot_version._wait, waits, num_warps=1),
+        "wait_for_state": compiled(slot_version._wait_for_state, waits, num_warps=1),
         "confirm_version": compiled(slot_version._confirm, confirm, num_warps=1),
         "invalidate_version": compiled(slot_version._invalidate, versions | {"DEGREE": 4}, num_warps=1),
         "publish_version": compiled(slot_version._publish, versions, num_warps=1),

@@ -36,6 +36,11 @@ class SlotSlabs:
         start = self.layout.version_offset(slot)
         return self.slabs[device][start : start + 8].view(torch.int64)
 
+    def state_word(self, device: int, slot: int) -> Tensor:
+        """Whose state the slot holds, whatever its version."""
+        start = self.layout.version_offset(slot) + 16
+        return self.slabs[device][start : start + 8].view(torch.int64)
+
     def latents(self, device: int, slot: int) -> Tensor:
         """All rows of the slot: fp32 [max_image_tokens, C]."""
         start, stop = self.layout.latents_offset(slot), self.layout.slots_offset + (slot + 1) * self.layout.slot_bytes

@@ -30,7 +30,7 @@ def test_nothing_spills_and_everything_fits(kernels: dict[str, Any]) -> None:
         assert kernel["shared"] <= SHARED_MEMORY_BYTES, f"{name}: {kernel['shared']} bytes of shared memory"
 
 
-WIDE = ["qk_norm_rope_push", "output_push", "modulate", "gated_residual", "gelu"]
+WIDE = ["qk_norm_rope_push", "output_push", "residual_modulate", "gelu"]
 WIDE += ["state_pull", "latents_read", "latents_push"]
 
 
@@ -53,6 +53,7 @@ def test_barrier_releases_and_acquires_at_system_scope(kernels: dict[str, Any]) 
 
 
 def test_versions_are_released_and_acquired_at_system_scope(kernels: dict[str, Any]) -> None:
-    assert kernels["wait_version"]["ptx"]["system_fence"] >= 1
-    for name in ("confirm_version", "publish_version"):
-        assert kernels[name]["ptx"]["system_release"] == 1, kernels[name]["ptx"]
+    for name in ("wait_version", "wait_for_state"):
+        assert kernels[name]["ptx"]["system_fence"] >= 1
+    for name in ("confirm_version", "publish_version"):  # whose state it is, then the version
+        assert kernels[name]["ptx"]["system_release"] == 2, kernels[name]["ptx"]

@@ -77,6 +77,34 @@ def test_a_pulled_state_is_confirmed_unless_its_source_went_on(device, found, in
         assert slabs.status.tolist() == [WRONG_VERSION if in_group else 0, WRONG_VERSION]
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_a_state_is_there_from_its_first_version_on(device, state) -> None:
+    """As above the abort word ends a wait that is not over after ABORT_INTERVAL looks."""
+    slabs, wanted = SlotSlabs(), slot_version(state, 4)
+    versions, table = _versions(slabs, wanted)
+    theirs = slabs.versions(table, chunk(SLOT, ME, 0, slot_version(state, 2)))  # of the device that holds the table: ME
+    theirs.publish()
+    theirs.invalidate(degree=2)
+    assert slabs.version(ME, SLOT).item() == 0
+    slabs.state_word(SOURCE, SLOT).copy_(slabs.state_word(ME, SLOT))
+    slabs.abort[0] = 1
+    slabs.version(ME, SLOT).fill_(99)
+    versions.wait_for_state()
+    assert not slabs.status.any() and slabs.version(ME, SLOT).item() == 99, "what is here may be read for now"
+    slabs.state_word(SOURCE, SLOT).add_(1)
+    versions.wait_for_state()
+    assert slabs.status.tolist() == [ABORTED, 0]
+
+
+def test_a_pulled_state_is_there_for_others(device) -> None:
+    slabs, wanted = SlotSlabs(), slot_version(8, 2)
+    slabs.version(SOURCE, SLOT).fill_(wanted)
+    versions, _ = _versions(slabs, wanted)
+    versions.wait()
+    versions.confirm(in_group=True)
+    assert slabs.state_word(ME, SLOT).item() == 8
+
+
 def test_entered_slot_has_no_version_until_it_is_published(device) -> None:
     slabs, end = SlotSlabs(), slot_version(HIGHEST_STATE, 6)
     slabs.version(ME, SLOT).fill_(slot_version(3, 4))
@@ -110,6 +138,7 @@ def test_zero_words_change_nothing(device) -> None:
     slabs.version(ME, SLOT).fill_(17)
     versions, table = _versions(slabs, 0)
     before = table.clone()
+    versions.wait_for_state()
     versions.wait()
     versions.confirm(in_group=True)
     versions.invalidate(degree=2)

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tetrion.engine.models.device_ops import MIN_ROWS, NARROW_ROWS, DeviceOps
 from tetrion.engine.models.ops import Linear, Ops, ReferenceOps
+from tetrion.kernels.reference import Branch
 
 STEPS, STEP = 3, 2
 SIZES = {"cpu": (150, 96, 160, 16), "cuda": (1150, 3072, 12288, 64)}
@@ -41,8 +42,9 @@ OPERATORS: dict[str, Apply] = {
     "joined_linear": lambda ops, t, rows, a, b: ops.joined_linear(t.x[rows], t.hidden[rows], t.joined),
     "narrow_linear": lambda ops, t, rows, a, b: ops.narrow_linear(t.x[rows], t.narrow),
     "silu": lambda ops, t, rows, a, b: ops.silu(t.x[rows]),
-    "modulate": lambda ops, t, rows, a, b: ops.modulate(t.x[rows], a, b),
-    "gated_residual": lambda ops, t, rows, a, b: ops.gated_residual(t.x[rows], a, t.y[rows].clone()),
+    "residual_modulate": lambda ops, t, rows, a, b: torch.cat(
+        ops.residual_modulate([Branch(t.x[rows], a, b, b, t.y[rows].clone())])[0], dim=1
+    ),
 }
 
 

@@ -14,12 +14,12 @@ ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
 
 
 class DeviceFleet(Fleet):
-    """Workers that share GPU 0, or have their kernels interpreted. `host_memory`: that is where slabs are."""
+    """Workers on the host's GPUs in turn, or with their kernels interpreted. `host_memory`: that is where slabs are."""
 
     program = "device_worker.py"
     answer_timeout_s = 120.0
     more_to_start: ClassVar[dict[str, Any]] = {
-        "device": "cuda:0" if ON_GPU else "cpu", "num_heads": NUM_HEADS, "head_dim": HEAD_DIM,
+        "device": "cuda" if ON_GPU else "cpu", "num_heads": NUM_HEADS, "head_dim": HEAD_DIM,
     }  # fmt: skip
 
     def __init__(self, num_devices: int, *, host_memory: bool, itemsize: int = 2) -> None:

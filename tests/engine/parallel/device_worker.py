@@ -81,6 +81,7 @@ class DeviceWorker:
         self.layout, self.device_id = msgspec.convert(start["layout"], SlabLayout), start["device_id"]
         self.device = torch.device(start["device"])
         if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.device_id % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.memory = DeviceMemory(self.layout, self.device_id, self.device, start["slab_fds"], start["control_fd"])
         self.num_heads, self.head_dim = start["num_heads"], start["head_dim"]
@@ -148,6 +149,8 @@ class DeviceWorker:
         versions = [slot_version(state_id, index) for index in (step_index, step_index + chunk_steps)]
         source = self.device_id if self.device_id in holders else source
         step.group.bind(plan, slot, source=source, start_version=versions[0], end_version=versions[1])
+        if source != self.device_id:
+            step.group.pull_pooled()
         step.group.pull_state()
         step.group.enter()
         step.load(plan, slot)

@@ -1,7 +1,7 @@
 """GPU workers as real processes: whatever the groups, the latents are, bit for bit, those of one device alone.
 
-They share one GPU (marker `gpu`), with slabs mapped through IPC or in host memory, and chunks as CUDA graphs; without a
-GPU their kernels are interpreted.
+They take the host's GPUs in turn (marker `gpu`), with slabs mapped through IPC or in host memory, and chunks as CUDA
+graphs; without a GPU their kernels are interpreted.
 """
 
 from collections.abc import Iterator

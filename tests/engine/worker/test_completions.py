@@ -32,6 +32,20 @@ def test_answers_keep_their_order() -> None:
     assert sent == [pong(1), pong(2), pong(3)]
 
 
+def test_its_thread_is_prepared_before_it_answers() -> None:
+    threads: list[int] = []
+    sent: list[int] = []
+    completions = Completions(
+        3,
+        lambda event: sent.append(threading.get_ident()),
+        on_broken=lambda: None,
+        on_start=lambda: threads.append(threading.get_ident()),
+    )
+    completions.send(pong(1))
+    completions.close()
+    assert threads == sent and threads[0] != threading.get_ident()
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "broken"),
     [

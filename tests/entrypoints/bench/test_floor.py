@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from tetrion.entrypoints.bench.floor import Attention, Gemm, step_operators
+from tetrion.entrypoints.bench.floor import Attention, Floor, Gemm, step_operators
 from tetrion.entrypoints.bench.line_process import LineProcess, ProcessFailed
 
 FLUX = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19, "num_single_layers": 38}
@@ -24,6 +25,13 @@ def test_a_group_shares_tokens_and_heads_rounded_up() -> None:
     operators = step_operators(TINY, 10, 21, 3)
     assert set(operators) >= {Gemm(7, 32, 96), Gemm(4, 32, 96), Attention(31, 2, 8), Gemm(11, 160, 32)}
     assert {operator.rows for operator in operators if isinstance(operator, Gemm)} == {7, 4, 11}
+
+
+def test_as_many_rows_as_outputs() -> None:
+    """Activations and weights of one shape are still tensors of their own."""
+    floor = Floor(TINY, torch.device("cpu"))
+    floor.prepare(8, 32, 1)
+    assert floor.run(0.0)
 
 
 @pytest.fixture
