@@ -10,7 +10,6 @@ from tests.engine.latents_bench import LatentsBench, Schedule
 from tetrion.engine.config import EngineConfig
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "devices",
     [

@@ -17,8 +17,6 @@ from PIL import Image
 TETRION = str(Path(sys.executable).with_name("tetrion"))
 START_S = 150
 
-pytestmark = pytest.mark.timeout(600)
-
 
 def tetrion(*arguments: object, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([TETRION, *map(str, arguments)], capture_output=True, text=True, timeout=400)

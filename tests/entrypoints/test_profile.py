@@ -15,7 +15,6 @@ from tetrion.entrypoints.profile import checked_degrees, checked_sizes
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.mark.timeout(400)
 async def test_the_table_is_what_an_engine_plans_with(tmp_path: Path, capsys: Capture) -> None:
     import asyncio
 

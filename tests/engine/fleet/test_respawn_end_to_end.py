@@ -18,7 +18,7 @@ from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import GenerationError, ImageRequest, ImageResult
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session")]
 PATIENCE_S = 150.0
 
 

@@ -26,7 +26,7 @@ class Fleet:
     """The engine's side: memory, abort words, and a pipe to each device."""
 
     program = "worker.py"
-    answer_timeout_s = 20.0
+    answer_timeout_s = 120.0
     more_to_start: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, layout: SlabLayout) -> None:

@@ -31,7 +31,6 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(600)
 def test_as_close_to_fp32_as_diffusers() -> None:
     spec = read_model_spec(resolve_model("flux1-dev"), "dummy")
     folder = Path(spec.path) / "transformer"

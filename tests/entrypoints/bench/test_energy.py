@@ -93,7 +93,7 @@ async def test_windows_of_a_real_engine_count_all_devices_and_every_picture() ->
         idle = await bench.idle(OPTIONS)
         results = await bench.sweep(sweep_points(OPTIONS, 2), OPTIONS)
         trace = tuple(
-            TraceRequest(arrival_s=0.02 * i, width=128, height=128, num_steps=1, slo_s=60.0) for i in range(40)
+            TraceRequest(arrival_s=0.1 * i, width=128, height=128, num_steps=1, slo_s=60.0) for i in range(40)
         )
         steady = await bench.arrivals(trace)
     assert idle.total_j is not None and idle.total_j / idle.seconds == pytest.approx(300)
@@ -102,8 +102,8 @@ async def test_windows_of_a_real_engine_count_all_devices_and_every_picture() ->
         for window in result.windows:
             assert window.num_images == len(window.latencies_s) and window.num_images % result.point.in_flight == 0
             assert window.energy.total_j == pytest.approx(300 * window.energy.seconds)
-    assert (steady.from_s, steady.to_s) == pytest.approx((0.02 * 8, 0.02 * 39))
-    assert steady.window.energy.seconds == pytest.approx(0.02 * 31, abs=0.3)
+    assert (steady.from_s, steady.to_s) == pytest.approx((0.1 * 8, 0.1 * 39))
+    assert steady.window.energy.seconds > 0.1 * 30
     assert 0 < steady.window.num_images <= len(trace)
 
 
@@ -163,7 +163,6 @@ def test_a_dry_run_says_what_would_be_done_and_how_long(tetrion: Callable[..., i
     assert tetrion("bench", "energy", "--devices", "cpu:2", "--window-s", 1) == 2
 
 
-@pytest.mark.timeout(120)
 def test_without_a_meter_the_command_runs_and_joules_are_null(
     tetrion: Callable[..., int], tmp_path: Path, capsys: Any
 ) -> None:

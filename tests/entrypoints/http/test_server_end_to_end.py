@@ -23,8 +23,6 @@ from PIL import Image
 TETRION = str(Path(sys.executable).with_name("tetrion"))
 SIZES = ("128x128", "160x128", "128x208", "256x128", "192x144")
 
-pytestmark = pytest.mark.timeout(600)
-
 
 class Server:
     """A `tetrion serve` process that is ready."""
