@@ -4,9 +4,9 @@
     python -m benchmarks.workloads.compare_policies POINTS.json --seeds 21 --bound 150 --output OUT.json
 
 The file holds `profile`, `overheads`, `trace` and `points` (as the one that the planner's design was measured with).
-Every policy sees the same traces. With `--bound N` only the first N requests of each trace count, and beside attainment
-stands what a clairvoyant scheduler could reach at most, at the points below saturation. `--budget-s` ends the run early;
-the same command again goes on with what is missing from OUT.json.
+Every policy sees the same traces. With `--bound N` only the first N requests of each trace count, and beside
+attainment stands what a clairvoyant scheduler could reach at most, at the points below saturation. `--budget-s` ends
+the run early; the same command again goes on with what is missing from OUT.json.
 """
 
 import argparse

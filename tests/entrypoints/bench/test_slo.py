@@ -101,6 +101,19 @@ def test_a_grid_has_a_row_for_each_policy_mix_rate_and_scale_and_repeats(
     assert grid(profile)["rows"] == rows
 
 
+def test_loads_stand_for_rates_and_fitted_slos_are_recorded(profile: Path) -> None:
+    machine = {"simulate": True, "profile": profile, "devices": 2, "num_requests": 8, "seed": [1]}
+    workload = {"size": ["1024x1024"], "base_slo": [5.0], "calibrate_slo": True, "load": [0.1, 0.5]}
+    record = command(**machine, **workload)  # type: ignore[arg-type]
+    device_s = 0.025 + 28 * 0.1647 + 0.120
+    expected = [float(f"{load * 60 * 2 / device_s:.3g}") for load in (0.1, 0.5)]
+    assert [row["rate_per_min"] for row in record["rows"]] == expected
+    assert record["workload"]["loads"] == (0.1, 0.5)
+    assert record["workload"]["base_slo_s"] == {"1024x1024": pytest.approx(1.1 * (0.025 + 28 * 0.1057 + 0.120))}
+    with pytest.raises(InputError, match="load: must be above 0 and finite, got 0"):
+        command(**machine, load=[0.0])  # type: ignore[arg-type]
+
+
 def test_slo_scale_stretches_the_deadlines_of_a_trace_file(profile: Path, trace: Path) -> None:
     record = command(simulate=True, profile=profile, trace=[trace], devices=1, slo_scale=[0.01, 1000.0])
     assert [row["attainment"] for row in record["rows"]] == [0.0, 1.0]
