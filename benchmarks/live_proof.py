@@ -29,7 +29,7 @@ from tetrion.entrypoints.bench.timeline import command as timeline
 from tetrion.entrypoints.bench.workloads import MIXES
 from tetrion.entrypoints.session import EngineOptions
 
-LOADS = (0.65, 0.1)
+LOADS = (0.65, 0.2)
 """Heavy, light."""
 COMPRESS, NUM_STEPS = 4, 28
 FIXED = (1, 2, 4)
@@ -55,7 +55,7 @@ def prove(given: argparse.Namespace, mix: str) -> dict[str, Any]:
         policy=given.policy or policies_on(num_devices),
         mix=[mix],
         load=given.load,
-        slo_scale=[given.slo_scale],
+        slo_scale=given.slo_scale,
         seed=[given.seed],
         num_requests=given.num_requests,
         num_steps=NUM_STEPS,
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--policy", action="append", help="Instead of all; the first is what others are compared with.")
     parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--load", nargs="+", type=float, default=list(LOADS), help="Shares of what the devices can do.")
-    parser.add_argument("--slo-scale", type=float, default=1.0)
+    parser.add_argument("--slo-scale", nargs="+", type=float, default=[1.0], help="Factors on the base SLOs.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num-requests", type=int, default=60)
     parser.add_argument("--size", action="append", default=[], help="WxH. Default: the published four.")

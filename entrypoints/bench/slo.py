@@ -181,13 +181,17 @@ def _cost_table(profile: Path | None, floors: Path | None) -> Profile | None:
 
 
 def _prepare(options: SloOptions, system: System) -> None:
-    """Raises ValueError for a workload that is not possible, before any runs. Warms an embedded engine up."""
-    sizes = set()
+    """Raises ValueError for a workload that is not possible, before any runs. Warms an embedded engine up, and says how
+    long arrivals in real time will take."""
+    sizes, span_s = set(), 0.0
     for point in points(options.grid, system.num_devices, lambda: profile_of(system, options)):
         for _, trace in point.traces:
             sizes |= {(request.width, request.height) for request in trace}
+            span_s += trace[-1].arrival_s
     if isinstance(system, EmbeddedSystem):
         system.warm_up(sorted(sizes))
+    if system.mode == "live":
+        _to_stderr(f"arrivals take {span_s * len(options.policies):.0f} s in all")
 
 
 def _beside(options: SloOptions, system: System, results: Results) -> dict[str, Any]:

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tetrion.engine.planning.profile import read_profile
 from tetrion.entrypoints.bench.outcomes import Outcome
+from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo import command, parse_loss
+from tetrion.entrypoints.bench.slo_points import Grid
+from tetrion.entrypoints.bench.slo_run import SloOptions, run
 from tetrion.entrypoints.bench.slo_statistics import (
     attainment,
     attainment_by_class,
@@ -112,6 +116,14 @@ def test_loads_stand_for_rates_and_fitted_slos_are_recorded(profile: Path) -> No
     assert record["workload"]["base_slo_s"] == {"1024x1024": pytest.approx(1.1 * (0.025 + 28 * 0.1057 + 0.120))}
     with pytest.raises(InputError, match="load: must be above 0 and finite, got 0"):
         command(**machine, load=[0.0])  # type: ignore[arg-type]
+
+
+def test_results_are_handed_on_after_every_row(profile: Path) -> None:
+    options = SloOptions(grid=Grid(rates_per_min=(6.0, 60.0), seeds=(1,), num_requests=4), policies=("rssp", "fixed-1"))
+    seen: list[int] = []
+    system = SimulatedSystem(profile=read_profile(profile), num_devices=2)
+    results = run(options, system, save=lambda results: seen.append(len(results.rows)))
+    assert seen == [1, 2, 3, 4] and len(results.rows) == 4
 
 
 def test_slo_scale_stretches_the_deadlines_of_a_trace_file(profile: Path, trace: Path) -> None:
