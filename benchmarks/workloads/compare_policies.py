@@ -51,8 +51,10 @@ def key_of(point: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def chosen(data: dict[str, Any], scales: Sequence[float], bound: int | None) -> list[dict[str, Any]]:
-    """The points to run: those of the table and those at `scales` (none: all); for the bound those below saturation."""
+    """The points to run: those of the table and those at `scales` (none: all), the table's first; for the bound
+    those below saturation."""
     points = [p for p in data["points"] if not scales or p["slo_scale"] in scales or key_of(p) in TABLE]
+    points.sort(key=lambda point: key_of(point) not in TABLE)
     return [p for p in points if bound is None or load(data, p) < 1]
 
 
