@@ -1,9 +1,9 @@
 """Simulated attainment of policies at the points of a yardstick file, beside the values it records or the bound.
 
-    python -m benchmarks.workloads.compare_policies POINTS.json --seeds 21 22 23 --output OUT.json
-    python -m benchmarks.workloads.compare_policies POINTS.json --seeds 21 --bound 150 --output OUT.json
+    python -m benchmarks.workloads.compare_policies --seeds 11 12 13 --output OUT.json
+    python -m benchmarks.workloads.compare_policies --seeds 21 --scales --bound 150 --output OUT.json
 
-The file holds `profile`, `overheads`, `trace` and `points` (as the one that the planner's design was measured with).
+The file (`planner_points.json`) holds `profile`, `overheads`, `trace` and `points` (as the one that the planner's design was measured with).
 Every policy sees the same traces. With `--bound N` only the first N requests of each trace count, and beside
 attainment stands what a clairvoyant scheduler could reach at most, at the points below saturation. `--budget-s` ends
 the run early; the same command again goes on with what is missing from OUT.json.
@@ -136,7 +136,7 @@ def _text(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("points", type=Path)
+    parser.add_argument("points", type=Path, nargs="?", default=Path(__file__).parent / "planner_points.json")
     parser.add_argument("--policies", nargs="+", default=["horizon"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23])
     parser.add_argument("--scales", nargs="*", type=float, default=[1.2], help="Without a value: all of the file.")
