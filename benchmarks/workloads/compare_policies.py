@@ -3,7 +3,7 @@
     python -m benchmarks.workloads.compare_policies --seeds 11 12 13 --output OUT.json
     python -m benchmarks.workloads.compare_policies --seeds 21 --scales --bound 150 --output OUT.json
 
-The file (`planner_points.json`) holds `profile`, `overheads`, `trace` and `points` (as the one that the planner's design was measured with).
+The file (`planner_points.json`, made when the planner was designed) holds `profile`, `overheads`, `trace`, `points`.
 Every policy sees the same traces. With `--bound N` only the first N requests of each trace count, and beside
 attainment stands what a clairvoyant scheduler could reach at most, at the points below saturation. `--budget-s` ends
 the run early; the same command again goes on with what is missing from OUT.json.
