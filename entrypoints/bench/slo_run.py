@@ -98,8 +98,10 @@ def profile_of(system: System, options: SloOptions | None = None) -> Profile:
 
 def _row(system: System, point: Point, policy: str, runs: list[Run], bound: float | None) -> tuple[Row, Row]:
     measured, beside = summarise(runs)
-    is_simulated = isinstance(system, SimulatedSystem)
-    joules = predicted_joules(runs, system.profile) if is_simulated else metered_joules(runs)
+    if isinstance(system, SimulatedSystem):
+        joules = predicted_joules(runs, system.profile)
+    else:
+        joules = metered_joules(runs)
     row = {
         "policy": policy,
         "mode": system.mode,
