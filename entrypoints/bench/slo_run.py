@@ -98,10 +98,7 @@ def profile_of(system: System, options: SloOptions | None = None) -> Profile:
 
 def _row(system: System, point: Point, policy: str, runs: list[Run], bound: float | None) -> tuple[Row, Row]:
     measured, beside = summarise(runs)
-    if isinstance(system, SimulatedSystem):
-        joules = predicted_joules(runs, system.profile)
-    else:
-        joules = metered_joules(runs)
+    joules = predicted_joules(runs, system.profile) if isinstance(system, SimulatedSystem) else metered_joules(runs)
     row = {
         "policy": policy,
         "mode": system.mode,
