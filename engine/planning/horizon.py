@@ -161,6 +161,8 @@ class _Tick:
     def use_left_over(self, left: int, placed: Sequence[Work], dropped: Sequence[Work]) -> list[Work]:
         """With the devices that are left, widen requests and give some of the others a target; late ones come last.
         Returns those of them that got one."""
+        if left <= 0:
+            return []
         items = [*self._options(placed, left, 1.0), *self._options(dropped[:MIN_CANDIDATES], left, DROPPED_VALUE)]
         left = widen(items, left)
         if left <= 0:

@@ -8,25 +8,48 @@ from collections.abc import Sequence
 import msgspec
 
 from tetrion.engine.planning.degrees import usable_degrees
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.profile import Profile, SizeCost
 from tetrion.entrypoints.bench.simulation import simulated_spec
 from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
 
 SLO_HEADROOM = 1.1
-"""The largest picture alone on all devices takes its base SLO divided by this."""
+"""The largest picture alone at the widest degree takes its base SLO divided by this."""
 
 
 def calibrated_slo_s(
     base_slo_s: Sequence[float], sizes: Sequence[Size], num_steps: int, profile: Profile, num_devices: int
 ) -> tuple[float, ...]:
-    """`base_slo_s` times one factor, so that the largest size, alone on the machine at its quickest degree, takes 1/1.1
-    of its SLO: with base SLOs for another GPU, deadlines here are as tight as they were there."""
+    """`base_slo_s` times one factor, so that the largest size, alone on the machine at the widest degree that its
+    devices allow (on four: 4, on two: 2), takes 1/1.1 of its SLO: with base SLOs for another GPU, deadlines here are as
+    tight as they were there."""
     largest = max(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1])
     cost = profile.cost(*sizes[largest])
-    degrees = usable_degrees(cost, simulated_spec(profile).legal_degrees(num_devices), num_devices)
-    alone_s = cost.encode_s + num_steps * min(cost.step_s(degree) for degree in degrees) + cost.decode_s
+    alone_s = cost.encode_s + num_steps * cost.step_s(_degrees(cost, profile, num_devices)[-1]) + cost.decode_s
     factor = SLO_HEADROOM * alone_s / base_slo_s[largest]
     return tuple(slo_s * factor for slo_s in base_slo_s)
+
+
+def load_of(
+    rate_per_min: float,
+    profile: Profile,
+    sizes: Sequence[Size],
+    shares: Sequence[float],
+    num_steps: int,
+    num_devices: int,
+) -> float:
+    """Share of the devices' time that arrivals take whose requests all run at their narrowest degree, encode and decode
+    included. `shares`: of each of `sizes`. At 1 the machine is saturated whatever the policy."""
+    device_s = 0.0
+    for (width, height), share in zip(sizes, shares, strict=True):
+        cost = profile.cost(width, height)
+        degree = _degrees(cost, profile, num_devices)[0]
+        device_s += share * (cost.encode_s + num_steps * degree * cost.step_s(degree) + cost.decode_s)
+    return rate_per_min / 60 * device_s / num_devices
+
+
+def _degrees(cost: SizeCost, profile: Profile, num_devices: int) -> Sequence[int]:
+    """Ascending."""
+    return usable_degrees(cost, simulated_spec(profile).legal_degrees(num_devices), num_devices)
 
 
 def compress(trace: Trace, factor: int, profile: Profile) -> Trace:

@@ -38,6 +38,11 @@ Answer = tuple[int, ...] | None
 """The degrees of a finished request's steps, None if it failed."""
 
 
+def joules_of(active_j: float | None, idle_share_j: float | None) -> float | None:
+    """What a receipt says that a picture cost in all; None if it does not know."""
+    return None if active_j is None or idle_share_j is None else active_j + idle_share_j
+
+
 class EmbeddedSystem:
     """An engine in this process. A context manager. One start serves all policies: the recorder exchanges the policy
     while nothing runs, so that all of them meet the same workers, weights and (ever better corrected) cost table."""
@@ -49,6 +54,7 @@ class EmbeddedSystem:
         self.recorder = Recorder()
         self._engine = open_engine(options, lambda config: AsyncEngine(config, instrument=self.recorder))
         self._runner = asyncio.Runner(loop_factory=new_event_loop)
+        self._joules: list[float | None] = []
 
     def __enter__(self) -> Self:
         try:
@@ -118,6 +124,7 @@ class EmbeddedSystem:
         self.recorder.planner = get_planner(policy)
         before, zero_s = self._engine.stats().loop, time.monotonic() + HEAD_START_S
         self.recorder.start(zero_s)
+        self._joules = []
         finished, max_lag_s = await open_loop(trace, zero_s, self._draw)
         run = self.recorder.run(
             trace,
@@ -127,13 +134,15 @@ class EmbeddedSystem:
             max_lag_s=max_lag_s,
             loop=since(before, self._engine.stats().loop),
         )
-        return run, tuple(self.recorder.chunks)
+        return msgspec.structs.replace(run, joules=tuple(self._joules)), tuple(self.recorder.chunks)
 
     async def _draw(self, request: TraceRequest, number: int) -> Answer:
         try:
-            return (await self._engine.generate(as_image_request(request, number))).degrees
+            result = await self._engine.generate(as_image_request(request, number))
         except (EngineOverloaded, GenerationError, RequestCancelled):
             return None
+        self._joules.append(joules_of(result.energy.active_j, result.energy.idle_share_j))
+        return result.degrees
 
 
 def since(before: LoopFigures, now: LoopFigures) -> LoopFigures:
@@ -166,6 +175,7 @@ class HttpSystem:
     async def _run(self, trace: Trace) -> Run:
         limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=64)
         async with self._httpx.AsyncClient(limits=limits, timeout=None) as client:
+            self._joules: list[float | None] = []
             zero_s = time.monotonic() + HEAD_START_S
             finished, max_lag_s = await open_loop(trace, zero_s, lambda r, number: self._draw(client, r, number))
             return Run(
@@ -176,6 +186,7 @@ class HttpSystem:
                 num_devices=self.num_devices,
                 end_s=time.monotonic() - zero_s,
                 max_lag_s=max_lag_s,
+                joules=tuple(self._joules),
             )
 
     async def _draw(self, client: Any, request: TraceRequest, number: int) -> Answer:
@@ -192,7 +203,12 @@ class HttpSystem:
             response = await client.post(f"{self.url}/v1/images/generations", json=body)
         except self._httpx.HTTPError:
             return None
-        return tuple(response.json()["data"][0]["degrees"]) if response.is_success else None
+        if not response.is_success:
+            return None
+        picture = response.json()["data"][0]
+        receipt = picture.get("energy") or {}
+        self._joules.append(joules_of(receipt.get("active_j"), receipt.get("idle_share_j")))
+        return tuple(picture["degrees"])
 
 
 async def open_loop(

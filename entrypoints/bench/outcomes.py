@@ -61,7 +61,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     each call of the planner (of a simulation the only part that differs between two runs of one seed).
 
     `max_lag_s`: by how much the latest request was submitted after its time (0 in simulation). `loop`: what the engine
-    loop cost in this run; None where the server does not say.
+    loop cost in this run; None where the server does not say. `joules`: by the receipt of each finished picture, its
+    share of idle included (None: not metered); empty in simulation.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -70,6 +71,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     decision_s: tuple[float, ...] = ()
     max_lag_s: float = 0.0
     loop: LoopFigures | None = None
+    joules: tuple[float | None, ...] = ()
 
     @property
     def gpu_s(self) -> float | None:

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetrion.engine.planning.profile import read_profile
+from tetrion.engine.planning.profile import Profile, read_profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.attainment_plots import draw_attainment
+from tetrion.entrypoints.bench.extrapolation import extrapolated, read_floors
 from tetrion.entrypoints.bench.figures import import_matplotlib
 from tetrion.entrypoints.bench.live import EmbeddedSystem, HttpSystem
 from tetrion.entrypoints.bench.record import make_record, write_record
@@ -36,6 +37,7 @@ def command(
     url: str | None = None,
     engine: EngineOptions | None = None,
     profile: Path | None = None,
+    floors: Path | None = None,
     devices: int | None = None,
     policy: Sequence[str] = ("horizon",),
     bound: bool = False,
@@ -49,13 +51,17 @@ def command(
 ) -> dict[str, Any]:
     """What `tetrion bench slo` does: run, print the table (or one JSON object), write `output`, recordings and plots.
 
-    `devices`: simulated ones. `engine`: how `live` starts one. `simulation`: noise, bias, … of `simulated_system`.
-    `workload`: see `grid`. `command_line` goes into the record. Raises InputError for what the caller can put right.
+    `devices`: simulated ones. `floors`: of degrees to extrapolate (see `extrapolation.py`). `engine`: how `live` starts
+    one; a live run writes its files after every row, so that an interrupted one is not lost. `simulation`: noise, bias,
+    … of `simulated_system`. `workload`: see `grid`. `command_line` goes into the record. Raises InputError for what the
+    caller can put right.
     """
     if (simulate, live, url is not None).count(True) != 1:
         raise InputError("mode: give one of --simulate, --live and --url")
     if record is not None and url is not None:
         raise InputError("record: a server over HTTP does not tell what its devices do")
+    if floors is not None and (not simulate or profile is None):
+        raise InputError("floors: only with --simulate and --profile, whose degrees it extends")
     if plots is not None:
         import_matplotlib()  # says at once if it is missing
     with contextlib.ExitStack() as stack:
@@ -65,7 +71,7 @@ def command(
             options = SloOptions(
                 grid=grid(**workload),
                 policies=tuple(policy),
-                profile=None if profile is None else read_profile(profile),
+                profile=_cost_table(profile, floors),
                 bound=bound,
                 keep_chunks=record is not None,
             )
@@ -79,11 +85,15 @@ def command(
                 embedded.check(samples(options.grid))
                 system = stack.enter_context(embedded)
             _prepare(options, system)
-        results = run(options, system, report=lambda text: print(text, file=sys.stderr, flush=True))
-    made = make_record(command_line, results.rows) | _beside(options, system, results)
-    text = write_record(made, output)
-    if record is not None:
-        write_recordings(record, results.recordings)
+
+        def save(results: Results) -> tuple[dict[str, Any], str]:
+            made = make_record(command_line, results.rows) | _beside(options, system, results)
+            if record is not None:
+                write_recordings(record, results.recordings)
+            return made, write_record(made, output)
+
+        results = run(options, system, _to_stderr, save if system.mode == "live" else lambda _: None)
+        made, text = save(results)
     if plots is not None:
         draw_attainment(results.rows, plots)
     print(text if as_json else table(results.rows, results.diagnostics))
@@ -95,6 +105,7 @@ def grid(
     trace: Sequence[Path] = (),
     mix: Sequence[str] = ("uniform",),
     rate: Sequence[float] = (12.0,),
+    load: Sequence[float] = (),
     slo_scale: Sequence[float] = (1.0,),
     seed: Sequence[int] = (11, 12, 13),
     size: Sequence[str] = (),
@@ -109,6 +120,7 @@ def grid(
         traces=tuple((path.stem, read_trace(path)) for path in trace),
         mixes=tuple(mix),
         rates_per_min=tuple(rate),
+        loads=tuple(load),
         slo_scales=tuple(slo_scale),
         seeds=tuple(seed),
         base_slo_s=tuple(base_slo),
@@ -157,14 +169,29 @@ def parse_loss(text: str) -> Loss:
     return loss
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _cost_table(profile: Path | None, floors: Path | None) -> Profile | None:
+    if profile is None:
+        return None
+    table = read_profile(profile)
+    return table if floors is None else extrapolated(table, read_floors(floors))
+
+
 def _prepare(options: SloOptions, system: System) -> None:
-    """Raises ValueError for a workload that is not possible, before any runs. Warms an embedded engine up."""
-    sizes = set()
+    """Raises ValueError for a workload that is not possible, before any runs. Warms an embedded engine up, and says how
+    long arrivals in real time will take."""
+    sizes, span_s = set(), 0.0
     for point in points(options.grid, system.num_devices, lambda: profile_of(system, options)):
         for _, trace in point.traces:
             sizes |= {(request.width, request.height) for request in trace}
+            span_s += trace[-1].arrival_s
     if isinstance(system, EmbeddedSystem):
         system.warm_up(sorted(sizes))
+    if system.mode == "live":
+        _to_stderr(f"arrivals take {span_s * len(options.policies):.0f} s in all")
 
 
 def _beside(options: SloOptions, system: System, results: Results) -> dict[str, Any]:
@@ -180,11 +207,23 @@ def _beside(options: SloOptions, system: System, results: Results) -> dict[str, 
             else f"arrival times, steps and what an SLO leaves for denoising ÷ {workload.compress}; rates and SLO"
             " scales are those before; encode and decode are whole and inside the SLO",
             "calibrate_slo": workload.calibrate_slo,
+            "base_slo_s": results.base_slo_s,
+            "loads": workload.loads or None,
             "arrivals": workload.arrivals,
             "tiers": workload.with_tiers,
         },
         "system": getattr(system, "facts", {}),
+        "profile": _about_profile(system, options),
     }
+
+
+def _about_profile(system: System, options: SloOptions) -> dict[str, Any] | None:
+    """Where the cost table comes from; None where it is not known."""
+    table = options.profile or getattr(system, "profile", None)
+    if table is None:
+        return None
+    about = {name: getattr(table, name) or None for name in ("gpu", "model", "commit", "command")}
+    return about | {"extrapolated": table.meta.get("extrapolated")}
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ WORKLOAD_OPTIONS = (
     click.option("--trace", metavar="FILE", type=FILE, multiple=True, help="Arrivals, JSON lines; may be repeated."),
     click.option("--mix", metavar="NAME", multiple=True, help="Without a trace: uniform (default), skewed."),
     click.option("--rate", type=float, multiple=True, help="Without a trace: arrivals per minute. Default: 12."),
+    click.option("--load", type=float, multiple=True, help="Instead of a rate: arrivals × narrowest work / devices."),
     click.option("--slo-scale", type=float, multiple=True, help="Factor on all SLOs. Default: 1."),
     click.option("--seed", type=int, multiple=True, help="Without a trace: seed of the arrivals. Default: 11, 12, 13."),
     click.option("--num-requests", type=POSITIVE, help="Without a trace: requests of each. Default: 700."),
@@ -27,7 +28,7 @@ WORKLOAD_OPTIONS = (
     click.option("--size", metavar="WxH", multiple=True, help="Without a trace: sizes. Default: the published four."),
     click.option("--base-slo", metavar="S", type=float, multiple=True, help="Seconds for each --size, in their order."),
     click.option(
-        "--calibrate-slo", is_flag=True, help="Fit base SLOs to this machine: largest size alone = SLO / 1.1."
+        "--calibrate-slo", is_flag=True, help="Fit base SLOs: largest size alone, at the widest degree = SLO / 1.1."
     ),
     click.option("--arrivals", type=click.Choice(["poisson", "gamma", "diurnal"]), help="Default: poisson."),
     click.option("--tiers", is_flag=True, help="70 % interactive, 30 % batch (SLO ×10, weight 0.25)."),
@@ -69,6 +70,7 @@ def with_options(*groups: tuple[Command, ...]) -> Callable[[Command], Command]:
 @click.option("--live", is_flag=True, help="On an engine in this process.")
 @click.option("--url", metavar="URL", help="On the server at URL, under its own policy; --policy names it in the rows.")
 @click.option("--profile", metavar="FILE", type=FILE, help="Cost table, JSON. Live: the engine's own by default.")
+@click.option("--floors", metavar="FILE", type=FILE, help="Simulated: extend the profile's degrees by these floors.")
 @click.option("--devices", metavar="N|LIST", help="Simulated: how many (default 8). Live: as for generate, e.g. cpu:2.")
 @click.option("--policy", metavar="NAME", multiple=True, help="Planner; may be repeated. Default: horizon.")
 @with_options(WORKLOAD_OPTIONS)

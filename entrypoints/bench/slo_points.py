@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from tetrion.engine.planning.profile import Profile
-from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress
+from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress, load_of
 from tetrion.entrypoints.bench.simulation import MAX_QUEUED
 from tetrion.entrypoints.bench.workloads import (
     INTERACTIVE_AND_BATCH,
@@ -17,6 +17,7 @@ from tetrion.entrypoints.bench.workloads import (
     TraceRequest,
     Workload,
     base_slo_s,
+    class_shares,
     make_trace,
 )
 
@@ -25,13 +26,15 @@ class Grid(msgspec.Struct, frozen=True, kw_only=True):
     """Which workloads to run. `traces` given (name, trace): those, each a point of its own; else traces are drawn for
     every mix, rate and seed. `slo_scales` multiply the SLOs in either case.
 
-    `base_slo_s`: seconds for each of `sizes`; empty: those published for the number of devices. `calibrate_slo`: fit
-    them to the machine (see `calibrated_slo_s`). `first`: only so many requests of each trace. `compress`: see there.
+    `loads` given: rates follow from them (see `load_of`). `base_slo_s`: seconds for each of `sizes`; empty: those
+    published for the number of devices. `calibrate_slo`: fit them to the machine (see `calibrated_slo_s`). `first`:
+    only so many requests of each trace. `compress`: see there.
     """
 
     traces: tuple[tuple[str, Trace], ...] = ()
     mixes: tuple[str, ...] = ("uniform",)
     rates_per_min: tuple[float, ...] = (12.0,)
+    loads: tuple[float, ...] = ()
     slo_scales: tuple[float, ...] = (1.0,)
     seeds: tuple[int, ...] = (11, 12, 13)
     num_requests: int = 700
@@ -72,11 +75,9 @@ def points(grid: Grid, num_devices: int, profile: Callable[[], Profile]) -> Iter
             yield Point(mix=name, rate_per_min=_rate_per_min(trace), slo_scale=slo_scale, traces=((0, cut),))
     if grid.traces:
         return
-    slos_s = grid.base_slo_s or _published_slo_s(grid, num_devices)
-    if grid.calibrate_slo:
-        slos_s = calibrated_slo_s(slos_s, grid.sizes, grid.num_steps, profile(), num_devices)
+    slos_s = slos_of(grid, num_devices, profile)
     for mix in grid.mixes:
-        for rate_per_min in grid.rates_per_min:
+        for rate_per_min in _rates(grid, mix, num_devices, profile):
             for slo_scale in grid.slo_scales:
                 workload = Workload(
                     rate_per_min=rate_per_min,
@@ -91,6 +92,25 @@ def points(grid: Grid, num_devices: int, profile: Callable[[], Profile]) -> Iter
                 )
                 traces = tuple((seed, _cut(grid, make_trace(workload, seed), profile)) for seed in grid.seeds)
                 yield Point(mix=mix, rate_per_min=rate_per_min, slo_scale=slo_scale, traces=traces)
+
+
+def slos_of(grid: Grid, num_devices: int, profile: Callable[[], Profile]) -> tuple[float, ...]:
+    """Base SLOs of drawn traces for each size, in seconds, before compression."""
+    slos_s = grid.base_slo_s or _published_slo_s(grid, num_devices)
+    if not grid.calibrate_slo:
+        return slos_s
+    return calibrated_slo_s(slos_s, grid.sizes, grid.num_steps, profile(), num_devices)
+
+
+def _rates(grid: Grid, mix: str, num_devices: int, profile: Callable[[], Profile]) -> tuple[float, ...]:
+    """Arrivals per minute, to three digits where they come from loads."""
+    if not grid.loads:
+        return grid.rates_per_min
+    if any(not 0 < load < math.inf for load in grid.loads):
+        raise ValueError(f"load: must be above 0 and finite, got {min(grid.loads)}")
+    shares = class_shares(mix, grid.sizes).tolist()
+    load_of_one = load_of(1.0, profile(), grid.sizes, shares, grid.num_steps, num_devices)
+    return tuple(float(f"{load / load_of_one:.3g}") for load in grid.loads)
 
 
 def samples(grid: Grid) -> Trace:

@@ -3,6 +3,7 @@
 Knows systems only through `System`; prints nothing, writes no file.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,8 +14,8 @@ from tetrion.entrypoints.bench.clairvoyant import DEFAULT_TIME_LIMIT_S, attainme
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
 from tetrion.entrypoints.bench.recording import Recording
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
-from tetrion.entrypoints.bench.slo_points import Grid, Point, points
-from tetrion.entrypoints.bench.slo_statistics import Row, difference, predicted_joules, summarise
+from tetrion.entrypoints.bench.slo_points import Grid, Point, points, slos_of
+from tetrion.entrypoints.bench.slo_statistics import Row, difference, metered_joules, predicted_joules, summarise
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.errors import InputError
 
@@ -46,17 +47,28 @@ class SloOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows (a fixed set of fields, unknown ones None) and their diagnostics, in one order."""
+    """Rows (a fixed set of fields, unknown ones None) and their diagnostics, in one order. `base_slo_s`: of each size
+    before scaling and compression, None for trace files."""
 
     rows: list[Row] = []
     diagnostics: list[Row] = []
     recordings: list[Recording] = []
+    base_slo_s: dict[str, float] | None = None
 
 
-def run(options: SloOptions, system: System, report: Report = lambda _: None) -> Results:
-    """Every point under every policy. Raises ValueError for a workload that is not possible."""
-    results = Results(rows=[], diagnostics=[], recordings=[])
-    workloads = list(points(options.grid, system.num_devices, lambda: profile_of(system, options)))
+def run(
+    options: SloOptions,
+    system: System,
+    report: Report = lambda _: None,
+    save: Callable[["Results"], object] = lambda _: None,
+) -> Results:
+    """Every point under every policy; `save` is given the results so far after each row. Raises ValueError for a
+    workload that is not possible."""
+    grid, table = options.grid, functools.cache(lambda: profile_of(system, options))
+    workloads = list(points(grid, system.num_devices, table))
+    slos_s = None if grid.traces else slos_of(grid, system.num_devices, table)
+    named = slos_s and {f"{w}x{h}": slo_s for (w, h), slo_s in zip(grid.sizes, slos_s, strict=True)}
+    results = Results(rows=[], diagnostics=[], recordings=[], base_slo_s=named or None)
     for point in workloads:
         bound = _bound(options, system, point, report)
         first: list[Run] = []
@@ -71,6 +83,7 @@ def run(options: SloOptions, system: System, report: Report = lambda _: None) ->
             if options.keep_chunks:
                 for (seed, _), (done, chunks) in zip(point.traces, ran, strict=True):
                     results.recordings.append(_recording(system, point, policy, seed, done, chunks))
+            save(results)
     return results
 
 
@@ -85,7 +98,7 @@ def profile_of(system: System, options: SloOptions | None = None) -> Profile:
 
 def _row(system: System, point: Point, policy: str, runs: list[Run], bound: float | None) -> tuple[Row, Row]:
     measured, beside = summarise(runs)
-    joules = predicted_joules(runs, system.profile) if isinstance(system, SimulatedSystem) else None
+    joules = predicted_joules(runs, system.profile) if isinstance(system, SimulatedSystem) else metered_joules(runs)
     row = {
         "policy": policy,
         "mode": system.mode,
@@ -108,7 +121,8 @@ def _notes(system: System, row: Row) -> dict[str, str]:
     notes = {}
     simulated = system.mode == "sim"
     if row["joules_per_image"] is not None:
-        notes["joules_per_image"] = "denoising steps only, predicted from the profile's step_j"
+        predicted = "denoising steps only, predicted from the profile's step_j"
+        notes["joules_per_image"] = predicted if simulated else "by receipts: active and share of idle"
     elif simulated:
         notes["joules_per_image"] = "the profile has no step_j for every size and degree that was used"
     else:

@@ -132,6 +132,13 @@ def predicted_joules(runs: Sequence[Run], profile: Profile) -> float | None:
     return total / num if num else None
 
 
+def metered_joules(runs: Sequence[Run]) -> float | None:
+    """Joules per finished picture by its receipt; None if any of them was not metered."""
+    metered = [joules for run in runs for joules in run.joules]
+    known = [joules for joules in metered if joules is not None]
+    return sum(known) / len(known) if known and len(known) == len(metered) else None
+
+
 def _resample(blocks: Sequence[np.ndarray]) -> np.ndarray:
     """Means over `NUM_RESAMPLES` draws of as many blocks, with replacement."""
     sums, sizes = np.array([block.sum() for block in blocks]), np.array([block.size for block in blocks])

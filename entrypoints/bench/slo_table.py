@@ -11,6 +11,7 @@ HEADINGS = (
     ("SLO", 6),
     ("attained", 10),
     ("95 %", 14),
+    ("to first", 22),
     ("possible", 16),
     ("worst class", 18),
     ("mean s", 9),
@@ -21,15 +22,20 @@ HEADINGS = (
     ("busy", 7),
     ("plan ms", 9),
     ("p99", 8),
+    ("CPU ms", 8),
+    ("lost", 7),
 )
 
 
 def table(rows: Sequence[Row], diagnostics: Sequence[Row]) -> str:
-    """One line a row. possible: the bound, and what share of it the policy attained; late s: by how much the worst
-    request missed its deadline; GPU-s: GPU-seconds per image; busy: utilisation; plan ms: mean and p99 time of a
-    decision. Without bounds that column is left out."""
-    known = any(row["bound"] is not None for row in rows)
-    keep = [i for i, (name, _) in enumerate(HEADINGS) if known or name != "possible"]
+    """One line a row. to first: attainment minus the first policy's on the same requests, in points, with its interval;
+    possible: the bound, and what share of it the policy attained; late s: by how much the worst request missed its
+    deadline; GPU-s: GPU-seconds per image; busy: utilisation; plan ms: mean and p99 time of a decision; CPU ms: the
+    engine's for each command; lost: share of device time idle beside a request that could have run, deliberate waits
+    apart. Without bounds, or with one policy only, their column is left out."""
+    shown = {"possible": any(row["bound"] is not None for row in rows)}
+    shown["to first"] = any(beside["difference"] is not None for beside in diagnostics)
+    keep = [i for i, (name, _) in enumerate(HEADINGS) if shown.get(name, True)]
     lines = [
         [name for name, _ in HEADINGS],
         *(_cells(row, beside) for row, beside in zip(rows, diagnostics, strict=True)),
@@ -46,6 +52,7 @@ def _cells(row: Row, beside: Row) -> list[str]:
         f"×{row['slo_scale']:g}",
         _number(row["attainment"], ".3f"),
         "–" if interval is None else f"{interval[0]:.3f}–{interval[1]:.3f}",
+        _difference(beside["difference"]),
         _possible(row["bound"], beside["share_of_the_possible"]),
         _worst_class(row["attainment_by_class"]),
         _number(row["mean_s"], ".2f"),
@@ -56,7 +63,16 @@ def _cells(row: Row, beside: Row) -> list[str]:
         _number(beside["utilisation"], ".2f"),
         _number(beside["decision_ms"]["mean"], ".3f"),
         _number(beside["decision_ms"]["p99"], ".3f"),
+        _number(beside["engine_cpu_ms_per_command"], ".2f"),
+        _number(beside["idle_while_runnable"], ".2%"),
     ]
+
+
+def _difference(compared: Row | None) -> str:
+    if compared is None:
+        return "–"
+    low, high = compared["ci95"]
+    return f"{100 * compared['attainment']:+.1f} ({100 * low:+.1f}…{100 * high:+.1f})"
 
 
 def _possible(bound: float | None, share: float | None) -> str:

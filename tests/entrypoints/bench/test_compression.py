@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from tetrion.engine.planning.profile import Profile
-from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress
+from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress, load_of
 from tetrion.entrypoints.bench.workloads import SIZES, TraceRequest, Workload, base_slo_s, make_trace
 
 PROFILE = msgspec.convert(
@@ -40,6 +40,20 @@ def test_steps_must_divide(factor: int, complaint: str) -> None:
     trace = make_trace(Workload(rate_per_min=12, num_requests=2, base_slo_s=base_slo_s(4)), 1)
     with pytest.raises(ValueError, match=f"^compress: .*{complaint}"):
         compress(trace, factor, PROFILE)
+
+
+def test_a_load_of_one_keeps_every_device_busy_at_the_narrowest_degree() -> None:
+    """Two sizes, 10 steps: 25 + 300 + 15 ms and 25 + 8000 + 480 ms of one device each."""
+    sizes = (SIZES[0], SIZES[3])
+    per_image_s = 0.5 * (0.34 + 8.505)
+    assert load_of(60.0 * 2 / per_image_s, PROFILE, sizes, (0.5, 0.5), 10, 2) == pytest.approx(1.0)
+    assert load_of(6.0, PROFILE, sizes, (1.0, 0.0), 10, 4) == pytest.approx(0.1 * 0.34 / 4)
+
+
+def test_the_widest_degree_counts_even_where_it_is_not_the_quickest() -> None:
+    cost = {"step_ms": {1: 100.0, 2: 120.0}, "encode_ms": 0, "decode_ms": 0}
+    profile = msgspec.convert({"heads": 24, "classes": {"256x256": cost}}, Profile)
+    assert calibrated_slo_s((1.0,), ((256, 256),), 10, profile, 2) == pytest.approx((1.1 * 10 * 0.12,))
 
 
 def test_the_largest_size_alone_takes_its_slo_over_1_1() -> None:

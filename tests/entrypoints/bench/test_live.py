@@ -56,7 +56,8 @@ class Server(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.bodies.append(body)
         refused = body["size"] == "256x256"
-        self._answer(503 if refused else 200, {} if refused else {"data": [{"degrees": [1, 2]}]})
+        picture = {"degrees": [1, 2], "energy": {"active_j": 40.0, "idle_share_j": 2.0}}
+        self._answer(503 if refused else 200, {} if refused else {"data": [picture]})
 
     def _answer(self, status: int, value: object) -> None:
         data = json.dumps(value).encode()
@@ -97,6 +98,7 @@ def test_rows_of_a_server_leave_out_what_it_does_not_say(url: str, tmp_path: Pat
     record = command(url=url, trace=[tmp_path / "T.jsonl"])
     (row,), (beside,) = record["rows"], record["diagnostics"]
     assert (row["mode"], row["devices"], row["attainment"], row["gpu_s_per_image"]) == ("live", 3, 1.0, None)
+    assert row["joules_per_image"] == 42.0 and "by receipts" in beside["notes"]["joules_per_image"]
     assert beside["notes"]["gpu_s_per_image"] == "the server does not say" and beside["num_decisions"] == 0
     with pytest.raises(InputError, match="record: a server over HTTP"):
         command(url=url, trace=[tmp_path / "T.jsonl"], record=tmp_path / "r.jsonl")
@@ -121,6 +123,8 @@ def test_an_embedded_engine_runs_every_policy_and_its_record_replays(tmp_path: P
     assert [(row["mode"], row["devices"], row["attainment"]) for row in record["rows"]] == [("live", 2, 1.0)] * 2
     assert all(row["gpu_s_per_image"] > 0 for row in record["rows"])
     assert all(0 < beside["utilisation"] <= 1 for beside in record["diagnostics"])
+    assert all(beside["engine_cpu_ms_per_command"] > 0 for beside in record["diagnostics"])
+    assert all(row["joules_per_image"] is None for row in record["rows"]), "CPU workers have no meter"
     narrow, wide = read_recordings(tmp_path / "r.jsonl")
     assert {o.degrees for o in narrow.run.outcomes} == {(1, 1)} and {o.degrees for o in wide.run.outcomes} == {(2, 2)}
     for recording in (narrow, wide):

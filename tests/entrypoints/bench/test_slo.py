@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from tetrion.engine.planning.profile import read_profile
 from tetrion.entrypoints.bench.outcomes import Outcome
+from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo import command, parse_loss
+from tetrion.entrypoints.bench.slo_points import Grid
+from tetrion.entrypoints.bench.slo_run import SloOptions, run
 from tetrion.entrypoints.bench.slo_statistics import (
     attainment,
     attainment_by_class,
@@ -99,6 +103,27 @@ def test_a_grid_has_a_row_for_each_policy_mix_rate_and_scale_and_repeats(
     attained = {key: row["attainment"] for key, row in zip(keys, rows, strict=True)}
     assert attained["horizon", "uniform", 6.0, 3.0] > attained["horizon", "uniform", 60.0, 1.0]
     assert grid(profile)["rows"] == rows
+
+
+def test_loads_stand_for_rates_and_fitted_slos_are_recorded(profile: Path) -> None:
+    machine = {"simulate": True, "profile": profile, "devices": 2, "num_requests": 8, "seed": [1]}
+    workload = {"size": ["1024x1024"], "base_slo": [5.0], "calibrate_slo": True, "load": [0.1, 0.5]}
+    record = command(**machine, **workload)  # type: ignore[arg-type]
+    device_s = 0.025 + 28 * 0.1647 + 0.120
+    expected = [float(f"{load * 60 * 2 / device_s:.3g}") for load in (0.1, 0.5)]
+    assert [row["rate_per_min"] for row in record["rows"]] == expected
+    assert record["workload"]["loads"] == (0.1, 0.5)
+    assert record["workload"]["base_slo_s"] == {"1024x1024": pytest.approx(1.1 * (0.025 + 28 * 0.1057 + 0.120))}
+    with pytest.raises(InputError, match="load: must be above 0 and finite, got 0"):
+        command(**machine, load=[0.0])  # type: ignore[arg-type]
+
+
+def test_results_are_handed_on_after_every_row(profile: Path) -> None:
+    options = SloOptions(grid=Grid(rates_per_min=(6.0, 60.0), seeds=(1,), num_requests=4), policies=("rssp", "fixed-1"))
+    seen: list[int] = []
+    system = SimulatedSystem(profile=read_profile(profile), num_devices=2)
+    results = run(options, system, save=lambda results: seen.append(len(results.rows)))
+    assert seen == [1, 2, 3, 4] and len(results.rows) == 4
 
 
 def test_slo_scale_stretches_the_deadlines_of_a_trace_file(profile: Path, trace: Path) -> None:
