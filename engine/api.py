@@ -29,6 +29,7 @@ from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.energy_admission import check_default
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Planner
@@ -129,6 +130,8 @@ class AsyncEngine:
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
         self._profile = chosen_profile(self.devices, self.spec, self.config)
         self._planner = get_planner(self.config.planner.policy)
+        num_devices = len(self.devices)
+        check_default(self._profile, self.spec.legal_degrees(num_devices), num_devices, self.config.planner)
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None

@@ -1,7 +1,8 @@
 """A test double of the engine: same surface, no workers. It draws a flat colour made from the seed.
 
 Prompts steer it: one with `fail` ends in GenerationError, with `crash` in a defect, with `slow` it never ends unless
-cancelled, with `full` it is refused as overload. The real engine is tested in `test_*_end_to_end.py`.
+cancelled, with `full` it is refused as overload, with `dear` for its energy budget. The real engine is tested in
+`test_*_end_to_end.py`.
 """
 
 import asyncio
@@ -15,6 +16,8 @@ import pytest
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
 from tetrion.engine.request import (
+    BudgetUnmeetable,
+    CheapestPlan,
     DeadlineUnmeetable,
     EngineOverloaded,
     GenerationError,
@@ -155,6 +158,10 @@ class FakeEngine:
             raise EngineOverloaded("4096 requests are queued")
         if "hopeless" in resolved.prompt:
             raise DeadlineUnmeetable(slo_ms=resolved.slo_ms or 0.0, earliest_slo_ms=1234.0)
+        if "dear" in resolved.prompt:
+            raise BudgetUnmeetable(
+                resolved.energy.budget_j or 0.0, CheapestPlan(joules=9, seconds=2, degrees=(2, 1, 1))
+            )
         resolved = msgspec.structs.replace(resolved, request_id=f"r{len(self.handles)}")
         self.handles.append(FakeHandle(resolved))
         return self.handles[-1]
