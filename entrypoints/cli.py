@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetrion.entrypoints.bench.energy_command import energy_command
+from tetrion.entrypoints.bench.energy_saving_command import energy_saving
 from tetrion.entrypoints.bench.slo_commands import COMMANDS
 from tetrion.entrypoints.exit_codes import report_errors
 from tetrion.entrypoints.recommend_command import recommend
@@ -238,6 +239,7 @@ def bench_step(ctx: click.Context, **options: Any) -> int:
 for command in COMMANDS:
     bench.add_command(command)
 bench.add_command(energy_command(engine_options, lambda given: _engine_options(given), lambda ctx: _command_line(ctx)))
+bench.add_command(energy_saving)
 cli.add_command(recommend)
 
 

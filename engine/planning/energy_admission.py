@@ -24,7 +24,7 @@ def check_wish(params: ImageRequest, tables: DegreeTables, config: PlannerConfig
     assert params.width is not None and params.height is not None and params.num_steps is not None
     size = params.width, params.height
     needs_joules = wish.budget_j is not None or wish.mode not in (None, "fastest")
-    if needs_joules and (reason := _why_not(tables[size], size, config)):
+    if needs_joules and (reason := why_not(tables[size], size, config)):
         raise RequestError("energy.mode" if wish.budget_j is None else "energy.budget_j", reason)
     if wish.budget_j is not None:
         cheapest = cheapest_for(tables[size], params.num_steps, None if params.slo_ms is None else params.slo_ms / 1e3)
@@ -43,7 +43,7 @@ def check_default(
     if profile is not None:
         tables = DegreeTables(profile, legal_degrees, num_devices)
         sizes = map(parse_size, profile.classes)
-        reason = next(filter(None, (_why_not(tables[size], size, config) for size in sizes)), "")
+        reason = next(filter(None, (why_not(tables[size], size, config) for size in sizes)), "")
     if reason:
         raise ValueError(f"planner.energy: {config.energy!r} is not possible: {reason}")
 
@@ -64,7 +64,7 @@ def cheapest_for(table: DegreeTable, num_steps: int, slo_s: float | None) -> Che
     )
 
 
-def _why_not(table: DegreeTable, size: tuple[int, int], config: PlannerConfig) -> str:
+def why_not(table: DegreeTable, size: tuple[int, int], config: PlannerConfig) -> str:
     """Why nothing of this size can be planned by its joules; empty if it can."""
     if config.policy != POLICY:
         return f"only the policy {POLICY} plans by energy, this engine runs {config.policy}"
