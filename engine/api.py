@@ -49,7 +49,8 @@ from tetrion.engine.request import (
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. `profile` is the cost table in use; `loop` what the loop has cost since the start;
-    `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling costs."""
+    `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling
+    costs; `meter_age_s`: since its last reading, None if it is not read."""
 
     num_devices: int
     num_alive: int
@@ -61,6 +62,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     loop: LoopFigures
     energy: EnergyFigures
     metering_cost: SamplerCost
+    meter_age_s: float | None
 
 
 class Instrument(Protocol):
@@ -237,6 +239,7 @@ class AsyncEngine:
             loop=self._loop.statistics.figures(self._executor.now_s()),
             energy=self._metering.account.figures(),
             metering_cost=self._metering.cost,
+            meter_age_s=self._metering.age_s,
         )
 
     @property

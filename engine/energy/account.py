@@ -227,7 +227,7 @@ class EnergyAccount:
                 degrees=request.degrees,
             ),
             idle_j,
-            _saving(request, profile),
+            _saving(request, profile, len(self._gpu_of_device)),
         )
 
     def _priced(self, receipt: Receipt, idle_j: float | None, saving_j: float | str) -> Receipt:
@@ -298,9 +298,9 @@ def _phase_and_passes(command: GroupCommand) -> tuple[Phase, int]:
             raise AssertionError(f"{type(command).__name__} is not a stage of a request")
 
 
-def _saving(request: RequestFacts, profile: Profile) -> float | str:
+def _saving(request: RequestFacts, profile: Profile, num_devices: int) -> float | str:
     """Joules that the fastest plan would have taken more, or why that is not known."""
-    fastest = fastest_degree(profile, request.size)
+    fastest = fastest_degree(profile, request.size, num_devices)
     used_j = steps_j(profile, request.size, request.degrees)
     fastest_j = steps_j(profile, request.size, [fastest] * len(request.degrees))
     if used_j is None or fastest_j is None:

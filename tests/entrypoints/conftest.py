@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.energy.figures import EnergyFigures
+from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
 from tetrion.engine.request import (
     BudgetUnmeetable,
@@ -51,11 +53,25 @@ SPEC = ModelSpec(
 )
 
 
+NO_ENERGY = EnergyFigures(
+    source="none",
+    reason="the devices are CPU workers",
+    active_j=None,
+    idle_j=None,
+    unattributed_j=None,
+    counter_j=None,
+    watts={},
+)
+
+
 class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     num_devices: int
     num_alive: int
     num_queued: int
     num_admitted: int
+    energy: EnergyFigures
+    metering_cost: SamplerCost = SamplerCost(num_readings=0, cpu_s=0.0, wall_s=0.0)
+    meter_age_s: float | None = None
 
 
 class FakeHandle:
@@ -137,6 +153,8 @@ class FakeEngine:
         self.is_running = False
         self.num_starts = 0
         self.handles: list[FakeHandle] = []
+        self.energy = NO_ENERGY
+        self.meter_age_s: float | None = None
 
     async def __aenter__(self) -> "FakeEngine":
         if self.start_error is not None:
@@ -167,7 +185,15 @@ class FakeEngine:
         return self.handles[-1]
 
     def stats(self) -> FakeStats:
-        return FakeStats(num_devices=len(self.devices), num_alive=len(self.devices), num_queued=0, num_admitted=0)
+        num = len(self.devices)
+        return FakeStats(
+            num_devices=num,
+            num_alive=num,
+            num_queued=0,
+            num_admitted=0,
+            energy=self.energy,
+            meter_age_s=self.meter_age_s,
+        )
 
 
 class FakeFactory:
