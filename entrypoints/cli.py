@@ -165,7 +165,7 @@ def serve(ctx: click.Context, **options: Any) -> int:
 @engine_options
 @click.pass_context
 def profile(ctx: click.Context, **options: Any) -> int:
-    """Measure what steps, encode and decode cost on these devices, for the planner.
+    """Measure what steps, encode and decode cost on these devices in seconds and joules, for the planner.
 
     An engine on GPUs takes the table in the user's cache, else the one that ships for its GPUs and model, if it knows
     all degrees; --profile FILE names another.
