@@ -15,6 +15,7 @@ from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.meter import NoMeter, Reading
 from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
+from tetrion.entrypoints.bench.energy import table
 from tetrion.entrypoints.bench.energy_export import export
 from tetrion.entrypoints.bench.energy_points import (
     MIN_WINDOWS,
@@ -27,6 +28,7 @@ from tetrion.entrypoints.bench.energy_points import (
     shuffled,
     sweep_points,
 )
+from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, PointResult, joules
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.recommend_sources import read_source
@@ -184,3 +186,18 @@ def test_without_a_meter_the_command_runs_and_joules_are_null(
     assert "no joules" in capsys.readouterr().out
     assert not folder.exists()
     assert read_source(tmp_path) == []
+
+
+def test_published_figures_stand_beside_the_same_configuration_only() -> None:
+    row = {"model": "flux1-dev", "px": "1024x1024", "steps": 50, "devices": 4, "degree": 2, "joules_per_image": 4349.5}
+    beside = published_beside(row, "NVIDIA H100 80GB HBM3")
+    assert beside is not None and round(beside["joules_per_image"]) == 8699 and round(beside["latency_s"], 2) == 8.18
+    assert beside["share_of_published"] == pytest.approx(0.5, abs=1e-3)
+    unmetered = published_beside(row | {"joules_per_image": None}, "NVIDIA H100 80GB HBM3")
+    assert unmetered is not None and unmetered["share_of_published"] is None
+    for other in ({"steps": 28}, {"px": "512x512"}, {"model": "shapes"}, {"degree": 3}, {"degree": None}):
+        assert published_beside(row | other, "NVIDIA H100 80GB HBM3") is None
+    assert published_beside(row, "") is None and published_beside(row, "NVIDIA A100") is None
+    shown = row | {"ci95": None, "latency_s": 4.0, "watts": 1300.0, "idle_watts": 140.0}
+    detail = {"reason": None, "published": beside, "gpus": [[{"name": "H100", "temperature_c": 61.0}]]}
+    assert table([shown], [detail]).splitlines()[1].split()[-4:] == ["61", "8699", "0.50", "8.177"]
