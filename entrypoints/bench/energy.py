@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.energy.meter import MeterUnavailable
 from tetrion.engine.energy.windows import CounterWindows, EnergyWindows, WindowEnergy, ZeusWindows
@@ -176,6 +178,7 @@ def _open_loop_detail(steady: SteadyState) -> Row:
         "steady_s": steady.to_s - steady.from_s,
         "num_images": steady.window.num_images,
         "num_requests": steady.num_requests,
+        "by_class": msgspec.to_builtins(steady.by_class),
         "latencies_s": list(steady.window.latencies_s),
         "gpus": steady.window.gpus,
     }
