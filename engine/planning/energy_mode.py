@@ -70,7 +70,7 @@ def worth_using(
 ) -> Sequence[int]:
     """Those of `degrees` at which left-over devices may run a request that has `target` (0: none, then the cheapest of
     them is always among the answer)."""
-    if not table.step_j or (view.energy_mode == "fastest" and view.budget_j is None):
+    if not degrees or not table.step_j or (view.energy_mode == "fastest" and view.budget_j is None):
         return degrees
     base = target or cheapest_degree(table, degrees)
     worth = [degree for degree in degrees if _is_worth(view, table, base, degree, config)]

@@ -16,6 +16,7 @@ from tetrion.engine.config import EnergyMode, PlannerConfig
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_admission import cheapest_for, check_default, check_wish
 from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S, cheapest_plan
+from tetrion.engine.planning.forward_fill import RESERVE
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.slo import MARGIN_S
@@ -183,9 +184,13 @@ def test_left_over_devices_widen_as_the_mode_says() -> None:
     assert planned([request("a", energy_mode="balanced", **far)], j_per_s=1e6) == {"a": 8}
 
 
-def test_a_near_deadline_gets_the_degree_it_needs_in_every_mode() -> None:
-    near = {"deadline_s": NOW_S + 28 * 0.0598 + 0.12 + 0.02}  # degree 4 just makes it
-    assert planned([request("a", energy_mode="least-energy", **near)]) == {"a": 4}
+def test_a_near_deadline_gets_the_degree_it_needs_with_time_in_reserve() -> None:
+    at_4_s = 28 * 0.0598
+    for room, degree in ((1.01 / (1 - RESERVE), 4), (1.01, 6)):  # the second leaves degree 4 no reserve
+        due_s = NOW_S + room * at_4_s + 0.12 + MARGIN_S
+        assert planned([request("a", energy_mode="least-energy", deadline_s=due_s)]) == {"a": degree}
+    due_s = NOW_S + 28 * 0.03796 + 0.12 + 2 * MARGIN_S  # the widest just makes it, without reserve
+    assert planned([request("a", energy_mode="least-energy", deadline_s=due_s)]) == {"a": 8}
 
 
 def test_a_wider_degree_that_takes_less_is_preferred() -> None:
