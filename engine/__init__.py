@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, Engine
     from tetrion.engine.config import EngineConfig
-    from tetrion.engine.request import ImageRequest, ImageResult
+    from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult
 
-__all__ = ["AsyncEngine", "Engine", "EngineConfig", "ImageRequest", "ImageResult"]
+__all__ = ["AsyncEngine", "EnergyWish", "Engine", "EngineConfig", "ImageRequest", "ImageResult"]
 
 _HOMES = {
     "AsyncEngine": "tetrion.engine.api",
     "Engine": "tetrion.engine.api",
+    "EnergyWish": "tetrion.engine.request",
     "EngineConfig": "tetrion.engine.config",
     "ImageRequest": "tetrion.engine.request",
     "ImageResult": "tetrion.engine.request",

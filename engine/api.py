@@ -29,6 +29,7 @@ from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.energy_admission import check_default
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Planner
@@ -48,7 +49,8 @@ from tetrion.engine.request import (
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. `profile` is the cost table in use; `loop` what the loop has cost since the start;
-    `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling costs."""
+    `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling
+    costs; `meter_age_s`: since its last reading, None if it is not read."""
 
     num_devices: int
     num_alive: int
@@ -60,6 +62,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     loop: LoopFigures
     energy: EnergyFigures
     metering_cost: SamplerCost
+    meter_age_s: float | None
 
 
 class Instrument(Protocol):
@@ -129,6 +132,8 @@ class AsyncEngine:
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
         self._profile = chosen_profile(self.devices, self.spec, self.config)
         self._planner = get_planner(self.config.planner.policy)
+        num_devices = len(self.devices)
+        check_default(self._profile, self.spec.legal_degrees(num_devices), num_devices, self.config.planner)
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None
@@ -234,6 +239,7 @@ class AsyncEngine:
             loop=self._loop.statistics.figures(self._executor.now_s()),
             energy=self._metering.account.figures(),
             metering_cost=self._metering.cost,
+            meter_age_s=self._metering.age_s,
         )
 
     @property

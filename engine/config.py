@@ -18,6 +18,8 @@ MAX_DEVICES = 64
 
 LoadFormat = Literal["safetensors", "dummy"]
 PeerAccess = Literal["auto", "never"]
+EnergyMode = Literal["fastest", "balanced", "least-energy"]
+"""What `horizon` does with time that a deadline leaves: draw at once, at a price, or with as few joules as it can."""
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +45,8 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     "fraction", the one with the largest share of its own steps left, whatever its size (each per unit of weight).
     `rescue`: below saturation the oldest late request may own a device.
     `max_candidates`: so many of the most urgent requests are weighed against each other; None: 4 a device, at least 48.
+    `energy`: the mode of requests that name none (see `planning/energy_mode.py`). `j_per_s`: in mode "balanced", what a
+    second earlier may cost. `extra_j`: in mode "least-energy", by what share idle devices may raise a step's joules.
     """
 
     policy: str = "horizon"
@@ -55,6 +59,9 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     drop: Literal["work", "fraction"] = "work"
     rescue: bool = True
     max_candidates: PositiveInt | None = None
+    energy: EnergyMode = "fastest"
+    j_per_s: PositiveFloat = 200.0
+    extra_j: Annotated[float, Meta(ge=0, le=10)] = 0.0
 
 
 class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -37,6 +37,8 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.outlook import Outlook
 from tetrion.engine.planning.admission import earliest_deadline_s
 from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.degrees import DegreeTables
+from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.snapshot import Planner, RoundPlan
 from tetrion.engine.recovery import Recovery
 from tetrion.engine.request import DeadlineUnmeetable, GenerationError, ImageRequest, Output, RequestCancelled
@@ -100,16 +102,20 @@ class EngineLoop:
     # The caller's side -------------------------------------------------------------------------------------------
 
     def submit(self, params: ImageRequest) -> Request:
-        """Queue a resolved request. Raises EngineOverloaded (DeadlineUnmeetable where admission says so), or
-        GenerationError if no worker is left."""
+        """Queue a resolved request. Raises RequestError for what its energy asks for (BudgetUnmeetable),
+        EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if no worker is left."""
         if self._recovery.is_hopeless:
             raise GenerationError(NO_WORKER)
+        check_wish(params, self._degree_tables(), self._config)
         request = Request(params, self.executor.now_s())
         if self._config.admission == "reject-hopeless":
             self._refuse_hopeless(request)
         self.table.add(request)
         self.executor.wake()
         return request
+
+    def _degree_tables(self) -> DegreeTables:
+        return DegreeTables(self.cost_model.profile, self._legal_degrees, len(self.executor.device_ids))
 
     def _refuse_hopeless(self, request: Request) -> None:
         """Raises DeadlineUnmeetable."""

@@ -145,6 +145,7 @@ class Outlook:
         width, height = request.size
         params, config = request.params, self._config
         weight = params.weight * config.tenant_weights.get(params.tenant, 1.0)
+        budget_j = params.energy.budget_j
         return RequestView(
             request_id=request.request_id,
             stage=stage,
@@ -159,6 +160,8 @@ class Outlook:
             weight=weight * config.class_weights.get(f"{width}x{height}", 1.0) if config.class_weights else weight,
             priority=params.priority,
             force_degrees=params.force_degrees,
+            energy_mode=params.energy.mode or config.energy,
+            budget_j=None if budget_j is None else budget_j - request.spent_j,
         )
 
 

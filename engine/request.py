@@ -3,16 +3,18 @@
 One request is one picture. `resolve_request` is the one place where bounds are checked.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
+from tetrion.engine.config import EnergyMode
 from tetrion.engine.energy.receipt import NOT_METERED, Receipt
 from tetrion.engine.model_spec import ModelSpec
 
 MAX_PROMPT_CHARS = 32_000
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
+MAX_BUDGET_J = 1e9
 
 
 class RequestError(ValueError):
@@ -21,6 +23,31 @@ class RequestError(ValueError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+
+
+class CheapestPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What an energy budget is refused with. `degrees`: of each step; `seconds` from encode to decode on idle devices;
+    `joules` as the profile has them, without the stages in `uncounted`, which it does not know."""
+
+    joules: float
+    seconds: float
+    degrees: tuple[int, ...]
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        runs = [f"{self.degrees.count(d)} steps at degree {d}" for d in dict.fromkeys(self.degrees)]
+        without = f", without {' and '.join(self.uncounted)}, of which no joules are known" if self.uncounted else ""
+        what = f"{self.joules:.4g} J in {self.seconds:.3g} s ({', '.join(runs)}{without})"
+        return f"the cheapest plan that meets the deadline takes {what}"
+
+
+class BudgetUnmeetable(RequestError):
+    """No plan that meets the deadline takes so few joules. `cheapest`: the one that takes least."""
+
+    def __init__(self, budget_j: float, cheapest: CheapestPlan) -> None:
+        super().__init__("energy.budget_j", f"{budget_j:g} J cannot be met: {cheapest.text}")
+        self.cheapest = cheapest
 
 
 class EngineOverloaded(RuntimeError):
@@ -43,13 +70,21 @@ class RequestCancelled(Exception):
     """The request was cancelled before its picture was finished."""
 
 
+class EnergyWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to spend joules on a request. `mode` None: the engine's own (`PlannerConfig.energy`). `budget_j`: the most
+    joules its own work may take, as the profile has them; None: any number."""
+
+    mode: EnergyMode | None = None
+    budget_j: float | None = None
+
+
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One picture to draw. None means the model's default (`resolve_request` fills it in).
 
     `slo_ms`: deadline relative to arrival, in milliseconds; None = no deadline. `priority`: larger goes first among
     equal deadlines. `weight`: worth of meeting this deadline relative to others; `tenant`: on whose behalf, for weights
     that the operator gives. `force_degrees`: the degree of each
-    step, for tests and experiments; its last entry holds for the remaining steps.
+    step, for tests and experiments; its last entry holds for the remaining steps. `energy`: see `EnergyWish`.
     """
 
     prompt: str
@@ -63,6 +98,7 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weight: float = 1.0
     tenant: str = ""
     force_degrees: tuple[int, ...] = ()
+    energy: EnergyWish = EnergyWish()
     request_id: str = ""
 
 
@@ -142,6 +178,7 @@ def resolve_request(request: ImageRequest, spec: ModelSpec, num_devices: int) ->
         raise RequestError("priority", f"must be from -1000000 to 1000000, got {request.priority}")
     if not 0 < request.weight <= 1e6:
         raise RequestError("weight", f"must be above 0 and at most 1000000, got {request.weight}")
+    _check_energy(request)
     legal = spec.legal_degrees(num_devices)
     for degree in request.force_degrees:
         if degree not in legal:
@@ -149,3 +186,13 @@ def resolve_request(request: ImageRequest, spec: ModelSpec, num_devices: int) ->
     if len(request.force_degrees) > num_steps:
         raise RequestError("force_degrees", f"has {len(request.force_degrees)} entries for {num_steps} steps")
     return msgspec.structs.replace(request, width=width, height=height, num_steps=num_steps, guidance=guidance)
+
+
+def _check_energy(request: ImageRequest) -> None:
+    wish, modes = request.energy, get_args(EnergyMode)
+    if wish.mode is not None and wish.mode not in modes:
+        raise RequestError("energy.mode", f"must be one of {', '.join(modes)}, got {wish.mode!r}")
+    if wish.budget_j is not None and not 0 < wish.budget_j <= MAX_BUDGET_J:
+        raise RequestError("energy.budget_j", f"must be above 0 and at most {MAX_BUDGET_J:g}, got {wish.budget_j}")
+    if request.force_degrees and wish != EnergyWish():
+        raise RequestError("energy", "cannot be given with force_degrees, which leave nothing to choose")

@@ -51,7 +51,8 @@ class Request:
     """One accepted request while it lives. Written by `RequestTable` (state, slot) and `EngineLoop` (progress).
 
     `step_index` counts finished steps, `planned_step_index` also those dispatched; `planned_holders` are the devices
-    whose slot holds, or will hold, the latents of `planned_step_index`.
+    whose slot holds, or will hold, the latents of `planned_step_index`. `spent_j`: joules of all that was dispatched
+    for it, lost attempts included, as far as the profile knows them.
     """
 
     __slots__ = (
@@ -69,6 +70,7 @@ class Request:
         "planned_holders",
         "planned_step_index",
         "slot",
+        "spent_j",
         "started_s",
         "state",
         "state_id",
@@ -86,6 +88,7 @@ class Request:
         self.cancelled = False
         self.image: Any = None
         self.started_s: float | None = None
+        self.spent_j = 0.0
         self.reset_progress()
 
     def reset_progress(self) -> None:

@@ -2,9 +2,9 @@
 
     {"prompt": "a red circle", "size": "256x256", "seed": 7, "num_steps": 12, "guidance": 3.5, "slo_ms": 900, "id": "a"}
 
-Only `prompt` is required. `id` names the picture (`<id>.png`; default: the line's number, from 1). `priority` may be
-given too. Without `seed` a line gets one made from its id, so that every run draws the same picture. Blank lines are
-skipped.
+Only `prompt` is required. `id` names the picture (`<id>.png`; default: the line's number, from 1). `priority` and
+`energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be given too. Without `seed` a line gets one
+made from its id, so that every run draws the same picture. Blank lines are skipped.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import msgspec
 
-from tetrion.engine.request import ImageRequest, RequestError
+from tetrion.engine.request import EnergyWish, ImageRequest, RequestError
 from tetrion.entrypoints.arguments import checked_prompt, parse_size
 from tetrion.entrypoints.errors import InputError
 
@@ -32,6 +32,7 @@ class RequestLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     guidance: float | None = None
     slo_ms: float | None = None
     priority: int = 0
+    energy: EnergyWish = EnergyWish()
     id: Identifier | int | None = None
 
 
@@ -103,6 +104,7 @@ def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
         seed=seed_of_id(identifier) if line.seed is None else line.seed,
         slo_ms=line.slo_ms,
         priority=line.priority,
+        energy=line.energy,
     )
 
 

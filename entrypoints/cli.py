@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetrion.entrypoints.bench.energy_command import energy_command
+from tetrion.entrypoints.bench.energy_saving_command import energy_saving
 from tetrion.entrypoints.bench.slo_commands import COMMANDS
 from tetrion.entrypoints.exit_codes import report_errors
 from tetrion.entrypoints.recommend_command import recommend
@@ -33,7 +34,7 @@ def engine_options(command: Command) -> Command:
             "--planner",
             metavar="KEY=VALUE",
             multiple=True,
-            help="A setting of the planner, such as admission=reject-hopeless; may be repeated.",
+            help="A setting of the planner, such as energy=least-energy; may be repeated.",
         ),
         click.option("--carbon-token-file", metavar="FILE", help="Token for a --carbon URL."),
         click.option("--carbon", metavar="G|CSV|URL", help="Grams of CO₂e per kWh, for receipts. Default: none given."),
@@ -71,6 +72,8 @@ def cli() -> None:
 @click.option("-n", "num_per_prompt", type=int, default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--guidance", type=float, help="Guidance scale. Default: the model's.")
 @click.option("--slo-ms", type=float, help="Deadline for each picture in milliseconds.")
+@click.option("--energy", metavar="MODE", help="fastest, balanced or least-energy. Default: the planner's.")
+@click.option("--budget-j", type=float, help="Most joules for each picture; refused if no plan in time takes so few.")
 @click.option("--force-degrees", metavar="N,N,…", help="The degree of each step; the last holds for the rest.")
 @click.option("--output", metavar="DIR", type=click.Path(path_type=Path), default=Path("out"), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -87,8 +90,11 @@ def _generate(
     prompts: tuple[str, ...],
     prompts_file: Path | None,
     force_degrees: str | None,
+    energy: Any,
+    budget_j: float | None,
     **options: Any,
 ) -> int:
+    from tetrion.engine.request import EnergyWish
     from tetrion.entrypoints import generate as command
     from tetrion.entrypoints.arguments import parse_degrees
     from tetrion.entrypoints.session import open_engine, run_async
@@ -96,7 +102,8 @@ def _generate(
     if prompts_file is not None:
         prompts += command.read_prompts(prompts_file)
     degrees = parse_degrees(force_degrees) if force_degrees else ()
-    checked = command.GenerateOptions(prompts=prompts, force_degrees=degrees, **options)
+    wish = EnergyWish(mode=energy, budget_j=budget_j)
+    checked = command.GenerateOptions(prompts=prompts, force_degrees=degrees, energy=wish, **options)
     return run_async(command.generate(checked, open_engine(engine, factory)))
 
 
@@ -108,9 +115,9 @@ def _generate(
 def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> int:
     """Draw every line of REQUESTS.JSONL into DIR. Run it again to go on where it stopped.
 
-    A line is a JSON object: prompt, and optionally size, seed, num_steps, guidance, slo_ms, priority, id. Pictures are
-    named <id>.png (default: the line's number); manifest.jsonl has a line for each. Without a seed, a line's seed is
-    made from its id.
+    A line is a JSON object: prompt, and optionally size, seed, num_steps, guidance, slo_ms, priority, energy, id.
+    Pictures are named <id>.png (default: the line's number); manifest.jsonl has a line for each. Without a seed, a
+    line's seed is made from its id.
     """
 
     def run() -> int:
@@ -158,7 +165,7 @@ def serve(ctx: click.Context, **options: Any) -> int:
 @engine_options
 @click.pass_context
 def profile(ctx: click.Context, **options: Any) -> int:
-    """Measure what steps, encode and decode cost on these devices, for the planner.
+    """Measure what steps, encode and decode cost on these devices in seconds and joules, for the planner.
 
     An engine on GPUs takes the table in the user's cache, else the one that ships for its GPUs and model, if it knows
     all degrees; --profile FILE names another.
@@ -235,6 +242,7 @@ def bench_step(ctx: click.Context, **options: Any) -> int:
 for command in COMMANDS:
     bench.add_command(command)
 bench.add_command(energy_command(engine_options, lambda given: _engine_options(given), lambda ctx: _command_line(ctx)))
+bench.add_command(energy_saving)
 cli.add_command(recommend)
 
 

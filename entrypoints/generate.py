@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from tetrion.engine.energy.receipt import Receipt
-from tetrion.engine.request import ImageRequest, ImageResult, Progress, resolve_request
+from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, Progress, resolve_request
 from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import checked_prompt, parse_size
 from tetrion.entrypoints.errors import InputError
@@ -41,6 +41,7 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     guidance: float | None = None
     slo_ms: float | None = None
     force_degrees: tuple[int, ...] = ()
+    energy: EnergyWish = EnergyWish()
     output: Path = Path("out")
     as_json: bool = False
 
@@ -108,6 +109,7 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
             seed=seed + i,
             slo_ms=options.slo_ms,
             force_degrees=options.force_degrees,
+            energy=options.energy,
         )
         for prompt in options.prompts
         for i in range(options.num_per_prompt)

@@ -3,6 +3,7 @@
 Owns what is measured and the file's form. Commands and their times are the engine's own (`engine/probe.py`).
 """
 
+import math
 import statistics
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -14,6 +15,9 @@ import numpy as np
 
 from tetrion.engine.calibration import decode_s_of, encode_s_of
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.energy.meter import EnergyMeter
+from tetrion.engine.energy.metering import open_meter
+from tetrion.engine.energy.nvml import canonical_uuid
 from tetrion.engine.machine import cpu_name
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.locate import resolve_model
@@ -24,12 +28,12 @@ from tetrion.engine.profile_files import cache_folder, profile_file_name, single
 from tetrion.entrypoints.arguments import parse_degrees, parse_size
 from tetrion.entrypoints.bench.record import commit, host_facts
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.profile_energy import StageMeter
 from tetrion.entrypoints.session import EngineOptions, engine_config, run_async
 
 DEFAULT_SIZES = ((256, 256), (512, 512), (1024, 1024), (1536, 1024), (2048, 2048))
 REPEATS = 3
 """Chunks of each size and degree; the median counts."""
-NO_METER = "not metered: there is no energy meter yet"
 Row = dict[str, Any]
 
 
@@ -77,11 +81,13 @@ def size_name(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-async def measure(probe: Probe, options: ProfileOptions) -> AsyncIterator[Measured]:
-    """Each size in turn: encode, every degree's steps, decode."""
+async def measure(probe: Probe, options: ProfileOptions, meter: StageMeter) -> AsyncIterator[Measured]:
+    """Each size in turn: encode, every degree's steps, decode; seconds, and joules where there is a meter."""
     for size in options.sizes:
         encode_s = await encode_s_of(probe, size, REPEATS)
-        step_ms, reference, self_test = {}, None, []
+        step_ms: dict[int, float] = {}
+        step_j: dict[int, float] = {}
+        reference, self_test = None, []
         for degree in options.degrees:
             request = probe.request(size, 1 + REPEATS * options.num_steps)
             await probe.encode(request)
@@ -100,12 +106,32 @@ async def measure(probe: Probe, options: ProfileOptions) -> AsyncIterator[Measur
                 }
             )
         decode_s = await decode_s_of(probe, request, REPEATS)
-        cost = ClassCost(step_ms=step_ms, encode_ms=1e3 * encode_s, decode_ms=1e3 * decode_s)
+        decode_j = await meter.repeated_j(lambda request=request: probe.decode(request), 0, decode_s)  # type: ignore[misc]
+        for degree in options.degrees:  # these take the slot of the request that was decoded
+            joules = await meter.step_j(size, tuple(range(degree)), options.num_steps, step_ms[degree] / 1e3)
+            step_j |= {} if joules is None else {degree: joules}
+        cost = ClassCost(
+            step_ms=step_ms,
+            encode_ms=1e3 * encode_s,
+            decode_ms=1e3 * decode_s,
+            step_j=step_j,
+            encode_j=await meter.repeated_j(lambda size=size: _encode_anew(probe, size), 0, encode_s),  # type: ignore[misc]
+            decode_j=decode_j,
+        )
         yield Measured(size=size_name(size), cost=cost, self_test=tuple(self_test))
 
 
+async def _encode_anew(probe: Probe, size: Size) -> None:
+    await probe.encode(probe.request(size, 1, probe.new_prompt()))
+
+
 def assemble(
-    spec: ModelSpec, device_name: str, measured: list[Measured], command_line: str, facts: dict[str, Any]
+    spec: ModelSpec,
+    device_name: str,
+    measured: list[Measured],
+    command_line: str,
+    meter: StageMeter,
+    facts: dict[str, Any],
 ) -> Profile:
     """The file's contents. `facts`: host and memory."""
     tests = [row for size in measured for row in size.self_test]
@@ -118,8 +144,8 @@ def assemble(
         command=command_line,
         meta={
             "batch": 1,
-            "step_j": None,
-            "step_j_reason": NO_METER,
+            "step_j_source": None if meter.reason else f"measured with {meter.source}, on the GPUs at work",
+            "step_j_reason": meter.reason or None,
             "inexact_degrees": sorted({row["degree"] for row in tests if not row["bit_identical"]}),
             "self_test": tests,
             **facts,
@@ -154,9 +180,23 @@ def table(profile: Profile) -> str:
         lines.append(f"inexact: {row['size']} at degree {row['degree']} differs by {row['max_difference']:.3g}")
     if not inexact:
         lines.append("self-test: every degree gives the first one's latents, bit for bit")
-    lines.append(f"joules: {profile.meta['step_j_reason']}")
+    lines += _joules_table(profile, degrees)
     lines.append(f"memory of one device: {profile.meta['memory']['text']}")
     return "\n".join(lines)
+
+
+def _joules_table(profile: Profile, degrees: Sequence[int]) -> list[str]:
+    lines = []
+    for size, cost in profile.classes.items():
+        if cost.step_j:
+            steps = "".join(f"{cost.step_j.get(degree, math.nan):>12.2f}" for degree in degrees)
+            aux = "".join(
+                f"{math.nan if joules is None else joules:>10.2f}" for joules in (cost.encode_j, cost.decode_j)
+            )
+            lines.append(f"{size:<12}{steps}{aux}")
+    if profile.meta["step_j_reason"]:
+        return [*lines, f"joules: not metered: {profile.meta['step_j_reason']}"]
+    return [f"joules, {profile.meta['step_j_source']}", *lines]
 
 
 def command(
@@ -192,7 +232,10 @@ def command(
         await executor.start()
         measured: list[Measured] = []
         try:
-            async for size in measure(Probe(executor, spec), options):
+            uuids = {device_id: canonical_uuid(uuid) for device_id, uuid in executor.device_uuids.items()}
+            probe = Probe(executor, spec)
+            meter = StageMeter(probe, _open_meter(config, tuple(dict.fromkeys(uuids.values()))), uuids)
+            async for size in measure(probe, options, meter):
                 measured.append(size)
                 facts = {
                     "num_devices": len(devices),
@@ -201,7 +244,7 @@ def command(
                     "host": host_facts(),
                     "memory": memory,
                 }
-                profile = assemble(spec, device_name, measured, command_line, facts)
+                profile = assemble(spec, device_name, measured, command_line, meter, facts)
                 path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
                 report(f"{size.size} done")
         finally:
@@ -211,6 +254,13 @@ def command(
         return 0
 
     return run_async(run())
+
+
+def _open_meter(config: EngineConfig, uuids: tuple[str, ...]) -> EnergyMeter:
+    try:
+        return open_meter(config.metering.meter, uuids)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _to_stderr(text: str) -> None:

@@ -17,7 +17,7 @@ from tetrion.engine.energy.idle_shares import IdleShares
 from tetrion.engine.energy.meter import MODEL, EnergyMeter, NoMeter, Reading
 from tetrion.engine.energy.modelled import command_j, fastest_degree, steps_j
 from tetrion.engine.energy.quantum import PHASES, Phase, Quantum, Share
-from tetrion.engine.energy.receipt import JOULES_PER_WH, PhaseJoules, Receipt, unmetered
+from tetrion.engine.energy.receipt import JOULES_PER_WH, PhaseJoules, Receipt, unmetered, with_saving
 from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
 from tetrion.engine.planning.profile import Profile
 
@@ -210,8 +210,10 @@ class EnergyAccount:
             drift = max(drift, max(errors, default=UNRECONCILED))
         powers = [self._ledgers[uuid].power_w() for uuid in spent.gpus]
         is_blind = self._meter.source != MODEL and (not powers or None in powers)
+        saving_j = _saving(request, profile, len(self._gpu_of_device))
         if spent.unknown or is_blind:
-            return unmetered(spent.unknown or NO_POWER, request.degrees, self._meter.source)
+            blank = unmetered(spent.unknown or NO_POWER, request.degrees, self._meter.source)
+            return blank if isinstance(saving_j, str) else with_saving(blank, saving_j)
         by_phase = {phase: spent.settled_j[phase] + pending[phase] for phase in PHASES if phase in spent.phases}
         active_j = sum(by_phase.values())
         # Where it began and ended is known to a reading's distance only.
@@ -227,7 +229,7 @@ class EnergyAccount:
                 degrees=request.degrees,
             ),
             idle_j,
-            _saving(request, profile),
+            saving_j,
         )
 
     def _priced(self, receipt: Receipt, idle_j: float | None, saving_j: float | str) -> Receipt:
@@ -298,9 +300,9 @@ def _phase_and_passes(command: GroupCommand) -> tuple[Phase, int]:
             raise AssertionError(f"{type(command).__name__} is not a stage of a request")
 
 
-def _saving(request: RequestFacts, profile: Profile) -> float | str:
+def _saving(request: RequestFacts, profile: Profile, num_devices: int) -> float | str:
     """Joules that the fastest plan would have taken more, or why that is not known."""
-    fastest = fastest_degree(profile, request.size)
+    fastest = fastest_degree(profile, request.size, num_devices)
     used_j = steps_j(profile, request.size, request.degrees)
     fastest_j = steps_j(profile, request.size, [fastest] * len(request.degrees))
     if used_j is None or fastest_j is None:

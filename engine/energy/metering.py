@@ -51,6 +51,11 @@ class Metering:
         """What sampling has cost so far."""
         return self._sampler.cost
 
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the meter has last told joules; None for one that is not read."""
+        return self._sampler.age_s
+
     def start(self) -> None:
         """Begin to read, if there is anything to read."""
         if self._has_readings:

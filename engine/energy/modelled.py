@@ -34,10 +34,11 @@ def steps_j(profile: Profile, size: tuple[int, int], degrees: Iterable[int]) -> 
     return None if None in known else sum(joules for joules in known if joules is not None)
 
 
-def fastest_degree(profile: Profile, size: tuple[int, int]) -> int:
-    """The degree with the shortest step; of equals the smallest."""
+def fastest_degree(profile: Profile, size: tuple[int, int], num_devices: int) -> int:
+    """The degree with the shortest step that so many devices can form; of equals the smallest."""
     cost = profile.cost(*size)
-    return min(cost.degrees, key=lambda degree: (cost.step_by_degree_s[degree], degree))
+    degrees = [degree for degree in cost.degrees if degree <= num_devices] or cost.degrees[:1]
+    return min(degrees, key=lambda degree: (cost.step_by_degree_s[degree], degree))
 
 
 def _known(profile: Profile, width: int, height: int) -> ClassCost | None:

@@ -19,7 +19,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     `active_j`: while its own work ran. `idle_share_j`: its part of what idle GPUs drew while it was under way, divided
     equally among the requests of that moment. `wh`: both together, in watt-hours. `method`: the meter. `uncertainty_j`:
     half-width around `active_j`. `degrees`: GPUs at each step. `fastest_plan_j`: what the fastest degrees would have
-    taken; `saved_j`: that minus `active_j`; both by the profile's joules. `co2e_g`: grams, if an intensity is set up.
+    taken; `saved_j`: what its own saved against them; both by the profile's joules. `co2e_g`: grams, if an intensity is
+    set up.
     """
 
     method: str = "none"
@@ -39,6 +40,12 @@ def unmetered(reason: str, degrees: tuple[int, ...] = (), method: str = "none") 
     """A receipt without joules."""
     names = ("active_j", "idle_share_j", "phases", "wh", "uncertainty_j", "fastest_plan_j", "saved_j")
     return Receipt(method=method, degrees=degrees, reasons=dict.fromkeys(names, reason))
+
+
+def with_saving(receipt: Receipt, saved_j: float) -> Receipt:
+    """A receipt without joules that knows what was saved all the same: the profile says it."""
+    reasons = {name: reason for name, reason in receipt.reasons.items() if name != "saved_j"}
+    return msgspec.structs.replace(receipt, saved_j=saved_j, reasons=reasons)
 
 
 NOT_METERED = unmetered("the engine that drew this has no energy account")

@@ -33,12 +33,19 @@ class Sampler:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tetrion-energy", daemon=True)
         self._cost = SamplerCost(num_readings=0, cpu_s=0.0, wall_s=0.0)
+        self._told_s: float | None = None
 
     @property
     def cost(self) -> SamplerCost:
         return self._cost
 
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since a reading has last told joules, or since the start; None before that."""
+        return None if self._told_s is None else time.monotonic() - self._told_s
+
     def start(self) -> None:
+        self._told_s = time.monotonic()
         self._thread.start()
 
     def stop(self) -> None:
@@ -51,8 +58,11 @@ class Sampler:
         started_s, started_cpu_s, number = time.monotonic(), time.thread_time(), 0
         try:
             while not self._stopping.wait(self._period_s):
-                self._receive(self._meter.read())
+                reading = self._meter.read()
+                self._receive(reading)
                 number += 1
+                if reading.joules:
+                    self._told_s = time.monotonic()
                 self._cost = SamplerCost(
                     num_readings=number,
                     cpu_s=time.thread_time() - started_cpu_s,

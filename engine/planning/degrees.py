@@ -14,10 +14,22 @@ class DegreeTable:
 
     `degrees` ascending; `step_s[degree]` seconds (0.0 where not useful); `speed[degree]`: steps per time, relative to
     the narrowest (0.0 where not useful); `largest[n]`: the widest useful degree that fits on n devices (0: none);
-    `work_s`: GPU-seconds of one step at the narrowest, the measure of size among requests.
+    `work_s`: GPU-seconds of one step at the narrowest, the measure of size among requests. `step_j[degree]` joules
+    (0.0 where not useful), empty if those of any useful degree are not known.
     """
 
-    __slots__ = ("cost", "degrees", "fastest_step_s", "largest", "narrowest", "speed", "step_s", "widest", "work_s")
+    __slots__ = (
+        "cost",
+        "degrees",
+        "fastest_step_s",
+        "largest",
+        "narrowest",
+        "speed",
+        "step_j",
+        "step_s",
+        "widest",
+        "work_s",
+    )
 
     def __init__(self, cost: SizeCost, legal_degrees: Sequence[int], num_devices: int) -> None:
         self.cost = cost
@@ -31,6 +43,10 @@ class DegreeTable:
         self.speed = [self.step_s[self.narrowest] / step_s if step_s else 0.0 for step_s in self.step_s]
         self.fastest_step_s = self.step_s[self.widest]
         self.work_s = self.step_s[self.narrowest] * self.narrowest
+        known_j = cost.step_by_degree_j
+        has_joules = all(degree in known_j for degree in self.degrees)
+        useful = [degree if degree in self.degrees else 0 for degree in range(num_devices + 1)]
+        self.step_j = [known_j[degree] if degree else 0.0 for degree in useful] if has_joules else []
 
 
 def legal_on(legal_degrees: Sequence[int], num_devices: int) -> tuple[int, ...]:

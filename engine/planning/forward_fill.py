@@ -9,16 +9,31 @@ from tetrion.engine.planning.free_profile import FreeProfile, State
 from tetrion.engine.planning.snapshot import RequestView
 
 FILLS_PER_WORK = 6
+RESERVE = 0.1
+"""Share of the time until it is due that a request which nothing widens keeps in reserve."""
 
 
 class Work:
     """One request's remaining denoising while a plan is made (changed only by the plan that made it).
 
-    `start_s`: when it can go on; `due_s`: when denoising must be done; `level`: the degree it needs (0: not placed);
-    `target`: the degree it gets next (0: none); `is_ready`: it may be assigned now.
+    `start_s`: when it can go on; `due_s`: when denoising must be done; `degrees`: those it may need, ascending;
+    `level`: the degree it needs (0: not placed); `target`: the degree it gets next (0: none); `is_ready`: it may be
+    assigned now.
     """
 
-    __slots__ = ("due_s", "is_late", "is_ready", "is_soft", "level", "remaining", "start_s", "table", "target", "view")
+    __slots__ = (
+        "degrees",
+        "due_s",
+        "is_late",
+        "is_ready",
+        "is_soft",
+        "level",
+        "remaining",
+        "start_s",
+        "table",
+        "target",
+        "view",
+    )
 
     def __init__(self, view: RequestView, table: DegreeTable, start_s: float, due_s: float, is_ready: bool) -> None:
         self.view = view
@@ -26,6 +41,7 @@ class Work:
         self.start_s = start_s
         self.due_s = due_s
         self.is_ready = is_ready
+        self.degrees: Sequence[int] = table.degrees
         self.remaining = view.num_steps - view.step_index
         self.is_soft = view.deadline_s is None
         self.is_late = not self.is_soft and self.remaining * table.fastest_step_s > due_s - start_s
@@ -48,13 +64,14 @@ DROP_FIRST: Mapping[str, Callable[[Work], float]] = {"work": work_left, "fractio
 
 
 def place(profile: FreeProfile, work: Work, due_s: float) -> bool:
-    """Take the least level that ends by `due_s` out of the profile and set `work.level`; False if none does.
+    """Take the least level that ends by `due_s` out of the profile and set `work.level`; False if none does. Unless it
+    is to be fastest, a wider level that takes less joules is better than that.
 
     A wider level never ends later, so the least one is found by halving between one that is too slow and one that
     is not.
     """
     table, remaining, start_s = work.table, work.remaining, work.start_s
-    degrees, step_s, budget_s = table.degrees, table.step_s, due_s - start_s
+    degrees, step_s, budget_s = work.degrees, table.step_s, due_s - start_s
     low, high = 0, len(degrees) - 1
     while remaining * step_s[degrees[low]] > budget_s:
         low += 1
@@ -76,8 +93,20 @@ def place(profile: FreeProfile, work: Work, due_s: float) -> bool:
                 high, end_s = middle, middle_end_s
         low = high
     work.level = degrees[low]
+    if work.view.energy_mode != "fastest" and table.step_j:
+        work.level = min(degrees[low:], key=table.step_j.__getitem__)
+        if work.level != degrees[low]:
+            end_s = profile.finish_s(table, work.level, start_s, remaining, due_s)
     profile.take(table, work.level, start_s, end_s)
     return True
+
+
+def place_early(profile: FreeProfile, work: Work) -> bool:
+    """As `place`, with time in reserve: what nothing widens once more would end just before its deadline, and miss it
+    whenever something gets in its way. False for who is to be fastest, since left-over devices widen it."""
+    if work.view.energy_mode == "fastest" or not work.table.step_j:
+        return False
+    return place(profile, work, work.due_s - RESERVE * (work.due_s - work.start_s))
 
 
 def fill(
@@ -102,7 +131,7 @@ def fill(
             continue
         before[i] = profile.save()
         tries -= 1
-        if place(profile, candidates[i], candidates[i].due_s):
+        if place_early(profile, candidates[i]) or place(profile, candidates[i], candidates[i].due_s):
             i += 1
             continue
         victim = _largest(loads, i) if tries > 0 else i

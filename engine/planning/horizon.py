@@ -11,8 +11,8 @@ longer meet its SLO is *late*: it is served from left-over devices, and by the r
 Of a long backlog (requests whose deadline has passed, see `Snapshot`) only the most urgent few are looked at, so that a
 decision costs the same however far behind the system is.
 
-An energy mode would act where degrees are chosen: in `forward_fill.place` (the least level that is in time) and in
-`leftover.gain` (what a wider one is worth), with the joules that the profile may give for each step (`step_j`).
+Energy modes and budgets act where degrees are chosen: on the levels of `forward_fill.place`, and on what left-over
+devices may be used for (see `energy_mode.py`).
 
 A device is left idle beside ready requests only on purpose: it is promised to a request whose chunk or encode ends
 soon, or the ready ones are late and their step at that degree would block it for long.
@@ -21,7 +21,9 @@ soon, or the ready ones are late and their step at that degree would block it fo
 import functools
 from collections.abc import Iterator, Sequence
 
+from tetrion.engine.config import EnergyMode
 from tetrion.engine.planning.degrees import DegreeTable, degree_tables
+from tetrion.engine.planning.energy_mode import affordable_steps, apply_budget, set_patient_aside, worth_using
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill, fill_soft
 from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.leftover import Option, gain, widen
@@ -52,7 +54,8 @@ def plan(snapshot: Snapshot) -> RoundPlan:
         return RoundPlan()
     tick.start_aux()
     tick.collect()
-    on_time = [work for work in tick.works if not work.is_late and not work.is_soft]
+    waiting = set_patient_aside(tick.works, snapshot.now_s)
+    on_time = [work for work in tick.works if not work.is_late and not work.is_soft and work not in waiting]
     soft = [work for work in tick.works if work.is_soft]
     bound = snapshot.config.max_candidates or max(MIN_CANDIDATES, 4 * len(snapshot.devices))
     rescued = tick.rescued = tick.rescue(soft) or tick.rescue_late(on_time[:bound])
@@ -121,7 +124,10 @@ class _Tick:
         elif request.ready_s > start_s:
             start_s, is_ready = request.ready_s, self.builder.is_ready(request)
         due = denoise_due_s(due_s(request, self.config), table.cost.decode_s)
-        return Work(request, table, start_s, due, is_ready)
+        work = Work(request, table, start_s, due, is_ready)
+        if request.budget_j is not None:
+            apply_budget(work, self.config)
+        return work
 
     # 6, 7, 10: targets --------------------------------------------------------------------------------------------
 
@@ -175,10 +181,15 @@ class _Tick:
         """What could be done for each with so many more devices."""
         for work in works:
             target, most = work.target, work.target + left
-            degrees = self._late_degrees(work.table) if work.is_late else work.table.degrees
+            degrees = self._left_over_degrees(work.view, work.table, work.is_late, target)
             options = [(d, value * gain(work, d)) for d in degrees if target < d <= most]
             if options:
                 yield work, options
+
+    def _left_over_degrees(self, view: RequestView, table: DegreeTable, is_late: bool, target: int) -> Sequence[int]:
+        """Degrees at which left-over devices may run a request that has `target`."""
+        degrees = self._late_degrees(table) if is_late else table.degrees
+        return worth_using(view, table, target, degrees, self.config, self.now_s)
 
     def _late_degrees(self, table: DegreeTable) -> Sequence[int]:
         """Degrees at which left-over devices may run a late request: none that blocks them for long, but always one
@@ -205,18 +216,25 @@ class _Tick:
             starting += self._start_others(works, room - promised)
         wanted = [set(view.members[:degree]) for view, degree in starting]
         for i, (view, degree) in enumerate(starting):
-            self.builder.start(view, degree, claimed=set().union(*wanted[i + 1 :]))
+            steps = None if view.budget_j is None else self._affordable_steps(view, degree)
+            self.builder.start(view, degree, claimed=set().union(*wanted[i + 1 :]), num_steps=steps)
         num_ready = sum([work.is_ready for work in self.works]) + len(self.snapshot.backlog)
         return self.builder.build(num_held=len(self.builder.idle) if num_ready > len(starting) else 0)
 
+    def _affordable_steps(self, view: RequestView, degree: int) -> int:
+        """Steps that the budget leaves for a chunk; one where it leaves none."""
+        table, start_s = self.tables[view.width, view.height], max(self.now_s, view.ready_s)
+        return max(1, affordable_steps(view, table, degree, self.config, start_s))
+
     def _start_others(self, works: Sequence[Work], room: int) -> Iterator[tuple[RequestView, int]]:
         """What else is started, and at which degree."""
-        widest: dict[tuple[DegreeTable, bool], int] = {}
+        widest: dict[tuple[DegreeTable, bool, EnergyMode, float | None], int] = {}
         for view, table, is_late in self._without_target(works):
-            degree = widest.get((table, is_late))
+            alike = table, is_late, view.energy_mode, view.budget_j
+            degree = widest.get(alike)
             if degree is None:
-                degrees = self._late_degrees(table) if is_late else table.degrees
-                degree = widest[table, is_late] = max([d for d in degrees if d <= room], default=0)
+                degrees = self._left_over_degrees(view, table, is_late, target=0)
+                degree = widest[alike] = max([d for d in degrees if d <= room], default=0)
             if degree:
                 yield view, degree
                 room -= degree

@@ -12,7 +12,7 @@ import bisect
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,17 @@ class ClassCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SizeCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Cost of one size in seconds, measured or estimated. `step_by_degree_s` has only the profile's own degrees."""
+    """Cost of one size, measured or estimated. `step_by_degree_s` has only the profile's own degrees,
+    `step_by_degree_j` (joules over all members) those of them for which some size has joules; `encode_j` and `decode_j`
+    are never estimated."""
 
     degrees: tuple[int, ...]
     step_by_degree_s: dict[int, float]
     encode_s: float
     decode_s: float
+    step_by_degree_j: dict[int, float] = {}
+    encode_j: float | None = None
+    decode_j: float | None = None
 
     def step_s(self, degree: int) -> float:
         """Seconds of one step at `degree`. A degree that the table lacks (a forced one) is estimated: log-log between
@@ -129,18 +134,36 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def _work_out(self, width: int, height: int) -> SizeCost:
         exact = self.classes.get(f"{width}x{height}") or self.classes.get(f"{height}x{width}")
+        table, pixels = self._by_pixels, width * height
         if exact is not None:
             step = {d: exact.step_ms[d] / 1e3 for d in sorted(exact.step_ms)}
-            return _size_cost(step, exact.encode_ms / 1e3, exact.decode_ms / 1e3)
-        table, pixels = self._by_pixels, width * height
+            return SizeCost(
+                degrees=tuple(step),
+                step_by_degree_s=step,
+                encode_s=exact.encode_ms / 1e3,
+                decode_s=exact.decode_ms / 1e3,
+                step_by_degree_j=self._joules(step, pixels) | exact.step_j,
+                encode_j=exact.encode_j,
+                decode_j=exact.decode_j,
+            )
         i = bisect.bisect_left(table, pixels, key=_first)
         neighbours = [cost for _, cost in table[max(i - 1, 0) : i + 1]]
         degrees = set.intersection(*(set(cost.step_ms) for cost in neighbours)) or set(neighbours[0].step_ms)
         step = {}
         for degree in sorted(degrees):
             step[degree] = _at([(n, c.step_ms[degree]) for n, c in table if degree in c.step_ms], pixels) / 1e3
-        encode_s = _at([(n, c.encode_ms) for n, c in table], pixels) / 1e3
-        return _size_cost(step, encode_s, _at([(n, c.decode_ms) for n, c in table], pixels) / 1e3)
+        return SizeCost(
+            degrees=tuple(step),
+            step_by_degree_s=step,
+            encode_s=_at([(n, c.encode_ms) for n, c in table], pixels) / 1e3,
+            decode_s=_at([(n, c.decode_ms) for n, c in table], pixels) / 1e3,
+            step_by_degree_j=self._joules(step, pixels),
+        )
+
+    def _joules(self, degrees: Iterable[int], pixels: int) -> dict[int, float]:
+        """Joules of a step, estimated for the degrees that some size has them for."""
+        known = {d: [(n, c.step_j[d]) for n, c in self._by_pixels if d in c.step_j] for d in degrees}
+        return {degree: _at(points, pixels) for degree, points in known.items() if points}
 
 
 def parse_profile(data: bytes | str) -> Profile:
@@ -194,10 +217,6 @@ def _check_table(where: str, table: Mapping[int, float], heads: int) -> None:
             raise ValueError(f"{where}: degree {degree} must be from 1 to {heads} (heads)")
         if not 0 < value < math.inf:
             raise ValueError(f"{where}.{degree}: must be above 0 and finite, got {value}")
-
-
-def _size_cost(step: dict[int, float], encode_s: float, decode_s: float) -> SizeCost:
-    return SizeCost(degrees=tuple(step), step_by_degree_s=step, encode_s=encode_s, decode_s=decode_s)
 
 
 def _first(pair: tuple[int, Any]) -> int:

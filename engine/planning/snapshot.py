@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from tetrion.engine.config import PlannerConfig
+from tetrion.engine.config import EnergyMode, PlannerConfig
 from tetrion.engine.planning.profile import Profile
 
 Stage = Literal["encode", "denoise", "decode"]
@@ -14,8 +14,8 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     """One admitted request. `stage` is what it needs next, startable from `ready_s` on (now or earlier: at once;
     later: when its running command is predicted to end, `members` being busy with it until then). `step_index` is
     the number of steps done by `ready_s`; `members` are the devices that hold, or by then will hold, its latents.
-    `deadline_s` is None without an SLO. `weight`: worth of meeting it, all factors multiplied. A request whose last
-    stage already runs is not in the snapshot."""
+    `deadline_s` is None without an SLO. `weight`: worth of meeting it, all factors multiplied. `budget_j`: joules that
+    it may still take, None: any number. A request whose last stage already runs is not in the snapshot."""
 
     request_id: str
     stage: Stage
@@ -30,6 +30,8 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
     priority: int = 0
     force_degrees: tuple[int, ...] = ()
+    energy_mode: EnergyMode = "fastest"
+    budget_j: float | None = None
 
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True):

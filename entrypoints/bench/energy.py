@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.energy.meter import MeterUnavailable
 from tetrion.engine.energy.windows import CounterWindows, EnergyWindows, WindowEnergy, ZeusWindows
@@ -22,6 +24,7 @@ from tetrion.entrypoints.bench.energy_points import (
     least_duration_s,
     sweep_points,
 )
+from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, PointResult, SteadyState, joules
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import Trace
@@ -77,7 +80,10 @@ async def _measure(
         else:
             results = await bench.sweep(points, options)
             rows = [_row(engine, result, idle) for result in results]
-            details = [_detail(result, idle) for result in results]
+            details = [
+                _detail(result, idle) | {"published": published_beside(row, _gpu_name(result))}
+                for row, result in zip(rows, results, strict=True)
+            ]
             if export_folder is not None:
                 _export(engine, results, export_folder)
         sampling = engine.stats().metering_cost
@@ -160,6 +166,10 @@ def _detail(result: PointResult, idle: WindowEnergy) -> Row:
     }
 
 
+def _gpu_name(result: PointResult) -> str:
+    return next((str(gpu["name"]) for window in result.windows for gpu in window.gpus), "")
+
+
 def _open_loop_detail(steady: SteadyState) -> Row:
     return {
         "reason": steady.window.energy.reason or None,
@@ -168,6 +178,7 @@ def _open_loop_detail(steady: SteadyState) -> Row:
         "steady_s": steady.to_s - steady.from_s,
         "num_images": steady.window.num_images,
         "num_requests": steady.num_requests,
+        "by_class": msgspec.to_builtins(steady.by_class),
         "latencies_s": list(steady.window.latencies_s),
         "gpus": steady.window.gpus,
     }
@@ -211,17 +222,28 @@ def _plan_of_trace(trace: Trace) -> Row:
 
 
 def table(rows: Sequence[Row], details: Sequence[Row]) -> str:
-    """The rows as text for people."""
-    lines = [f"{'size':<12}{'steps':>6}{'degree':>7}{'J/image':>10}{'± %':>7}{'latency s':>11}{'W':>8}{'idle W':>8}"]
-    for row in rows:
+    """The rows as text for people. published: what ML.ENERGY v3 gives for the same, and our joules as a share of it;
+    °C: the hottest GPU at the end of any window."""
+    head = f"{'size':<12}{'steps':>6}{'degree':>7}{'J/image':>10}{'± %':>7}{'latency s':>11}{'W':>8}{'idle W':>8}"
+    lines = [f"{head}{'°C':>6}{'published J':>13}{'share':>7}{'latency s':>11}"]
+    for row, detail in zip(rows, details, strict=True):
         half = None if row["ci95"] is None else 100 * (row["ci95"][1] / row["joules_per_image"] - 1)
+        beside = detail.get("published") or dict.fromkeys(("joules_per_image", "share_of_published", "latency_s"))
         lines.append(
             f"{row['px'] or 'mixed':<12}{row['steps'] or '–':>6}{row['degree'] or '–':>7}"
             f"{_number(row['joules_per_image'], 1):>10}{_number(half, 1):>7}{_number(row['latency_s'], 3):>11}"
-            f"{_number(row['watts'], 0):>8}{_number(row['idle_watts'], 0):>8}"
+            f"{_number(row['watts'], 0):>8}{_number(row['idle_watts'], 0):>8}{_number(_hottest(detail), 0):>6}"
+            f"{_number(beside['joules_per_image'], 0):>13}{_number(beside['share_of_published'], 2):>7}"
+            f"{_number(beside['latency_s'], 3):>11}"
         )
     reasons = {detail["reason"] for detail in details if detail["reason"]}
     return "\n".join([*lines, *(f"no joules: {reason}" for reason in sorted(reasons))])
+
+
+def _hottest(detail: Row) -> float | None:
+    """In a sweep `gpus` has a list for each window."""
+    gpus = [gpu for part in detail["gpus"] for gpu in (part if isinstance(part, list) else [part])]
+    return max((gpu["temperature_c"] for gpu in gpus if gpu.get("temperature_c") is not None), default=None)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -6,7 +6,7 @@ part of it. Knows the engine and a meter's windows, prints nothing.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ import msgspec
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.energy.windows import EnergyWindows, WindowEnergy
 from tetrion.engine.gpu_facts import gpu_facts
-from tetrion.engine.request import EngineOverloaded, GenerationError, ImageRequest
+from tetrion.engine.request import EngineOverloaded, GenerationError, ImageRequest, ImageResult
 from tetrion.entrypoints.bench.energy_points import (
     MIN_WINDOWS,
     EnergyPoint,
@@ -52,19 +52,32 @@ class PointResult(msgspec.Struct, frozen=True, kw_only=True):
     windows: tuple[MeasuredWindow, ...]
 
 
+class ClassResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One size of an open loop, over the whole trace. `attainment`: of those with an SLO, failed ones count as missed.
+    `active_j`: mean of the receipts; None if any says nothing."""
+
+    num_requests: int
+    num_drawn: int
+    attainment: float | None
+    active_j: float | None
+
+
 class SteadyState(msgspec.Struct, frozen=True, kw_only=True):
-    """What an open loop took between `from_s` and `to_s` of the trace, and the pictures that were finished then."""
+    """What an open loop took between `from_s` and `to_s` of the trace, and the pictures that were finished then.
+    `by_class`: "all", then each size."""
 
     from_s: float
     to_s: float
     window: MeasuredWindow
     num_requests: int
+    by_class: dict[str, ClassResult]
 
 
 class EnergyBench:
     def __init__(self, engine: AsyncEngine, windows: EnergyWindows, report: Report = lambda _: None) -> None:
         self._engine, self._windows, self._report = engine, windows, report
         self._number = 0
+        self._drawn: dict[int, ImageResult] = {}
 
     async def idle(self, options: SweepOptions) -> WindowEnergy:
         """What the GPUs take with the model loaded and nothing to do."""
@@ -97,6 +110,7 @@ class EnergyBench:
         """A trace in an open loop. Its steady state, by this rule: from the first arrival after `WARM_SHARE` of all
         until the last arrival; a picture counts if it was finished within."""
         first, last = trace[int(WARM_SHARE * len(trace))].arrival_s, trace[-1].arrival_s
+        self._drawn = {}
         zero_s = time.monotonic() + HEAD_START_S
         metering = asyncio.create_task(self._between(zero_s + first, zero_s + last))
         finished, _ = await open_loop(trace, zero_s, self._draw_traced)
@@ -109,7 +123,8 @@ class EnergyBench:
         window = MeasuredWindow(
             energy=energy, num_images=len(latencies_s), latencies_s=tuple(latencies_s), gpus=gpu_facts()
         )
-        return SteadyState(from_s=first, to_s=last, window=window, num_requests=len(trace))
+        by_class = classes_of(trace, self._drawn)
+        return SteadyState(from_s=first, to_s=last, window=window, num_requests=len(trace), by_class=by_class)
 
     async def _between(self, start_s: float, end_s: float) -> WindowEnergy:
         await asyncio.sleep(start_s - time.monotonic())
@@ -147,9 +162,31 @@ class EnergyBench:
 
     async def _draw_traced(self, request: TraceRequest, number: int) -> tuple[int, ...] | None:
         try:
-            return (await self._engine.generate(as_image_request(request, number))).degrees
+            result = await self._engine.generate(as_image_request(request, number))
         except (EngineOverloaded, GenerationError):
             return None
+        self._drawn[number] = msgspec.structs.replace(result, image=None)
+        return result.degrees
+
+
+def classes_of(trace: Trace, drawn: Mapping[int, ImageResult]) -> dict[str, ClassResult]:
+    """`drawn`: results by their place in the trace, without those that failed."""
+    numbers: dict[str, list[int]] = {"all": list(range(len(trace)))}
+    for number, request in sorted(enumerate(trace), key=lambda pair: (pair[1].width * pair[1].height, pair[0])):
+        numbers.setdefault(f"{request.width}x{request.height}", []).append(number)
+    return {size: _class_of(trace, drawn, places) for size, places in numbers.items()}
+
+
+def _class_of(trace: Trace, drawn: Mapping[int, ImageResult], places: Sequence[int]) -> ClassResult:
+    met = [place in drawn and bool(drawn[place].slo_met) for place in places if trace[place].slo_s is not None]
+    active_j = [drawn[place].energy.active_j for place in places if place in drawn]
+    known_j = [joules for joules in active_j if joules is not None]
+    return ClassResult(
+        num_requests=len(places),
+        num_drawn=len(active_j),
+        attainment=sum(met) / len(met) if met else None,
+        active_j=sum(known_j) / len(known_j) if known_j and len(known_j) == len(active_j) else None,
+    )
 
 
 def joules(windows: Sequence[MeasuredWindow]) -> tuple[float | None, tuple[float, float] | None, str]:

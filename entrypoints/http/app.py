@@ -28,6 +28,7 @@ def create_app(service: ImageService) -> ASGIApp:
             Route("/v1/models/{model}", service.model),
             Route("/health", service.health),
             Route("/ready", service.ready),
+            Route("/metrics", service.metrics),
         ],
         exception_handlers={
             ApiError: _on_api_error,

@@ -6,15 +6,19 @@ OpenAI's client retries 408, 409, 429 and 5xx twice unless told not to by `x-sho
 import msgspec
 from starlette.responses import Response
 
+from tetrion.engine.request import CheapestPlan
+
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """OpenAI's four fields. `earliest_slo_ms` is beside them only where a deadline was refused: one that can be met."""
+    """OpenAI's four fields. Beside them, only where a deadline was refused, `earliest_slo_ms`: one that can be met; and
+    only where an energy budget was, `cheapest_plan`: what would have to be spent."""
 
     message: str
     type: str
     param: str | None
     code: str | None
     earliest_slo_ms: float | None = None
+    cheapest_plan: CheapestPlan | None = None
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,11 +39,17 @@ class ApiError(Exception):
         retry_after_s: int | None = None,
         should_retry: bool | None = None,
         earliest_slo_ms: float | None = None,
+        cheapest_plan: CheapestPlan | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.detail = ErrorDetail(
-            message=message, type=_type_of(status), param=param, code=code, earliest_slo_ms=earliest_slo_ms
+            message=message,
+            type=_type_of(status),
+            param=param,
+            code=code,
+            earliest_slo_ms=earliest_slo_ms,
+            cheapest_plan=cheapest_plan,
         )
         self.headers: dict[str, str] = {}
         if retry_after_s is not None:

@@ -1,8 +1,8 @@
 """The bodies of the image API as typed values: what a client may send, what it gets back.
 
 Field names are OpenAI's where OpenAI has one, else those of other diffusion servers (`num_inference_steps`,
-`guidance_scale`), else ours (`slo_ms`, `priority`). Fields not listed here are accepted and ignored, so that clients of
-those servers run unchanged. Knows the engine's request, nothing of sockets.
+`guidance_scale`), else ours (`slo_ms`, `priority`, `energy`). Fields not listed here are accepted and ignored, so that
+clients of those servers run unchanged. Knows the engine's request, nothing of sockets.
 """
 
 import re
@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.energy.receipt import Receipt
-from tetrion.engine.request import ImageRequest, ImageResult, RequestError
+from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, ImageResult, RequestError
 from tetrion.entrypoints.arguments import checked_prompt, parse_size
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError
@@ -23,7 +23,8 @@ ResponseQuality = Literal["low", "medium", "high", "xhigh", "max"]
 
 
 class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /v1/images/generations`. None means the default of the model or of the API. `user`: the engine's tenant."""
+    """`POST /v1/images/generations`. None means the default of the model or of the API. `user`: the engine's tenant.
+    The budget in `energy` is that of each picture."""
 
     prompt: str
     n: Annotated[int, Meta(ge=1, le=10)] | None = None
@@ -39,6 +40,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: float | None = None
     slo_ms: float | None = None
     priority: int | None = None
+    energy: EnergyWish | None = None
     user: str | None = None
 
 
@@ -120,6 +122,7 @@ def to_requests(body: GenerationBody, seed: int) -> list[ImageRequest]:
             slo_ms=body.slo_ms,
             priority=body.priority or 0,
             tenant=body.user or "",
+            energy=body.energy or EnergyWish(),
         )
         for i in range(body.n or 1)
     ]
@@ -131,6 +134,9 @@ def invalid_request(error: RequestError, body: GenerationBody) -> ApiError:
     param = PARAM_OF_FIELD.get(error.field, error.field)
     if param in ("width", "height") and getattr(body, param) is None:
         param, detail = "size", f"{param} {detail}"
+    if isinstance(error, BudgetUnmeetable):
+        message, code = f"{param}: {detail}", "energy_budget_unmeetable"
+        return ApiError(400, message, param=param, code=code, cheapest_plan=error.cheapest)
     return ApiError(400, f"{param}: {detail}", param=param, code="invalid_value")
 
 

@@ -32,6 +32,7 @@ from tetrion.engine.request import (
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import schema
 from tetrion.entrypoints.http.errors import ApiError
+from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
 from tetrion.entrypoints.http.picture_store import PictureStore, Reservation, StoreFull
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class ImageService:
         self._store = store
         self._public_url = public_url.rstrip("/") if public_url else None
         self._created = int(time.time())
+        self._metrics = Metrics(engine)
         self.is_ready = False
 
     async def generations(self, request: Request) -> Response:
@@ -105,6 +107,10 @@ class ImageService:
             raise ApiError(503, "No device is alive.", code="not_ready")
         counts = {name: getattr(stats, name) for name in ("num_devices", "num_alive", "num_queued", "num_admitted")}
         return _json({"status": "ready", "model": self._engine.spec.name, **counts})
+
+    async def metrics(self, request: Request) -> Response:
+        """`GET /metrics`, for Prometheus; answers while the engine loads, too."""
+        return Response(self._metrics.text(), headers={"content-type": MEDIA_TYPE})
 
     def _model(self) -> dict[str, object]:
         return {"id": self._engine.spec.name, "object": "model", "created": self._created, "owned_by": "tetrion"}
@@ -168,6 +174,7 @@ class ImageService:
         model = self._engine.spec.name
         data = []
         for result in results:
+            self._metrics.observe(result)
             encoded = await pictures.encode_in_thread(
                 result.image, picture_format, body.output_compression, pictures.metadata(result, model)
             )

@@ -53,19 +53,20 @@ class Simulation:
         duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
         executor: SimulatedExecutor | None = None,
         planner: dict[str, object] | None = None,
+        profile: Profile = PROFILE,
         **config: object,
     ) -> None:
         self.commands: list[Command] = []
         self.results: dict[str, ImageResult] = {}
         self.failures: dict[str, Exception] = {}
         self.progress: dict[str, list[Progress]] = {}
-        self.executor = executor or SimulatedExecutor(PROFILE, num_devices, self._spy(duration))
+        self.executor = executor or SimulatedExecutor(profile, num_devices, self._spy(duration))
         planner = PlannerConfig(policy=policy, **planner or {})  # type: ignore[arg-type]
         engine_config = EngineConfig(planner=planner, **config)  # type: ignore[arg-type]
         self.loop = EngineLoop(
             executor=self.executor,
             planner=get_planner(policy),
-            cost_model=CostModel(PROFILE),
+            cost_model=CostModel(profile),
             spec=SPEC,
             config=engine_config,
             outputs=self._receive,

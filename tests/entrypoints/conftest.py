@@ -1,7 +1,8 @@
 """A test double of the engine: same surface, no workers. It draws a flat colour made from the seed.
 
 Prompts steer it: one with `fail` ends in GenerationError, with `crash` in a defect, with `slow` it never ends unless
-cancelled, with `full` it is refused as overload. The real engine is tested in `test_*_end_to_end.py`.
+cancelled, with `full` it is refused as overload, with `dear` for its energy budget. The real engine is tested in
+`test_*_end_to_end.py`.
 """
 
 import asyncio
@@ -13,8 +14,12 @@ import numpy as np
 import pytest
 
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.energy.figures import EnergyFigures
+from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
 from tetrion.engine.request import (
+    BudgetUnmeetable,
+    CheapestPlan,
     DeadlineUnmeetable,
     EngineOverloaded,
     GenerationError,
@@ -48,11 +53,25 @@ SPEC = ModelSpec(
 )
 
 
+NO_ENERGY = EnergyFigures(
+    source="none",
+    reason="the devices are CPU workers",
+    active_j=None,
+    idle_j=None,
+    unattributed_j=None,
+    counter_j=None,
+    watts={},
+)
+
+
 class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     num_devices: int
     num_alive: int
     num_queued: int
     num_admitted: int
+    energy: EnergyFigures
+    metering_cost: SamplerCost = SamplerCost(num_readings=0, cpu_s=0.0, wall_s=0.0)
+    meter_age_s: float | None = None
 
 
 class FakeHandle:
@@ -134,6 +153,8 @@ class FakeEngine:
         self.is_running = False
         self.num_starts = 0
         self.handles: list[FakeHandle] = []
+        self.energy = NO_ENERGY
+        self.meter_age_s: float | None = None
 
     async def __aenter__(self) -> "FakeEngine":
         if self.start_error is not None:
@@ -155,12 +176,24 @@ class FakeEngine:
             raise EngineOverloaded("4096 requests are queued")
         if "hopeless" in resolved.prompt:
             raise DeadlineUnmeetable(slo_ms=resolved.slo_ms or 0.0, earliest_slo_ms=1234.0)
+        if "dear" in resolved.prompt:
+            raise BudgetUnmeetable(
+                resolved.energy.budget_j or 0.0, CheapestPlan(joules=9, seconds=2, degrees=(2, 1, 1))
+            )
         resolved = msgspec.structs.replace(resolved, request_id=f"r{len(self.handles)}")
         self.handles.append(FakeHandle(resolved))
         return self.handles[-1]
 
     def stats(self) -> FakeStats:
-        return FakeStats(num_devices=len(self.devices), num_alive=len(self.devices), num_queued=0, num_admitted=0)
+        num = len(self.devices)
+        return FakeStats(
+            num_devices=num,
+            num_alive=num,
+            num_queued=0,
+            num_admitted=0,
+            energy=self.energy,
+            meter_age_s=self.meter_age_s,
+        )
 
 
 class FakeFactory:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.entrypoints.conftest import FakeFactory
 from tetrion.engine.config import EngineConfig
+from tetrion.engine.request import EnergyWish
 from tetrion.entrypoints import pictures as pictures_module
 from tetrion.entrypoints.batch import batch
 from tetrion.entrypoints.batch_lines import seed_of_id
@@ -115,6 +116,8 @@ BAD_LINES = [
     ('{"prompt": " ", "id": "x"}', "prompt: must not be empty", "x"),
     ('{"prompt": "a", "size": "100x100"}', "width: must be a multiple of 16", "2"),
     ('{"prompt": "a", "size": "big"}', "size: expected WIDTHxHEIGHT", "2"),
+    ('{"prompt": "a", "energy": {"mode": "cheap"}}', "energy.mode: Invalid enum value 'cheap'", None),
+    ('{"prompt": "a", "energy": {"budget_j": 0}}', "energy.budget_j: must be above 0", "2"),
     ('{"prompt": "a", "num_steps": 0}', "num_steps: must be from 1 to 1000", "2"),
     ('{"prompt": "a", "id": "FIRST"}', "id: 'FIRST' is taken by line 1", "FIRST"),
     ("\x00\x01", "not valid JSON", None),
@@ -153,6 +156,21 @@ def test_a_failed_request_is_recorded_and_tried_again(
     assert [(e["id"], e["status"]) for e in manifest(out) if e["id"] == "f"] == [("f", "failed")]
     assert [handle.request.prompt for handle in factory.last.handles] == ["fail"]
     assert pictures(out) == ["1.png", "3.png"]
+
+
+def test_lines_may_have_an_energy_mode_and_budget(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], out: Path, capsys: Capture
+) -> None:
+    energy = {"mode": "balanced", "budget_j": 50}
+    assert (
+        tetrion(
+            "batch", write({"prompt": "a", "energy": energy}, {"prompt": "dear", "energy": energy}), "--output", out
+        )
+        == 1
+    )
+    assert factory.last.handles[0].request.energy == EnergyWish(mode="balanced", budget_j=50)
+    assert "line 2 (2): energy.budget_j: 50 J cannot be met: the cheapest plan" in capsys.readouterr().err
+    assert pictures(out) == ["1.png"]
 
 
 def test_a_torn_manifest_and_leftovers_of_a_killed_run_are_mended(

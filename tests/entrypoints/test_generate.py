@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.entrypoints.conftest import FakeFactory
+from tetrion.engine.request import EnergyWish
 
 Tetrion = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
@@ -104,6 +105,23 @@ def test_options_reach_the_engine(tetrion: Tetrion, factory: FakeFactory, tmp_pa
     )
     sent = handle.request
     assert (sent.num_steps, sent.guidance, sent.slo_ms, sent.force_degrees) == (3, 2.5, 900, (1, 2, 1))
+
+
+def test_what_an_energy_mode_and_budget_become(
+    tetrion: Tetrion, factory: FakeFactory, tmp_path: Path, capsys: Capture
+) -> None:
+    energy = ("--energy", "least-energy", "--budget-j", 400)
+    assert tetrion("generate", "a star", "--output", tmp_path, *energy) == 0
+    assert factory.last.handles[0].request.energy == EnergyWish(mode="least-energy", budget_j=400)
+    for refused, says in (
+        (("a star", "--energy", "cheap"), "energy.mode: must be one of fastest, balanced, least-energy, got 'cheap'"),
+        (("a star", "--budget-j", -1), "energy.budget_j: must be above 0"),
+        (("a star", "--force-degrees", 1, *energy), "energy: cannot be given with force_degrees"),
+        (("a dear star", *energy), "energy.budget_j: 400 J cannot be met: the cheapest plan that meets the deadline"),
+    ):
+        assert tetrion("generate", "--output", tmp_path / "none", *refused) == 2
+        assert says in capsys.readouterr().err
+    assert not list((tmp_path / "none").glob("*"))
 
 
 def test_a_failure_stops_the_rest_and_keeps_what_is_finished(

@@ -7,10 +7,13 @@ import pytest
 from tests.engine.specs import make_spec
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
+from tetrion.engine.energy.meter import EnergyMeter, NoMeter, Reading
+from tetrion.engine.energy.metering import CPU_ONLY
 from tetrion.engine.planning.profile import read_profile
 from tetrion.entrypoints.cli import run
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.profile import checked_degrees, checked_sizes
+from tetrion.entrypoints.profile_energy import StageMeter
 
 Capture = pytest.CaptureFixture[str]
 
@@ -28,10 +31,11 @@ async def test_the_table_is_what_an_engine_plans_with(tmp_path: Path, capsys: Ca
         arguments[1:3] + arguments[3:5]
     )
     assert profile.meta["inexact_degrees"] == [] and len(profile.meta["self_test"]) == 4
-    assert profile.meta["step_j"] is None and "not metered" in profile.meta["step_j_reason"]
+    assert profile.meta["step_j_reason"] == CPU_ONLY and profile.meta["step_j_source"] is None
+    assert all(not cost.step_j and cost.encode_j is None for cost in profile.classes.values())
     assert sum(profile.meta["memory"]["weights_bytes"].values()) > 60e6
     printed = capsys.readouterr().out
-    assert "model 'shapes' takes" in printed and str(path) in printed
+    assert "model 'shapes' takes" in printed and str(path) in printed and f"joules: not metered: {CPU_ONLY}" in printed
     config = EngineConfig(devices="cpu:2", num_threads=1, profile=str(path))
     async with AsyncEngine(config) as engine:
         assert engine.stats().profile == profile
@@ -49,3 +53,43 @@ def test_sizes_and_degrees_as_typed() -> None:
         checked_sizes(spec, "520x512", usual)
     with pytest.raises(InputError, match="degrees: 5 is not one of 1, 2, 3, 4"):
         checked_degrees(spec, 5, "1,5")
+
+
+class Gpus(NoMeter):
+    """Three GPUs at 100, 200 and 400 W on a clock that only `work` moves, and a probe whose steps take 50 ms."""
+
+    source, reason, resolution_s = "counters", "", 0.0
+    uuids = ("GPU-a", "GPU-b", "GPU-c")
+
+    def __init__(self, known: int = 3) -> None:
+        self.now_s, self.known = 0.0, known
+
+    def read(self) -> Reading:
+        watts = dict(zip(self.uuids[: self.known], (100, 200, 400), strict=False))
+        return Reading(time_s=self.now_s, joules={uuid: w * self.now_s for uuid, w in watts.items()}, watts={})
+
+    async def runs(self, size: object, num_steps: int, chunk: tuple[object, int], count: int) -> None:
+        self.now_s += 0.05 * chunk[1] * count
+
+    async def work(self) -> None:
+        self.now_s += 0.2
+
+
+def stage_meter(gpus: Gpus, meter: EnergyMeter | None = None) -> StageMeter:
+    return StageMeter(gpus, meter or gpus, dict(enumerate(Gpus.uuids)))  # type: ignore[arg-type]
+
+
+async def test_joules_are_those_of_the_gpus_at_work_over_a_whole_window() -> None:
+    gpus = Gpus()
+    meter = stage_meter(gpus)
+    assert await meter.step_j((512, 512), (0, 2), 8, 0.05) == pytest.approx(500 * 0.05)
+    assert gpus.now_s >= 5.0
+    assert await meter.repeated_j(gpus.work, 1, 0.2) == pytest.approx(200 * 0.2)
+    assert gpus.now_s >= 10.0 and meter.reason == ""
+
+
+async def test_joules_that_are_not_told_are_unknown_with_the_reason() -> None:
+    blind = stage_meter(Gpus(), NoMeter("there is no counter"))
+    assert await blind.step_j((512, 512), (0,), 8, 0.05) is None and blind.reason == "there is no counter"
+    partly = stage_meter(Gpus(known=2))
+    assert await partly.repeated_j(Gpus().work, 0, 0.2) is None and "GPU-c did not tell" in partly.reason

@@ -153,6 +153,18 @@ async def test_what_the_profile_does_not_say_is_none_and_not_zero() -> None:
     assert "profile has no joules" in receipt.reasons["active_j"]
 
 
+async def test_what_was_saved_is_told_even_where_some_phase_has_no_joules() -> None:
+    cost = msgspec.structs.replace(WITH_JOULES.classes["512x512"], encode_j=None)
+    profile = msgspec.structs.replace(WITH_JOULES, classes={"512x512": cost})
+    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS, SPEC.num_image_tokens), profile)
+    metered.request("a", at_s=0.0, num_steps=10, force_degrees=(1,))
+    metered.executor.at(20.0, metered.loop.stop)
+    await metered.run()
+    receipt = metered.results["a"].energy
+    assert receipt.active_j is None and "encode" in receipt.reasons["active_j"]
+    assert receipt.saved_j == pytest.approx(200.0) and "saved_j" not in receipt.reasons
+
+
 async def test_without_a_meter_every_field_is_none_and_says_why() -> None:
     metered = MeteredLoop(EnergyAccount(NoMeter("no GPU here"), UUIDS, SPEC.num_image_tokens))
     metered.request("a", at_s=0.0, num_steps=2)

@@ -6,15 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from tests.entrypoints.conftest import draw
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.meter import NoMeter, Reading
+from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
+from tetrion.engine.request import ImageRequest
+from tetrion.entrypoints.bench.energy import table
 from tetrion.entrypoints.bench.energy_export import export
 from tetrion.entrypoints.bench.energy_points import (
     MIN_WINDOWS,
@@ -27,7 +32,8 @@ from tetrion.entrypoints.bench.energy_points import (
     shuffled,
     sweep_points,
 )
-from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, PointResult, joules
+from tetrion.entrypoints.bench.energy_published import published_beside
+from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, PointResult, classes_of, joules
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.recommend_sources import read_source
 
@@ -105,6 +111,9 @@ async def test_windows_of_a_real_engine_count_all_devices_and_every_picture() ->
     assert (steady.from_s, steady.to_s) == pytest.approx((0.1 * 8, 0.1 * 39))
     assert steady.window.energy.seconds > 0.1 * 30
     assert 0 < steady.window.num_images <= len(trace)
+    assert list(steady.by_class) == ["all", "128x128"] and steady.by_class["all"] == steady.by_class["128x128"]
+    assert (steady.by_class["all"].num_drawn, steady.by_class["all"].active_j) == (40, None)
+    assert steady.by_class["all"].attainment is not None and 0 < steady.by_class["all"].attainment <= 1
 
 
 def window(total_j: float | None, num_images: int = 4) -> MeasuredWindow:
@@ -183,3 +192,35 @@ def test_without_a_meter_the_command_runs_and_joules_are_null(
     assert "no joules" in capsys.readouterr().out
     assert not folder.exists()
     assert read_source(tmp_path) == []
+
+
+def test_published_figures_stand_beside_the_same_configuration_only() -> None:
+    row = {"model": "flux1-dev", "px": "1024x1024", "steps": 50, "devices": 4, "degree": 2, "joules_per_image": 4349.5}
+    beside = published_beside(row, "NVIDIA H100 80GB HBM3")
+    assert beside is not None and round(beside["joules_per_image"]) == 8699 and round(beside["latency_s"], 2) == 8.18
+    assert beside["share_of_published"] == pytest.approx(0.5, abs=1e-3)
+    unmetered = published_beside(row | {"joules_per_image": None}, "NVIDIA H100 80GB HBM3")
+    assert unmetered is not None and unmetered["share_of_published"] is None
+    for other in ({"steps": 28}, {"px": "512x512"}, {"model": "shapes"}, {"degree": 3}, {"degree": None}):
+        assert published_beside(row | other, "NVIDIA H100 80GB HBM3") is None
+    assert published_beside(row, "") is None and published_beside(row, "NVIDIA A100") is None
+    shown = row | {"ci95": None, "latency_s": 4.0, "watts": 1300.0, "idle_watts": 140.0}
+    detail = {"reason": None, "published": beside, "gpus": [[{"name": "H100", "temperature_c": 61.0}]]}
+    assert table([shown], [detail]).splitlines()[1].split()[-4:] == ["61", "8699", "0.50", "8.177"]
+
+
+def test_an_open_loop_is_told_by_class() -> None:
+    trace = tuple(
+        TraceRequest(arrival_s=i, width=64 * s, height=64, num_steps=1, slo_s=slo)
+        for i, (s, slo) in enumerate(((2, 1.0), (1, 1.0), (1, None), (2, 1.0)))
+    )
+    picture = draw(ImageRequest(prompt="x", width=64, height=64, num_steps=1, seed=1, slo_ms=900))
+    metered = msgspec.structs.replace(picture, energy=Receipt(method="nvml", active_j=30.0))
+    found = classes_of(trace, {0: metered, 1: metered, 2: picture})
+    assert [(size, c.num_requests, c.num_drawn) for size, c in found.items()] == [
+        ("all", 4, 3),
+        ("64x64", 2, 2),
+        ("128x64", 2, 1),
+    ]
+    assert [c.attainment for c in found.values()] == [pytest.approx(2 / 3), 1.0, 0.5]
+    assert [c.active_j for c in found.values()] == [None, None, 30.0]

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.entrypoints.conftest import FakeEngine
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.request import ImageRequest
+from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http.app import create_app
 from tetrion.entrypoints.http.picture_store import PictureStore
@@ -214,6 +214,10 @@ async def test_a_full_store_refuses_urls_but_not_b64() -> None:
         ({"guidance_scale": -1}, "guidance_scale", "from 0 to 100"),
         ({"slo_ms": 0}, "slo_ms", "above 0"),
         ({"priority": 10**9}, "priority", "from -1000000 to 1000000"),
+        ({"energy": "least-energy"}, "energy", "expected `object"),
+        ({"energy": {"mode": "cheap"}}, "energy.mode", "'cheap'"),
+        ({"energy": {"budget_j": 0}}, "energy.budget_j", "above 0"),
+        ({"energy": {"joules": 5}}, "energy", "unknown field `joules`"),
         ({"response_format": "file"}, "response_format", "'file'"),
         ({"output_format": "gif"}, "output_format", "'gif'"),
         ({"output_compression": 101, "output_format": "webp"}, "output_compression", "<= 100"),
@@ -311,6 +315,19 @@ async def test_a_hopeless_deadline_is_refused_with_one_that_is_not(served: Serve
     assert (error.param, error.code) == ("slo_ms", "deadline_unmeetable") and "slo_ms: 5 cannot be met" in error.message
     assert error.body["earliest_slo_ms"] == 1234.0  # type: ignore[index]
     assert error.response.headers["x-should-retry"] == "false"
+
+
+async def test_an_energy_budget_is_refused_with_the_cheapest_plan(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        energy = {"mode": "least-energy", "budget_j": 5}
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.images.generate(prompt="a dear star", extra_body={"energy": energy})
+        await client.images.generate(prompt="a star", extra_body={"energy": energy})
+    error = refused.value
+    assert (error.param, error.code) == ("energy.budget_j", "energy_budget_unmeetable")
+    assert "5 J cannot be met: the cheapest plan that meets the deadline takes 9 J in 2 s" in error.message
+    assert error.body["cheapest_plan"] == {"joules": 9, "seconds": 2, "degrees": [2, 1, 1], "uncounted": []}  # type: ignore[index]
+    assert served.engine.handles[-1].request.energy == EnergyWish(mode="least-energy", budget_j=5)
 
 
 async def test_the_user_is_the_tenant(served: Served) -> None:

@@ -1,0 +1,74 @@
+"""What is refused for its energy: modes without joules to plan with, and budgets that nothing feasible fits into.
+
+Feasible is what meets the deadline with all devices idle; whether others leave it the time is `admission`'s question.
+Pure arithmetic.
+"""
+
+import math
+
+from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
+from tetrion.engine.planning.energy_mode import ROUNDING_J, cheapest_plan
+from tetrion.engine.planning.profile import Profile, parse_size
+from tetrion.engine.planning.slo import denoise_due_s
+from tetrion.engine.request import BudgetUnmeetable, CheapestPlan, EnergyWish, ImageRequest, RequestError
+
+POLICY = "horizon"
+
+
+def check_wish(params: ImageRequest, tables: DegreeTables, config: PlannerConfig) -> None:
+    """Raises RequestError for a mode or budget that cannot be planned for, BudgetUnmeetable for one too small."""
+    wish = params.energy
+    if wish == EnergyWish() or params.force_degrees:
+        return
+    assert params.width is not None and params.height is not None and params.num_steps is not None
+    size = params.width, params.height
+    needs_joules = wish.budget_j is not None or wish.mode not in (None, "fastest")
+    if needs_joules and (reason := why_not(tables[size], size, config)):
+        raise RequestError("energy.mode" if wish.budget_j is None else "energy.budget_j", reason)
+    if wish.budget_j is not None:
+        cheapest = cheapest_for(tables[size], params.num_steps, None if params.slo_ms is None else params.slo_ms / 1e3)
+        if cheapest.joules > wish.budget_j + ROUNDING_J:
+            raise BudgetUnmeetable(wish.budget_j, cheapest)
+
+
+def check_default(
+    profile: Profile | None, legal_degrees: tuple[int, ...], num_devices: int, config: PlannerConfig
+) -> None:
+    """Raises ValueError if an engine cannot have `config.energy`. `profile` None: the table will be measured at the
+    start, and has no joules."""
+    if config.energy == "fastest":
+        return
+    reason = "the cost table measured at the start has no joules (step_j); name one that has with profile"
+    if profile is not None:
+        tables = DegreeTables(profile, legal_degrees, num_devices)
+        sizes = map(parse_size, profile.classes)
+        reason = next(filter(None, (why_not(tables[size], size, config) for size in sizes)), "")
+    if reason:
+        raise ValueError(f"planner.energy: {config.energy!r} is not possible: {reason}")
+
+
+def cheapest_for(table: DegreeTable, num_steps: int, slo_s: float | None) -> CheapestPlan:
+    """The least joules that the request can be drawn with, within `slo_s` if that is possible at all. The joules of the
+    table's steps must be known."""
+    cost = table.cost
+    available_s = math.inf if slo_s is None else denoise_due_s(slo_s, cost.decode_s) - cost.encode_s
+    plan = cheapest_plan(table, num_steps, available_s) or cheapest_plan(table, num_steps, math.inf)
+    assert plan is not None, "any degree is fast enough where time is endless"
+    stages = {"encode": cost.encode_j, "decode": cost.decode_j}
+    return CheapestPlan(
+        degrees=plan.degrees,
+        seconds=cost.encode_s + plan.seconds + cost.decode_s,
+        joules=plan.joules + sum(joules or 0.0 for joules in stages.values()),
+        uncounted=tuple(stage for stage, joules in stages.items() if joules is None),
+    )
+
+
+def why_not(table: DegreeTable, size: tuple[int, int], config: PlannerConfig) -> str:
+    """Why nothing of this size can be planned by its joules; empty if it can."""
+    if config.policy != POLICY:
+        return f"only the policy {POLICY} plans by energy, this engine runs {config.policy}"
+    unknown = [degree for degree in table.degrees if degree not in table.cost.step_by_degree_j]
+    if not unknown:
+        return ""
+    return f"the profile has no joules (step_j) for {size[0]}x{size[1]} at degree {', '.join(map(str, unknown))}"

@@ -1,0 +1,135 @@
+"""`GET /metrics` in Prometheus' text form: joules by model, resolution, phase and state, power, the meter's own health.
+
+Pull only: what the engine counts is read when somebody asks. Histograms are of the pictures that this server has drawn.
+What is not known has no sample; it is never 0. Counters are those of closed windows, so they are up to one behind.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from tetrion.engine.energy.quantum import PHASES
+from tetrion.engine.request import GenerationError, ImageResult
+
+if TYPE_CHECKING:
+    from tetrion.engine.api import AsyncEngine, EngineStats
+
+BUCKETS_J = tuple(50.0 * 2**i for i in range(11))
+"""50 J to 51.2 kJ."""
+STALE_S = 5.0
+"""A meter whose counters have not been read for so long is down."""
+LABELS = ("model", "resolution", "phase", "state")
+MEDIA_TYPE = CONTENT_TYPE_LATEST
+
+
+class Metrics:
+    """The registry of one server. `observe` every result, `text` is what a scrape gets."""
+
+    def __init__(self, engine: "AsyncEngine") -> None:
+        self._model = engine.spec.name
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine))
+        self._joules = Histogram(
+            "tetrion_picture_energy_joules",
+            "Joules of one picture: active by phase and over all of them, and its share of idle GPUs.",
+            LABELS,
+            registry=self._registry,
+            buckets=BUCKETS_J,
+        )
+
+    def observe(self, result: ImageResult) -> None:
+        receipt, resolution = result.energy, f"{result.width}x{result.height}"
+        samples = [("all", "active", receipt.active_j), ("all", "idle", receipt.idle_share_j)]
+        if receipt.phases is not None:
+            samples += [(phase, "active", getattr(receipt.phases, phase)) for phase in PHASES]
+        for phase, state, joules in samples:
+            if joules is not None:
+                self._joules.labels(self._model, resolution, phase, state).observe(joules)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """What the engine says at the moment of a scrape; nothing while it is not running."""
+
+    def __init__(self, engine: "AsyncEngine") -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            stats = self._engine.stats()
+        except GenerationError:
+            return
+        yield self._joules(stats)
+        yield from _power(stats)
+        yield from _health(stats)
+        for name, value, says in (
+            ("tetrion_devices_alive", stats.num_alive, "Devices whose worker lives."),
+            ("tetrion_requests_queued", stats.num_queued, "Requests that wait for a state slot."),
+            ("tetrion_requests_admitted", stats.num_admitted, "Requests that hold a state slot."),
+        ):
+            yield GaugeMetricFamily(name, says, value=value)
+
+    def describe(self) -> list[Metric]:
+        """Registering asks for names; an engine that has not started has no values yet."""
+        return []
+
+    def _joules(self, stats: "EngineStats") -> Metric:
+        family = CounterMetricFamily(
+            "tetrion_energy_joules",
+            "Joules of all GPUs: active, idle and unattributed make up their counters.",
+            labels=LABELS,
+        )
+        model, energy = self._engine.spec.name, stats.energy
+        for ((width, height), phase), joules in sorted((energy.active_j or {}).items()):
+            family.add_metric((model, f"{width}x{height}", phase, "active"), joules)
+        for state, total_j in (("idle", energy.idle_j), ("unattributed", energy.unattributed_j)):
+            if total_j is not None:
+                family.add_metric((model, "", "", state), total_j)
+        return family
+
+
+def _power(stats: "EngineStats") -> Iterator[Metric]:
+    power = GaugeMetricFamily("tetrion_gpu_power_watts", "The latest reading of each GPU's power.", labels=("gpu",))
+    idle = GaugeMetricFamily("tetrion_gpu_idle_power_watts", "What a GPU drew while it was idle.", labels=("gpu",))
+    for family, watts in ((power, stats.energy.watts), (idle, stats.energy.idle_w)):
+        for uuid, value in sorted(watts.items()):
+            family.add_metric((uuid,), value)
+        yield family
+    if stats.energy.cpu_j is not None:
+        yield CounterMetricFamily(
+            "tetrion_cpu_energy_joules",
+            "Joules of the CPU packages (RAPL), no part of the GPUs'.",
+            value=stats.energy.cpu_j,
+        )
+
+
+def _health(stats: "EngineStats") -> Iterator[Metric]:
+    energy, age_s = stats.energy, stats.meter_age_s
+    is_up = not energy.reason and (age_s is None or age_s <= STALE_S)
+    up = GaugeMetricFamily("tetrion_energy_meter_up", "1 while the meter tells joules.", labels=("source", "reason"))
+    reason = energy.reason or ("" if is_up else f"nothing read for more than {STALE_S:g} s")
+    up.add_metric((energy.source, reason), float(is_up))
+    yield up
+    for name, value, says in (
+        (
+            "identity_error",
+            energy.worst_identity_error,
+            "Worst window: |active + idle + unattributed − counter| / counter.",
+        ),
+        (
+            "unattributed_share",
+            energy.unattributed_share,
+            "Latest windows: unattributed over active, before rescaling.",
+        ),
+        ("raw_error", energy.raw_error, "Latest windows: power samples against the counter."),
+        ("model_error", energy.model_error, "Latest windows: the profile's joules against the counter."),
+        ("metering_core_share", stats.metering_cost.core_share, "CPU time of sampling, as a share of one core."),
+    ):
+        if value is not None:
+            yield GaugeMetricFamily(f"tetrion_energy_{name}", says, value=value)

@@ -1,0 +1,100 @@
+"""`/metrics`, read with Prometheus' own parser over a real socket."""
+
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.entrypoints.conftest import NO_ENERGY, draw
+from tests.entrypoints.http.test_app import Served, serving
+from tetrion.engine.energy.figures import EnergyFigures
+from tetrion.engine.energy.receipt import PhaseJoules, Receipt
+from tetrion.engine.request import GenerationError, ImageRequest
+from tetrion.entrypoints.http.metrics import BUCKETS_J, Metrics
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+METERED = EnergyFigures(
+    source="nvml",
+    reason="",
+    active_j={((512, 512), "denoise"): 900.0, ((512, 512), "decode"): 30.0},
+    idle_j=50.0,
+    unattributed_j=20.0,
+    counter_j=1000.0,
+    watts={"GPU-a": 650.5},
+    idle_w={"GPU-a": 71.0},
+    num_windows=2,
+    worst_identity_error=0.004,
+    cpu_j=12.0,
+)
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serving() as running:
+        yield running
+
+
+def parse(text: str) -> Samples:
+    families = text_string_to_metric_families(text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+async def scrape(served: Served) -> Samples:
+    response = await served.http.get("/metrics")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain; version=")
+    return parse(response.text)
+
+
+def labels(**values: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(values.items()))
+
+
+async def test_joules_by_resolution_phase_and_state_add_up_to_the_counter(served: Served) -> None:
+    served.engine.energy, served.engine.meter_age_s = METERED, 0.1
+    found = await scrape(served)
+    joules = {key[1]: value for key, value in found.items() if key[0] == "tetrion_energy_joules_total"}
+    denoise = labels(model="shapes", resolution="512x512", phase="denoise", state="active")
+    assert joules[denoise] == 900.0 and sum(joules.values()) == METERED.counter_j
+    assert joules[labels(model="shapes", resolution="", phase="", state="idle")] == 50.0
+    assert found["tetrion_gpu_power_watts", labels(gpu="GPU-a")] == 650.5
+    assert found["tetrion_cpu_energy_joules_total", ()] == 12.0
+    assert found["tetrion_energy_identity_error", ()] == 0.004
+    assert found["tetrion_energy_meter_up", labels(source="nvml", reason="")] == 1.0
+
+
+async def test_what_is_not_known_has_no_sample(served: Served) -> None:
+    await served.post()
+    found = await scrape(served)
+    assert not [key for key in found if "joules" in key[0] or "watts" in key[0]]
+    assert found["tetrion_energy_meter_up", labels(source="none", reason=NO_ENERGY.reason)] == 0.0
+    assert found["tetrion_devices_alive", ()] == 2.0
+
+
+async def test_a_meter_that_fell_silent_is_down(served: Served) -> None:
+    served.engine.energy, served.engine.meter_age_s = METERED, 60.0
+    found = await scrape(served)
+    assert found["tetrion_energy_meter_up", labels(source="nvml", reason="nothing read for more than 5 s")] == 0.0
+
+
+async def test_before_the_engine_runs_there_is_nothing_to_tell(served: Served) -> None:
+    def not_running() -> None:
+        raise GenerationError("the engine is not running")
+
+    served.engine.stats = not_running  # type: ignore[method-assign,assignment]
+    assert (await served.http.get("/metrics")).status_code == 200
+
+
+async def test_pictures_fall_into_buckets_up_to_51_kilojoules(served: Served) -> None:
+    metrics = Metrics(served.engine)  # type: ignore[arg-type]
+    request = ImageRequest(prompt="x", width=256, height=256, num_steps=2, seed=1)
+    for joules in (70.0, 51_000.0, 60_000.0):
+        receipt = Receipt(method="nvml", active_j=joules, idle_share_j=1.0, phases=PhaseJoules(denoise=joules))
+        metrics.observe(msgspec.structs.replace(draw(request), energy=receipt))
+    found = parse(metrics.text().decode())
+    about = {"model": "shapes", "resolution": "256x256", "phase": "denoise", "state": "active"}
+    name = "tetrion_picture_energy_joules_bucket"
+    counts = [found[name, labels(**about, le=str(bound))] for bound in (50.0, 100.0, 51_200.0)]
+    assert counts == [0, 1, 2] and BUCKETS_J[-1] == 51_200.0
+    assert found["tetrion_picture_energy_joules_count", labels(**about)] == 3
+    assert found["tetrion_picture_energy_joules_sum", labels(**(about | {"phase": "all", "state": "idle"}))] == 3.0
