@@ -89,6 +89,7 @@ def test_a_server_is_sent_the_trace_and_its_refusals_count_as_missed(url: str) -
     system = HttpSystem(url + "/")
     run, chunks = system.run(requests, "horizon", 0)
     assert system.num_devices == run.num_devices == 3 and chunks == ()
+    assert "are not sent" in system.facts["weights"]
     assert [outcome.is_met for outcome in run.outcomes] == [True, True, False]
     assert run.outcomes[0].degrees == (1, 2) and run.gpu_s is None and run.utilisation is None
     body = next(body for body in Server.bodies if body["seed"] == 1)
@@ -100,7 +101,6 @@ def test_rows_of_a_server_leave_out_what_it_does_not_say(url: str, tmp_path: Pat
     record = command(url=url, trace=[tmp_path / "T.jsonl"])
     (row,), (beside,) = record["rows"], record["diagnostics"]
     assert (row["mode"], row["devices"], row["attainment"], row["gpu_s_per_image"]) == ("live", 3, 1.0, None)
-    assert "are not sent" in record["system"]["weights"]
     assert beside["notes"]["gpu_s_per_image"] == "the server does not say" and beside["num_decisions"] == 0
     with pytest.raises(InputError, match="record: a server over HTTP"):
         command(url=url, trace=[tmp_path / "T.jsonl"], record=tmp_path / "r.jsonl")
