@@ -98,23 +98,18 @@ class EmbeddedSystem:
                 raise InputError(f"trace: request {number + 1}: {error}") from None
 
     def warm_up(self, sizes: Sequence[Size]) -> None:
-        """Every size at every degree, twice: what is made on first use is made, and the cost table has seen it."""
+        """Every size at every degree on every device: what is made on first use is made, and the cost table has seen
+        it."""
         self._runner.run(self._warm_up(sizes))
 
     async def _warm_up(self, sizes: Sequence[Size]) -> None:
-        for width, height in sizes:
-            for degree in self._engine.spec.legal_degrees(self.num_devices) * 2:
-                await self._engine.generate(
-                    ImageRequest(
-                        prompt="warm up",
-                        width=width,
-                        height=height,
-                        num_steps=WARM_STEPS,
-                        seed=0,
-                        force_degrees=(degree,),
-                        request_id="warm-up",
-                    )
-                )
+        """As many requests at once as there are devices, so that each is encoded on another one, which then leads a
+        group; two in turn where there is one device."""
+        for size in sizes:
+            for degree in self._engine.spec.legal_degrees(self.num_devices):
+                for _ in range(1 if self.num_devices > 1 else 2):
+                    requests = [_warm_up_request(size, degree, number) for number in range(self.num_devices)]
+                    await asyncio.gather(*map(self._engine.generate, requests))
 
     def run(self, trace: Trace, policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
         """One trace under one policy (`seed`: of no use here)."""
@@ -145,6 +140,18 @@ class EmbeddedSystem:
         return result.degrees
 
 
+def _warm_up_request(size: Size, degree: int, number: int) -> ImageRequest:
+    return ImageRequest(
+        prompt=f"warm up {number}",
+        width=size[0],
+        height=size[1],
+        num_steps=WARM_STEPS,
+        seed=0,
+        force_degrees=(degree,),
+        request_id=f"warm-up-{number}",
+    )
+
+
 def since(before: LoopFigures, now: LoopFigures) -> LoopFigures:
     """What the loop cost between two moments."""
     start, end = msgspec.structs.asdict(before), msgspec.structs.asdict(now)
@@ -166,7 +173,8 @@ class HttpSystem:
         except (self._httpx.HTTPError, self._httpx.InvalidURL, ValueError) as error:
             raise InputError(f"url: {self.url} is not a server that is ready: {error}") from None
         self.num_devices = int(ready["num_devices"])
-        self.facts: dict[str, Any] = {"model": ready.get("model"), "url": self.url}
+        weights = "those of the trace are not sent: the API takes none"
+        self.facts: dict[str, Any] = {"model": ready.get("model"), "url": self.url, "weights": weights}
 
     def run(self, trace: Trace, policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
         """One trace (`policy` is the server's own)."""

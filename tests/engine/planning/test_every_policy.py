@@ -6,6 +6,7 @@ import random
 import msgspec
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.horizon import LATE_ITEMS
@@ -112,13 +113,19 @@ def test_an_idle_machine_starts_something_or_says_when(policy: str, snapshot: Sn
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)
-@pytest.mark.parametrize("num_devices", [1, 3, 8])
-def test_every_request_is_served_after_arrivals_stop(policy: str, num_devices: int) -> None:
-    for seed in range(2):
-        draw = random.Random(f"{policy}-{seed}-{num_devices}")
-        trace = random_trace(draw, num_devices, 20, rate_per_s=draw.choice((0.5, 3.0, 100.0)))
-        config = PlannerConfig(patience_s=draw.choice((1.0, 60.0)))
-        Simulation(get_planner(policy), trace, num_devices, PROFILE, config).run()
-        for request in trace:
-            assert math.isfinite(request.finish_s), request
-            assert len(request.degrees) == request.num_steps
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_devices=st.sampled_from((1, 2, 3, 8)),
+    rate_per_s=st.sampled_from((0.5, 3.0, 100.0)),
+    patience_s=st.sampled_from((1.0, 60.0)),
+)
+def test_every_request_is_served_after_arrivals_stop(
+    policy: str, seed: int, num_devices: int, rate_per_s: float, patience_s: float
+) -> None:
+    """Late ones, those without a deadline and those with pinned degrees too."""
+    trace = random_trace(random.Random(seed), num_devices, 20, rate_per_s)
+    Simulation(get_planner(policy), trace, num_devices, PROFILE, PlannerConfig(patience_s=patience_s)).run()
+    for request in trace:
+        assert math.isfinite(request.finish_s), request
+        assert len(request.degrees) == request.num_steps

@@ -11,8 +11,11 @@ from typing import ClassVar
 
 import pytest
 
+from tetrion.engine.executor import Executor
+from tetrion.engine.messages import Command, Denoise
+from tetrion.entrypoints.bench import live
 from tetrion.entrypoints.bench.live import HttpSystem, open_loop
-from tetrion.entrypoints.bench.recording import read_recordings
+from tetrion.entrypoints.bench.recording import Recorder, read_recordings
 from tetrion.entrypoints.bench.replay import command as replay_command
 from tetrion.entrypoints.bench.slo import command
 from tetrion.entrypoints.bench.workloads import TraceRequest, write_trace
@@ -87,6 +90,7 @@ def test_a_server_is_sent_the_trace_and_its_refusals_count_as_missed(url: str) -
     system = HttpSystem(url + "/")
     run, chunks = system.run(requests, "horizon", 0)
     assert system.num_devices == run.num_devices == 3 and chunks == ()
+    assert "are not sent" in system.facts["weights"]
     assert [outcome.is_met for outcome in run.outcomes] == [True, True, False]
     assert run.outcomes[0].degrees == (1, 2) and run.gpu_s is None and run.utilisation is None
     body = next(body for body in Server.bodies if body["seed"] == 1)
@@ -111,7 +115,26 @@ def test_no_server_is_said_in_one_line() -> None:
         HttpSystem("http://127.0.0.1:9")
 
 
-def test_an_embedded_engine_runs_every_policy_and_its_record_replays(tmp_path: Path) -> None:
+class Watch(Recorder):
+    """Notes which devices ran which degree in the warm-up."""
+
+    def wrap_executor(self, executor: Executor) -> Executor:
+        self.warmed: set[tuple[int, int]] = set()
+        self.submit = executor.submit
+        executor.submit = self.note  # type: ignore[method-assign]
+        return super().wrap_executor(executor)
+
+    def note(self, command: Command, members: tuple[int, ...]) -> bool:
+        if isinstance(command, Denoise) and command.request_id.startswith("warm-up"):
+            self.warmed |= {(len(members), device) for device in members}
+        return self.submit(command, members)
+
+
+def test_an_embedded_engine_runs_every_policy_and_its_record_replays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch()
+    monkeypatch.setattr(live, "Recorder", lambda: watch)
     write_trace(tmp_path / "T.jsonl", trace([0.0, 0.1, 0.2]))
     record = command(
         live=True,
@@ -120,6 +143,7 @@ def test_an_embedded_engine_runs_every_policy_and_its_record_replays(tmp_path: P
         policy=["fixed-1", "fixed-2"],
         record=tmp_path / "r.jsonl",
     )
+    assert watch.warmed == {(degree, device) for degree in (1, 2) for device in (0, 1)}
     assert [(row["mode"], row["devices"], row["attainment"]) for row in record["rows"]] == [("live", 2, 1.0)] * 2
     assert all(row["gpu_s_per_image"] > 0 for row in record["rows"])
     assert all(0 < beside["utilisation"] <= 1 for beside in record["diagnostics"])
