@@ -6,9 +6,8 @@ energy account, and tells callers through `outputs`. Knows neither planner nor r
 
 from collections.abc import Callable
 
-from tetrion.engine.commands import predict_s
+from tetrion.engine.commands import predict_j, predict_s
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
-from tetrion.engine.energy.modelled import command_j
 from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.executor import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
@@ -52,7 +51,7 @@ class Bookkeeper:
         self._in_flight.add(command, members, now_s, predict_s(command, profile))
         self._statistics.sent(command.command_id, members, now_s)
         self._energy.sent(command, members, profile, now_s)
-        request.spent_j += command_j(command, profile) or 0.0
+        request.spent_j += predict_j(command, profile)
         if isinstance(command, Denoise):
             request.planned_step_index += command.chunk_steps
         if isinstance(command, (EncodePrompt, Denoise)):

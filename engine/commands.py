@@ -94,3 +94,17 @@ def predict_s(command: GroupCommand, profile: Profile) -> float:
             return profile.decode_s(command.width, command.height)
         case CopyLatents():
             return 0.0
+
+
+def predict_j(command: GroupCommand, profile: Profile) -> float:
+    """Joules the command will take over all of its members, as far as the profile knows or estimates them."""
+    cost = profile.cost(command.width, command.height)
+    match command:
+        case EncodePrompt():
+            return cost.encode_j or 0.0
+        case Denoise():
+            return command.chunk_steps * cost.step_by_degree_j.get(len(command.members), 0.0)
+        case Decode():
+            return cost.decode_j or 0.0
+        case CopyLatents():
+            return 0.0

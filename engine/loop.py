@@ -39,6 +39,7 @@ from tetrion.engine.planning.admission import earliest_deadline_s
 from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
+from tetrion.engine.planning.energy_mode import may_be_patient
 from tetrion.engine.planning.snapshot import Planner, RoundPlan
 from tetrion.engine.recovery import Recovery
 from tetrion.engine.request import DeadlineUnmeetable, GenerationError, ImageRequest, Output, RequestCancelled
@@ -71,7 +72,12 @@ class EngineLoop:
         self.executor = executor
         self.planner = planner
         self.cost_model = cost_model
-        self.table = RequestTable(config.max_inflight, config.max_queued, config.planner.patience_s)
+        self.table = RequestTable(
+            config.max_inflight,
+            config.max_queued,
+            config.planner.patience_s,
+            is_patient=lambda request: may_be_patient(request.params, config.planner),
+        )
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
         self._config = config.planner
         self._legal_degrees = spec.legal_degrees(len(executor.device_ids))

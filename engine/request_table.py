@@ -11,7 +11,7 @@ only owner of these states; it knows nothing of processes, planners or torch.
 """
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tetrion.engine.energy.receipt import Receipt
@@ -149,7 +149,17 @@ class Request:
 class RequestTable:
     """All living requests and the state slots they own. A slot number is the same in every worker's slab."""
 
-    def __init__(self, num_slots: int, max_queued: int, patience_s: float) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_queued: int,
+        patience_s: float,
+        is_patient: Callable[[Request], bool] = lambda request: False,
+    ) -> None:
+        """`is_patient`: requests that may be kept waiting for long while they own a slot. They own at most half of the
+        slots, so that others find one."""
+        self._num_slots = num_slots
+        self._is_patient = is_patient
         self._max_queued = max_queued
         self._patience_s = patience_s
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -222,13 +232,26 @@ class RequestTable:
             self._queued.values(),
             key=lambda r: (r.deadline_s or r.arrival_s + self._patience_s, -r.params.priority, r.request_id),
         )
-        admitted = order[: len(self._free_slots)]
+        admitted = self._who_gets_slots(order)
         for request in admitted:
             del self._queued[request.request_id]
             self._admitted[request.request_id] = request
             request.slot = self._free_slots.pop()
             self.move(request, RequestState.WAITING)
         return admitted
+
+    def _who_gets_slots(self, order: list[Request]) -> list[Request]:
+        """The first in `order` that there are slots for."""
+        num_free, chosen = len(self._free_slots), []
+        room = max(1, self._num_slots // 2) - sum(map(self._is_patient, self._admitted.values()))
+        for request in order:
+            if len(chosen) == num_free:
+                break
+            is_patient = self._is_patient(request)
+            if not is_patient or room > 0:
+                chosen.append(request)
+                room -= is_patient
+        return chosen
 
     def move(self, request: Request, state: RequestState) -> None:
         """Change a request's state; a terminal state frees its slot and forgets it."""

@@ -23,6 +23,7 @@ from tetrion.engine.planning.degrees import DegreeTable, chunk_steps
 from tetrion.engine.planning.forward_fill import Work
 from tetrion.engine.planning.slo import denoise_due_s, due_s
 from tetrion.engine.planning.snapshot import RequestView
+from tetrion.engine.request import ImageRequest
 
 PATIENT_SLACK_S = 3600.0
 """With less slack than that a request is interactive: it never waits for others' sake."""
@@ -122,6 +123,12 @@ def set_patient_aside(works: Sequence[Work], now_s: float) -> list[Work]:
         else:
             held.append(work)
     return held
+
+
+def may_be_patient(params: ImageRequest, config: PlannerConfig) -> bool:
+    """Whether a request is patient when it comes, if nothing else is to be done."""
+    mode = params.energy.mode or config.energy
+    return mode == "least-energy" and params.slo_ms is not None and params.slo_ms >= PATIENT_SLACK_S * 1e3
 
 
 def is_patient(work: Work) -> bool:

@@ -65,6 +65,7 @@ def _run(
     budget_s: float,
     **kept: Any,
 ) -> int:
+    from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S
     from tetrion.entrypoints.arguments import parse_degrees
     from tetrion.entrypoints.bench.energy import command
     from tetrion.entrypoints.bench.energy_points import SweepOptions
@@ -92,7 +93,7 @@ def _run(
             workload = Workload(
                 rate_per_min=rate,
                 num_requests=num_requests,
-                base_slo_s=(86_400.0,) * len(options.sizes),
+                base_slo_s=(PATIENT_SLACK_S / 2,) * len(options.sizes),  # long, but not so long that they wait
                 sizes=options.sizes,
                 num_steps=options.num_steps[0],
                 arrivals=arrivals,  # type: ignore[arg-type]

@@ -52,6 +52,27 @@ def test_a_budget_that_is_accepted_is_kept_and_so_is_the_deadline(mode: str, slo
     assert sum(STEP_J[degree] for degree in degrees) + 9.0 <= cheapest.joules + 20
 
 
+def test_a_budget_is_kept_at_a_size_whose_joules_are_estimated() -> None:
+    simulation = Simulation(profile=WITH_JOULES)
+    step_j = WITH_JOULES.cost(256, 256).step_by_degree_j
+    budget_j = 1.1 * cheapest_for(simulation.loop._degree_tables()[256, 256], 12, None).joules
+    simulation.request("a", width=256, height=256, energy=EnergyWish(budget_j=budget_j))
+    simulation.run()
+    degrees = simulation.results["a"].degrees
+    assert len(set(degrees)) > 1 and sum(step_j[degree] for degree in degrees) <= budget_j
+
+
+def test_those_who_wait_leave_slots_to_those_in_a_hurry() -> None:
+    simulation = Simulation(profile=WITH_JOULES, max_inflight=4)
+    for number in range(8):
+        wish = EnergyWish(mode="least-energy")
+        simulation.request(f"patient{number}", width=512, height=512, slo_ms=8_000_000, energy=wish)
+    simulation.request("hurry", at_s=0.5, width=512, height=512, slo_ms=4000)
+    simulation.run()
+    assert len(simulation.results) == 9 and all(result.slo_met for result in simulation.results.values())
+    assert simulation.results["hurry"].queue_s == 0
+
+
 def test_what_cannot_be_is_refused_and_nothing_is_queued() -> None:
     def refused(simulation: Simulation, error: type[RequestError], **fields: object) -> RequestError:
         params = ImageRequest(prompt="x", seed=1, request_id="a", width=512, height=512, **fields)  # type: ignore[arg-type]
