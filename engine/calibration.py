@@ -93,14 +93,19 @@ class Calibrator:
         return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)), was_busy=False)
 
     async def warm_up(self) -> None:
-        """One step at every size and degree, so that a GPU's workers have recorded them and loaded all kernels before
-        the first request comes: what is recorded later holds up the group that wants it. CPUs have nothing to load."""
+        """One step at every size and degree on every GPU, so that its worker has recorded them and loaded all kernels
+        before the first request comes: what is recorded later holds up the group that wants it. CPUs have nothing to
+        load."""
+        num_devices = len(self._executor.device_ids)
         for size in ((pixels, pixels) for pixels in self._sizes() if self._on_gpu):
-            for degree in self._spec.legal_degrees(len(self._executor.device_ids)):
-                request = self._probe.request(size, 1)
-                await self._probe.encode(request)
-                await self._probe.denoise(request, [(tuple(range(degree)), 1)])
-            await self._probe.decode(request)
+            for degree in self._spec.legal_degrees(num_devices):
+                for first in range(0, num_devices, degree):
+                    members = tuple((first + rank) % num_devices for rank in range(degree))
+                    request = self._probe.request(size, 1)
+                    await self._probe.encode(request)
+                    await self._probe.denoise(request, [(members, 1)])
+                    if degree == 1:
+                        await self._probe.decode(request)
 
     @property
     def _on_gpu(self) -> bool:

@@ -39,5 +39,5 @@ async def test_gpus_record_every_usual_step_before_the_first_request(kind: str) 
     calibrator._probe = cast(Any, watched)
     await calibrator.warm_up()
     sizes = [(side, side) for side in (256, 512, 1024, 2048)] if kind == "cuda" else []
-    assert watched.steps == [(size, members) for size in sizes for members in ((0,), (0, 1))]
-    assert watched.decoded == sizes
+    assert watched.steps == [(size, members) for size in sizes for members in ((0,), (1,), (0, 1))]
+    assert watched.decoded == [size for size in sizes for _ in range(2)]
