@@ -26,8 +26,8 @@ from tetrion.engine.profile_files import cache_folder
 from tetrion.engine.request_table import Request
 
 logger = logging.getLogger(__name__)
-NUM_STEPS = 4
-"""Steps per measurement. The quickest counts: noise on a shared machine only ever adds."""
+NUM_STEPS = {"cpu": 2, "cuda": 4}
+"""Steps per measurement, of which the quickest counts: other load only adds. A GPU's first one records the step."""
 LARGEST_ON_CPU = 512
 SIZES_ON_GPU = (512, 1024)
 """Squares, in pixels, measured besides the model's smallest and largest."""
@@ -71,13 +71,14 @@ class Calibrator:
 
     async def run(self) -> Calibration:
         probe, classes, inexact = self._probe, {}, set()
+        num_steps = NUM_STEPS[self._executor.devices[0].kind]
         for size in ((pixels, pixels) for pixels in self._sizes()):
             encode_s = await encode_s_of(probe, size, self._num_repeats)
             reference, step_ms = None, {}
             for degree in self._spec.legal_degrees(len(self._executor.device_ids)):
-                request = probe.request(size, NUM_STEPS)
+                request = probe.request(size, num_steps)
                 await probe.encode(request)
-                chunks = [await probe.denoise(request, [(tuple(range(degree)), 1)]) for _ in range(NUM_STEPS)]
+                chunks = [await probe.denoise(request, [(tuple(range(degree)), 1)]) for _ in range(num_steps)]
                 step_ms[degree] = 1e3 * min(times.step_s for (times,) in chunks)
                 latents = await probe.latents(request)
                 reference = latents if reference is None else reference

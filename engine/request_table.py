@@ -242,7 +242,8 @@ class RequestTable:
 
     def _who_gets_slots(self, order: list[Request]) -> list[Request]:
         """The first in `order` that there are slots for."""
-        num_free, chosen = len(self._free_slots), []
+        chosen: list[Request] = []
+        num_free = len(self._free_slots)
         room = max(1, self._num_slots // 2) - sum(map(self._is_patient, self._admitted.values()))
         for request in order:
             if len(chosen) == num_free:

@@ -56,7 +56,19 @@ def test_the_degrees_do_not_show_in_the_picture(tmp_path: Path) -> None:
 
 def test_several_prompts_make_a_sheet(tmp_path: Path) -> None:
     done = tetrion(
-        "generate", "a red circle", "a cyan cross", "-n", 2, "--seed", 5, "--num-steps", 3, "--output", tmp_path
+        "generate",
+        "a red circle",
+        "a cyan cross",
+        "-n",
+        2,
+        "--seed",
+        5,
+        "--num-steps",
+        3,
+        "--devices",
+        "cpu:1",
+        "--output",
+        tmp_path,
     )
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [

@@ -97,7 +97,7 @@ async def test_windows_of_a_real_engine_count_all_devices_and_every_picture() ->
     async with AsyncEngine(EngineConfig(devices="cpu:2", num_threads=1)) as engine:
         bench = EnergyBench(engine, CounterWindows(ConstantPower()))
         idle = await bench.idle(OPTIONS)
-        results = await bench.sweep(sweep_points(OPTIONS, 2), OPTIONS)
+        results = await bench.sweep(sweep_points(msgspec.structs.replace(OPTIONS, sizes=((128, 128),)), 2), OPTIONS)
         trace = tuple(
             TraceRequest(arrival_s=0.1 * i, width=128, height=128, num_steps=1, slo_s=60.0) for i in range(40)
         )
