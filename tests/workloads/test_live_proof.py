@@ -18,7 +18,7 @@ from tetrion.entrypoints.bench.slo_run import Results, SloOptions, run_points
 from tetrion.entrypoints.errors import InputError
 
 COST = {"step_ms": {"1": 100.0, "2": 60.0}, "encode_ms": 25, "decode_ms": 100}
-PROFILE = msgspec.convert({"heads": 24, "classes": {"256x256": COST, "512x512": COST}}, Profile, strict=False)
+PROFILE = msgspec.convert({"heads": 12, "classes": {"256x256": COST, "512x512": COST}}, Profile, strict=False)
 GRID = Grid(
     mixes=("uniform", "skewed"),
     loads=(0.6, 0.2),
