@@ -25,10 +25,15 @@ def write_record(record: dict[str, Any], output: Path | None) -> str:
     """The record as JSON text, written to `output` too if one is given: the whole of it or nothing."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     if output is not None:
-        temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(output)
+        write_whole(output, text.encode() + b"\n")
     return text
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file with `data`, or what was there before: never a part of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def commit() -> str | None:

@@ -17,6 +17,7 @@ from tetrion.engine.messages import Command, Decode, Decoded, Denoise, Denoised,
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot, Stage
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
+from tetrion.entrypoints.bench.record import write_whole
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
 
 Happening = Event | WorkerLost | WorkerReady
@@ -44,7 +45,8 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_recordings(path: Path, recordings: Sequence[Recording]) -> None:
-    path.write_bytes(b"".join(msgspec.json.encode(recording) + b"\n" for recording in recordings))
+    """The whole of it or nothing."""
+    write_whole(path, b"".join(msgspec.json.encode(recording) + b"\n" for recording in recordings))
 
 
 def read_recordings(path: Path) -> tuple[Recording, ...]:

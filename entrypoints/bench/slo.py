@@ -65,7 +65,7 @@ def command(
     if plots is not None:
         import_matplotlib()  # says at once if it is missing
     with contextlib.ExitStack() as stack:
-        with _as_input_error():
+        with as_input_error():
             for name in policy:
                 get_planner(name)
             options = SloOptions(
@@ -87,7 +87,7 @@ def command(
             _prepare(options, system)
 
         def save(results: Results) -> tuple[dict[str, Any], str]:
-            made = make_record(command_line, results.rows) | _beside(options, system, results)
+            made = make_record(command_line, results.rows) | beside_rows(options, system, results)
             if record is not None:
                 write_recordings(record, results.recordings)
             return made, write_record(made, output)
@@ -194,7 +194,7 @@ def _prepare(options: SloOptions, system: System) -> None:
         _to_stderr(f"arrivals take {span_s * len(options.policies):.0f} s in all")
 
 
-def _beside(options: SloOptions, system: System, results: Results) -> dict[str, Any]:
+def beside_rows(options: SloOptions, system: System, results: Results) -> dict[str, Any]:
     """What the record says besides its rows."""
     workload = options.grid
     return {
@@ -227,7 +227,7 @@ def _about_profile(system: System, options: SloOptions) -> dict[str, Any] | None
 
 
 @contextlib.contextmanager
-def _as_input_error() -> Iterator[None]:
+def as_input_error() -> Iterator[None]:
     """A ValueError inside is something that the caller can put right."""
     try:
         yield

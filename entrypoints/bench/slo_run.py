@@ -4,7 +4,7 @@ Knows systems only through `System`; prints nothing, writes no file.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -69,6 +69,19 @@ def run(
     slos_s = None if grid.traces else slos_of(grid, system.num_devices, table)
     named = slos_s and {f"{w}x{h}": slo_s for (w, h), slo_s in zip(grid.sizes, slos_s, strict=True)}
     results = Results(rows=[], diagnostics=[], recordings=[], base_slo_s=named or None)
+    run_points(options, workloads, system, results, report, save)
+    return results
+
+
+def run_points(
+    options: SloOptions,
+    workloads: Sequence[Point],
+    system: System,
+    results: Results,
+    report: Report = lambda _: None,
+    save: Callable[[Results], object] = lambda _: None,
+) -> None:
+    """As `run`, on workloads that are at hand (the grid of `options` is not looked at), added to `results`."""
     for point in workloads:
         bound = _bound(options, system, point, report)
         first: list[Run] = []
@@ -84,7 +97,6 @@ def run(
                 for (seed, _), (done, chunks) in zip(point.traces, ran, strict=True):
                     results.recordings.append(_recording(system, point, policy, seed, done, chunks))
             save(results)
-    return results
 
 
 def profile_of(system: System, options: SloOptions | None = None) -> Profile:
