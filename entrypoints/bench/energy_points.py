@@ -95,7 +95,7 @@ def is_settled(values: Sequence[float], target: float) -> bool:
 def _t975(freedom: int) -> float:
     """Student's t at 97.5 %; from 11 degrees of freedom on within 2 % above the exact value."""
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.6 / freedom
+    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.66 / freedom
 
 
 def describe(points: Sequence[EnergyPoint], options: SweepOptions, least_s: float) -> dict[str, Any]:
