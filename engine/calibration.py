@@ -53,7 +53,7 @@ async def calibrate(executor: ProcessExecutor, spec: ModelSpec, config: EngineCo
         if cached is not None and (is_busy or not cached.was_busy):
             await calibrator.warm_up()
             return cached
-    calibration = msgspec.structs.replace(await calibrator.run(), was_busy=is_busy)
+    calibration = await calibrator.run(was_busy=is_busy)
     if config.profile_cache:
         _write(path, calibration)
     if calibration.inexact_degrees:
@@ -69,7 +69,7 @@ class Calibrator:
         self._spec = spec
         self._probe = Probe(executor, spec)
 
-    async def run(self) -> Calibration:
+    async def run(self, was_busy: bool) -> Calibration:
         probe, classes, inexact = self._probe, {}, set()
         num_steps = NUM_STEPS[self._executor.devices[0].kind]
         for size in ((pixels, pixels) for pixels in self._sizes()):
@@ -91,7 +91,7 @@ class Calibrator:
                 "decode_ms": decode_s * 1e3,
             }
         profile = msgspec.convert({"heads": self._spec.num_heads, "classes": classes}, Profile)
-        return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)), was_busy=False)
+        return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)), was_busy=was_busy)
 
     async def warm_up(self) -> None:
         """One step at every size and degree on every GPU, so that its worker has recorded them and loaded all kernels

@@ -19,7 +19,8 @@ from tetrion.engine.request import GenerationError
 from tetrion.engine.transport.available_memory import available_memory_bytes
 
 WORKER_BYTES = 400_000_000
-"""What a worker process takes beside the shared memory: its libraries, mostly."""
+"""What a worker process takes beside the shared memory: its libraries, which forked ones share, and what it computes
+with."""
 
 
 class ProcessExecutor:

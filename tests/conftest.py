@@ -4,6 +4,7 @@ kernels, which it decides when it is imported: before all else."""
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[None]:
+    """Engines of tests that use this start in half a second: the workers' libraries stay loaded between them."""
+    from tetrion.engine.worker.forked import ForkServer
+
+    server = ForkServer.acquire()
+    yield
+    server.release()
+
+
+@pytest.fixture
+def own_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's engines share no fork server with those of other tests."""
+    from tetrion.engine.worker.forked import ForkServer
+
+    monkeypatch.setattr(ForkServer, "_shared", None)

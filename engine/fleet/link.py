@@ -10,7 +10,7 @@ from tetrion.engine.fleet.segments import Segments, inherited
 from tetrion.engine.messages import Event
 from tetrion.engine.transport.channel import CommandSender, MalformedMessage, create_channel
 from tetrion.engine.transport.ring import RingCorrupt
-from tetrion.engine.worker.process import WorkerProcess
+from tetrion.engine.worker.launcher import Launcher
 
 
 class WorkerLink:
@@ -18,7 +18,12 @@ class WorkerLink:
     worker has closed its life pipe (which every way to die does)."""
 
     def __init__(
-        self, device: DeviceSpec, segments: Segments, on_events: Callable[[], None], on_end: Callable[[], None]
+        self,
+        device: DeviceSpec,
+        segments: Segments,
+        launcher: Launcher,
+        on_events: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> None:
         """Start the worker. Raises OSError (SharedMemoryError) if there is no room for one more."""
         self.device_id = device.device_id
@@ -35,7 +40,7 @@ class WorkerLink:
             undo.callback(os.close, self._life_fd)
             try:
                 spec = segments.worker_spec(device, channel.spec, worker_life_fd)
-                self._process = WorkerProcess(spec, inherited(spec))
+                self._process = launcher.launch(spec, inherited(spec))
             finally:
                 os.close(worker_life_fd)
             self.commands: CommandSender = channel.commands

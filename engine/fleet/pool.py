@@ -21,6 +21,7 @@ from tetrion.engine.fleet.respawn import RespawnPolicy
 from tetrion.engine.fleet.segments import Segments
 from tetrion.engine.messages import Command, Event, Shutdown
 from tetrion.engine.transport.channel import send_to_all
+from tetrion.engine.worker.launcher import Launcher
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class WorkerPool:
             shared_weights=devices[0].kind == "cpu",
             host_memory=segments.slabs_in_host_memory,
         )
+        self._launcher = Launcher(devices[0].kind)
         self._links: dict[int, WorkerLink] = {}
         self._kill_reasons: dict[int, str] = {}
         self._ended: dict[int, str] = {}
@@ -118,13 +120,20 @@ class WorkerPool:
         for link in self._links.values():
             link.close()
         await asyncio.gather(*self._burials)
+        self._launcher.close()
         self._links = {}
         self.alive = self.returning = frozenset()
 
     # Lives -------------------------------------------------------------------------------------------------------
 
     def _launch(self, device_id: int) -> None:
-        link = WorkerLink(self._devices[device_id], self._segments, self._wake, lambda: self._on_life_pipe(device_id))
+        link = WorkerLink(
+            self._devices[device_id],
+            self._segments,
+            self._launcher,
+            on_events=self._wake,
+            on_end=lambda: self._on_life_pipe(device_id),
+        )
         self._links[device_id] = link
         self._set_timer(
             device_id,

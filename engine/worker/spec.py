@@ -1,4 +1,5 @@
-"""What a worker is told when it is started, passed as one JSON argument. All `_fd`s are inherited descriptors."""
+"""What a worker is told when it is started, as JSON, and what is said of its start and end. All `_fd`s are inherited
+descriptors."""
 
 import msgspec
 
@@ -26,3 +27,25 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights_fd: int
     engine_life_fd: int
     worker_life_fd: int
+
+
+class ForkRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks the fork server for a worker. The descriptors of the worker's status socket and of all `fds` come with it,
+    in this order. `fds`: what each of them is to be called in the worker. `folder`: its working directory."""
+
+    spec: WorkerSpec
+    fds: tuple[int, ...]
+    environment: dict[str, str]
+    folder: str
+
+
+class Forked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The first message on the status socket; a pidfd comes with it."""
+
+    pid: int
+
+
+class Exited(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The last one. `code`: the exit status, or minus the signal that ended the worker."""
+
+    code: int

@@ -13,7 +13,23 @@ import msgspec
 
 from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
 from tetrion.engine.loop_statistics import LoopFigures
-from tetrion.engine.messages import Command, Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Event, Failed
+from tetrion.engine.messages import (
+    BarriersReset,
+    Command,
+    Decode,
+    Decoded,
+    Denoise,
+    Denoised,
+    Encoded,
+    EncodePrompt,
+    Event,
+    Failed,
+    LatentsCopied,
+    Loaded,
+    PeersMapped,
+    Pong,
+    Started,
+)
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot, Stage
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
@@ -141,7 +157,7 @@ class Recorder:
             case WorkerLost():
                 for command_id in [c for c, chunk in self._open.items() if event.device_id in chunk.pending]:
                     self._fail(command_id, event.device_id, now_s)
-            case _:
+            case Started() | Loaded() | PeersMapped() | LatentsCopied() | BarriersReset() | Pong() | WorkerReady():
                 pass  # of no command of a request
 
     def _fail(self, command_id: int, device_id: int, now_s: float) -> None:

@@ -18,6 +18,8 @@ from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.request import GenerationError, ImageRequest, ImageResult, Progress, RequestCancelled, RequestError
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 def small(seed: int, **fields: object) -> ImageRequest:
     return ImageRequest(**({"prompt": "a red circle", "width": 128, "height": 128, "seed": seed} | fields))  # type: ignore[arg-type]
@@ -191,3 +193,17 @@ async def test_more_workers_than_memory_are_refused_before_any_starts(monkeypatc
     with pytest.raises(GenerationError, match="3 workers take about 1,200,000,000 bytes"):
         await engine.start()
     assert engine.worker_pids() == {}
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_workers_with_interpreters_of_their_own_draw_the_same(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on systems where workers cannot be forked."""
+    monkeypatch.setattr("tetrion.engine.worker.launcher.can_fork", lambda: False)
+    async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as other:
+        (pid,) = other.worker_pids().values()
+        assert psutil.Process(pid).ppid() == os.getpid()
+        picture = digest(await other.generate(small(3, num_steps=2)))
+    assert not psutil.pid_exists(pid)
+    assert picture == digest(await engine.generate(small(3, num_steps=2)))

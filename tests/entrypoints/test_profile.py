@@ -18,6 +18,7 @@ from tetrion.entrypoints.profile_energy import StageMeter
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.mark.usefixtures("fork_server")
 async def test_the_table_is_what_an_engine_plans_with(tmp_path: Path, capsys: Capture) -> None:
     import asyncio
 

@@ -203,6 +203,7 @@ def test_a_lost_member_leaves_nothing_open() -> None:
     assert sum(figures.active_j.values()) == pytest.approx(600.0)
 
 
+@pytest.mark.usefixtures("fork_server")
 async def test_an_engine_without_gpus_runs_and_says_why_it_meters_nothing() -> None:
     async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as engine:
         result = await engine.generate(ImageRequest(prompt="a red circle", width=128, height=128, num_steps=2, seed=1))
@@ -213,6 +214,7 @@ async def test_an_engine_without_gpus_runs_and_says_why_it_meters_nothing() -> N
     assert "CPU workers" in stats.energy.reason
 
 
+@pytest.mark.usefixtures("fork_server")
 async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> None:
     now_s = time.monotonic()
     readings = (

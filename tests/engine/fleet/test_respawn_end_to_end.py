@@ -18,7 +18,7 @@ from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import GenerationError, ImageRequest, ImageResult
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server")]
 PATIENCE_S = 150.0
 
 
@@ -32,11 +32,12 @@ def digest(result: ImageResult) -> str:
 
 
 def worker_processes() -> set[int]:
+    """All processes that were forked from a fork server of this process."""
     pids = set()
-    for child in psutil.Process().children():
+    for server in psutil.Process().children():
         with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-            if "tetrion.engine.worker" in child.cmdline():
-                pids.add(child.pid)
+            if "tetrion.engine.worker.fork_server" in server.cmdline():
+                pids |= {worker.pid for worker in server.children()}
     return pids
 
 
@@ -59,7 +60,7 @@ async def all_alive(engine: AsyncEngine, other_than: dict[int, int]) -> None:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def pair() -> AsyncIterator[AsyncEngine]:
+async def pair(fork_server: None) -> AsyncIterator[AsyncEngine]:
     """Shared: each of its workers may be killed three times in all (engine/respawn.py)."""
     async with AsyncEngine(EngineConfig(devices="cpu:2", num_threads=1)) as running:
         yield running
@@ -71,7 +72,7 @@ async def draw(engine: AsyncEngine, **fields: object) -> ImageResult:
 
 async def test_a_worker_killed_within_a_step_is_replaced_and_meets_the_other_again(pair: AsyncEngine) -> None:
     reference = await draw(pair, force_degrees=(2,))
-    mine, held_before, pids = worker_processes(), held(), pair.worker_pids()
+    pids, mine, held_before = pair.worker_pids(), worker_processes(), held()
     handles = [pair.submit(small(num_steps=8, force_degrees=(n,))) for n in (2, 1, 2)]
     handles.append(pair.submit(small()))
     await asyncio.sleep(0.1)
@@ -122,7 +123,7 @@ async def test_with_all_workers_gone_requests_wait_for_the_next(pair: AsyncEngin
 
 
 async def test_a_worker_that_cannot_live_is_given_up_and_requests_fail(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    own_fork_server: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     held_before, others = held(), worker_processes()
@@ -130,27 +131,29 @@ async def test_a_worker_that_cannot_live_is_given_up_and_requests_fail(
         handle = engine.submit(small(width=512, height=512, num_steps=100))
         await asyncio.sleep(0.2)
         monkeypatch.setattr(sys, "executable", "/bin/false")
+        os.kill(psutil.Process(engine.worker_pids()[0]).ppid(), signal.SIGKILL)
         os.kill(engine.worker_pids()[0], signal.SIGKILL)
         with pytest.raises(GenerationError, match="no worker is alive"):
             await asyncio.wait_for(handle.result(), PATIENCE_S)
         with pytest.raises(GenerationError, match="no worker is alive"):
             engine.submit(small())
         assert engine.stats().num_alive == 0
-    assert "worker 0 is given up, it died too often; the last time: exited with status 1" in caplog.text
-    assert "worker 0 was lost: killed by signal 9" in caplog.text
+    given_up = "worker 0 is given up, it died too often; the last time: no exit status, its fork server"
+    assert f"{given_up} exited with status 1" in caplog.text
+    assert "worker 0 was lost: no exit status, its fork server killed by signal 9" in caplog.text
     assert held() == held_before and worker_processes() == others
 
 
-async def test_a_worker_lost_at_the_start_fails_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_lost_at_the_start_fails_it(own_fork_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     held_before = held()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     engine = AsyncEngine(EngineConfig(devices="cpu:2"))
-    with pytest.raises(GenerationError, match="ended while starting: exited with status 1"):
+    with pytest.raises(GenerationError, match=r"ended while starting: .* its fork server exited with status 1"):
         await engine.start()
     assert held() == held_before
 
 
-async def test_a_worker_that_does_not_come_up_in_time_fails_the_start() -> None:
+async def test_a_worker_that_does_not_come_up_in_time_fails_the_start(own_fork_server: None) -> None:
     engine = AsyncEngine(EngineConfig(devices="cpu:1", start_timeout_s=0.01))
     with pytest.raises(GenerationError, match=r"not ready within the start timeout of 0\.01 s"):
         await engine.start()

@@ -92,9 +92,9 @@ class Memory:
 
 def answers_of(spec: WorkerSpec, commands: Iterable[Command]) -> list[Event]:
     """A GPU worker's answers to `commands`, in order."""
-    from tetrion.engine.worker.__main__ import execute
     from tetrion.engine.worker.completions import Completions
     from tetrion.engine.worker.device_runner import DeviceRunner
+    from tetrion.engine.worker.entry import execute
     from tetrion.engine.worker.work_queue import ImmediateQueue
 
     answers: list[Event] = []

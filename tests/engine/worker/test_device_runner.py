@@ -30,7 +30,7 @@ from tetrion.engine.messages import (
 )
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.words import AbortWords
-from tetrion.engine.worker.__main__ import execute
+from tetrion.engine.worker.entry import execute
 from tetrion.engine.worker.runner import Runner
 
 WIDTH, HEIGHT, NUM_STEPS, SLOT = 20, 8, 2, 1

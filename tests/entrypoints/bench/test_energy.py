@@ -93,6 +93,7 @@ def test_a_point_is_settled_after_enough_windows_that_agree() -> None:
     assert not is_settled([100.0, 110.0, 90.0], 0.02)
 
 
+@pytest.mark.usefixtures("fork_server")
 async def test_windows_of_a_real_engine_count_all_devices_and_every_picture() -> None:
     async with AsyncEngine(EngineConfig(devices="cpu:2", num_threads=1)) as engine:
         bench = EnergyBench(engine, CounterWindows(ConstantPower()))

@@ -1,0 +1,29 @@
+"""How the workers of an engine are started."""
+
+from tetrion.engine.worker.forked import ForkServer, can_fork
+from tetrion.engine.worker.process import SpawnedWorker, WorkerProcess
+from tetrion.engine.worker.spec import WorkerSpec
+
+
+class Launcher:
+    """Forks workers from a process that has their libraries loaded. Where that cannot be (GPUs; other systems than
+    Linux) each gets an interpreter of its own."""
+
+    def __init__(self, kind: str) -> None:
+        self._forks = kind == "cpu" and can_fork()
+        self._server: ForkServer | None = None
+
+    def launch(self, spec: WorkerSpec, fds: tuple[int, ...]) -> WorkerProcess:
+        """Start a worker that inherits `fds`. Raises OSError."""
+        if not self._forks:
+            return SpawnedWorker(spec, fds)
+        if self._server is None or not self._server.is_running:
+            self.close()
+            self._server = ForkServer.acquire()
+        return self._server.fork(spec, fds)
+
+    def close(self) -> None:
+        """Start no more workers."""
+        if self._server is not None:
+            self._server.release()
+            self._server = None
