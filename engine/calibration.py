@@ -26,8 +26,11 @@ from tetrion.engine.profile_files import cache_folder
 from tetrion.engine.request_table import Request
 
 logger = logging.getLogger(__name__)
-NUM_STEPS = {"cpu": 2, "cuda": 4}
+NUM_STEPS = 2
+NUM_STEPS_ON_GPU = 4
 """Steps per measurement, of which the quickest counts: other load only adds. A GPU's first one records the step."""
+LONG_ON_CPU = 256
+"""Above this square, in pixels, a CPU takes one step: it lasts long enough to be a measurement."""
 LARGEST_ON_CPU = 512
 SIZES_ON_GPU = (512, 1024)
 """Squares, in pixels, measured besides the model's smallest and largest."""
@@ -71,8 +74,8 @@ class Calibrator:
 
     async def run(self, was_busy: bool) -> Calibration:
         probe, classes, inexact = self._probe, {}, set()
-        num_steps = NUM_STEPS[self._executor.devices[0].kind]
         for size in ((pixels, pixels) for pixels in self._sizes()):
+            num_steps = self._num_steps(size)
             encode_s = await encode_s_of(probe, size, self._num_repeats)
             reference, step_ms = None, {}
             for degree in self._spec.legal_degrees(len(self._executor.device_ids)):
@@ -118,6 +121,11 @@ class Calibrator:
         if not self._on_gpu:
             return sorted({spec.min_size, max(spec.min_size, min(spec.max_size, LARGEST_ON_CPU))})
         return sorted({spec.min_size, spec.max_size, *(s for s in SIZES_ON_GPU if spec.min_size < s < spec.max_size)})
+
+    def _num_steps(self, size: Size) -> int:
+        if self._on_gpu:
+            return NUM_STEPS_ON_GPU
+        return 1 if size[0] > LONG_ON_CPU else NUM_STEPS
 
     @property
     def _num_repeats(self) -> int:

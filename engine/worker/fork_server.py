@@ -30,7 +30,7 @@ MAX_FDS = 253
 """What Linux lets one message carry."""
 
 
-class ForkServer:
+class Server:
     def __init__(self, engine: socket.socket) -> None:
         self._engine = engine
         self._selector = selectors.DefaultSelector()
@@ -119,7 +119,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # a collection writes to objects, and so would copy the pages that all workers share
-    ForkServer(socket.socket(fileno=int(sys.argv[1]))).serve()
+    Server(socket.socket(fileno=int(sys.argv[1]))).serve()
 
 
 if __name__ == "__main__":
