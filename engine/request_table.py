@@ -243,15 +243,17 @@ class RequestTable:
     def _who_gets_slots(self, order: list[Request]) -> list[Request]:
         """The first in `order` that there are slots for."""
         chosen: list[Request] = []
-        num_free = len(self._free_slots)
-        room = max(1, self._num_slots // 2) - sum(map(self._is_patient, self._admitted.values()))
+        num_free, room = len(self._free_slots), None
         for request in order:
             if len(chosen) == num_free:
                 break
-            is_patient = self._is_patient(request)
-            if not is_patient or room > 0:
-                chosen.append(request)
-                room -= is_patient
+            if self._is_patient(request):
+                if room is None:
+                    room = max(1, self._num_slots // 2) - sum(map(self._is_patient, self._admitted.values()))
+                if room <= 0:
+                    continue
+                room -= 1
+            chosen.append(request)
         return chosen
 
     def move(self, request: Request, state: RequestState) -> None:
