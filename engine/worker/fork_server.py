@@ -3,8 +3,9 @@
     engine   ForkServer ─── `ForkRequest`, descriptors ──▶ main ── fork ──▶ worker
              ForkedWorker ◀── `Forked`, pidfd; `Exited` ──┘
 
-It ends with the engine, or when the engine has no more use for it; its workers outlast it. Linux only. Not for GPU
-workers: a library that touches CUDA while it is imported would spoil CUDA for every fork.
+It ends with the engine, or when the engine has no more use for it; its workers outlast it, and have the environment
+and the folder that it was started with. Linux only. Not for GPU workers: a library that touches CUDA while it is
+imported would spoil CUDA for every fork.
 """
 
 import contextlib
@@ -90,9 +91,6 @@ class Server:
             self._engine.close()
             move_descriptors(fds, request.fds)
             os.setpgid(0, 0)  # of its own: Ctrl-C in a terminal reaches the engine alone, which then ends its workers
-            os.chdir(request.folder)
-            os.environ.clear()
-            os.environ.update(request.environment)
             run(request.spec)
             code = 0
         except BaseException:

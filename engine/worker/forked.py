@@ -70,13 +70,12 @@ class ForkServer:
         """Ask for a worker that inherits `fds`, and do not wait for it: it may turn out that there is none. Raises
         OSError."""
         inherited = (*(fd for fd in (1, 2) if is_open(fd)), *fds)
-        request = ForkRequest(spec=spec, fds=inherited, environment=dict(os.environ), folder=os.getcwd())
+        request = msgspec.json.encode(ForkRequest(spec=spec, fds=inherited))
         status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                socket.send_fds(self._socket, [msgspec.json.encode(request)], [theirs.fileno(), *inherited])
-            except ConnectionError:
-                pass  # the server has just ended: the status socket says so
+                with contextlib.suppress(ConnectionError):  # the server has just ended: the status socket says so
+                    socket.send_fds(self._socket, [request], [theirs.fileno(), *inherited])
             except BaseException:
                 status.close()
                 raise

@@ -31,12 +31,10 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 class ForkRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Asks the fork server for a worker. The descriptors of the worker's status socket and of all `fds` come with it,
-    in this order. `fds`: what each of them is to be called in the worker. `folder`: its working directory."""
+    in this order. `fds`: what each of them is to be called in the worker."""
 
     spec: WorkerSpec
     fds: tuple[int, ...]
-    environment: dict[str, str]
-    folder: str
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
