@@ -127,9 +127,12 @@ def test_one_that_is_killed_before_it_was_forked_never_is(own_fork_server: None)
 
 
 def test_engines_of_a_process_share_a_server_while_they_live(
-    own_fork_server: None, monkeypatch: pytest.MonkeyPatch
+    own_fork_server: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/cat")  # waits, and costs nothing
+    waits = tmp_path / "waits"
+    waits.write_text("#!/bin/sh\nexec sleep 600\n")
+    waits.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(waits))
     first, second = ForkServer.acquire(), ForkServer.acquire()
     assert first is second
     first.release()
