@@ -1,6 +1,7 @@
 """Trains the embedded model, from nothing or from a model folder, within a time budget; writes a model folder.
 
-`python -m benchmarks.embedded_model.train --seconds 1500 --output checkpoints/shapes` does everything on one GPU.
+`python -m benchmarks.embedded_model.train --seconds 1500 --output checkpoints/shapes` does everything on one GPU;
+`torchrun --nproc-per-node 2 -m benchmarks.embedded_model.train ...` trains the transformer on two, a batch each.
 `--resume DIR` starts from the weights of a model folder; `--stages` then says what is trained further.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 
+from benchmarks.embedded_model import processes
 from benchmarks.embedded_model.architecture import PRESET, Components, build
 from benchmarks.embedded_model.evaluate import evaluate_set, sheet
 from benchmarks.embedded_model.examples import ExamplePool
@@ -29,57 +31,72 @@ STAGES = ("autoencoder", "decoder", "text", "transformer")
 
 def main() -> None:
     args = parse_arguments()
-    device = torch.device(args.device)
+    device = processes.join(torch.device(args.device))
     began = time.time()
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + processes.rank)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails at 12 heads of 32 in torch 2.11
-    components = load(args.resume) if args.resume else build(args.seed)
-    pool = ExamplePool(args.seed, args.scale, max(1, (os.cpu_count() or 1) - 2))
-    if "autoencoder" in args.stages:
-        train_autoencoder(components.vae, args.autoencoder_seconds, device, int(args.scale * 32 * 256 * 256))
-    if "decoder" in args.stages:
-        pixels = int(args.scale * 32 * 256 * 256)
-        train_autoencoder(components.vae, args.decoder_seconds, device, pixels, decoder_only=True)
+    num_workers = max(1, (os.cpu_count() or 1) // processes.num_processes - 2)
+    pool = ExamplePool(args.seed + processes.rank, args.scale, num_workers)
+    if processes.rank == 0:
+        train_what_the_transformer_needs(args, pool, device)
+    processes.wait_for_all()
+    components = load(args.output)
+    components.text_encoder.to(device).eval().requires_grad_(False)
+    components.text_encoder_2.to(device).eval().requires_grad_(False)
     components.vae.to(device, memory_format=torch.channels_last).eval()
-    examples = pool.collect()
-    log("examples", counts=[len(e) for e in examples.values()], seconds=time.time() - began)
+    if "transformer" in args.stages:
+        train_and_report(components, pool.collect(), device, args, began)
+    log("done", seconds=time.time() - began)
+    processes.leave()
+
+
+def train_what_the_transformer_needs(args: argparse.Namespace, pool: ExamplePool, device: torch.device) -> None:
+    """The stages of the autoencoder and the text encoders, in the first process alone; exports all components."""
+    components = load(args.resume) if args.resume else build(args.seed)
+    pixels = int(args.scale * 32 * 256 * 256)
+    if "autoencoder" in args.stages:
+        train_autoencoder(components.vae, args.autoencoder_seconds, device, pixels)
+    if "decoder" in args.stages:
+        train_autoencoder(components.vae, args.decoder_seconds, device, pixels, decoder_only=True)
     if "text" in args.stages:
         train_text_encoders(
             components.text_encoder_2,
             components.text_encoder,
-            examples[256, 256],
+            pool.collect()[256, 256],
             args.text_seconds,
             device,
             max(16, int(args.scale * 512)),
         )
-    components.text_encoder.to(device).eval().requires_grad_(False)
-    components.text_encoder_2.to(device).eval().requires_grad_(False)
+    if not args.resume or args.fresh_transformer:
+        zero_gates(components.transformer)
     export(on_cpu(components), args.output)
-    if "transformer" in args.stages:
-        train_and_report(components, examples, device, args, began)
-    log("done", seconds=time.time() - began)
 
 
 def train_and_report(components: Components, examples: dict, device: torch.device, args, began: float) -> None:
     """The transformer's stage: cache latents, train, report now and then, export the moving average."""
     pixels = max(4, int(args.scale * 192)) * 256 * 256
     buckets = [cache_bucket(components, e, w, h, device, pixels) for (w, h), e in examples.items()]
-    log("cached", seconds=time.time() - began)
-    if not args.resume or args.fresh_transformer:
-        zero_gates(components.transformer)
+    log("cached", counts=[len(e) for e in examples.values()], seconds=time.time() - began)
     tokens = max(400, int(args.scale * args.tokens_per_batch))
     trainer = TransformerTrainer(components, buckets, device, tokens, args.compile)
 
-    def report(average) -> None:
+    def report(average, folder: Path = args.output) -> None:
         finished = dataclasses.replace(components, transformer=average)
-        export(on_cpu(finished), args.output)
-        report_quality(finished, args.output, max(4, int(args.scale * 64)))
+        export(on_cpu(finished), folder)
+        report_quality(finished, folder, max(4, int(args.scale * 64)))
 
-    left = args.seconds - (time.time() - began) - args.reserve_seconds
-    trainer.train(max(left, 5.0), report, args.report_interval, args.peak_rate)
-    report(trainer.average)
+    is_first = processes.rank == 0
+    left = args.seconds - (time.time() - began) - args.reserve_seconds - args.guidance_seconds
+    trainer.train(max(left, 5.0), report if is_first else None, args.report_interval, args.peak_rate)
+    if args.guidance_seconds > 0:
+        if is_first:
+            report(trainer.average, args.output.with_name(f"{args.output.name}-unguided"))
+        trainer.follow_own_guidance(args.guidance)
+        trainer.train(args.guidance_seconds, peak=args.peak_rate / 2)
+    if is_first:
+        report(trainer.average)
 
 
 def on_cpu(components: Components) -> Components:
@@ -111,6 +128,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report-interval", type=float, default=240.0, help="seconds between reports")
     parser.add_argument("--tokens-per-batch", type=int, default=98_304)
     parser.add_argument("--peak-rate", type=float, default=1.0, help="factor on the peak learning rates")
+    parser.add_argument("--guidance", type=float, default=1.6, help="scale that is distilled into the transformer")
+    parser.add_argument("--guidance-seconds", type=float, default=0.0, help="of the transformer's time, at its end")
     parser.add_argument("--fresh-transformer", action="store_true", help="with --resume: do not keep its transformer")
     parser.add_argument(
         "--compile", type=int, default=0, metavar="N", help="compile the blocks for the N commonest shapes"

@@ -37,7 +37,7 @@ def train_autoencoder(
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     clock, step, began = Clock(seconds, warmup_steps=50, hold=0.2), 0, time.time()
     sizes, shares = list(sizes_and_shares), list(sizes_and_shares.values())
-    while not clock.is_over:
+    while clock.tick():
         width, height = sizes[rng.choice(len(sizes), p=shares)]
         pictures = draw_batch(rng, max(2, pixels_per_batch // (width * height)), width, height, device)
         for group in optimizer.param_groups:

@@ -99,7 +99,7 @@ def train_text_encoders(
     clip_ids = torch.as_tensor(examples.clip_ids, device=device).long()
     shares = torch.tensor(LENGTH_SHARES)
     clock, step, began = Clock(seconds, warmup_steps=100, hold=0.4), 0, time.time()
-    while not clock.is_over:
+    while clock.tick():
         length = TEXT_LENGTHS[int(torch.multinomial(shares, 1))]
         chosen = torch.randint(len(examples), (max(8, batch_size * 64 // length),), device=device)
         batch_tags = {name: values[chosen] for name, values in tags.items()}

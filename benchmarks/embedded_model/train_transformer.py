@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from benchmarks.embedded_model import processes
 from benchmarks.embedded_model.architecture import Components
 from benchmarks.embedded_model.examples import BUCKETS, Examples
 from benchmarks.embedded_model.renderer import draw
@@ -107,7 +108,11 @@ def zero_gates(transformer: FluxTransformer2DModel) -> None:
 
 
 class TransformerTrainer:
-    """Owns the transformer, its moving average and the optimizers; text encoders stay as they were pre-trained."""
+    """Owns the transformer, its moving average and the optimizers; text encoders stay as they were pre-trained.
+
+    Several processes that start from the same weights keep them the same: gradients are averaged, and every step's
+    size, text length and learning rate are common to all.
+    """
 
     def __init__(
         self,
@@ -127,30 +132,44 @@ class TransformerTrainer:
         self._forward = TrainingForward(self.transformer, dtype)
         self._optimizers = optimizers_of(self.transformer)
         self._peaks = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
-        self._rng = np.random.default_rng(int(time.time()))
+        self._rng = np.random.default_rng(int(processes.shared(time.time())))
         shares = np.array([BUCKETS[bucket.width, bucket.height][0] for bucket in buckets])
         self._shares = shares / shares.sum()
+        self._teacher: TrainingForward | None = None
+        self._guidance = 1.0
         self._compile(num_compiled)
+
+    def follow_own_guidance(self, scale: float) -> None:
+        """From now on train towards the moving average's guided velocity (guidance distillation, arXiv:2210.03142).
+
+        Sampling then costs one evaluation a step, as without guidance.
+        """
+        # its parameters require gradients, which are not asked for, so that no graph is compiled anew
+        teacher = copy.deepcopy(self.average).requires_grad_(True)
+        self._teacher, self._guidance = self._forward.of(teacher), scale
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.transformer.parameters()), list(self.average.parameters()))
+        self._optimizers = optimizers_of(self.transformer)
 
     def train(self, seconds: float, on_interval=None, interval_s: float = 240.0, peak: float = 1.0) -> int:
         """Train for `seconds`; `on_interval(average)` is called now and then. Returns the number of steps."""
-        clock, step, began, num_samples = Clock(seconds, warmup_steps=100, hold=0.25), 0, time.time(), 0
+        clock, step, began, num_samples = Clock(seconds, warmup_steps=100, hold=0.25, is_shared=True), 0, time.time(), 0
         last_call, smoothed = time.time(), None
-        while not clock.is_over:
+        while clock.tick():
             rate = peak * clock.rate(step)
             groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
             for group, base in zip(groups, self._peaks, strict=True):
                 group["lr"] = base * rate
             loss, n = self._step()
             self._update_average(min(EMA_DECAY, (step + 1) / (step + 20)))
-            num_samples += n
+            num_samples += n * processes.num_processes
             if step % 100 == 0:
                 smoothed = loss.item() if smoothed is None else 0.7 * smoothed + 0.3 * loss.item()
                 log(
                     "transformer", step=step, loss=smoothed, rate=rate, samples=num_samples, seconds=time.time() - began
                 )
             if on_interval is not None and time.time() - last_call > interval_s and clock.progress < 0.9:
-                on_interval(self.average)
+                on_interval(self.average)  # the others wait for this process at their next tick
                 last_call = time.time()
             step += 1
         log("transformer", step=step, loss=smoothed, samples=num_samples, seconds=time.time() - began)
@@ -187,14 +206,18 @@ class TransformerTrainer:
         sigma = sample_sigmas(n, clean.shape[1], self._device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         size = (bucket.width, bucket.height)
-        velocity = self._forward(noisy, sigma, text, bucket.pooled[chosen], bucket.image_ids, size)
-        return F.mse_loss(velocity, noise - clean), n
+        inputs = (noisy, sigma, text, bucket.pooled[chosen], bucket.image_ids, size)
+        target = noise - clean
+        if self._teacher is not None:
+            target = self._teacher.guided(*inputs, self._guidance).detach()
+        return F.mse_loss(self._forward(*inputs), target), n
 
     def _step(self) -> tuple[torch.Tensor, int]:
         bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]
         length = TEXT_LENGTHS[self._rng.choice(len(TEXT_LENGTHS), p=LENGTH_SHARES)]
         loss, n = self._loss(bucket, length)
         loss.backward()
+        processes.average_gradients(list(self.transformer.parameters()))
         nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
         for optimizer in self._optimizers:
             optimizer.step()

@@ -5,24 +5,30 @@ import time
 
 import torch
 
+from benchmarks.embedded_model import processes
+
 
 class Clock:
-    """A time budget; `rate` warms up over steps, holds, then falls linearly to zero at the budget's end."""
+    """A time budget; `rate` warms up over steps, holds, then falls linearly to zero at the budget's end.
 
-    def __init__(self, seconds: float, warmup_steps: int, hold: float = 0.3):
+    `tick` reads the time once a step. With `is_shared`, all processes see the first one's, so that none takes a step
+    more than the others.
+    """
+
+    def __init__(self, seconds: float, warmup_steps: int, hold: float = 0.3, is_shared: bool = False):
         self._began = time.monotonic()
         self._seconds = seconds
         self._warmup_steps = warmup_steps
         self._hold = hold
+        self._is_shared = is_shared
+        self.progress = 0.0
+        """Share of the budget that was spent at the last tick, 0..1."""
 
-    @property
-    def progress(self) -> float:
-        """Share of the budget that is spent, 0..1."""
-        return min(1.0, (time.monotonic() - self._began) / self._seconds)
-
-    @property
-    def is_over(self) -> bool:
-        return self.progress >= 1.0
+    def tick(self) -> bool:
+        """True while there is time for another step."""
+        progress = min(1.0, (time.monotonic() - self._began) / self._seconds)
+        self.progress = processes.shared(progress) if self._is_shared else progress
+        return self.progress < 1.0
 
     def rate(self, step: int) -> float:
         """Factor on the peak learning rate."""
@@ -31,7 +37,9 @@ class Clock:
 
 
 def log(stage: str, **values) -> None:
-    """Print one line; tensors of one element become numbers."""
+    """Print one line, in the first process; tensors of one element become numbers."""
+    if processes.rank != 0:
+        return
     plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
     rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in plain.items()}
     print(json.dumps({"stage": stage, **rounded}), flush=True)
