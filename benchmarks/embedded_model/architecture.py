@@ -62,7 +62,7 @@ def build(seed: int = 0) -> Components:
             shift=3.0,
             use_dynamic_shifting=True,
             base_shift=1.3,
-            max_shift=1.5,
+            max_shift=4.7,
             base_image_seq_len=256,
             max_image_seq_len=4096,
         ),

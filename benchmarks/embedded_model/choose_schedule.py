@@ -19,7 +19,7 @@ from benchmarks.embedded_model.prompts import PROMPT_SETS, PromptSet
 
 BASE_SHIFTS = (1.3, 1.6)
 """Logarithm of the shift at 256 image tokens (a picture of 256²)."""
-RISES = (0.8, 2.1, 3.4)
+RISES = (1.5, 3.4)
 """Added to it at 4,096 image tokens, in proportion between; 3.4: with the square root up to 1,024 tokens (512²)."""
 SEED_OFFSET = 10_000
 

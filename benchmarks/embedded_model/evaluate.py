@@ -138,22 +138,21 @@ def main() -> None:
     num_steps = args.num_steps or json.loads((args.model / "preset.json").read_text())["num_steps"]
     pipeline = FluxPipeline.from_pretrained(args.model).to(args.device)
     pixels_per_batch = (128 if args.device == "cuda" else 4) * 256 * 256
-    rows = []
+    command = " ".join(["python -m benchmarks.embedded_model.evaluate", *sys.argv[1:]])
+    result = {"host": host_name(), "commit": args.commit, "command": command, "dtype": "float32", "rows": []}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for prompts in PROMPT_SETS:
         if args.sets and prompts.name not in args.sets:
             continue
         row, drawn = evaluate_set(pipeline, prompts, args.num_prompts, num_steps, pixels_per_batch)
-        rows.append(row)
+        result["rows"].append(row)
         print(json.dumps(row), flush=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n")  # after every set, in case that it is cut off
         if args.sheets:
             args.sheets.mkdir(parents=True, exist_ok=True)
             wrong = [item for item in drawn if not item[2].is_right]
             name = "".join(c if c.isalnum() else "-" for c in prompts.name)
             sheet(drawn[:40] + wrong[:24]).save(args.sheets / f"{name}.png")
-    command = " ".join(["python -m benchmarks.embedded_model.evaluate", *sys.argv[1:]])
-    result = {"host": host_name(), "commit": args.commit, "command": command, "dtype": "float32", "rows": rows}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def export(components: Components, folder: Path, preset: dict = PRESET) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")
     for name in ("text_encoder", "text_encoder_2"):
         _declare_float32(folder / name / "config.json")
+    for name in ("transformer", "vae"):
+        _forget_origin(folder / name / "config.json")
     (folder / "preset.json").write_text(json.dumps(preset, indent=2) + "\n")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
@@ -36,6 +38,13 @@ def _declare_float32(path: Path) -> None:
     config = json.loads(path.read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _forget_origin(path: Path) -> None:
+    """diffusers notes the folder that weights were loaded from, which is of no use elsewhere."""
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

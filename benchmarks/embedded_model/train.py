@@ -128,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report-interval", type=float, default=240.0, help="seconds between reports")
     parser.add_argument("--tokens-per-batch", type=int, default=98_304)
     parser.add_argument("--peak-rate", type=float, default=1.0, help="factor on the peak learning rates")
-    parser.add_argument("--guidance", type=float, default=1.6, help="scale that is distilled into the transformer")
+    parser.add_argument("--guidance", type=float, default=1.7, help="scale that is distilled into the transformer")
     parser.add_argument("--guidance-seconds", type=float, default=0.0, help="of the transformer's time, at its end")
     parser.add_argument("--fresh-transformer", action="store_true", help="with --resume: do not keep its transformer")
     parser.add_argument(

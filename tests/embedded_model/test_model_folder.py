@@ -5,12 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from benchmarks.embedded_model.export import MAX_FOLDER_BYTES, check_sizes
-from benchmarks.embedded_model.train_transformer import image_position_ids
-from benchmarks.embedded_model.training_forward import TrainingForward
 
 FOLDER = Path(__file__).parents[2] / "configs/models/shapes"
 
@@ -33,6 +30,11 @@ def test_transformer_heads_divide_by_two_three_and_four():
     assert config["guidance_embeds"] is False
 
 
+def test_configurations_name_no_folder_of_the_machine_that_trained():
+    for path in FOLDER.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path
+
+
 def test_preset_is_within_the_issue():
     preset = json.loads((FOLDER / "preset.json").read_text())
     assert preset["num_steps"] <= 16
@@ -51,26 +53,3 @@ def test_text_encoders_load_in_float32_and_read_odd_words():
     with torch.no_grad():
         assert torch.isfinite(t5(t5_ids).last_hidden_state).all()
         assert torch.isfinite(clip(clip_ids).pooler_output).all()
-
-
-def test_the_training_forward_is_the_transformer_that_ships():
-    transformer = FluxTransformer2DModel.from_pretrained(FOLDER / "transformer").float()
-    torch.manual_seed(0)
-    width, height, num_text = 64, 96, 7
-    ids = image_position_ids(width, height, "cpu")
-    config = transformer.config
-    noisy = torch.randn(2, len(ids), config.in_channels)
-    text = torch.randn(2, num_text, config.joint_attention_dim)
-    pooled, sigma = torch.randn(2, config.pooled_projection_dim), torch.rand(2)
-    with torch.no_grad():
-        expected = transformer(
-            hidden_states=noisy,
-            timestep=sigma,
-            pooled_projections=pooled,
-            encoder_hidden_states=text,
-            img_ids=ids,
-            txt_ids=torch.zeros(num_text, 3),
-            return_dict=False,
-        )[0]
-        velocity = TrainingForward(transformer, torch.float32)(noisy, sigma, text, pooled, ids, (width, height))
-    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
