@@ -1,5 +1,5 @@
-"""For all tests: `benchmarks` can be imported, the user's cache is left alone, and without a GPU Triton interprets its
-kernels, which it decides when it is imported: before all else."""
+"""For all tests: `benchmarks` can be imported, the user's cache is left alone, and what libraries decide when they are
+imported is set before all else: without a GPU Triton interprets its kernels, and products are as in a worker."""
 
 import os
 import sys
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tetrion.engine.worker.reproducible import gemm_environment
+
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
+os.environ.update(gemm_environment())
 
 # Nothing else of the root is to be importable: a `kernels` on the path would shadow another package.
 if "benchmarks" not in sys.modules:

@@ -13,6 +13,7 @@ from typing import ClassVar
 import msgspec
 
 from tetrion.engine.worker.process import KILL_AFTER_S, TERMINATE_AFTER_S, how_it_ended
+from tetrion.engine.worker.reproducible import gemm_environment
 from tetrion.engine.worker.spec import Exited, Forked, ForkRequest, WorkerSpec
 
 SEND_TIMEOUT_S = 5.0
@@ -36,6 +37,7 @@ class ForkServer:
                 [sys.executable, "-P", "-m", "tetrion.engine.worker.fork_server", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env=os.environ | gemm_environment(),
                 process_group=0,
             )
 

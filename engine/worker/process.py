@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from tetrion.engine.worker.reproducible import gemm_environment
 from tetrion.engine.worker.spec import WorkerSpec
 
 TERMINATE_AFTER_S = 5.0
@@ -32,13 +33,14 @@ class WorkerProcess(Protocol):
 class SpawnedWorker:
     def __init__(self, spec: WorkerSpec, fds: tuple[int, ...]) -> None:
         """Start the worker."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(spec.num_threads), "MKL_NUM_THREADS": str(spec.num_threads)}
+        num_threads = str(spec.num_threads)
+        threads = {"OMP_NUM_THREADS": num_threads, "MKL_NUM_THREADS": num_threads}
         # A process group of its own: Ctrl-C in a terminal reaches the engine alone, which then ends its workers.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tetrion.engine.worker", msgspec.json.encode(spec).decode()],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=os.environ | gemm_environment() | threads,
             process_group=0,
         )
 
