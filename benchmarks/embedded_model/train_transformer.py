@@ -16,7 +16,7 @@ from benchmarks.embedded_model.examples import BUCKETS, Examples
 from benchmarks.embedded_model.renderer import draw
 from benchmarks.embedded_model.train_text_encoders import LENGTH_SHARES, TEXT_LENGTHS
 from benchmarks.embedded_model.training_clock import Clock, log
-from benchmarks.embedded_model.training_forward import TrainingForward
+from benchmarks.embedded_model.training_forward import Inputs, TrainingForward
 
 MATRIX_RATE, OTHER_RATE = 2e-3, 1.5e-3  # peak learning rates of Muon and AdamW
 EMA_DECAY = 0.998
@@ -206,11 +206,11 @@ class TransformerTrainer:
         sigma = sample_sigmas(n, clean.shape[1], self._device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         size = (bucket.width, bucket.height)
-        inputs = (noisy, sigma, text, bucket.pooled[chosen], bucket.image_ids, size)
+        inputs = Inputs(noisy, sigma, text, bucket.pooled[chosen], bucket.image_ids, size)
         target = noise - clean
         if self._teacher is not None:
-            target = self._teacher.guided(*inputs, self._guidance).detach()
-        return F.mse_loss(self._forward(*inputs), target), n
+            target = self._teacher.guided(inputs, self._guidance).detach()
+        return F.mse_loss(self._forward(inputs), target), n
 
     def _step(self) -> tuple[torch.Tensor, int]:
         bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]

@@ -8,6 +8,7 @@ Shapes: B pictures, T text tokens, N image tokens, L = T + N, C hidden size, H h
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,23 @@ def feed_forward(x: Tensor, module: nn.Module) -> Tensor:
     return linear(F.gelu(linear(x, module.net[0].proj), approximate="tanh"), module.net[2])
 
 
+class Inputs(NamedTuple):
+    """Of the transformer, for a batch of pictures of one size."""
+
+    noisy: Tensor
+    """[B, N, in_channels]"""
+    sigma: Tensor
+    """Noise levels [B], 0..1."""
+    text: Tensor
+    """[B, T, text_dim]"""
+    pooled: Tensor
+    """[B, pooled_dim]"""
+    image_ids: Tensor
+    """[N, 3]"""
+    size: tuple[int, int]
+    """Width and height, pixels."""
+
+
 class TrainingForward:
     """Velocity of a batch. `dtype` is that of activations; parameters stay what they are (float32)."""
 
@@ -111,45 +129,25 @@ class TrainingForward:
     def compile_nothing(self) -> None:
         self._compiled.clear()
 
-    def __call__(
-        self, noisy: Tensor, sigma: Tensor, text: Tensor, pooled: Tensor, image_ids: Tensor, key: tuple[int, int]
-    ) -> Tensor:
-        """noisy [B, N, in_channels], sigma [B] in 0..1, text [B, T, text_dim], pooled [B, pooled_dim],
-        image_ids [N, 3]; `key` names the picture size. Returns [B, N, in_channels], float32."""
-        return self._velocities(noisy, sigma, text, pooled, image_ids, key, [0])[0]
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The velocity [B, N, in_channels], float32."""
+        return self._velocities(inputs, [0])[0]
 
-    def guided(
-        self,
-        noisy: Tensor,
-        sigma: Tensor,
-        text: Tensor,
-        pooled: Tensor,
-        image_ids: Tensor,
-        key: tuple[int, int],
-        scale: float,
-    ) -> Tensor:
+    def guided(self, inputs: Inputs, scale: float) -> Tensor:
         """The velocity led away from a worse model's, which is this one without its first single block.
 
         scale 1 is no guidance. Autoguidance (arXiv:2406.02507) with a skipped layer for the worse model, as Stable
         Diffusion 3.5 Medium does at inference.
         """
-        full, worse = self._velocities(noisy, sigma, text, pooled, image_ids, key, [0, 1])
+        full, worse = self._velocities(inputs, [0, 1])
         return worse + scale * (full - worse)
 
-    def _velocities(
-        self,
-        noisy: Tensor,
-        sigma: Tensor,
-        text: Tensor,
-        pooled: Tensor,
-        image_ids: Tensor,
-        key: tuple[int, int],
-        num_skipped: list[int],
-    ) -> list[Tensor]:
+    def _velocities(self, inputs: Inputs, num_skipped: list[int]) -> list[Tensor]:
         """The velocity for every number of first single blocks left out."""
+        noisy, sigma, text, pooled, image_ids, size = inputs
         model, num_text = self._transformer, text.shape[1]
         double, single = self._compiled.get((len(noisy), num_text, noisy.shape[1]), (double_block, single_block))
-        rope = self._rope(key, num_text, image_ids)
+        rope = self._rope(size, num_text, image_ids)
         embedded = model.time_text_embed(sigma.float() * 1000, pooled.float())
         conditioning = F.silu(embedded).to(self._dtype)
         image = linear(noisy.to(self._dtype), model.x_embedder)
@@ -165,8 +163,8 @@ class TrainingForward:
             velocities.append(linear(modulate(tokens[:, num_text:], shift, scale), model.proj_out).float())
         return velocities
 
-    def _rope(self, key: tuple[int, int], num_text: int, image_ids: Tensor) -> Rope:
-        place = (*key, num_text)
+    def _rope(self, size: tuple[int, int], num_text: int, image_ids: Tensor) -> Rope:
+        place = (*size, num_text)
         if place not in self._ropes:
             ids = torch.cat([torch.zeros(num_text, 3, device=image_ids.device), image_ids])
             cos, sin = self._transformer.pos_embed(ids)
