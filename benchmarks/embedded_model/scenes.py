@@ -74,7 +74,7 @@ def from_scenes(scenes: list[Scene]) -> SceneArrays:
     return arrays
 
 
-def sample_scenes(rng: np.random.Generator, n: int, share_of_counts=(0.22, 0.38, 0.40)) -> SceneArrays:
+def sample_scenes(rng: np.random.Generator, n: int, share_of_counts=(0.42, 0.32, 0.26)) -> SceneArrays:
     """N visible scenes of one to three things, held-out ones among them."""
     count = rng.choice(3, n, p=share_of_counts) + 1
     present = np.arange(3) < count[:, None]

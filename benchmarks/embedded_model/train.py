@@ -38,7 +38,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails at 12 heads of 32 in torch 2.11
     num_workers = max(1, (os.cpu_count() or 1) // processes.num_processes - 2)
-    pool = ExamplePool(args.seed + processes.rank, args.scale, num_workers)
+    pool = ExamplePool(args.seed + processes.rank, args.scale / processes.num_processes, num_workers)
     if processes.rank == 0:
         train_what_the_transformer_needs(args, pool, device)
     processes.wait_for_all()
