@@ -17,7 +17,7 @@ ROOMS := configs engine entrypoints kernels
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
-	$(BIN)/tetrion generate --prompts configs/demo_prompts.txt --seed 7 --output $(DEMO_OUTPUT)
+	$(BIN)/tetrion generate --prompts configs/demo_prompts.txt --seed 8 --output $(DEMO_OUTPUT)
 	@echo "The contact sheet is $(CURDIR)/$(DEMO_OUTPUT)/sheet.png"
 
 test: $(VENV)/.installed-test
