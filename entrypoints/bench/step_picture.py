@@ -6,6 +6,7 @@ from typing import Any
 
 from tetrion.entrypoints.bench.attainment_plots import COLOURS, MARKERS
 from tetrion.entrypoints.bench.figures import import_matplotlib, save
+from tetrion.entrypoints.bench.step_record import pixels
 
 COLUMNS = 4
 Row = dict[str, Any]
@@ -19,7 +20,7 @@ def draw_steps(rows: Sequence[Row], title: str, path: Path) -> bool:
     matplotlib = import_matplotlib()
     from matplotlib import pyplot
 
-    sizes = list(dict.fromkeys(row["px"] for row in known))
+    sizes = sorted({row["px"] for row in known}, key=pixels)
     systems = list(dict.fromkeys(row["system"] for row in known))
     columns = min(COLUMNS, len(sizes))
     lines = -(-len(sizes) // columns)
@@ -37,6 +38,9 @@ def draw_steps(rows: Sequence[Row], title: str, path: Path) -> bool:
         panel.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(degrees))
         panel.xaxis.set_major_formatter(matplotlib.ticker.FixedFormatter([str(degree) for degree in degrees]))
         panel.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes[0][0].set_ylabel("ms a step")
     handles = {
         label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)

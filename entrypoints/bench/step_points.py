@@ -8,7 +8,7 @@ import random
 import statistics
 from collections.abc import AsyncIterator, Sequence
 from itertools import combinations_with_replacement, pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, Members, Probe, Size
+from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, resolve_request
 from tetrion.entrypoints.bench.line_process import LineProcess
 
@@ -83,38 +83,60 @@ async def _floor_ms(floor: LineProcess, seconds: float) -> list[float]:
 
 async def resize_every_step(probe: Probe, size: Size, num_steps: int) -> AsyncIterator[Row]:
     """Two groups that take turns at every step, beside each of them alone in chunks of one step. Groups: the first and
-    the last devices. `added_ms`: what a change of group adds to a step, once both groups have had the request;
-    `first_visit_ms`: what it adds the first time, when newcomers compute the request's modulations beforehand."""
+    the last devices.
+
+    A step is what its members spend from when all have entered the chunk, and what lies between two steps: handing the
+    request over, coming together. `added_ms` is what a change of group adds to the latter, once both groups have had
+    the request. The steps are told beside it and don't count, since groups that rest in turn run at other clocks than
+    one that doesn't. `first_visit_ms`: what lies before a newcomer's first step, who computes the request's modulations
+    beforehand.
+    """
     num_devices = len(probe.executor.device_ids)
     degrees = probe.spec.legal_degrees(num_devices)
-    alone: dict[Members, float] = {}
+    alone: dict[Members, SplitSteps] = {}
     for narrow, wide in combinations_with_replacement(degrees, 2):
         first, last = tuple(range(narrow)), tuple(range(num_devices - wide, num_devices))
         if first == last:
             continue
         for group in (first, last):
             if group not in alone:
-                steps = await _step_ends_ms(probe, size, [group] * (1 + num_steps))
-                alone[group] = (steps[-1] - steps[0]) / num_steps
-        ends = await _step_ends_ms(probe, size, [(first, last)[i % 2] for i in range(2 + num_steps)])
-        ms, steady_ms = (ends[-1] - ends[1]) / num_steps, statistics.mean((alone[first], alone[last]))
+                alone[group] = split_steps(await _steps(probe, size, [group] * (2 + num_steps)), skipped=1)
+        chunks = await _steps(probe, size, [(first, last)[i % 2] for i in range(2 + num_steps)])
+        resizing, steady = split_steps(chunks, skipped=1), [alone[first], alone[last]]
         yield {
             "px": px_of(size),
             "groups": [list(first), list(last)],
-            "ms": ms,
-            "steady_ms": steady_ms,
-            "added_ms": ms - steady_ms,
-            "first_visit_ms": ends[1] - ends[0] - alone[last],
+            "step_ms": resizing.step_ms,
+            "steady_step_ms": statistics.mean(split.step_ms for split in steady),
+            "between_ms": resizing.between_ms,
+            "steady_between_ms": (between_ms := statistics.mean(split.between_ms for split in steady)),
+            "added_ms": resizing.between_ms - between_ms,
+            "first_visit_ms": split_steps(chunks[:2], skipped=0).between_ms,
         }
 
 
-async def _step_ends_ms(probe: Probe, size: Size, groups: Sequence[Members]) -> list[float]:
-    """When each step of a request ended that has a chunk of its own; all are queued at once."""
+class SplitSteps(NamedTuple):
+    """Means over chunks of one step: the step itself, and what lies between it and the one before, milliseconds."""
+
+    step_ms: float
+    between_ms: float
+
+
+def split_steps(chunks: Sequence[ChunkTimes], skipped: int) -> SplitSteps:
+    """What happened from the end of chunk `skipped` to the end of the last one. If those two have the same members,
+    how well the devices' clocks agree does not matter."""
+    counted = chunks[skipped + 1 :]
+    all_s, steps_s = chunks[-1].ended_s - chunks[skipped].ended_s, sum(chunk.net_s for chunk in counted)
+    return SplitSteps(1e3 * steps_s / len(counted), 1e3 * (all_s - steps_s) / len(counted))
+
+
+async def _steps(probe: Probe, size: Size, groups: Sequence[Members]) -> list[ChunkTimes]:
+    """Each step of a request that has a chunk of its own; all are queued at once."""
     for group in set(groups):
         await probe.runs(size, 1, (group, 1), 1)  # records its graph
     request = probe.request(size, len(groups))
     await probe.encode(request)
-    return [1e3 * times.ended_s for times in await probe.denoise(request, [(group, 1) for group in groups])]
+    return await probe.denoise(request, [(group, 1) for group in groups])
 
 
 async def idle_gaps(

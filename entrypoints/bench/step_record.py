@@ -108,13 +108,13 @@ def _machine(host: dict[str, Any]) -> list[Any]:
 def table(contents: dict[str, Any]) -> str:
     """The record as text for people."""
     lines = [f"{'system':<20}{'px':>10}{'degree':>8}{'ms':>11}{'floor':>10}{'ratio':>8}"]
-    for row in contents["rows"]:
+    for row in sorted(contents["rows"], key=lambda row: pixels(row["px"])):
         ms, floor_ms, ratio = (number(row[name], digits) for name, digits in (("ms", 2), ("floor_ms", 2), ("ratio", 3)))
         line = f"{row['system']:<20}{row['px']:>10}{row['degree']:>8}{ms:>11}{floor_ms:>10}{ratio:>8}"
         lines.append(f"{line}  {row['reason']}" if "reason" in row else line)
     for row in contents.get("resizing", []):
         first, second = row["groups"]
-        added = f"{row['added_ms']:+.2f} ms a step, the first visit {row['first_visit_ms']:+.2f} ms"
+        added = f"{row['added_ms']:+.3f} ms between steps, before a first visit's {row['first_visit_ms']:.2f} ms"
         lines.append(f"a new group every step, {row['px']}: {first} ↔ {second}: {added}")
     for row in contents.get("idle_gaps", []):
         gap = f"{number(row['median_ms'], 3)} ms, at most {number(row['max_ms'], 3)} ms ({row['num_gaps']} gaps)"
@@ -130,6 +130,12 @@ def table(contents: dict[str, Any]) -> str:
     if "cut_short" in contents:
         lines.append(f"cut short: {contents['cut_short']}")
     return "\n".join(lines)
+
+
+def pixels(px: int | str) -> int:
+    """Of a row's size: 1024 is 1024x1024."""
+    width, height = (int(side) for side in f"{px}x{px}".split("x")[:2])
+    return width * height
 
 
 def number(value: float | None, digits: int) -> str:

@@ -10,10 +10,11 @@ from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.messages import Denoised
 from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.probe import ChunkTimes
 from tetrion.entrypoints.bench import step_on_gpus
 from tetrion.entrypoints.bench.step_on_gpus import StepBench, StepOptions
 from tetrion.entrypoints.bench.step_picture import draw_steps
-from tetrion.entrypoints.bench.step_points import gaps_between
+from tetrion.entrypoints.bench.step_points import gaps_between, split_steps
 from tetrion.entrypoints.bench.step_record import StepRecord, read_record, table
 from tetrion.entrypoints.errors import InputError
 
@@ -65,12 +66,21 @@ def test_every_schedule_is_exact(record: dict[str, Any]) -> None:
 
 def test_resizing_and_gaps(record: dict[str, Any]) -> None:
     assert [row["groups"] for row in record["resizing"]] == [[[0], [1]], [[0], [0, 1]]]
-    assert all(row["added_ms"] == row["ms"] - row["steady_ms"] for row in record["resizing"])
+    assert all(row["added_ms"] == row["between_ms"] - row["steady_between_ms"] for row in record["resizing"])
     assert all(isinstance(row["first_visit_ms"], float) for row in record["resizing"])
     assert [row["degree"] for row in record["idle_gaps"]] == [1, 2]
     text = table(record)
     assert record["exchange"] == "host memory" and "through host memory" in text
     assert "bit for bit" in text and "[0] ↔ [0, 1]" in text
+
+
+def test_steps_and_what_lies_between_them() -> None:
+    def chunk(entered_s: float, ended_s: float, net_s: float) -> ChunkTimes:
+        return ChunkTimes(num_steps=1, started_s=entered_s, entered_s=entered_s, ended_s=ended_s, net_s=net_s)
+
+    chunks = [chunk(0.0, 1.0, 1.0), chunk(1.5, 2.5, 1.0), chunk(2.625, 3.125, 0.5), chunk(3.25, 4.0, 0.75)]
+    assert split_steps(chunks[:2], skipped=0) == (1000.0, 500.0)
+    assert split_steps(chunks, skipped=1) == (625.0, 125.0)
 
 
 def test_what_cannot_run_is_a_row_with_the_reason() -> None:
