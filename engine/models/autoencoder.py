@@ -6,6 +6,7 @@ takes seconds.
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.loading import build_module
-from tetrion.engine.models.memory_budget import MAX_DECODED_AT_ONCE
 from tetrion.engine.sampling.flow_match import unpack_latents
 from tetrion.kernels.reference import silu
 
@@ -36,6 +36,8 @@ class Autoencoder:
                 f"model: {str(folder)!r} has {config['latent_channels']} latent channels, four times as many must equal"
                 f" the transformer's in_channels {spec.in_channels}"
             )
+        self.whole_pixels = math.inf
+        """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
         self._size_multiple = spec.size_multiple
         self._scaling_factor = float(config.get("scaling_factor") or 1.0)
         self._shift_factor = float(config.get("shift_factor") or 0.0)
@@ -56,8 +58,7 @@ class Autoencoder:
             raise ValueError(f"latents: {width}x{height} pixels need {rows * columns} tokens, got {latents.shape[0]}")
         latents_1CHW = unpack_latents(latents, rows, columns).unsqueeze(0)
         latents_1CHW = latents_1CHW / self._scaling_factor + self._shift_factor
-        tiled = self._device.type != "cpu" and width * height > MAX_DECODED_AT_ONCE
-        decode = self._vae.tiled_decode if tiled else self._vae.decode
+        decode = self._vae.tiled_decode if width * height > self.whole_pixels else self._vae.decode
         picture_CHW = decode(latents_1CHW.to(self._dtype), return_dict=False)[0][0]
         picture_HWC = (picture_CHW.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
         return (picture_HWC * 255).round().to(torch.uint8).contiguous()

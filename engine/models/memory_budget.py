@@ -18,29 +18,36 @@ STEP_WIDTHS = 14
 """Tensors as wide as the hidden size that are alive at a step's widest point (a block's MLP at degree 1)."""
 DECODE_CHANNELS = 6 * 256
 """Channels of full-size feature maps alive at the decoder's widest point."""
-MAX_DECODED_AT_ONCE = 1536 * 1024
-"""Pixels; larger pictures are decoded in overlapping tiles on a GPU."""
+TILED_PIXELS = 1536 * 1024
+"""Larger pictures are decoded in overlapping tiles where there is no memory to decode them whole."""
 
 
 class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     """`weights_bytes` by component; `slab_bytes`: what a worker takes at its start, for requests' states and the
     exchange; `step_bytes`: activations of the largest picture's step; `decode_bytes`: likewise of its decoding. The two
-    never run at once, but memory once taken is kept."""
+    never run at once, but memory once taken is kept. `whole_pixels`: larger pictures are decoded in tiles."""
 
     model: str
     weights_bytes: Mapping[str, int]
     slab_bytes: int
     step_bytes: int
     decode_bytes: int
+    whole_pixels: int
 
     @property
     def num_bytes(self) -> int:
         return sum(self.weights_bytes.values()) + self.slab_bytes + self.step_bytes + self.decode_bytes
 
-    def check(self, free_bytes: int, device: str) -> None:
-        """Raises ValueError with the numbers if that is more than is free."""
-        if self.num_bytes > free_bytes:
-            raise ValueError(f"devices: {device} has {_gb(free_bytes)} of memory free, {self.describe()}")
+    def fitted(self, free_bytes: int, device: str) -> "MemoryBudget":
+        """This one, or with large pictures decoded in tiles if it takes that. Raises ValueError with the numbers if
+        that is still more than is free."""
+        if self.num_bytes <= free_bytes:
+            return self
+        if self.whole_pixels > TILED_PIXELS:
+            tiled_bytes = self.decode_bytes * TILED_PIXELS // self.whole_pixels
+            tiled = msgspec.structs.replace(self, decode_bytes=tiled_bytes, whole_pixels=TILED_PIXELS)
+            return tiled.fitted(free_bytes, device)
+        raise ValueError(f"devices: {device} has {_gb(free_bytes)} of memory free, {self.describe()}")
 
     def describe(self) -> str:
         weights = ", ".join(f"{name} {_gb(count)}" for name, count in self.weights_bytes.items())
@@ -52,7 +59,8 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def memory_budget(spec: ModelSpec, components: Mapping[str, Component], layout: SlabLayout) -> MemoryBudget:
-    """Weights and activations have the slab's element size. Raises CheckpointError for missing tensors."""
+    """Of a device that decodes all pictures whole. Weights and activations have the slab's element size. Raises
+    CheckpointError for missing tensors."""
     itemsize = layout.itemsize
     weights = {name: 0 for name in components}
     for key, shape in planned_shapes(components).items():
@@ -63,7 +71,8 @@ def memory_budget(spec: ModelSpec, components: Mapping[str, Component], layout: 
         weights_bytes=weights,
         slab_bytes=layout.num_bytes + EXCHANGE_SCRATCH * widest,
         step_bytes=STEP_WIDTHS * widest,
-        decode_bytes=DECODE_CHANNELS * min(spec.max_size**2, MAX_DECODED_AT_ONCE) * itemsize,
+        decode_bytes=DECODE_CHANNELS * spec.max_size**2 * itemsize,
+        whole_pixels=spec.max_size**2,
     )
 
 

@@ -44,15 +44,15 @@ class Pipeline:
         self.spec = spec
         self.flux = flux
         self.weights_bytes = weights_bytes
-        self._text_encoders = text_encoders
-        self._autoencoder = autoencoder
+        self.text_encoders = text_encoders
+        self.autoencoder = autoencoder
 
     def encode(self, prompt: str) -> PromptEmbedding:
-        return self._text_encoders.encode(prompt)
+        return self.text_encoders.encode(prompt)
 
     def decode(self, latents: Tensor, width: int, height: int) -> Tensor:
         """Packed latents [tokens, in_channels], fp32 -> uint8 RGB [height, width, 3], on the model's device."""
-        return self._autoencoder.decode(latents, width, height)
+        return self.autoencoder.decode(latents, width, height)
 
 
 class Architecture(NamedTuple):

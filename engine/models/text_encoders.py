@@ -38,6 +38,14 @@ class PromptEmbedding(NamedTuple):
     num_tokens: int
 
 
+class PromptTokens(NamedTuple):
+    """Ids on the host: clip [1, CLIP's length], t5 [1, max_text_tokens]; `num_tokens` as in PromptEmbedding."""
+
+    clip: Tensor
+    t5: Tensor
+    num_tokens: int
+
+
 class TextEncoders:
     """Both text encoders of a FLUX checkpoint."""
 
@@ -56,31 +64,35 @@ class TextEncoders:
         self._clip_tokenizer, self._clip_tokens = _clip_tokenizer(path, load_format)
         self._t5_tokenizer = _t5_tokenizer(path, load_format)
 
-    @torch.no_grad()
     def encode(self, prompt: str) -> PromptEmbedding:
-        """T5 padded to max_text_tokens without an attention mask; CLIP padded to its own length, pooled output.
+        """T5 padded to max_text_tokens without an attention mask; CLIP padded to its own length, pooled output."""
+        tokens, device = self.tokens(prompt), self._t5.device
+        embeds, pooled = self.embed(tokens.clip.to(device), tokens.t5.to(device))
+        return PromptEmbedding(embeds=embeds, pooled=pooled, num_tokens=tokens.num_tokens)
+
+    def tokens(self, prompt: str) -> PromptTokens:
+        return PromptTokens(
+            clip=torch.tensor([self._clip_tokenizer.ids(prompt, self._clip_tokens)]),
+            t5=torch.tensor([self._t5_tokenizer.ids(prompt, self._max_text_tokens)]),
+            num_tokens=self._t5_tokenizer.num_tokens(prompt),
+        )
+
+    @torch.no_grad()
+    def embed(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids of one prompt on the encoders' device, shaped as `tokens` gives them -> embeds and pooled, as in
+        PromptEmbedding.
 
         On one thread: the GEMMs of a narrow encoder round differently with more, and encoding is a small share of a
         picture's work.
         """
-        device = self._t5.device
-        clip_ids = _to_device(self._clip_tokenizer.ids(prompt, self._clip_tokens), device)
-        t5_ids = _to_device(self._t5_tokenizer.ids(prompt, self._max_text_tokens), device)
         with _one_thread():
-            embeds, pooled = self._t5(t5_ids)[0][0], self._clip(clip_ids).pooler_output[0]
-        return PromptEmbedding(embeds=embeds, pooled=pooled, num_tokens=self._t5_tokenizer.num_tokens(prompt))
+            return self._t5(t5_ids)[0][0], self._clip(clip_ids).pooler_output[0]
 
 
 def text_encoder_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Shapes of all tensors that CLIP's and T5's configs mean. Raises CheckpointError if a config is missing."""
     clip, t5 = _load_config(CLIPTextConfig, path / "text_encoder"), _load_config(T5Config, path / "text_encoder_2")
     return module_shapes(lambda: CLIPTextModel(clip)), module_shapes(lambda: T5EncoderModel(t5))
-
-
-def _to_device(ids: list[int], device: torch.device) -> Tensor:
-    """[1, length], without waiting for the device."""
-    batch = torch.tensor([ids])
-    return batch if device.type == "cpu" else batch.pin_memory().to(device, non_blocking=True)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from tetrion.engine.parallel.device_exchange import DeviceExchange, group_shape
 from tetrion.engine.parallel.device_slab import DeviceSlabs
 from tetrion.engine.parallel.group import GroupPlan
 from tetrion.engine.sampling.flow_match import sigmas, timesteps
+from tetrion.engine.worker.recorded_encoders import RecordedEncoders
 from tetrion.engine.worker.step_graphs import TABLE_STEPS, StepGraph, StepGraphs, StepTables
 from tetrion.engine.worker.work_queue import WorkQueue
 
@@ -35,7 +36,7 @@ class DeviceModel:
         self._queue, self._slabs = queue, slabs
         self.tables = StepTables(step, config.num_vectors, config.hidden_size, slabs.dtype)
         self._graphs = StepGraphs(queue, pipeline.flux, exchange, self.tables)
-        self.embedding = functools.lru_cache(CACHED_PROMPTS)(pipeline.encode)
+        self.embedding = functools.lru_cache(CACHED_PROMPTS)(RecordedEncoders(pipeline.text_encoders, queue).encode)
         self._modulations = functools.lru_cache(CACHED_TABLES)(self._compute_modulations)
         self._deltas = functools.lru_cache(CACHED_SCHEDULES)(self._compute_deltas)
 

@@ -75,10 +75,11 @@ class DeviceRunner:
         budget = memory_budget(self._model, components, self._spec.layout)
         if device.type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(device)
-            budget.check(free_bytes + budget.slab_bytes, self._spec.device.name)  # the slab is already taken
+            budget = budget.fitted(free_bytes + budget.slab_bytes, self._spec.device.name)  # the slab is already taken
         pipeline = load_device_pipeline(
             self._model, self._spec.load_format, components, device, dtype, DeviceOps(self._step)
         )
+        pipeline.autoencoder.whole_pixels = budget.whole_pixels
         self._loaded = DeviceModel(pipeline, self._queue, self._slabs, self._exchange, self._step)
         self._exchange.warm_up(self._model.legal_degrees(self._spec.layout.num_devices))
         return Loaded(command_id=command.command_id, device_id=self.device_id, weights_bytes=pipeline.weights_bytes)

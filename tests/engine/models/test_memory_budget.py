@@ -4,7 +4,7 @@ import pytest
 
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.models.memory_budget import memory_budget
+from tetrion.engine.models.memory_budget import TILED_PIXELS, memory_budget
 from tetrion.engine.models.registry import model_components
 from tetrion.engine.parallel.layout import slab_layout
 
@@ -19,12 +19,20 @@ def test_flux_in_bf16(flux: ModelSpec) -> None:
     assert sum(budget.weights_bytes.values()) == pytest.approx(33.7e9, rel=0.01)
     assert budget.weights_bytes["transformer"] == 2 * 11_901_408_320
     assert 0.9e9 < budget.slab_bytes < 1.2e9
-    assert 1e9 < budget.step_bytes < 3e9 and 3e9 < budget.decode_bytes < 8e9
-    budget.check(budget.num_bytes, "cuda:0")
+    assert 1e9 < budget.step_bytes < 3e9 and 10e9 < budget.decode_bytes < 15e9
+    assert budget.fitted(budget.num_bytes, "cuda:0") == budget
+
+
+def test_large_pictures_are_decoded_in_tiles_where_memory_is_short(flux: ModelSpec) -> None:
+    budget = memory_budget(flux, model_components(flux, "dummy"), slab_layout(flux, 4, 64, itemsize=2))
+    tiled = budget.fitted(budget.num_bytes - 1, "cuda:0")
+    assert budget.whole_pixels == 2048 * 2048 and tiled.whole_pixels == TILED_PIXELS
+    assert 3e9 < tiled.decode_bytes < 8e9 and tiled.step_bytes == budget.step_bytes
+    assert tiled.fitted(tiled.num_bytes, "cuda:0") == tiled
 
 
 def test_too_little_memory_is_refused_with_the_numbers(flux: ModelSpec) -> None:
     budget = memory_budget(flux, model_components(flux, "dummy"), slab_layout(flux, 4, 64, itemsize=2))
     numbers = r"devices: cuda:1 has 24.0 GB of memory free, .* takes 4\d.\d GB: weights 33.7 GB \(.*transformer 23.8"
     with pytest.raises(ValueError, match=numbers):
-        budget.check(24_000_000_000, "cuda:1")
+        budget.fitted(24_000_000_000, "cuda:1")
