@@ -99,6 +99,8 @@ class Recovery:
             request.attempts = MAX_ATTEMPTS
         if event.kind != "aborted" and not self._in_flight.of_request(event.request_id):
             self._books.end(request, GenerationError(event.message))
+        elif event.kind == "aborted":  # because of those that are hit already
+            self._hit_request(event.request_id, next(iter(self._hit.values()), event.message))
         else:
             self._hit_request(event.request_id, event.message)
 

@@ -2,7 +2,8 @@
 
 The real loop on simulated devices that also keep what real ones keep of each other: at each end a count of the barriers
 passed with a peer, and in each slab a counter per peer (engine/parallel/barrier.py). A device that dies leaves its slab
-as it is. One that is aborted writes on for a while, and answers late; so does one that is told to reset.
+as it is. One that is aborted writes on for a while, and answers late, unless it is reset before; so does one that is
+told to reset.
 """
 
 import random
@@ -32,7 +33,7 @@ class CountingExecutor(SimulatedExecutor):
         self.joined: list[int] = []
         self._draw = draw
         self._life = Counter[int]()
-        self._aborting: set[int] = set()
+        self._aborts: dict[int, object] = {}
 
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
         if isinstance(command, Denoise):
@@ -47,10 +48,9 @@ class CountingExecutor(SimulatedExecutor):
         return True
 
     def abort(self, device_ids: Collection[int]) -> None:
-        for device_id in set(device_ids) - self._aborting:
-            self._aborting.add(device_id)
-            life = self._life[device_id]
-            self.at(self.now_s() + self._draw.choice([0.0, 0.02, 0.5]), lambda d=device_id, n=life: self._stop(d, n))
+        for device_id in set(device_ids) - self._aborts.keys():
+            abort = self._aborts[device_id] = object()
+            self.at(self.now_s() + self._draw.choice([0.0, 0.02, 0.5]), lambda d=device_id, a=abort: self._stop(d, a))
 
     def lose(self, device_id: int) -> None:
         if device_id in self.alive:
@@ -66,17 +66,18 @@ class CountingExecutor(SimulatedExecutor):
 
     def _end_life(self, device_id: int) -> None:
         self._life[device_id] += 1
-        self._aborting.discard(device_id)
+        self._aborts.pop(device_id, None)
 
-    def _stop(self, device_id: int, life: int) -> None:
-        if life == self._life[device_id]:
+    def _stop(self, device_id: int, abort: object) -> None:
+        if self._aborts.get(device_id) is abort:
             self._pass_some_barriers(device_id)
-            self._aborting.discard(device_id)
+            del self._aborts[device_id]
             super().abort([device_id])
 
     def _reset(self, command: ResetBarriers, device_id: int, life: int) -> None:
         if life != self._life[device_id]:
             return
+        self._aborts.pop(device_id, None)
         for peer in self.device_ids:
             self.counts[device_id, peer] = self.counters[device_id, peer] = 0
         self._events.append(BarriersReset(command_id=command.command_id, device_id=device_id))
