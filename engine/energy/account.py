@@ -208,8 +208,8 @@ class EnergyAccount:
                 pending[share.phase] += joules
             errors = [window.raw_error for window in ledger.windows if window.raw_error is not None]
             drift = max(drift, max(errors, default=UNRECONCILED))
-        powers = [self._ledgers[uuid].power_w() for uuid in spent.gpus]
-        is_blind = self._meter.source != MODEL and (not powers or None in powers)
+        ledgers = [self._ledgers[uuid] for uuid in spent.gpus]
+        is_blind = self._meter.source != MODEL and (not ledgers or None in [ledger.power_w() for ledger in ledgers])
         saving_j = _saving(request, profile, len(self._gpu_of_device))
         if spent.unknown or is_blind:
             blank = unmetered(spent.unknown or NO_POWER, request.degrees, self._meter.source)
@@ -217,7 +217,7 @@ class EnergyAccount:
         by_phase = {phase: spent.settled_j[phase] + pending[phase] for phase in PHASES if phase in spent.phases}
         active_j = sum(by_phase.values())
         # Where it began and ended is known to a reading's distance only.
-        edge_j = sum(power or 0.0 for power in powers) * self._meter.resolution_s
+        edge_j = sum(ledger.edge_j(self._meter.resolution_s) for ledger in ledgers)
         return self._priced(
             Receipt(
                 method=self._meter.source,

@@ -1,9 +1,12 @@
 """The ledger of one GPU: which share of its joules went to whom. Told of readings and quanta; knows no clock.
 
-Readings cut time into cells. Within a cell the power is the mean of both ends' (or what the counter moved by, where
-power is not known), and belongs to the quanta that ran, by weight. Where none ran, power up to the idle power is
-*idle*, what is above it *unattributed*. A window of at least `window_s` closes at a reading: then all figures are
-rescaled so that active + idle + unattributed is what the counter moved by. What was before rescaling is kept beside.
+Readings cut time into cells. A cell's power is the mean of both ends', or what the counter moved by where power is not
+known or the cell is long. It belongs to the quanta that ran, in proportion to what the profile says of them, or if it
+does not, to their times; those that ran at once share by weight. Where none ran for a part of a cell, the GPU is taken
+to have drawn its idle power, which is *idle*: so a burst shorter than a cell, or a reading that lags, is not lost to
+its work. Where none ran in a whole cell, power up to the idle power is idle and what is above it *unattributed*, as is
+all power beside work before idle power was seen. A window of at least `window_s` closes at a reading: then all figures
+are rescaled so that active + idle + unattributed is what the counter moved by. What was before is kept beside.
 
     reading ──── cell ──── reading ──── cell ──── reading           counter: 1000 J ──▶ 4400 J
        |  ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒    ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓    |           ▒ + ▓ + idle + unattributed = 3400 J
@@ -14,7 +17,8 @@ import itertools
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,6 +29,8 @@ WINDOW_S = 5.0
 QUIET_S = 1.0
 """After so long without work the power is the idle power."""
 QUIET_CELLS = 100
+COUNTED_S = 0.45
+"""From this length on the counter, which moves every ~100 ms, tells more of a cell than the power at both ends."""
 SHORTEST_S = 1e-9
 """Work is not shorter than clocks can tell."""
 LATE_S = 0.01
@@ -32,6 +38,10 @@ LATE_S = 0.01
 IDLE_TOLERANCE = 1.1
 """Power without work up to so many times the idle power is idle: it wavers, and drifts with the temperature."""
 WINDOWS_KEPT = 64
+
+
+Segment = tuple[float, float, list[Quantum]]
+"""A stretch of time, and the quanta that ran all through it."""
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,10 +87,17 @@ class _Cell(msgspec.Struct, frozen=True, kw_only=True):
     counter_j: float  # at its end
 
 
+class _Division(NamedTuple):
+    joules: list[tuple[Share, float]]
+    idle_j: float
+    unattributed_j: float
+
+
 class GpuLedger:
     def __init__(self, window_s: float = WINDOW_S) -> None:
         self.windows: deque[Window] = deque(maxlen=WINDOWS_KEPT)
         self._window_s = window_s
+        self._cell_s = 0.0
         self._last: tuple[float, float, float | None] | None = None
         self._cells: deque[_Cell] = deque()
         self._quanta: list[Quantum] = []
@@ -112,8 +129,9 @@ class GpuLedger:
                 return
             if counter_j < last_j:
                 self._broken.append(time_s)
-            known = [w for w in (last_w, watts) if w is not None]
+            known = [w for w in (last_w, watts) if w is not None and time_s - last_s < COUNTED_S]
             mean_w = sum(known) / len(known) if known else max(0.0, counter_j - last_j) / (time_s - last_s)
+            self._cell_s = time_s - last_s
             self._cells.append(_Cell(start_s=last_s, end_s=time_s, watts=mean_w, counter_j=counter_j))
         self._last = (time_s, counter_j, watts)
 
@@ -138,15 +156,20 @@ class GpuLedger:
         return closed
 
     def pending_j(self, request_id: str) -> dict[Share, float]:
-        """What a request took since the last window closed: an estimate, with the latest window's scale."""
+        """What a request took since the last window closed: an estimate, with the latest window's scale. What ran after
+        the last reading is taken to have drawn what the profile says, else the latest power."""
         joules: dict[Share, float] = defaultdict(float)
         for share, raw_j in self._raw.items():
-            if share.request_id == request_id:
+            joules[share] += raw_j * self.scale
+        for cell in self._cells:
+            for share, raw_j in self._divide(cell).joules:
                 joules[share] += raw_j * self.scale
+        read_until_s = -math.inf if self._last is None else self._last[0]
         for quantum in self._quanta:
-            if quantum.share.request_id == request_id:
-                joules[quantum.share] += self._unsettled_j(quantum) * self.scale
-        return joules
+            latest_w = (self.power_w() or 0.0) * self.scale
+            watts = latest_w if quantum.model_j is None else quantum.per_second(quantum.model_j)
+            joules[quantum.share] += watts * _overlap_s(quantum, read_until_s, math.inf)
+        return {share: value for share, value in joules.items() if share.request_id == request_id}
 
     def power_w(self) -> float | None:
         """The latest known power."""
@@ -154,13 +177,9 @@ class GpuLedger:
             return self._last[2]
         return self._cells[-1].watts if self._cells else None
 
-    def _unsettled_j(self, quantum: Quantum) -> float:
-        """Of the part of a quantum in cells that are not settled, and after the last reading. Overlaps count twice."""
-        joules, reached_s = 0.0, self._settled_s
-        for cell in self._cells:
-            joules += cell.watts * _overlap_s(quantum, cell.start_s, cell.end_s)
-            reached_s = cell.end_s
-        return joules + (self.power_w() or 0.0) * _overlap_s(quantum, reached_s, math.inf)
+    def edge_j(self, resolution_s: float) -> float:
+        """What the GPU takes between two readings: so uncertain is where work begins and ends."""
+        return (self.power_w() or 0.0) * max(self._cell_s, resolution_s)
 
     @property
     def _settled_s(self) -> float:
@@ -170,26 +189,41 @@ class GpuLedger:
         return self._last[0] if self._last is not None else -math.inf
 
     def _apportion(self, cell: _Cell) -> None:
-        """Give a cell's joules to what ran in it, and forget what ended before its end."""
-        running = [quantum for quantum in self._quanta if quantum.start_s < cell.end_s and quantum.end_s > cell.start_s]
-        covered_s = 0.0
-        for start_s, end_s, sharers in _segments(running, cell.start_s, cell.end_s):
-            total = math.fsum(quantum.per_second(quantum.weight) for quantum in sharers)
-            covered_s += end_s - start_s
-            for quantum in sharers:
-                part = quantum.per_second(quantum.weight) / total if total else 1 / len(sharers)
-                self._raw[quantum.share] += cell.watts * (end_s - start_s) * part
-                self._count_model(quantum, end_s - start_s)
-        free_s = cell.end_s - cell.start_s - covered_s
+        """Book a cell's joules, and forget what ended before its end."""
+        running = self._running(cell)
         if not running and cell.start_s - self._busy_until_s >= QUIET_S:
             self._quiet_watts.append(cell.watts)
         elif running:
             self._busy_until_s = max(quantum.end_s for quantum in running)
-        idle_w = self.idle_w
-        idle_j = min(cell.watts, IDLE_TOLERANCE * idle_w) * free_s if idle_w is not None else 0.0
-        self._raw_idle_j += idle_j
-        self._raw_unattributed_j += cell.watts * free_s - idle_j
+        division = self._divide(cell)
+        for share, joules in division.joules:
+            self._raw[share] += joules
+        self._raw_idle_j += division.idle_j
+        self._raw_unattributed_j += division.unattributed_j
+        for quantum in running:
+            self._count_model(quantum, _overlap_s(quantum, cell.start_s, cell.end_s))
         self._quanta = [quantum for quantum in self._quanta if quantum.end_s > cell.end_s]
+
+    def _running(self, cell: _Cell) -> list[Quantum]:
+        return [quantum for quantum in self._quanta if quantum.start_s < cell.end_s and quantum.end_s > cell.start_s]
+
+    def _divide(self, cell: _Cell) -> "_Division":
+        """A cell's joules between those that ran in it, idle and unattributed."""
+        segments = _segments(self._running(cell), cell.start_s, cell.end_s)
+        covered_s = math.fsum(end_s - start_s for start_s, end_s, _ in segments)
+        free_s = max(0.0, cell.end_s - cell.start_s - covered_s)
+        idle_w, idle_j, unattributed_j = self.idle_w, 0.0, 0.0
+        work_j = cell.watts * covered_s
+        if idle_w is None:
+            unattributed_j = cell.watts * free_s
+        elif segments:
+            all_j = cell.watts * (covered_s + free_s)
+            idle_j = min(all_j, idle_w * free_s)
+            work_j = all_j - idle_j
+        else:
+            idle_j = min(cell.watts, IDLE_TOLERANCE * idle_w) * free_s
+            unattributed_j = cell.watts * free_s - idle_j
+        return _Division([(share, work_j * part) for share, part in _parts(segments)], idle_j, unattributed_j)
 
     def _count_model(self, quantum: Quantum, seconds: float) -> None:
         if quantum.model_j is None:
@@ -236,7 +270,30 @@ class GpuLedger:
         self._model_j = 0.0
 
 
-def _segments(quanta: list[Quantum], start_s: float, end_s: float) -> list[tuple[float, float, list[Quantum]]]:
+def _parts(segments: list[Segment]) -> Iterator[tuple[Share, float]]:
+    """How a cell's joules of work are divided; parts add up to 1."""
+    claims = [
+        (quantum.share, quantum.per_second(quantum.model_j) * (end_s - start_s))
+        for start_s, end_s, sharers in segments
+        for quantum in sharers
+        if quantum.model_j is not None
+    ]
+    total = math.fsum(claim for _, claim in claims)
+    if total <= 0 or len(claims) < sum(len(sharers) for _, _, sharers in segments):
+        claims = [claim for segment in segments for claim in _claims_by_time(segment)]
+        total = math.fsum(claim for _, claim in claims)
+    return ((share, claim / total) for share, claim in claims)
+
+
+def _claims_by_time(segment: Segment) -> Iterator[tuple[Share, float]]:
+    start_s, end_s, sharers = segment
+    total = math.fsum(quantum.per_second(quantum.weight) for quantum in sharers)
+    for quantum in sharers:
+        part = quantum.per_second(quantum.weight) / total if total else 1 / len(sharers)
+        yield quantum.share, (end_s - start_s) * part
+
+
+def _segments(quanta: list[Quantum], start_s: float, end_s: float) -> list[Segment]:
     """The stretches of a cell with the same quanta running, those with none left out."""
     cuts = {start_s, end_s}
     for quantum in quanta:

@@ -1,4 +1,4 @@
-"""Reads a meter about ten times a second in a thread of its own, and knows what that costs."""
+"""Reads a meter in a thread of its own: ten times a second, or as seldom as its cost demands."""
 
 import logging
 import threading
@@ -10,7 +10,9 @@ import msgspec
 from tetrion.engine.energy.meter import EnergyMeter, Reading
 
 logger = logging.getLogger(__name__)
-PERIOD_S = 0.1
+PERIOD_S, LONGEST_PERIOD_S = 0.1, 0.5
+CORE_SHARE = 0.004
+"""What the thread may take of a core, unless even the longest period takes more."""
 
 
 class SamplerCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +25,11 @@ class SamplerCost(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def core_share(self) -> float:
         return self.cpu_s / self.wall_s if self.wall_s > 0 else 0.0
+
+    def period_s(self, shortest_s: float) -> float:
+        """Between two readings, so that their cost stays within `CORE_SHARE`."""
+        cheap_s = self.cpu_s / self.num_readings / CORE_SHARE if self.num_readings else shortest_s
+        return min(max(shortest_s, cheap_s), max(shortest_s, LONGEST_PERIOD_S))
 
 
 class Sampler:
@@ -57,7 +64,7 @@ class Sampler:
     def _run(self) -> None:
         started_s, started_cpu_s, number = time.monotonic(), time.thread_time(), 0
         try:
-            while not self._stopping.wait(self._period_s):
+            while not self._stopping.wait(self._cost.period_s(self._period_s)):
                 reading = self._meter.read()
                 self._receive(reading)
                 number += 1

@@ -12,7 +12,7 @@ import pytest
 
 from tetrion.engine.energy.carbon import HourlyIntensity, HttpIntensity, open_intensity
 from tetrion.engine.energy.meter import NoMeter, Reading
-from tetrion.engine.energy.sampler import Sampler
+from tetrion.engine.energy.sampler import Sampler, SamplerCost
 
 
 def within(seconds: float, is_so: Callable[[], bool]) -> bool:
@@ -113,6 +113,12 @@ def test_the_sampler_reads_until_it_is_stopped_and_knows_its_cost() -> None:
     assert len(readings) == num == sampler.cost.num_readings
     assert 0 < sampler.cost.cpu_s < sampler.cost.wall_s
     assert meter.is_closed
+
+
+@pytest.mark.parametrize(("cpu_ms", "period_s"), [(0.1, 0.1), (1.2, 0.3), (8.2, 0.5)])
+def test_dear_readings_are_taken_less_often(cpu_ms: float, period_s: float) -> None:
+    cost = SamplerCost(num_readings=7, cpu_s=7 * cpu_ms / 1e3, wall_s=1.0)
+    assert cost.period_s(0.1) == pytest.approx(period_s)
 
 
 def test_a_sampler_whose_receiver_fails_ends_alone() -> None:

@@ -17,8 +17,10 @@ def share(request_id: str = "a") -> Share:
     return Share(request_id, "denoise", (1024, 1024))
 
 
-def quantum(start_s: float, end_s: float, request_id: str = "a", weight: float = 1.0) -> Quantum:
-    return Quantum(start_s, end_s, share(request_id), weight)
+def quantum(
+    start_s: float, end_s: float, request_id: str = "a", weight: float = 1.0, model_j: float | None = None
+) -> Quantum:
+    return Quantum(start_s, end_s, share(request_id), weight, model_j)
 
 
 def fed(ledger: GpuLedger, watts: list[float], joules: list[float]) -> GpuLedger:
@@ -98,6 +100,21 @@ def test_those_who_run_at_once_share_by_weight() -> None:
     assert joules[share("b")] == pytest.approx(100.0)
 
 
+def test_within_a_cell_work_has_what_the_profile_says_of_it() -> None:
+    ledger = GpuLedger()
+    ledger.read(0.0, 0.0, 100.0)
+    ledger.read(5.0, 2000.0, 100.0)  # a long cell: the counter tells its power
+    ledger.add(quantum(0.0, 1.0, "a", model_j=200.0))
+    ledger.add(quantum(1.0, 5.0, "b", model_j=1400.0))
+    joules = closed(ledger).joules
+    assert joules[share("a")] == pytest.approx(2000 / 8) and joules[share("b")] == pytest.approx(2000 * 7 / 8)
+    ledger.read(10.0, 4000.0, 100.0)
+    ledger.add(quantum(5.0, 6.0, "a", model_j=200.0))
+    ledger.add(quantum(6.0, 10.0, "b"))  # the profile does not know it: time decides
+    joules = closed(ledger).joules
+    assert joules[share("a")] == pytest.approx(2000 / 5) and joules[share("b")] == pytest.approx(2000 * 4 / 5)
+
+
 def test_the_counter_has_the_last_word_and_what_was_before_is_kept() -> None:
     ledger = constant(GpuLedger(), 500.0, 5.0, scale=1.1)
     ledger.add(quantum(0.0, 4.5))
@@ -123,6 +140,19 @@ def test_power_beside_work_is_unattributed_until_idle_power_was_seen_and_then_on
     assert second is not None
     assert second.idle_j + second.unattributed_j == pytest.approx(second.counter_j - second.active_j)
     assert second.unattributed_j > 400.0
+
+
+def test_a_burst_shorter_than_a_cell_has_what_the_cell_drew_above_idle_power() -> None:
+    ledger = constant(GpuLedger(), 100.0, 5.0)
+    closed(ledger)
+    for i, counter_j, watts in ((51, 520.0, 300.0), (52, 540.0, 100.0), (101, 1030.0, 100.0)):  # power lags
+        ledger.read(i * PERIOD_S, counter_j, watts)
+    ledger.add(quantum(5.09, 5.115))
+    second = closed(ledger)
+    assert second.window is not None
+    assert second.joules[share()] == pytest.approx(40.0 - 100.0 * 0.175)
+    assert second.window.idle_j == pytest.approx(100.0 * (0.175 + 4.9))
+    assert second.window.unattributed_j == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_window_is_not_shorter_than_asked_and_waits_for_what_is_not_known_yet() -> None:
@@ -152,6 +182,8 @@ def test_what_is_pending_is_estimated_beyond_the_last_reading_too() -> None:
     ledger.add(quantum(5.0, 5.3))
     assert ledger.pending_j("a") == {share(): pytest.approx(0.3 * 600)}
     assert ledger.pending_j("b") == {}
+    ledger.add(quantum(5.3, 5.5, "b", model_j=90.0))
+    assert ledger.pending_j("b") == {share("b"): pytest.approx(90.0)}
 
 
 def test_the_profile_is_compared_with_what_was_metered() -> None:
