@@ -1,7 +1,8 @@
 """What the engine must know of a checkpoint, read from its JSON files alone (no torch, no weights).
 
 A checkpoint is a folder in diffusers layout: `model_index.json` and one folder per component. An optional `preset.json`
-in the folder gives sizes, steps and text length; otherwise FLUX.1's own defaults hold.
+in the folder gives sizes, steps and text length; otherwise FLUX.1-dev's own defaults hold, or FLUX.1-schnell's if the
+model takes no guidance.
 """
 
 import functools
@@ -12,6 +13,7 @@ import msgspec
 
 from tetrion.engine.config import LoadFormat
 
+PRESET_FILE = "preset.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CONFIG_FILES = (
     "model_index.json",
@@ -40,6 +42,9 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_size: int = 2048
     default_width: int = 1024
     default_height: int = 1024
+
+
+SCHNELL = Preset(num_steps=4, guidance=None, max_text_tokens=256)
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,13 +136,14 @@ def read_model_spec(path: Path, load_format: LoadFormat = "safetensors") -> Mode
     ):
         if scheduler.get(option):
             raise CheckpointError(f"model: scheduler option {option} is not supported")
-    transformer, vae, preset = read("transformer/config.json"), read("vae/config.json"), read_preset(path)
+    transformer, vae = read("transformer/config.json"), read("vae/config.json")
     if transformer.get("_class_name") != "FluxTransformer2DModel":
         raise CheckpointError(f"model: transformer {transformer.get('_class_name')!r} is not supported")
     try:
         guidance_embeds = bool(transformer.get("guidance_embeds", False))
+        preset = read_preset(path, Preset() if guidance_embeds else SCHNELL)
         return ModelSpec(
-            name=preset.name or path.name,
+            name=preset.name or _folder_name(path.resolve()),
             path=str(path.resolve()),
             architecture="flux",
             num_heads=transformer["num_attention_heads"],
@@ -172,14 +178,20 @@ def _missing_weights(path: Path, hint: bool) -> list[str]:
     return missing + weights
 
 
-def read_preset(path: Path) -> Preset:
-    """The folder's `preset.json`, or FLUX.1-dev's defaults."""
+def read_preset(path: Path, default: Preset) -> Preset:
+    """The folder's preset file, or `default`."""
     try:
-        return msgspec.json.decode((path / "preset.json").read_bytes(), type=Preset)
+        return msgspec.json.decode((path / PRESET_FILE).read_bytes(), type=Preset)
     except FileNotFoundError:
-        return Preset()
+        return default
     except msgspec.DecodeError as error:
-        raise CheckpointError(f"model: {str(path / 'preset.json')!r}: {error}") from None
+        raise CheckpointError(f"model: {str(path / PRESET_FILE)!r}: {error}") from None
+
+
+def _folder_name(path: Path) -> str:
+    """The folder's, or in the hub's cache (`models--OWNER--NAME/snapshots/REVISION`) the model's."""
+    repository = path.parent.parent.name
+    return repository.rpartition("--")[2] if repository.startswith("models--") else path.name
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -51,7 +51,11 @@ def engine_options(command: Command) -> Command:
         click.option(
             "--devices", metavar="LIST", help="cuda, cuda:0,1 or cpu:N for N CPU workers. Default: all GPUs, or cpu:2."
         ),
-        click.option("--model", metavar="PATH", help="A FLUX.1 folder in diffusers layout. Default: the embedded one."),
+        click.option(
+            "--model",
+            metavar="PATH",
+            help="A FLUX.1 folder in diffusers layout or its id on the Hugging Face hub. Default: the embedded one.",
+        ),
     ):
         command = option(command)
     return command

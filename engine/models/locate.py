@@ -1,17 +1,29 @@
-"""Finds a checkpoint folder by path or by the name of an embedded model. No torch; reads no weights."""
+"""Finds a checkpoint folder by path, by the name of an embedded model or by an id on the Hugging Face hub. No torch;
+reads no weights."""
 
 import importlib.resources
+import re
 from pathlib import Path
 
-from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.model_spec import COMPONENTS_WITH_WEIGHTS, PRESET_FILE, CheckpointError
 
 EMBEDDED_PACKAGE = "tetrion.configs.models"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = (
+    "model_index.json",
+    PRESET_FILE,
+    "scheduler/*.json",
+    *(f"tokenizer{number}/*.{kind}" for number in ("", "_2") for kind in ("json", "txt", "model")),
+    *(f"{component}/*.{kind}" for component in COMPONENTS_WITH_WEIGHTS for kind in ("json", "safetensors")),
+)
+"""What is downloaded: the diffusers layout, weights as safetensors, nothing that could run."""
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """The folder of an embedded model (`shapes`), else of a path. An embedded name wins over a folder of that name.
+    """The folder of an embedded model (`shapes`), else of a path, else of an `owner/name` on the hub, which is
+    downloaded to the hub's cache if it is not there. An embedded name wins over a folder of that name.
 
-    Raises CheckpointError if it is neither; the folder's contents are not checked here.
+    Raises CheckpointError if it is none of them; the folder's contents are not checked here.
     """
     embedded = embedded_models()
     if name_or_path in embedded:
@@ -20,10 +32,24 @@ def resolve_model(name_or_path: str) -> Path:
     if name_or_path and path.is_dir():
         return path
     known = ", ".join(sorted(embedded)) or "none"
-    raise CheckpointError(f"model: {name_or_path!r} is neither a folder nor an embedded model (embedded: {known})")
+    neither = f"model: {name_or_path!r} is neither a folder nor an embedded model (embedded: {known})"
+    if not HUB_ID.fullmatch(name_or_path):
+        raise CheckpointError(neither)
+    return _from_hub(name_or_path, neither)
 
 
 def embedded_models() -> dict[str, Path]:
     """Name -> folder of every model that ships with the package."""
     root = Path(str(importlib.resources.files(EMBEDDED_PACKAGE)))
     return {folder.name: folder for folder in root.iterdir() if (folder / "model_index.json").is_file()}
+
+
+def _from_hub(hub_id: str, neither: str) -> Path:
+    from huggingface_hub import snapshot_download  # takes a while to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{neither}, and the Hugging Face hub does not give it: {reason}") from None

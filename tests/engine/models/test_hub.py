@@ -1,0 +1,116 @@
+"""A model by its id on the hub: from a server with the hub's interface, in a process that was told of it."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tetrion.engine.models.locate import resolve_model
+
+HUB_ID, REVISION = "someone/Small-Shapes", "0123456789abcdef0123456789abcdef01234567"
+RESOLVE = (
+    "import sys; from tetrion.engine.models.locate import resolve_model; "
+    "from tetrion.engine.model_spec import read_model_spec; spec = read_model_spec(resolve_model(sys.argv[1])); "
+    "print(spec.path, spec.name, spec.num_steps, spec.max_text_tokens)"
+)
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.sent = files, set[str]()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        kind = "model"
+        if path in (f"/api/models/{HUB_ID}", f"/api/models/{HUB_ID}/revision/main"):
+            body = json.dumps({"id": HUB_ID, "sha": REVISION, "siblings": []}).encode()
+        elif path == f"/api/models/{HUB_ID}/tree/{REVISION}":
+            files = self.server.files.items()
+            entries = [
+                {"type": "file", "path": n, "size": len(b), "oid": f"oid-{n}".replace("/", "-")} for n, b in files
+            ]
+            body = json.dumps(entries).encode()
+        elif (name := path.removeprefix(f"/{HUB_ID}/resolve/{REVISION}/")) in self.server.files:
+            body, kind = self.server.files[name], name
+            if self.command == "GET":
+                self.server.sent.add(name)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"oid-{kind.replace("/", "-")}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """A repository with the embedded model, without its preset, and with files that nobody should want."""
+    folder = resolve_model("shapes")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    del files["preset.json"]
+    files |= {
+        "flux1.safetensors": b"one large file",
+        "transformer/code.py": b"raise SystemExit",
+        "vae/w.bin": b"pickle",
+    }
+    with Hub(files) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def resolve(hub_id: str, endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    code = [sys.executable, "-P", "-c", RESOLVE, hub_id]
+    return subprocess.run(code, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_model_comes_from_the_hub_once_and_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
+    done = resolve(HUB_ID, hub.endpoint, tmp_path)
+    assert done.returncode == 0, done.stderr
+    path, *facts = done.stdout.split()
+    folder = Path(path)
+    assert facts == ["Small-Shapes", "4", "256"]  # it takes no guidance: FLUX.1-schnell's defaults
+    wanted = set(hub.files) - {"flux1.safetensors", "transformer/code.py", "vae/w.bin", "__init__.py"}
+    assert hub.sent == wanted
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == wanted
+    assert all((folder / name).read_bytes() == hub.files[name] for name in wanted)
+    hub.sent.clear()
+    again = resolve(HUB_ID, "http://127.0.0.1:9", tmp_path)  # nobody listens there
+    assert again.stdout == done.stdout and not hub.sent, again.stderr
+
+
+def test_what_the_hub_does_not_have_is_an_error(hub: Hub, tmp_path: Path) -> None:
+    done = resolve("someone/nothing", hub.endpoint, tmp_path)
+    assert done.returncode == 1
+    assert "CheckpointError: model: 'someone/nothing' is neither a folder nor an embedded model" in done.stderr
+    assert "the Hugging Face hub does not give it" in done.stderr.splitlines()[-1]
