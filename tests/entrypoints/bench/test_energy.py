@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlenergy.data.records import DiffusionRuns
 from scipy import stats
 
 from tests.entrypoints.conftest import draw
@@ -132,7 +133,6 @@ def test_joules_are_a_mean_over_windows_or_none_with_a_reason() -> None:
 
 
 def test_the_export_is_loaded_by_mlenergy_data(tmp_path: Path) -> None:
-    records = pytest.importorskip("mlenergy.data.records")
     results = [
         PointResult(point=POINT, windows=(window(400.0), window(420.0))),
         PointResult(
@@ -142,7 +142,7 @@ def test_the_export_is_loaded_by_mlenergy_data(tmp_path: Path) -> None:
     export(
         tmp_path, results, model="black-forest-labs/FLUX.1-dev", gpu="H100", total_params_b=12.0, precision="bfloat16"
     )
-    (run,) = records.DiffusionRuns.from_raw_results(tmp_path, n_workers=1)
+    (run,) = DiffusionRuns.from_raw_results(tmp_path, n_workers=1)
     assert (run.model_id, run.gpu_model, run.task) == ("black-forest-labs/FLUX.1-dev", "H100", "text-to-image")
     assert (run.height, run.width, run.inference_steps) == (512, 1024, 28)
     assert (run.num_gpus, run.ulysses_degree, run.ring_degree, run.batch_size) == (2, 2, 1, 1)
