@@ -8,7 +8,8 @@ Time is compressed by 4: 7 steps of 28, times between arrivals and what SLOs lea
 and decode whole. Base SLOs are the published ones times one factor, so that the largest size alone takes its SLO / 1.1
 at the widest degree that the devices allow (four: 4; two: 2). Arrivals are a light and a heavy load, as shares of what
 the devices can do at the narrowest degree. Policies are `horizon` first (the others are compared with it, request by
-request) and those that are published; `fixed-K` as far as there are K devices.
+request) and those that are published; `fixed-K` as far as there are K devices. TetriServe's rounds of 5 steps are long
+beside requests of 7, so that it also runs with rounds of 1 step, compressed like the rest: `tetriserve-g1`.
 
 The first call fixes cost table, SLOs and traces in FOLDER (see `proof_folder.py`); the same command again does the runs
 that are left, and refuses if devices, model, commit or options have changed. `--budget-s` begins no run that would not
@@ -54,7 +55,7 @@ OPTIONS = ("load_format", "profile", "load", "slo_scale", "seed", "num_requests"
 def policies_on(num_devices: int) -> list[str]:
     """`horizon`, then what is published, as far as it fits."""
     fixed = [f"fixed-{degree}" for degree in FIXED if degree <= num_devices]
-    return ["horizon", *fixed, "rssp", "tetriserve"]
+    return ["horizon", *fixed, "rssp", "tetriserve", "tetriserve-g1"]
 
 
 def prove(given: argparse.Namespace, command_line: str) -> None:
