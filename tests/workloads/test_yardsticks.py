@@ -64,4 +64,4 @@ def test_the_bound_stands_beside_points_below_saturation(tmp_path: Path, monkeyp
     ("num_devices", "fixed"), [(1, ["fixed-1"]), (2, ["fixed-1", "fixed-2"]), (4, ["fixed-1", "fixed-2", "fixed-4"])]
 )
 def test_fixed_groups_are_compared_as_far_as_they_fit(num_devices: int, fixed: list[str]) -> None:
-    assert policies_on(num_devices) == ["horizon", *fixed, "rssp", "tetriserve"]
+    assert policies_on(num_devices) == ["horizon", *fixed, "rssp", "tetriserve", "tetriserve-g1"]
