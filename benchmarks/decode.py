@@ -1,9 +1,10 @@
-"""Ways of decoding a FLUX.1 picture on one GPU: in tiles or whole, with channels last; time, memory, difference.
+"""Ways of decoding a FLUX.1 picture on one GPU: whole or in tiles, with channels last, with fused norms.
 
     python -m benchmarks.decode OUTPUT.json                 on a GPU, half a minute
-    python -m benchmarks.decode OUTPUT.json --device cpu    a rehearsal: one small picture, no memory
+    TRITON_INTERPRET=1 python -m benchmarks.decode OUTPUT.json --device cpu      a rehearsal: one small picture
 
-Random weights at full size, so that pictures show nothing. `largest_difference`: to decoding it whole, of 255.
+Random weights at full size, so that pictures show nothing. `largest_difference`: to decoding it whole, of 255;
+`peak_gb`: of memory beyond the weights.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
 
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.autoencoder import Autoencoder
@@ -25,6 +27,7 @@ from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.memory_budget import TILED_PIXELS
 from tetrion.engine.models.registry import model_components
 from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.kernels.group_norm_silu import group_norm_silu
 
 SIDES, TINY_SIDES = (512, 1024, 2048), (64,)
 REPEATS = 5
@@ -36,6 +39,26 @@ def load(spec: ModelSpec, device: torch.device) -> Autoencoder:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tensors = load_to_device(components, device, dtype)
     return Autoencoder(Path(spec.path) / "vae", component_tensors(tensors, "vae"), spec)
+
+
+class FusedNorm(nn.Module):
+    """A group norm and the SiLU behind it, for maps with channels last."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x_1CHW: Tensor) -> Tensor:
+        x_HWC = x_1CHW[0].permute(1, 2, 0).contiguous()
+        norm = self.norm
+        out_PC = group_norm_silu(x_HWC.flatten(0, 1), norm.weight, norm.bias, norm.num_groups, norm.eps)
+        return out_PC.view_as(x_HWC).permute(2, 0, 1).unsqueeze(0)
+
+
+def fuse_norms(decoder: nn.Module) -> None:
+    for block in (module for module in decoder.modules() if isinstance(module, ResnetBlock2D)):
+        block.norm1, block.norm2, block.nonlinearity = FusedNorm(block.norm1), FusedNorm(block.norm2), nn.Identity()
+    decoder.conv_norm_out, decoder.conv_act = FusedNorm(decoder.conv_norm_out), nn.Identity()
 
 
 def measure(decode: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Row]:
@@ -64,8 +87,10 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     spec = read_model_spec(resolve_model("flux1-dev"), "dummy")
-    plain, channels_last = load(spec, device), load(spec, device)
-    channels_last._vae.to(memory_format=torch.channels_last)  # the convolutions follow their weights' format
+    plain, channels_last, fused = (load(spec, device) for _ in range(3))
+    for autoencoder in (channels_last, fused):
+        autoencoder._vae.to(memory_format=torch.channels_last)  # the convolutions follow their weights' format
+    fuse_norms(fused._vae.decoder)
     rows: list[Row] = []
     for side in SIDES if device.type == "cuda" else TINY_SIDES:
         tokens = (side // spec.size_multiple) ** 2
@@ -74,6 +99,7 @@ def main() -> None:
         for way, autoencoder, pixels in (
             ("whole", plain, side**2),
             ("whole, channels last", channels_last, side**2),
+            ("whole, channels last, fused norms", fused, side**2),
             ("in tiles", plain, min(TILED_PIXELS, side**2 - 1)),
         ):
             autoencoder.whole_pixels = pixels

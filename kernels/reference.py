@@ -96,6 +96,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return torch.div(x, denominator, out=denominator)
 
 
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, epsilon: float) -> Tensor:
+    """SiLU of x [P, C] normed over all P pixels and the channels of each group, then scaled and shifted."""
+    return silu(F.group_norm(x.T.unsqueeze(0), num_groups, weight, bias, epsilon)[0].T)
+
+
 def silu(x: Tensor) -> Tensor:
     """x · sigmoid(x) = x / (1 + exp(−x))."""
     denominator = x.neg().exp_().add_(1)

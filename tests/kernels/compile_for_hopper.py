@@ -19,6 +19,7 @@ from tetrion.kernels import (
     attention,
     barrier,
     gelu,
+    group_norm_silu,
     latents_push,
     output_push,
     qk_norm_rope_push,
@@ -41,6 +42,7 @@ INSTRUCTIONS = {
 FLUX = {"NUM_HEADS": 24, "HEAD_DIM": 128, "DEGREE": 4}
 POINTERS = {"table": "*i32", "bases": "*i64", "expected": "*i32", "status": "*i32", "step": "*i32"}
 POINTERS |= {"abort": "*i32", "chunk": "*i32", "latents": "*fp32"}
+POINTERS |= {"partials": "*fp32", "statistics": "*fp32", "epsilon": "fp32", "weight": "*bf16", "bias": "*bf16"}
 POINTERS |= {"cos": "*fp32", "sin": "*fp32", "log_sum_exp": "*fp32"}
 NORMS = ("text_q_norm", "text_k_norm", "image_q_norm", "image_k_norm")
 BRANCH = ("x", "y", "shift", "scale", "gate")
@@ -90,11 +92,16 @@ def main() -> None:
     versions = {"LONGS_APART": 8, "ABORTED_STATUS": 1}
     waits = versions | {"INTERVAL": 256, "INTERPRETED": False}
     confirm = {"LONGS_APART": 8, "WRONG": 2, "IN_GROUP": True}
+    maps = {"WIDTH": 512, "GROUPS": 32, "BLOCK": group_norm_silu.TILE // 512}
+    join = {"GROUPS": 32, "PROGRAMS": group_norm_silu.MAX_PROGRAMS}
     results = {
         "qk_norm_rope_push": compiled(qk_norm_rope_push, push, num_warps=4),
         "output_push": compiled(output_push, {"ROWS": output_push.TILE_ELEMENTS // 128} | FLUX, num_warps=4),
         "residual_modulate": compiled(residual_modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6}, num_warps=8),
         "gelu": compiled(gelu, {"WIDTH": 12288, "COLUMNS": 1024, "SLOPE": gelu.TWICE}, num_warps=4),
+        "group_norm_partial": compiled(group_norm_silu._partial_statistics, maps, num_warps=group_norm_silu.NUM_WARPS),
+        "group_norm_join": compiled(group_norm_silu._join_statistics, join, num_warps=group_norm_silu.JOIN_WARPS),
+        "group_norm_silu": compiled(group_norm_silu._norm_silu, maps, num_warps=group_norm_silu.NUM_WARPS),
         "barrier": compiled(barrier, meet, num_warps=1),
         "state_pull": compiled(state_pull, {"SHORTS": 8, "BLOCK": 8 * state_pull.BLOCK_UNITS}, num_warps=4),
         "latents_read": compiled(latents_push._read, latents, {"out": "*fp32"}, num_warps=4),

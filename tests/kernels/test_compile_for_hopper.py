@@ -30,7 +30,7 @@ def test_nothing_spills_and_everything_fits(kernels: dict[str, Any]) -> None:
         assert kernel["shared"] <= SHARED_MEMORY_BYTES, f"{name}: {kernel['shared']} bytes of shared memory"
 
 
-WIDE = ["qk_norm_rope_push", "output_push", "residual_modulate", "gelu"]
+WIDE = ["qk_norm_rope_push", "output_push", "residual_modulate", "gelu", "group_norm_silu"]
 WIDE += ["state_pull", "latents_read", "latents_push"]
 
 
