@@ -76,14 +76,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def hub() -> Iterator[Hub]:
     """A repository with the embedded model, without its preset, and with files that nobody should want."""
     folder = resolve_model("shapes")
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
-    del files["preset.json"]
-    files |= {
-        "flux1.safetensors": b"one large file",
-        "transformer/code.py": b"raise SystemExit",
-        "vae/w.bin": b"pickle",
-    }
-    with Hub(files) as server:
+    paths = [path for kind in ("json", "safetensors") for path in folder.rglob(f"*.{kind}")]
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name != "preset.json"}
+    with Hub(files | UNWANTED) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
