@@ -1,4 +1,4 @@
-"""Workers with a model of FLUX.1-dev's size and random weights: bit-exact at every degree.
+"""Workers with a model of FLUX.1-dev's size and random weights: bit-exact at every degree, and the largest picture.
 
 Apart from test_on_gpus.py, whose workers would still hold memory: two of these just fit on one card of 80 GB.
 """
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.engine.latents_bench import LatentsBench, Schedule
-from tetrion.engine.config import EngineConfig
+from tetrion.engine import Engine, EngineConfig, ImageRequest
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,14 @@ def test_latents_do_not_depend_on_the_degree(devices: str) -> None:
                     np.testing.assert_array_equal(bench.latents(size, 1, 0, schedule), expected, f"{size} {schedule}")
     finally:
         bench.close()
+
+
+@pytest.mark.gpu
+def test_the_largest_picture_fits_and_is_the_same_again() -> None:
+    """It takes far more memory to decode than anything else, and is decoded between others."""
+    requests = [ImageRequest(prompt="a", width=side, height=side, num_steps=1, seed=1) for side in (2048, 256, 2048)]
+    with Engine(EngineConfig(devices="cuda:0", model="flux1-dev", load_format="dummy")) as engine:
+        first, small, again = engine.generate(requests)
+    assert first.image.shape == (2048, 2048, 3) and small.image.shape == (256, 256, 3)
+    assert first.image.std() > 1
+    np.testing.assert_array_equal(first.image, again.image)
