@@ -67,7 +67,8 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`meter`: auto (NVML's counters where the devices are GPUs, else none), nvml, model (the profile's joules), none,
     or `replay:FILE` (recorded readings). `carbon`: grams of CO₂e per kWh, a CSV by hour or a URL (see
-    `energy/carbon.py`); None: none is reported."""
+    `energy/carbon.py`); None: none is reported. `period_s`: the shortest time between two readings (see
+    `energy/sampler.py`)."""
 
     meter: Annotated[str, Meta(pattern="^(auto|nvml|model|none|replay:.+)$")] = "auto"
     carbon: str | None = None
@@ -78,7 +79,8 @@ class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All an engine needs to know. `model`: a diffusers folder, or the name of an embedded model (`shapes`).
+    """All an engine needs to know. `model`: a diffusers folder, the name of an embedded model (`shapes`), or an id on
+    the Hugging Face hub.
     `devices`: `cuda` is every GPU, `cuda:0,2` these two (the same one twice is two workers on it), `cpu:4` four CPU
     workers; None is `cuda` if there is a GPU, else `cpu:2`.
     `load_format`: `dummy` draws random weights, for which config files suffice.
