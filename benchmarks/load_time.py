@@ -1,7 +1,7 @@
 """How long weights take from safetensors files to every device at once, files in the page cache.
 
-    python -m benchmarks.load_time OUTPUT.json --folder /tmp/flux --devices cuda:0,1      34 GB on disk, two minutes
-    python -m benchmarks.load_time OUTPUT.json --folder /tmp/shapes --model shapes --devices cpu:2      a rehearsal
+    python -m benchmarks.load_time OUTPUT.json --folder checkpoints/flux --devices cuda:0,1      34 GB on disk
+    python -m benchmarks.load_time OUTPUT.json --folder checkpoints/dummy --model shapes --devices cpu:2    a rehearsal
 
 Writes a checkpoint of random weights at the model's own shapes into FOLDER unless it is there, then lets one process a
 device load it as workers do, all beginning together, twice. Rows: `first` has whatever writing left in the cache.
@@ -30,6 +30,7 @@ from tetrion.entrypoints.bench.record import make_record, write_record
 
 SHARD_BYTES = 5_000_000_000
 ROUNDS = ("first", "second")
+TIMEOUT_S = 600.0
 Row = dict[str, Any]
 
 
@@ -105,7 +106,7 @@ def main() -> None:
         worker.start()
     rows: list[Row] = []
     for _ in range(len(ROUNDS) * len(devices)):
-        rows.append(answers.get())
+        rows.append(answers.get(timeout=TIMEOUT_S))
         print(rows[-1], flush=True)
     for worker in workers:
         worker.join()

@@ -25,6 +25,15 @@ CONFIG_FILES = (
 )
 TOKENIZER_FILES = (f"tokenizer/{TOKENIZER_CONFIG}", f"tokenizer_2/{TOKENIZER_CONFIG}")
 COMPONENTS_WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+UNSUPPORTED_OPTIONS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "shift_terminal",
+    "stochastic_sampling",
+)
+"""Of the scheduler."""
 
 
 class CheckpointError(ValueError):
@@ -121,21 +130,7 @@ def read_model_spec(path: Path, load_format: LoadFormat = "safetensors") -> Mode
     if pipeline != "FluxPipeline":
         raise CheckpointError(f"model: architecture {pipeline!r} is not supported (supported: FluxPipeline)")
     scheduler = read("scheduler/scheduler_config.json")
-    if scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-        raise CheckpointError(
-            f"model: scheduler {scheduler.get('_class_name')!r} is not supported"
-            " (supported: FlowMatchEulerDiscreteScheduler)"
-        )
-    for option in (
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "invert_sigmas",
-        "shift_terminal",
-        "stochastic_sampling",
-    ):
-        if scheduler.get(option):
-            raise CheckpointError(f"model: scheduler option {option} is not supported")
+    _check_scheduler(scheduler)
     transformer, vae = read("transformer/config.json"), read("vae/config.json")
     if transformer.get("_class_name") != "FluxTransformer2DModel":
         raise CheckpointError(f"model: transformer {transformer.get('_class_name')!r} is not supported")
@@ -166,6 +161,17 @@ def read_model_spec(path: Path, load_format: LoadFormat = "safetensors") -> Mode
         raise CheckpointError(f"model: {str(path)!r} has a config without {error}") from None
     except msgspec.ValidationError as error:
         raise CheckpointError(f"model: {str(path)!r}: scheduler_config.json: {error}") from None
+
+
+def _check_scheduler(config: dict[str, Any]) -> None:
+    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+        raise CheckpointError(
+            f"model: scheduler {config.get('_class_name')!r} is not supported"
+            " (supported: FlowMatchEulerDiscreteScheduler)"
+        )
+    for option in UNSUPPORTED_OPTIONS:
+        if config.get(option):
+            raise CheckpointError(f"model: scheduler option {option} is not supported")
 
 
 def _missing_weights(path: Path, hint: bool) -> list[str]:

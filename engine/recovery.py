@@ -94,15 +94,15 @@ class Recovery:
         """A failure of its own ends the request, once nothing is in flight for it; others start again."""
         request = self._table.get(event.request_id)
         assert request is not None
-        if event.kind != "aborted":
-            logger.error("request %s failed on worker %d: %s", event.request_id, event.device_id, event.message)
-            request.attempts = MAX_ATTEMPTS
-        if event.kind != "aborted" and not self._in_flight.of_request(event.request_id):
-            self._books.end(request, GenerationError(event.message))
-        elif event.kind == "aborted":  # because of those that are hit already
+        if event.kind == "aborted":  # because of those that are hit already
             self._hit_request(event.request_id, next(iter(self._hit.values()), event.message))
-        else:
+            return
+        logger.error("request %s failed on worker %d: %s", event.request_id, event.device_id, event.message)
+        request.attempts = MAX_ATTEMPTS
+        if self._in_flight.of_request(event.request_id):
             self._hit_request(event.request_id, event.message)
+        else:
+            self._books.end(request, GenerationError(event.message))
 
     def worker_lost(self, event: WorkerLost) -> None:
         """What ran there is hit, and so is every request whose latents only that worker held. All drain, also if that

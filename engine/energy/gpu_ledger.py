@@ -159,17 +159,17 @@ class GpuLedger:
         """What a request took since the last window closed: an estimate, with the latest window's scale. What ran after
         the last reading is taken to have drawn what the profile says, else the latest power."""
         joules: dict[Share, float] = defaultdict(float)
-        for share, raw_j in self._raw.items():
-            joules[share] += raw_j * self.scale
-        for cell in self._cells:
-            for share, raw_j in self._divide(cell).joules:
+        ours = [quantum for quantum in self._quanta if quantum.share.request_id == request_id]
+        first_s = min((quantum.start_s for quantum in ours), default=math.inf)
+        divided = (self._divide(cell).joules for cell in self._cells if cell.end_s > first_s)
+        for share, raw_j in itertools.chain(self._raw.items(), *divided):
+            if share.request_id == request_id:
                 joules[share] += raw_j * self.scale
-        read_until_s = -math.inf if self._last is None else self._last[0]
-        for quantum in self._quanta:
-            latest_w = (self.power_w() or 0.0) * self.scale
-            watts = latest_w if quantum.model_j is None else quantum.per_second(quantum.model_j)
+        read_until_s, latest_w = -math.inf if self._last is None else self._last[0], self.power_w() or 0.0
+        for quantum in ours:
+            watts = latest_w * self.scale if quantum.model_j is None else quantum.per_second(quantum.model_j)
             joules[quantum.share] += watts * _overlap_s(quantum, read_until_s, math.inf)
-        return {share: value for share, value in joules.items() if share.request_id == request_id}
+        return joules
 
     def power_w(self) -> float | None:
         """The latest known power."""
