@@ -65,7 +65,7 @@ def fuse_norms(decoder: nn.Module) -> None:
 class GemmAttention:
     """The decoder's one attention, whose head is too wide for flash attention: some rows of scores at a time."""
 
-    def __call__(self, attn: Any, x_1CHW: Tensor, temb: None = None) -> Tensor:
+    def __call__(self, attn: Any, x_1CHW: Tensor, encoder_hidden_states: None = None, temb: None = None) -> Tensor:
         _, channels, height, width = x_1CHW.shape
         normed_PC = attn.group_norm(x_1CHW).permute(0, 2, 3, 1).reshape(-1, channels)
         q, k, v = (project(normed_PC) for project in (attn.to_q, attn.to_k, attn.to_v))
