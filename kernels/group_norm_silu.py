@@ -19,11 +19,16 @@ MAX_PROGRAMS = 512
 NUM_WARPS, JOIN_WARPS = 8, 16
 
 
+def can_norm(width: int, num_groups: int) -> bool:
+    """Whether the kernel does `width` channels in `num_groups` groups: powers of two."""
+    return all(n & (n - 1) == 0 for n in (width, num_groups)) and width % num_groups == 0
+
+
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, epsilon: float) -> Tensor:
-    """x: [P, C], contiguous; weight, bias: [C]; C and num_groups are powers of two. A new tensor like x."""
+    """x: [P, C], contiguous; weight, bias: [C]; channels and groups as `can_norm` says. A new tensor like x."""
     num_pixels, width = x.shape
     assert x.is_contiguous() and num_pixels > 0, f"{tuple(x.shape)}, strides {x.stride()}"
-    assert all(n & (n - 1) == 0 for n in (width, num_groups)) and width % num_groups == 0, f"{width} in {num_groups}"
+    assert can_norm(width, num_groups), f"{width} in {num_groups}"
     block = max(1, TILE // width)
     num_tiles = triton.cdiv(num_pixels, block)
     num_programs = min(num_tiles, MAX_PROGRAMS)

@@ -70,8 +70,7 @@ class EnergyAccount:
         cpu = self._cpu_meter.read() if self._cpu_meter is not None else None
         with self._lock:
             for uuid, ledger in self._ledgers.items():
-                if uuid in reading.joules:
-                    ledger.read(reading.time_s, reading.joules[uuid], reading.watts.get(uuid))
+                ledger.read(reading.time_s, reading.joules.get(uuid), reading.watts.get(uuid))
             self._settle(reading.time_s)
             if cpu is not None and cpu.joules:
                 self._cpu_start = self._cpu_start or cpu.joules

@@ -1,12 +1,13 @@
 """The ledger of one GPU: which share of its joules went to whom. Told of readings and quanta; knows no clock.
 
-Readings cut time into cells. A cell's power is the mean of both ends', or what the counter moved by where power is not
-known or the cell is long. It belongs to the quanta that ran, in proportion to what the profile says of them, or if it
-does not, to their times; those that ran at once share by weight. Where none ran for a part of a cell, the GPU is taken
-to have drawn its idle power, which is *idle*: so a burst shorter than a cell, or a reading that lags, is not lost to
-its work. Where none ran in a whole cell, power up to the idle power is idle and what is above it *unattributed*, as is
-all power beside work before idle power was seen. A window of at least `window_s` closes at a reading: then all figures
-are rescaled so that active + idle + unattributed is what the counter moved by. What was before is kept beside.
+Readings cut time into cells; they tell power, now and then the counter too. A cell's power is the mean of both ends',
+or what the counter moved by where it is known at both and power is not or the cell is long. It belongs to the quanta
+that ran, in proportion to what the profile says of them, or if it does not, to their times; those that ran at once
+share by weight. Where none ran for a part of a cell, the GPU is taken to have drawn its idle power, which is *idle*: so
+a burst shorter than a cell, or a reading that lags, is not lost to its work. Where none ran in a whole cell, power up
+to the idle power is idle and what is above it *unattributed*, as is all power beside work before idle power was seen. A
+window of at least `window_s` closes at a counter: then all figures are rescaled so that active + idle + unattributed is
+what the counter moved by. What was before is kept beside.
 
     reading ──── cell ──── reading ──── cell ──── reading           counter: 1000 J ──▶ 4400 J
        |  ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒    ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓    |           ▒ + ▓ + idle + unattributed = 3400 J
@@ -84,7 +85,7 @@ class _Cell(msgspec.Struct, frozen=True, kw_only=True):
     start_s: float
     end_s: float
     watts: float
-    counter_j: float  # at its end
+    counter_j: float | None  # at its end
 
 
 class _Division(NamedTuple):
@@ -98,7 +99,8 @@ class GpuLedger:
         self.windows: deque[Window] = deque(maxlen=WINDOWS_KEPT)
         self._window_s = window_s
         self._cell_s = 0.0
-        self._last: tuple[float, float, float | None] | None = None
+        self._last: tuple[float, float | None, float | None] | None = None
+        self._last_counter_j = -math.inf
         self._cells: deque[_Cell] = deque()
         self._quanta: list[Quantum] = []
         self._start: tuple[float, float] | None = None
@@ -119,21 +121,27 @@ class GpuLedger:
         """The latest window's; 1 before there is one."""
         return self.windows[-1].scale if self.windows else 1.0
 
-    def read(self, time_s: float, counter_j: float, watts: float | None) -> None:
-        """A reading of this GPU. Readings come in order; one without news is passed over."""
+    def read(self, time_s: float, counter_j: float | None, watts: float | None) -> None:
+        """A reading of this GPU. Readings come in order; one without news is passed over, as are all before the first
+        that tells the counter."""
+        if counter_j is None and (watts is None or self._last is None):
+            return
         if self._last is None:
+            assert counter_j is not None
             self._start = (time_s, counter_j)
         else:
             last_s, last_j, last_w = self._last
             if time_s <= last_s:
                 return
-            if counter_j < last_j:
+            known = [w for w in (last_w, watts) if w is not None]
+            if counter_j is not None and last_j is not None and (not known or time_s - last_s >= COUNTED_S):
+                known = [max(0.0, counter_j - last_j) / (time_s - last_s)]
+            if counter_j is not None and counter_j < self._last_counter_j:
                 self._broken.append(time_s)
-            known = [w for w in (last_w, watts) if w is not None and time_s - last_s < COUNTED_S]
-            mean_w = sum(known) / len(known) if known else max(0.0, counter_j - last_j) / (time_s - last_s)
             self._cell_s = time_s - last_s
-            self._cells.append(_Cell(start_s=last_s, end_s=time_s, watts=mean_w, counter_j=counter_j))
+            self._cells.append(_Cell(start_s=last_s, end_s=time_s, watts=sum(known) / len(known), counter_j=counter_j))
         self._last = (time_s, counter_j, watts)
+        self._last_counter_j = self._last_counter_j if counter_j is None else counter_j
 
     def add(self, quantum: Quantum) -> bool:
         """Work that has ended. False if it comes too late: some of its time is settled already."""
@@ -148,11 +156,13 @@ class GpuLedger:
             cell = self._cells.popleft()
             self._apportion(cell)
             assert self._start is not None
+            if cell.counter_j is None:
+                continue
             if self._broken and self._broken[0] == cell.end_s:
                 self._broken.popleft()
-                closed.append(self._abandon(cell))
+                closed.append(self._abandon(cell.end_s, cell.counter_j))
             elif cell.end_s - self._start[0] >= self._window_s:
-                closed.append(self._close(cell))
+                closed.append(self._close(cell.end_s, cell.counter_j))
         return closed
 
     def pending_j(self, request_id: str) -> dict[Share, float]:
@@ -231,9 +241,9 @@ class GpuLedger:
         elif self._model_j is not None:
             self._model_j += quantum.per_second(quantum.model_j) * seconds
 
-    def _close(self, cell: _Cell) -> Settled:
+    def _close(self, end_s: float, end_j: float) -> Settled:
         assert self._start is not None
-        counter_j = cell.counter_j - self._start[1]
+        counter_j = end_j - self._start[1]
         raw_active_j = math.fsum(self._raw.values())
         raw_j = math.fsum((raw_active_j, self._raw_idle_j, self._raw_unattributed_j))
         scale = counter_j / raw_j if raw_j > 0 else 0.0
@@ -241,7 +251,7 @@ class GpuLedger:
         active_j, idle_j = math.fsum(joules.values()), self._raw_idle_j * scale
         window = Window(
             start_s=self._start[0],
-            end_s=cell.end_s,
+            end_s=end_s,
             counter_j=counter_j,
             active_j=active_j,
             idle_j=idle_j,
@@ -254,17 +264,17 @@ class GpuLedger:
             model_j=self._model_j,
         )
         self.windows.append(window)
-        self._begin(cell)
+        self._begin(end_s, end_j)
         return Settled(window=window, joules=joules)
 
-    def _abandon(self, cell: _Cell) -> Settled:
+    def _abandon(self, end_s: float, end_j: float) -> Settled:
         """The counter started again within the window: nobody knows what it would have been."""
         joules = dict(self._raw)
-        self._begin(cell)
+        self._begin(end_s, end_j)
         return Settled(window=None, joules=joules, reason="the GPU's energy counter went backwards")
 
-    def _begin(self, cell: _Cell) -> None:
-        self._start = (cell.end_s, cell.counter_j)
+    def _begin(self, start_s: float, start_j: float) -> None:
+        self._start = (start_s, start_j)
         self._raw.clear()
         self._raw_idle_j = self._raw_unattributed_j = 0.0
         self._model_j = 0.0

@@ -35,8 +35,8 @@ class EnergyMeter(Protocol):
     @property
     def uuids(self) -> tuple[str, ...]: ...
 
-    def read(self) -> Reading:
-        """One reading now. Never raises: what fails is left out."""
+    def read(self, counters: bool = True) -> Reading:
+        """One reading now. Never raises: what fails is left out. Without `counters` what costs much is left out too."""
 
     def close(self) -> None: ...
 
@@ -51,7 +51,7 @@ class ModelMeter:
     def __init__(self, uuids: tuple[str, ...]) -> None:
         self.uuids = uuids
 
-    def read(self) -> Reading:
+    def read(self, counters: bool = True) -> Reading:
         return Reading(time_s=0.0, joules={}, watts={})
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class NoMeter:
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def read(self) -> Reading:
+    def read(self, counters: bool = True) -> Reading:
         return Reading(time_s=0.0, joules={}, watts={})
 
     def close(self) -> None:

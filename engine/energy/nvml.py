@@ -1,6 +1,7 @@
 """The `nvml` meter: every GPU's own energy counter and power, through nvidia-ml-py.
 
 The counter (`nvmlDeviceGetTotalEnergyConsumption`, millijoules since the driver was loaded) moves about every 100 ms.
+To ask it takes 4 ms of a core on an H100, power a hundredth of that (`benchmarks/results/meter-cost-h100-x2.json`).
 `nvmlDeviceGetPowerUsage` is a mean over a second on newer GPUs, so the field of instantaneous power is asked first.
 Nothing is ever set: power limits and clocks stay as they are.
 """
@@ -48,10 +49,11 @@ class NvmlMeter:
     def uuids(self) -> tuple[str, ...]:
         return tuple(self._handles)
 
-    def read(self) -> Reading:
+    def read(self, counters: bool = True) -> Reading:
         joules, watts = {}, {}
         for uuid, handle in self._handles.items():
-            if (counter_mj := self._ask(self._nvml.nvmlDeviceGetTotalEnergyConsumption, handle)) is not None:
+            counter_mj = self._ask(self._nvml.nvmlDeviceGetTotalEnergyConsumption, handle) if counters else None
+            if counter_mj is not None:
                 joules[uuid] = counter_mj / 1e3
             if (power_mw := self._power_mw(handle)) is not None:
                 watts[uuid] = power_mw / 1e3

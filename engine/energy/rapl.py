@@ -33,7 +33,7 @@ class RaplMeter:
     def uuids(self) -> tuple[str, ...]:
         return tuple(self._packages)
 
-    def read(self) -> Reading:
+    def read(self, counters: bool = True) -> Reading:
         joules = {name: value for name, package in self._packages.items() if (value := package.joules()) is not None}
         return Reading(time_s=self._now_s(), joules=joules, watts={})
 

@@ -1,6 +1,9 @@
-"""Reads a meter in a thread of its own: ten times a second, or as seldom as its cost demands."""
+"""Reads a meter in a thread of its own: powers ten times a second and counters with every reading, or as seldom as
+what each costs demands.
+"""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -10,12 +13,14 @@ import msgspec
 from tetrion.engine.energy.meter import EnergyMeter, Reading
 
 logger = logging.getLogger(__name__)
-PERIOD_S, LONGEST_PERIOD_S = 0.1, 0.5
-CORE_SHARE = 0.004
-"""What the thread may take of a core, unless even the longest period takes more."""
+PERIOD_S = 0.1
+CORE_SHARE = 0.002
+"""What readings with counters may take of a core, and likewise those without, unless even the longest period takes
+more."""
+LONGEST_PERIOD_S, LONGEST_COUNTERS_S = 0.5, 10.0
 
 
-class SamplerCost(msgspec.Struct, frozen=True, kw_only=True):
+class SamplerCost(msgspec.Struct, frozen=True):
     """`cpu_s` of the thread, what it did with the readings included, over `wall_s`."""
 
     num_readings: int
@@ -26,20 +31,40 @@ class SamplerCost(msgspec.Struct, frozen=True, kw_only=True):
     def core_share(self) -> float:
         return self.cpu_s / self.wall_s if self.wall_s > 0 else 0.0
 
-    def period_s(self, shortest_s: float) -> float:
-        """Between two readings, so that their cost stays within `CORE_SHARE`."""
-        cheap_s = self.cpu_s / self.num_readings / CORE_SHARE if self.num_readings else shortest_s
-        return min(max(shortest_s, cheap_s), max(shortest_s, LONGEST_PERIOD_S))
+
+class Pace:
+    """When readings are due, from what earlier ones took. Times are CLOCK_MONOTONIC seconds."""
+
+    def __init__(self, shortest_s: float = PERIOD_S) -> None:
+        self.period_s = shortest_s
+        """Until the next reading."""
+        self._shortest_s = shortest_s
+        self._counters_due_s = -math.inf
+        self._num_powers, self._powers_cpu_s = 0, 0.0
+
+    def with_counters(self, now_s: float) -> bool:
+        """Whether the reading at `now_s` should have the counters too."""
+        return now_s >= self._counters_due_s
+
+    def took(self, counters: bool, cpu_s: float, now_s: float) -> None:
+        """A reading took `cpu_s` of a core."""
+        if counters:
+            self._counters_due_s = now_s + min(cpu_s / CORE_SHARE, LONGEST_COUNTERS_S)
+            return
+        self._num_powers += 1
+        self._powers_cpu_s += cpu_s
+        cheap_s = self._powers_cpu_s / self._num_powers / CORE_SHARE
+        self.period_s = max(self._shortest_s, min(cheap_s, LONGEST_PERIOD_S))
 
 
 class Sampler:
     """`receive` is called in the sampler's thread with every reading. Start it, `stop` it; it closes the meter."""
 
     def __init__(self, meter: EnergyMeter, receive: Callable[[Reading], None], period_s: float = PERIOD_S) -> None:
-        self._meter, self._receive, self._period_s = meter, receive, period_s
+        self._meter, self._receive, self._pace = meter, receive, Pace(period_s)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tetrion-energy", daemon=True)
-        self._cost = SamplerCost(num_readings=0, cpu_s=0.0, wall_s=0.0)
+        self._cost = SamplerCost(0, 0.0, 0.0)
         self._told_s: float | None = None
 
     @property
@@ -48,7 +73,7 @@ class Sampler:
 
     @property
     def age_s(self) -> float | None:
-        """Seconds since a reading has last told joules, or since the start; None before that."""
+        """Seconds since a reading has last told anything, or since the start; None before that."""
         return None if self._told_s is None else time.monotonic() - self._told_s
 
     def start(self) -> None:
@@ -64,16 +89,15 @@ class Sampler:
     def _run(self) -> None:
         started_s, started_cpu_s, number = time.monotonic(), time.thread_time(), 0
         try:
-            while not self._stopping.wait(self._cost.period_s(self._period_s)):
-                reading = self._meter.read()
+            while not self._stopping.wait(self._pace.period_s):
+                counters, began_cpu_s = self._pace.with_counters(time.monotonic()), time.thread_time()
+                reading = self._meter.read(counters)
                 self._receive(reading)
                 number += 1
-                if reading.joules:
-                    self._told_s = time.monotonic()
-                self._cost = SamplerCost(
-                    num_readings=number,
-                    cpu_s=time.thread_time() - started_cpu_s,
-                    wall_s=time.monotonic() - started_s,
-                )
+                now_s, cpu_s = time.monotonic(), time.thread_time()
+                self._pace.took(counters, cpu_s - began_cpu_s, now_s)
+                if reading.joules or reading.watts:
+                    self._told_s = now_s
+                self._cost = SamplerCost(number, cpu_s - started_cpu_s, now_s - started_s)
         except Exception:  # metering must not take the engine with it; receipts will lack readings and say so
             logger.exception("the energy sampler ended")

@@ -16,7 +16,7 @@ EXCHANGE_SCRATCH = 3
 """Tensors of q, k, v that a device keeps for itself (device_exchange.py)."""
 STEP_WIDTHS = 14
 """Tensors as wide as the hidden size that are alive at a step's widest point (a block's MLP at degree 1)."""
-DECODE_CHANNELS = 6 * 256
+DECODE_CHANNELS = 5 * 256
 """Channels of full-size feature maps alive at the decoder's widest point."""
 TILED_PIXELS = 1536 * 1024
 """Larger pictures are decoded in overlapping tiles where there is no memory to decode them whole."""

@@ -23,6 +23,7 @@ from tetrion.engine.messages import (
     UnmapPeers,
 )
 from tetrion.engine.models.device_ops import DeviceOps
+from tetrion.engine.models.fused_decoder import fuse
 from tetrion.engine.models.memory_budget import memory_budget
 from tetrion.engine.models.registry import load_device_pipeline, model_components
 from tetrion.engine.parallel.device_exchange import DeviceExchange, raise_for_status
@@ -80,6 +81,8 @@ class DeviceRunner:
             self._model, self._spec.load_format, components, device, dtype, DeviceOps(self._step)
         )
         pipeline.autoencoder.whole_pixels = budget.whole_pixels
+        if device.type == "cuda":
+            fuse(pipeline.autoencoder.decoder)
         self._loaded = DeviceModel(pipeline, self._queue, self._slabs, self._exchange, self._step)
         self._exchange.warm_up(self._model.legal_degrees(self._spec.layout.num_devices))
         return Loaded(command_id=command.command_id, device_id=self.device_id, weights_bytes=pipeline.weights_bytes)

@@ -22,6 +22,7 @@ def build(job: StepJob) -> nn.Module:
     engine_config, _ = xfuser.xFuserArgs(model=job.transformer, ulysses_degree=num_ranks).create_config()
     # Of the pipeline, the runtime state looks at nothing but the transformer.
     distributed.initialize_runtime_state(SimpleNamespace(transformer=transformer), engine_config)
+    distributed.get_runtime_state().max_condition_sequence_length = job.num_text  # which a pipeline would set
     if job.compiled:
         transformer.compile_repeated_blocks(dynamic=False)
     return transformer

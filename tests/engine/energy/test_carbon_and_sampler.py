@@ -12,7 +12,7 @@ import pytest
 
 from tetrion.engine.energy.carbon import HourlyIntensity, HttpIntensity, open_intensity
 from tetrion.engine.energy.meter import NoMeter, Reading
-from tetrion.engine.energy.sampler import Sampler, SamplerCost
+from tetrion.engine.energy.sampler import Pace, Sampler
 
 
 def within(seconds: float, is_so: Callable[[], bool]) -> bool:
@@ -94,8 +94,8 @@ class Ticking(NoMeter):
     def __init__(self) -> None:
         self.is_closed = False
 
-    def read(self) -> Reading:
-        return Reading(time_s=time.monotonic(), joules={}, watts={})
+    def read(self, counters: bool = True) -> Reading:
+        return Reading(time_s=time.monotonic(), joules={"GPU-0": 0.0} if counters else {}, watts={})
 
     def close(self) -> None:
         self.is_closed = True
@@ -111,14 +111,27 @@ def test_the_sampler_reads_until_it_is_stopped_and_knows_its_cost() -> None:
     num = len(readings)
     time.sleep(0.06)
     assert len(readings) == num == sampler.cost.num_readings
+    assert readings[0].joules
     assert 0 < sampler.cost.cpu_s < sampler.cost.wall_s
     assert meter.is_closed
 
 
-@pytest.mark.parametrize(("cpu_ms", "period_s"), [(0.1, 0.1), (1.2, 0.3), (8.2, 0.5)])
-def test_dear_readings_are_taken_less_often(cpu_ms: float, period_s: float) -> None:
-    cost = SamplerCost(num_readings=7, cpu_s=7 * cpu_ms / 1e3, wall_s=1.0)
-    assert cost.period_s(0.1) == pytest.approx(period_s)
+@pytest.mark.parametrize(("cpu_ms", "period_s"), [(0.1, 0.1), (0.6, 0.3), (8.2, 0.5)])
+def test_powers_are_read_as_seldom_as_their_cost_demands(cpu_ms: float, period_s: float) -> None:
+    pace = Pace(0.1)
+    assert pace.period_s == 0.1
+    for number in range(7):
+        pace.took(counters=False, cpu_s=cpu_ms / 1e3, now_s=float(number))
+    assert pace.period_s == pytest.approx(period_s)
+
+
+@pytest.mark.parametrize(("cpu_ms", "distance_s"), [(0.1, 0.05), (8.4, 4.2), (34.0, 10.0)])
+def test_counters_are_read_at_once_and_then_as_seldom_as_their_cost_demands(cpu_ms: float, distance_s: float) -> None:
+    pace = Pace(0.1)
+    assert pace.with_counters(7.0)
+    pace.took(counters=True, cpu_s=cpu_ms / 1e3, now_s=7.0)
+    assert not pace.with_counters(7.0 + 0.99 * distance_s) and pace.with_counters(7.0 + 1.01 * distance_s)
+    assert pace.period_s == 0.1
 
 
 def test_a_sampler_whose_receiver_fails_ends_alone() -> None:

@@ -45,14 +45,21 @@ def quanta(draw: st.DrawFn) -> list[Quantum]:
     return found
 
 
-@given(quanta(), st.lists(st.tuples(WATTS, st.floats(0, 200)), min_size=52, max_size=70), st.booleans())
+@given(
+    quanta(),
+    st.lists(st.tuples(WATTS, st.floats(0, 200), st.booleans()), min_size=52, max_size=70),
+    st.booleans(),
+    st.booleans(),
+)
 def test_active_idle_and_unattributed_are_what_the_counter_moved_by(
-    work: list[Quantum], readings: list[tuple[float, float]], knows_power: bool
+    work: list[Quantum], readings: list[tuple[float, float, bool]], knows_power: bool, always_knows_counter: bool
 ) -> None:
+    """The counter is known in the last reading and in some or all of those before."""
     ledger, counter_j, settled = GpuLedger(5.0), 0.0, []
-    for i, (watts, moved_j) in enumerate(readings):
+    for i, (watts, moved_j, knows_counter) in enumerate(readings):
         counter_j += moved_j if i else 0.0
-        ledger.read(i * PERIOD_S, counter_j, watts if knows_power else None)
+        known = always_knows_counter or knows_counter or i in (0, len(readings) - 1)
+        ledger.read(i * PERIOD_S, counter_j if known else None, watts if knows_power else None)
     for item in work:
         ledger.add(item)
     settled = ledger.settle(math.inf)

@@ -61,6 +61,7 @@ class FakeNvml:
 def test_nvml_reads_by_uuid_in_joules_and_watts() -> None:
     meter = NvmlMeter(["GPU-1"], nvml=FakeNvml(), now_s=lambda: 7.0)
     assert meter.read() == Reading(time_s=7.0, joules={"GPU-1": 2.0}, watts={"GPU-1": 350.0})
+    assert meter.read(counters=False) == Reading(time_s=7.0, joules={}, watts={"GPU-1": 350.0})
 
 
 def test_nvml_takes_a_uuid_as_cuda_writes_it() -> None:

@@ -53,7 +53,7 @@ class ConstantPower(NoMeter):
     def __init__(self) -> None:
         pass
 
-    def read(self) -> Reading:
+    def read(self, counters: bool = True) -> Reading:
         now_s = time.monotonic()
         return Reading(time_s=now_s, joules={"GPU-a": 100 * now_s, "GPU-b": 200 * now_s}, watts={})
 
