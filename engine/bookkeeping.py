@@ -5,6 +5,7 @@ energy account, and tells callers through `outputs`. Knows neither planner nor r
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from tetrion.engine.commands import predict_j, predict_s
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
@@ -14,7 +15,7 @@ from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics
 from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, GroupCommand
 from tetrion.engine.planning.correction import CostModel
-from tetrion.engine.request import Failure, Output, RequestCancelled
+from tetrion.engine.request import Failure, GenerationError, Output, RequestCancelled
 from tetrion.engine.request_table import Request, RequestState, RequestTable
 
 Answer = Encoded | Denoised | Decoded
@@ -113,14 +114,21 @@ class Bookkeeper:
     def _decoded(self, request: Request, event: Decoded) -> None:
         request.decode_s = event.ended_s - event.started_s
         self._cost_model.observe_decode(*request.size, request.decode_s)
-        request.image = self._executor.read_image(event.image_slot, *request.size)
-        self._executor.release_image_slot(event.image_slot)
         if request.cancelled:
+            self._executor.release_image_slot(event.image_slot)
             return
         self._table.move(request, RequestState.FINISHED)
         self._statistics.ended(event.ended_s)
         self._outputs(request.progress())
-        self._outputs(request.result(self._executor.now_s(), self._receipt(request)))
+        receipt = self._receipt(request)
+        self._executor.take_image(event.image_slot, *request.size, lambda image: self._taken(request, receipt, image))
+
+    def _taken(self, request: Request, receipt: Receipt, image: Any) -> None:
+        if isinstance(image, Exception):
+            error = GenerationError(f"the picture could not be copied: {image!r}")
+            self._outputs(Failure(request_id=request.request_id, error=error))
+        else:
+            self._outputs(request.result(image, self._executor.now_s(), receipt))
 
     def _move(self, request: Request, state: RequestState) -> None:
         self._table.move(request, state)

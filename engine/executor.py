@@ -1,6 +1,6 @@
 """Where commands go and events come from, as the loop sees it: the `Executor` protocol."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import msgspec
@@ -63,5 +63,6 @@ class Executor(Protocol):
     def release_image_slot(self, image_slot: int) -> None:
         """Give a slot back."""
 
-    def read_image(self, image_slot: int, width: int, height: int) -> Any:
-        """A copy of a decoded picture: uint8 [height, width, 3]."""
+    def take_image(self, image_slot: int, width: int, height: int, receive: Callable[[Any], None]) -> None:
+        """Give the slot back and `receive` a copy of its picture, uint8 [height, width, 3], or the exception that kept
+        it from being copied: now or soon, between ticks."""

@@ -19,7 +19,8 @@ SETTLE_AT = 256
 
 class LoopFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Sums since the loop began. `device_s`: usable devices × time; `lost_s` and `held_s`: see above, `held_s` being
-    part of `lost_s`; `cpu_s`: CPU time of the loop's ticks; `num_commands` answered by all of their members."""
+    part of `lost_s`; `cpu_s`: CPU time of the loop's ticks, outside of which answers are read from rings and pictures
+    are copied; `num_commands` answered by all of their members."""
 
     num_ticks: int
     num_commands: int

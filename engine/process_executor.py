@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class ProcessExecutor:
         self._wake = asyncio.Event()
         self._segments: Segments | None = None
         self._pool: WorkerPool | None = None
+        self._copies: set[asyncio.Task[None]] = set()
 
     # Life --------------------------------------------------------------------------------------------------------
 
@@ -74,6 +75,8 @@ class ProcessExecutor:
         """Shut the workers down (terminate, then kill, those that do not go) and give back all shared memory."""
         if self._pool is not None:
             await self._pool.close()
+        if self._copies:
+            await asyncio.wait(self._copies)
         if self._segments is not None:
             self._segments.close()
         self._segments = None
@@ -125,8 +128,20 @@ class ProcessExecutor:
     def release_image_slot(self, image_slot: int) -> None:
         self._mapped.images.release(image_slot)
 
-    def read_image(self, image_slot: int, width: int, height: int) -> Any:
-        return self._mapped.images.read(image_slot, (height, width, 3))
+    def take_image(self, image_slot: int, width: int, height: int, receive: Callable[[Any], None]) -> None:
+        """In another thread: copying a large picture takes milliseconds, in which a device would wait for the loop."""
+        copy = asyncio.create_task(self._take_image(image_slot, (height, width, 3), receive))
+        self._copies.add(copy)
+        copy.add_done_callback(self._copies.discard)
+
+    async def _take_image(self, image_slot: int, shape: tuple[int, ...], receive: Callable[[Any], None]) -> None:
+        image: Any
+        try:
+            image = await asyncio.to_thread(self._mapped.images.read, image_slot, shape)
+        except Exception as error:
+            image = error
+        self.release_image_slot(image_slot)
+        receive(image)
 
     def read_latents(self, image_slot: int, num_tokens: int, num_channels: int) -> npt.NDArray[np.float32]:
         """A copy of what `CopyLatents` left: fp32 [num_tokens, num_channels]."""

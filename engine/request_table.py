@@ -86,7 +86,6 @@ class Request:
         self.state_id = 0
         self.attempts = 0
         self.cancelled = False
-        self.image: Any = None
         self.started_s: float | None = None
         self.spent_j = 0.0
         self.reset_progress()
@@ -123,12 +122,12 @@ class Request:
             degree=self.degrees[-1] if self.degrees else 0,
         )
 
-    def result(self, finished_s: float, energy: Receipt) -> ImageResult:
+    def result(self, image: Any, finished_s: float, energy: Receipt) -> ImageResult:
         width, height = self.size
         assert self.params.seed is not None and self.started_s is not None
         return ImageResult(
             request_id=self.request_id,
-            image=self.image,
+            image=image,
             prompt=self.params.prompt,
             width=width,
             height=height,

@@ -69,6 +69,7 @@ def draw(configurations: Sequence[Configuration], advice: Recommendation, path: 
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_xlabel("latency (s)" if advice.percentile is None else f"p{advice.percentile:g} latency (s)")
     axes.set_ylabel("joules a picture")
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     axes.set_title(f"{choice.model}, {choice.width}x{choice.height}, {choice.num_steps} steps, {choice.gpu}")
     axes.grid(color="#e8e8e8", linewidth=0.7)

@@ -30,7 +30,8 @@ class WorkerLink:
         self.has_ended = False
         self.fault = ""
         """Why the worker is not listened to any more."""
-        self._on_end = on_end
+        self._on_events, self._on_end = on_events, on_end
+        self._received: list[Event] = []
         self._loop = asyncio.get_running_loop()
         self._ending: asyncio.Task[str] | None = None
         with contextlib.ExitStack() as undo:
@@ -47,8 +48,9 @@ class WorkerLink:
             self._events = channel.events
             self._loop.add_reader(self._life_fd, self._on_life_pipe)
             undo.callback(self._loop.remove_reader, self._life_fd)
-            self._loop.add_reader(self._events.fileno(), on_events)
+            self._loop.add_reader(self._events.fileno(), self._on_bell)
             undo.callback(self._loop.remove_reader, self._events.fileno())
+            self._drain()  # from now on the worker rings
             self._resources = undo.pop_all()
 
     @property
@@ -57,13 +59,10 @@ class WorkerLink:
 
     def events(self) -> list[Event]:
         """What has arrived; never blocks. Nothing more once the worker has sent what is no event: see `fault`."""
-        if self.fault:
-            return []
-        try:
-            return self._events.drain()
-        except (MalformedMessage, RingCorrupt) as error:
-            self.fault = f"what it sends is no event: {error}"
-            return []
+        if self.has_ended:
+            self._drain()
+        received, self._received = self._received, []
+        return received
 
     def kill(self) -> None:
         self._process.kill()
@@ -77,6 +76,19 @@ class WorkerLink:
     def close(self) -> None:
         """Give the channel back. Only when the process is gone and its last events are read."""
         self._resources.close()
+
+    def _on_bell(self) -> None:
+        """Read at once, not when somebody asks: this is called again and again until the doorbell is cleared."""
+        self._drain()
+        self._on_events()
+
+    def _drain(self) -> None:
+        if self.fault:
+            return
+        try:
+            self._received += self._events.drain()
+        except (MalformedMessage, RingCorrupt) as error:
+            self.fault = f"what it sends is no event: {error}"
 
     def _on_life_pipe(self) -> None:
         self._loop.remove_reader(self._life_fd)

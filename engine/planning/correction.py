@@ -33,14 +33,17 @@ class CostModel:
         self._smoothing = smoothing
         self._means: dict[tuple[int, int], dict[int | str, tuple[float, int]]] = {}
         self._profile = profile
-        self._drift = 0.0
+        self._shown: dict[tuple[int, int], dict[int | str, float]] = {}
+        self._is_stale = False
 
     @property
     def profile(self) -> Profile:
-        """The corrected profile; a new value only once some cost has moved by more than half a percent."""
-        if self._drift > TOLERANCE:
+        """The corrected profile; a new value only once some cost is more than half a percent from what this one says:
+        all that is worked out from a profile lives as long as it."""
+        if self._is_stale:
             self._profile = self._corrected()
-            self._drift = 0.0
+            self._shown = {size: {what: mean for what, (mean, _) in m.items()} for size, m in self._means.items()}
+            self._is_stale = False
         return self._profile
 
     def observe_step(self, width: int, height: int, degree: int, step_s: float) -> None:
@@ -71,7 +74,8 @@ class CostModel:
         moved = mean + max(self._smoothing, 1 / (count + 1)) * (ratio - mean)
         moved = min(max(moved, 1 / MAX_RATIO), MAX_RATIO)
         means[what] = (moved, count + 1)
-        self._drift += abs(moved / mean - 1)
+        shown = self._shown.get((width, height), {}).get(what, 1.0)
+        self._is_stale = self._is_stale or abs(moved / shown - 1) > TOLERANCE
 
     def _corrected(self) -> Profile:
         classes = dict(self._base.classes)

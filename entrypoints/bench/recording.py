@@ -245,7 +245,7 @@ class _RecordedExecutor:
         self.revive = executor.revive
         self.acquire_image_slot = executor.acquire_image_slot
         self.release_image_slot = executor.release_image_slot
-        self.read_image = executor.read_image
+        self.take_image = executor.take_image
 
     @property
     def alive(self) -> frozenset[int]:

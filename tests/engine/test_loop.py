@@ -118,6 +118,24 @@ def test_a_request_passes_through_all_its_stages(policy: str) -> None:
     assert result.latency_s >= result.encode_s + result.denoise_s + result.decode_s - 1e-9
 
 
+def test_a_picture_that_cannot_be_copied_fails_its_request_alone() -> None:
+    class OutOfMemory(SimulatedExecutor):
+        def take_image(self, image_slot: int, width: int, height: int, receive: Callable[[object], None]) -> None:
+            if width == 512:
+                self.release_image_slot(image_slot)
+                receive(MemoryError("no room"))
+            else:
+                super().take_image(image_slot, width, height, receive)
+
+    simulation = Simulation(executor=OutOfMemory(PROFILE, 2))
+    simulation.request("large", width=512, height=512)
+    simulation.request("small", width=128, height=128)
+    simulation.run()
+    assert set(simulation.results) == {"small"}
+    assert isinstance(simulation.failures["large"], GenerationError)
+    assert "could not be copied" in str(simulation.failures["large"])
+
+
 def test_alone_it_is_wide_and_in_company_narrow() -> None:
     simulation = Simulation()
     simulation.request("first", width=512, height=512, num_steps=40)
