@@ -1,12 +1,14 @@
 """The step's GEMMs and attention one by one: do rows depend on the degree, and which way of calling is faster.
 
     python -m benchmarks.gemms OUTPUT.json                      on a GPU, about a minute
+    python -m benchmarks.gemms OUTPUT.json --no-split-k         likewise, with sums that cuBLAS may not split
     TRITON_INTERPRET=1 python -m benchmarks.gemms OUTPUT.json   a rehearsal on the CPU with tiny shapes
 
 Rows with `identical`: an operator's results for one member's rows (or heads) of every degree, against those for all
 rows at once; where it is false, that operator breaks the promise that the degree does not show in a picture. Rows with
 `ms`: ways of computing the same, interleaved: a single block's q, k, v and MLP as two GEMMs or one, its output as two
-GEMMs or as one whose input must be put together first. The file is written after every size.
+GEMMs or as one whose input must be put together first. The file is written after every size. With `--no-split-k` rows
+are not padded to `JOINED_MIN_ROWS` (`device_ops.py`): to save that is what it would be for.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernels import FLUX, TINY, Calls, Row, Shapes, median_ms
+from tetrion.engine.models import device_ops
 from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.ops import Linear
 from tetrion.engine.parallel.group import plan_group, split
@@ -31,6 +34,8 @@ from tetrion.kernels.attention_backend import attend
 from tetrion.kernels.gelu import gelu
 
 NARROW = 64
+MORE_DEGREES = (6, 8)
+"""Of groups that one GPU stands in for, where only bits are compared."""
 NUM_WEIGHTS = 4
 """Layers that take turns where ways are timed, so that weights do not stay in a cache."""
 
@@ -77,7 +82,7 @@ def row_exactness(shapes: Shapes, num_image: int, weights: Layers, dtype: torch.
         for stream in of_block.get(name, tuple(streams)):
             all_rows = torch.arange(len(x))[streams[stream]]
             whole = operator(all_rows)
-            for degree in shapes.degrees:
+            for degree in exact_degrees(shapes):
                 plan = plan_group(tuple(range(degree)), shapes.num_text, num_image, shapes.num_heads)
                 held = [_held(plan.canonical_rows(shard), stream) for shard in plan.shards]
                 first = int(all_rows[0])
@@ -97,12 +102,23 @@ def head_exactness(shapes: Shapes, num_image: int, dtype: torch.dtype) -> Iterat
     shape = shapes.num_text + num_image, shapes.num_heads, shapes.head_dim
     q, k, v = (torch.randn(shape, dtype=dtype) for _ in range(3))
     whole = attend(q, k, v)
-    for degree in shapes.degrees:
+    for degree in exact_degrees(shapes):
         parts = [slice(heads.start, heads.stop) for heads in split(shapes.num_heads, degree)]
         identical = all(
             torch.equal(attend(*(x[:, part].contiguous() for x in (q, k, v))), whole[:, part]) for part in parts
         )
         yield {"operator": "attention", "rows_of": "heads", "degree": degree, "identical": identical}
+
+
+def exact_degrees(shapes: Shapes) -> list[int]:
+    return [degree for degree in (*shapes.degrees, *MORE_DEGREES) if degree <= shapes.num_heads]
+
+
+def forbid_split_k() -> None:
+    if torch.cuda.is_available():
+        torch.backends.cuda.preferred_blas_library("cublaslt")  # only it can be told
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    device_ops.JOINED_MIN_ROWS = device_ops.MIN_ROWS
 
 
 def ways(shapes: Shapes, num_image: int, turns: list[Layers], dtype: torch.dtype) -> Iterator[Row]:
@@ -146,10 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--budget-s", type=float, default=180.0, help="no new size is begun after this")
+    parser.add_argument("--no-split-k", action="store_true")
     arguments = parser.parse_args()
     on_gpu = not triton.knobs.runtime.interpret
     shapes, until_s = (FLUX if on_gpu else TINY), time.monotonic() + arguments.budget_s
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
+    if arguments.no_split_k:
+        forbid_split_k()
     record = make_record(f"python -m benchmarks.gemms {shlex.join(sys.argv[1:])}", [])
     with torch.device(device), torch.inference_mode():
         turns = [layers(shapes.num_heads * shapes.head_dim, dtype) for _ in range(NUM_WEIGHTS)]
