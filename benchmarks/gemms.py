@@ -34,6 +34,7 @@ from tetrion.kernels.attention_backend import attend
 from tetrion.kernels.gelu import gelu
 
 NARROW = 64
+LONG_FIRST = "joined, long one first"
 MORE_DEGREES = (6, 8)
 """Of groups that one GPU stands in for, where only bits are compared."""
 NUM_WEIGHTS = 4
@@ -74,10 +75,17 @@ def row_exactness(shapes: Shapes, num_image: int, weights: Layers, dtype: torch.
         "mlp_in": lambda rows: ops.gelu_linear(x[rows], weights.mlp_in),
         "mlp_out": lambda rows: ops.linear(hidden[rows], weights.mlp_out),
         "joined": lambda rows: ops.joined_linear(x[rows], hidden[rows], weights.joined),
+        LONG_FIRST: lambda rows: long_first(x[rows], hidden[rows], weights.joined),
         "final": lambda rows: ops.narrow_linear(x[rows], weights.final),
     }
     streams = {"text": text, "image": image, "both": slice(0, len(x))}
-    of_block = {"joined": ("both",), "final": ("image",), "out": ("text", "image"), "mlp_out": ("text", "image")}
+    of_block = {
+        "joined": ("both",),
+        LONG_FIRST: ("both",),
+        "final": ("image",),
+        "out": ("text", "image"),
+        "mlp_out": ("text", "image"),
+    }
     for name, operator in operators.items():
         for stream in of_block.get(name, tuple(streams)):
             all_rows = torch.arange(len(x))[streams[stream]]
@@ -95,6 +103,13 @@ def _held(rows: tuple[range, range], stream: str) -> Tensor:
     """Of a member's text and image rows those of a stream, in canonical numbers."""
     text, image = (torch.arange(part.start, part.stop) for part in rows)
     return {"text": text, "image": image, "both": torch.cat([text, image])}[stream]
+
+
+def long_first(left: Tensor, right: Tensor, layer: Linear) -> Tensor:
+    """`joined_linear` in the other order and without padding: cuBLASLt, which takes a bias, has the long sums."""
+    width = left.shape[1]
+    result = F.linear(right, layer.weight[:, width:], layer.bias)
+    return result.addmm_(left, layer.weight[:, :width].t())
 
 
 def head_exactness(shapes: Shapes, num_image: int, dtype: torch.dtype) -> Iterator[Row]:
@@ -143,6 +158,10 @@ def ways(shapes: Shapes, num_image: int, turns: list[Layers], dtype: torch.dtype
             for w in turns:
                 ops.joined_linear(x, hidden, w.joined)
 
+        def out_of_long_first(x: Tensor = x, hidden: Tensor = hidden) -> None:
+            for w in turns:
+                long_first(x, hidden, w.joined)
+
         def out_of_copied(x: Tensor = x, hidden: Tensor = hidden) -> None:
             for w in turns:
                 F.linear(torch.cat([x, hidden], dim=1), w.joined.weight, w.joined.bias)
@@ -152,7 +171,12 @@ def ways(shapes: Shapes, num_image: int, turns: list[Layers], dtype: torch.dtype
                 F.linear(joined, w.joined.weight, w.joined.bias)
 
         projections: Calls = {"qkv and mlp_in": two_gemms, "one GEMM and gelu": one_gemm}
-        outputs: Calls = {"two GEMMs": out_of_two, "copy, one GEMM": out_of_copied, "one GEMM": out_of_one}
+        outputs: Calls = {
+            "two GEMMs": out_of_two,
+            f"two GEMMs, {LONG_FIRST}": out_of_long_first,
+            "copy, one GEMM": out_of_copied,
+            "one GEMM": out_of_one,
+        }
         for what, calls in (("single block in", projections), ("single block out", outputs)):
             for way, ms in median_ms(calls, device).items():
                 yield {"what": what, "way": way, "rows": num_rows, "degree": degree, "ms": ms / len(turns)}
