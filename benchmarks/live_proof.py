@@ -114,7 +114,8 @@ def run_what_is_left(
             _to_stderr(what)
             results = Results(rows=[], diagnostics=[], recordings=[])
             run_points(SloOptions(grid=workload, policies=(policy,), keep_chunks=True), [point], system, results)
-            made = [msgspec.structs.replace(one, facts=one.facts | {"call": call}) for one in results.recordings]
+            facts = {"call": call, "ledger": system.ledger}
+            made = [msgspec.structs.replace(one, facts=one.facts | facts) for one in results.recordings]
             folder.add(point.mix, made)
 
 

@@ -28,7 +28,8 @@ def write_results(folder: ProofFolder, workload: Grid, mix: str, command_line: s
     calls = [recording.facts["call"] for recording in recordings]
     made = make_record(command_line, results.rows) | beside_rows(options, system, results)
     made |= {"host": setup.host, "commit": setup.machine["commit"], "system": setup.machine}
-    made["calls"] = [{"begun": call, "runs": calls.count(call)} for call in dict.fromkeys(calls)]
+    ledgers = {recording.facts["call"]: recording.facts.get("ledger") for recording in recordings}  # a call's latest
+    made["calls"] = [{"begun": call, "runs": calls.count(call), "ledger": ledgers[call]} for call in ledgers]
     print(table(results.rows, results.diagnostics))
     made["agreement"] = replay(recordings=folder.file(mix, ".jsonl"))["rows"]
     write_record(made, folder.file(mix, ".json"))

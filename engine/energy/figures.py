@@ -15,10 +15,9 @@ TotalKey = tuple[tuple[int, int], Phase]
 class EnergyFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Sums over all closed windows since the start; joules are None where there is no meter (`reason`).
 
-    `active_j` by (size, phase). `unreconciled_s`: how far the oldest GPU's ledger is behind. `worst_identity_error`: of
-    any window, as a share of its counter; `unattributed_share`: of active joules, before rescaling; `raw_error` and
-    `model_error`: the latest windows' power samples, and the profile's joules, against the counter. `cpu_j`: of CPU
-    packages, where they may be read.
+    `active_j` by (size, phase). `worst_identity_error`: of any window, as a share of its counter; `unattributed_share`:
+    of active joules, before rescaling, `raw_error` and `model_error`: power samples, and the profile's joules, against
+    the counter, all three of the latest windows. `cpu_j`: of CPU packages, where they may be read.
     """
 
     source: str

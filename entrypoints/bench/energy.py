@@ -26,6 +26,7 @@ from tetrion.entrypoints.bench.energy_points import (
 )
 from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, PointResult, SteadyState, joules
+from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.errors import InputError
@@ -86,11 +87,12 @@ async def _measure(
             ]
             if export_folder is not None:
                 _export(engine, results, export_folder)
-        sampling = engine.stats().metering_cost
+        ledger = ledger_facts(engine.stats())
     record = make_record(command_line, rows)
     record["details"] = details
     record["meter"] = {"source": engine.meter.source, "reason": engine.meter.reason, "windows": windows}
-    record["sampler_core_share"] = sampling.core_share if sampling.num_readings else None
+    record["ledger"] = ledger
+    record["receipt"] = None if bench.latest_receipt is None else msgspec.to_builtins(bench.latest_receipt)
     text = write_record(record, output)
     print(text if as_json else table(rows, details))
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.api import AsyncEngine
+from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.windows import EnergyWindows, WindowEnergy
 from tetrion.engine.gpu_facts import gpu_facts
 from tetrion.engine.request import EngineOverloaded, GenerationError, ImageRequest, ImageResult
@@ -76,6 +77,7 @@ class SteadyState(msgspec.Struct, frozen=True, kw_only=True):
 class EnergyBench:
     def __init__(self, engine: AsyncEngine, windows: EnergyWindows, report: Report = lambda _: None) -> None:
         self._engine, self._windows, self._report = engine, windows, report
+        self.latest_receipt: Receipt | None = None
         self._number = 0
         self._drawn: dict[int, ImageResult] = {}
 
@@ -157,6 +159,7 @@ class EnergyBench:
                     force_degrees=(point.degree,),
                 )
             )
+            self.latest_receipt = result.energy
             latencies_s.append(result.latency_s)
         return latencies_s
 
@@ -165,6 +168,7 @@ class EnergyBench:
             result = await self._engine.generate(as_image_request(request, number))
         except (EngineOverloaded, GenerationError):
             return None
+        self.latest_receipt = result.energy
         self._drawn[number] = msgspec.structs.replace(result, image=None)
         return result.degrees
 

@@ -24,6 +24,7 @@ from tetrion.engine.request import (
     RequestError,
     resolve_request,
 )
+from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
 from tetrion.entrypoints.bench.recording import Recorder
 from tetrion.entrypoints.bench.simulation import as_image_request, prompt_of
@@ -88,6 +89,11 @@ class EmbeddedSystem:
             "devices": [device.name for device in self._engine.devices],
             "max_inflight": config.max_inflight,
         }
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What the energy account adds up to so far."""
+        return ledger_facts(self._engine.stats())
 
     def check(self, trace: Trace) -> None:
         """Raises InputError for a request that the model does not draw."""

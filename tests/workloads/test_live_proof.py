@@ -52,7 +52,9 @@ def do(folder: ProofFolder, point: Point, policy: str, call: str = "first") -> N
     """As a live run, in virtual time."""
     results, options = Results(recordings=[]), SloOptions(grid=GRID, policies=(policy,), keep_chunks=True)
     run_points(options, [point], SimulatedSystem(profile=PROFILE, num_devices=2), results)
-    folder.add(point.mix, [msgspec.structs.replace(r, facts={"call": call}) for r in results.recordings])
+    ledger = {"num_windows": len(folder.recordings(point.mix)) + 1}
+    facts = {"call": call, "ledger": ledger}
+    folder.add(point.mix, [msgspec.structs.replace(r, facts=facts) for r in results.recordings])
 
 
 def test_a_later_call_finds_setup_and_does_what_is_left(folder: ProofFolder) -> None:
@@ -124,7 +126,10 @@ def test_results_are_made_of_what_is_there(folder: ProofFolder) -> None:
     )
     assert [beside["difference"] is None for beside in made["diagnostics"]] == [True, False, True]
     assert made["diagnostics"][1]["difference"]["to"] == "horizon" and len(made["agreement"]) == 3
-    assert made["calls"] == [{"begun": "first", "runs": 2}, {"begun": "second", "runs": 1}]
+    assert made["calls"] == [
+        {"begun": "first", "runs": 2, "ledger": {"num_windows": 2}},
+        {"begun": "second", "runs": 1, "ledger": {"num_windows": 3}},
+    ]
     assert made["commit"] == "abc" and made["system"] == MACHINE and made["host"]["cpu"] == "that of the first call"
     assert made["workload"]["base_slo_s"] == {"256x256": 2.0, "512x512": 3.0}
     assert (folder.path / "slo-live-2-uniform.png").stat().st_size > 0

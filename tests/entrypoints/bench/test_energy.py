@@ -35,6 +35,7 @@ from tetrion.entrypoints.bench.energy_points import (
 )
 from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, PointResult, classes_of, joules
+from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.recommend_sources import read_source
 
@@ -104,6 +105,9 @@ async def test_windows_of_a_real_engine_count_all_devices_and_every_picture() ->
             TraceRequest(arrival_s=0.1 * i, width=128, height=128, num_steps=1, slo_s=60.0) for i in range(40)
         )
         steady = await bench.arrivals(trace)
+        ledger = ledger_facts(engine.stats())
+    assert bench.latest_receipt is not None and "CPU workers" in bench.latest_receipt.reasons["active_j"]
+    assert ledger["counter_j"] is None and ledger["unattributed_share"] is None
     assert idle.total_j is not None and idle.total_j / idle.seconds == pytest.approx(300)
     for result in results:
         assert len(result.windows) >= MIN_WINDOWS
