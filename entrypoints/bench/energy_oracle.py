@@ -10,6 +10,7 @@ Joules are those of the profile: steps, and encode and decode where it knows the
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -21,39 +22,45 @@ from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
 
 
 class Spent(msgspec.Struct, frozen=True, kw_only=True):
-    """One drawn request: joules, GPU-seconds, whether in time (None: no SLO), seconds from arrival to end."""
+    """One drawn request: joules, GPU-seconds, whether in time (None: no SLO), seconds from arrival to end, and what its
+    receipt says of a live run (None: nothing)."""
 
     size: Size
     joules: float
     gpu_s: float
     is_met: bool | None
     latency_s: float
+    metered_j: float | None = None
 
 
 class ClassFigures(msgspec.Struct, frozen=True, kw_only=True):
     """One size, or all. `with_idle_j`: joules a picture with an equal share of what idle GPUs draw; None: their power
-    was not given."""
+    was not given. `metered_j_per_image`: active joules by receipts; None unless all of them know."""
 
     requests: int
     attainment: float | None
     joules_per_image: float
     with_idle_j: float | None
     mean_s: float
+    metered_j_per_image: float | None
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """All requests of all traces of a point. `with_idle_j` counts idle GPUs until the last end of any system."""
+    """All requests of all traces of a point. `with_idle_j` counts idle GPUs until the last end of any system.
+    `metered_j`: by receipts."""
 
     joules: float
     with_idle_j: float | None
     attainment: float | None
+    metered_j: float | None
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
     """One mode between the two ends. `realised`: by oracle, the share of its saving (None where it has none).
-    `lower_by_points`: attainment lost against `fastest`, in points."""
+    `lower_by_points`: attainment lost against `fastest`, in points. `metered_saved_j`: by receipts."""
 
     saved_j: float
+    metered_saved_j: float | None
     possible_j: dict[str, float]
     realised: dict[str, float | None]
     lower_by_points: float | None
@@ -78,8 +85,11 @@ def oracle(name: str, trace: Trace, tables: DegreeTables, step_overhead_s: float
     return [_alone(name, request, tables[request.width, request.height], step_overhead_s) for request in trace]
 
 
-def spent(outcomes: Sequence[Outcome], tables: DegreeTables) -> list[Spent]:
-    """What a run took, by the degrees that it used. Requests that failed are not in it."""
+def spent(
+    outcomes: Sequence[Outcome], tables: DegreeTables, metered_j: Mapping[int, float | None] = MappingProxyType({})
+) -> list[Spent]:
+    """What a run took, by the degrees that it used. Requests that failed are not in it. `metered_j`: by place in the
+    trace."""
     return [
         Spent(
             size=(outcome.request.width, outcome.request.height),
@@ -87,8 +97,9 @@ def spent(outcomes: Sequence[Outcome], tables: DegreeTables) -> list[Spent]:
             gpu_s=outcome.gpu_s or 0.0,
             is_met=outcome.is_met,
             latency_s=outcome.latency_s,
+            metered_j=metered_j.get(number),
         )
-        for outcome in outcomes
+        for number, outcome in enumerate(outcomes)
         if outcome.latency_s is not None
     ]
 
@@ -110,7 +121,12 @@ def by_class(drawn: Sequence[Spent], idle: float | None) -> dict[str, ClassFigur
 
 def totals(drawn: Sequence[Spent], idle: float | None) -> Totals:
     joules = sum(one.joules for one in drawn)
-    return Totals(joules=joules, with_idle_j=None if idle is None else joules + idle, attainment=_attainment(drawn))
+    return Totals(
+        joules=joules,
+        with_idle_j=None if idle is None else joules + idle,
+        attainment=_attainment(drawn),
+        metered_j=_metered_j(drawn),
+    )
 
 
 def saving(mode: Totals, fastest: Totals, best: Mapping[str, Totals]) -> Saving:
@@ -118,8 +134,10 @@ def saving(mode: Totals, fastest: Totals, best: Mapping[str, Totals]) -> Saving:
     saved_j = fastest.joules - mode.joules
     possible_j = {name: fastest.joules - found.joules for name, found in best.items()}
     known = mode.attainment is not None and fastest.attainment is not None
+    is_metered = mode.metered_j is not None and fastest.metered_j is not None
     return Saving(
         saved_j=saved_j,
+        metered_saved_j=fastest.metered_j - mode.metered_j if is_metered else None,  # type: ignore[operator]
         possible_j=possible_j,
         realised={name: saved_j / joules if joules > 0 else None for name, joules in possible_j.items()},
         lower_by_points=100 * (fastest.attainment - mode.attainment) if known else None,  # type: ignore[operator]
@@ -145,14 +163,20 @@ def _joules(table: DegreeTable, degrees: Sequence[int]) -> float:
     return sum(known_j[degree] for degree in degrees) + (cost.encode_j or 0.0) + (cost.decode_j or 0.0)
 
 
+def _metered_j(drawn: Sequence[Spent]) -> float | None:
+    known = [one.metered_j for one in drawn if one.metered_j is not None]
+    return sum(known) if known and len(known) == len(drawn) else None
+
+
 def _figures(drawn: Sequence[Spent], idle_share_j: float | None) -> ClassFigures:
-    joules = sum(one.joules for one in drawn) / len(drawn)
+    joules, metered_j = sum(one.joules for one in drawn) / len(drawn), _metered_j(drawn)
     return ClassFigures(
         requests=len(drawn),
         attainment=_attainment(drawn),
         joules_per_image=joules,
         with_idle_j=None if idle_share_j is None else joules + idle_share_j,
         mean_s=sum(one.latency_s for one in drawn) / len(drawn),
+        metered_j_per_image=None if metered_j is None else metered_j / len(drawn),
     )
 
 

@@ -1,12 +1,14 @@
 """`tetrion bench energy-saving`: what the energy modes of `horizon` save on a trace, between two ends.
 
-Runs every mode in virtual time (the real loop) on the same traces, and puts them on a scale from what mode `fastest`
-takes to what oracles would (see `energy_oracle.py`). All joules are the profile's: measured where the profile was
-measured, and as good as it. Nothing here is metered.
+Runs every mode on the same traces, in virtual time (the real loop) or live, and puts them on a scale from what mode
+`fastest` takes to what oracles would (see `energy_oracle.py`). Joules on that scale are the profile's: measured where
+the profile was measured, and as good as it. Live runs say beside them what receipts add up to.
 """
 
+import contextlib
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,12 +21,15 @@ from tetrion.engine.planning.profile import Profile, read_profile
 from tetrion.engine.simulated import Disturbance
 from tetrion.entrypoints.bench import energy_oracle
 from tetrion.entrypoints.bench.energy_oracle import Spent
+from tetrion.entrypoints.bench.live import EmbeddedSystem
+from tetrion.entrypoints.bench.outcomes import Mode, Run
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.simulation import MAX_DEVICES, simulate, simulated_spec
 from tetrion.entrypoints.bench.slo import grid
 from tetrion.entrypoints.bench.slo_points import Point, points
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.session import EngineOptions
 
 STEP_OVERHEAD_S = 0.0003
 REGROUP_S = 0.0002
@@ -39,7 +44,10 @@ HEADINGS = (
     ("J/picture", 11),
     ("with idle", 11),
     ("mean s", 8),
+    ("metered J", 9),
 )
+Draw = Callable[[Trace, EnergyMode, int], tuple[Run, Mapping[int, float | None]]]
+"""A trace (and its seed) in a mode, and the active joules of receipts by place in the trace."""
 
 
 class SavingOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +60,9 @@ class SavingOptions(msgspec.Struct, frozen=True, kw_only=True):
     idle_watts: float | None = None
 
 
-def measure(point: Point, options: SavingOptions) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(
+    point: Point, options: SavingOptions, draw: Draw, run_mode: Mode = "sim"
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows (system × class) and savings (mode) of one point."""
     tables = tables_for(options, {(r.width, r.height) for _, trace in point.traces for r in trace})
     drawn: dict[str, list[Spent]] = {}
@@ -60,9 +70,9 @@ def measure(point: Point, options: SavingOptions) -> tuple[list[dict[str, Any]],
     for seed, trace in point.traces:
         end_s = 0.0
         for mode in options.modes:
-            run = _simulate(trace, mode, options, seed)
+            run, metered_j = draw(trace, mode, seed)
             end_s = max(end_s, run.end_s)
-            drawn.setdefault(mode, []).extend(energy_oracle.spent(run.outcomes, tables))
+            drawn.setdefault(mode, []).extend(energy_oracle.spent(run.outcomes, tables, metered_j))
         for name in energy_oracle.ORACLES:
             drawn.setdefault(name, []).extend(energy_oracle.oracle(name, trace, tables, STEP_OVERHEAD_S))
         device_s += end_s * options.num_devices
@@ -72,7 +82,13 @@ def measure(point: Point, options: SavingOptions) -> tuple[list[dict[str, Any]],
     }
     about = {"mix": point.mix, "rate_per_min": point.rate_per_min, "slo_scale": point.slo_scale}
     rows = [
-        {"system": name, "mode": "sim", "devices": options.num_devices, **about, "px": size}
+        {
+            "system": name,
+            "mode": run_mode if name in options.modes else "sim",
+            "devices": options.num_devices,
+            **about,
+            "px": size,
+        }
         | msgspec.structs.asdict(figures)
         for name, found in drawn.items()
         for size, figures in energy_oracle.by_class(found, idle[name]).items()
@@ -103,6 +119,7 @@ def command(
     *,
     profile: Path,
     devices: int = 8,
+    live: EngineOptions | None = None,
     mode: Sequence[str] = ("least-energy",),
     idle_watts: float | None = None,
     j_per_s: float = PlannerConfig().j_per_s,
@@ -112,7 +129,11 @@ def command(
     command_line: str = "tetrion bench energy-saving",
     **workload: Any,
 ) -> dict[str, Any]:
-    """What the command does: run, print the table (or one JSON object), write `output`. Raises InputError."""
+    """What the command does: run, print the table (or one JSON object), write `output`. `live`: on an engine that these
+    start, instead of `devices` simulated ones. Raises InputError."""
+    system = None if live is None else EmbeddedSystem(live)
+    if system is not None:
+        devices = system.num_devices
     if not 1 <= devices <= MAX_DEVICES:
         raise InputError(f"devices: must be from 1 to {MAX_DEVICES}, got {devices}")
     modes = tuple(name for name in get_args(EnergyMode) if name in ("fastest", *mode))
@@ -128,11 +149,22 @@ def command(
         raise InputError(str(error)) from None
     rows: list[dict[str, Any]] = []
     savings: list[dict[str, Any]] = []
-    for point in found:
-        print(f"{point.mix}, {point.rate_per_min} per minute, SLO ×{point.slo_scale:g}", file=sys.stderr, flush=True)
-        for kept, new in zip((rows, savings), measure(point, options), strict=True):
-            kept += new
-    about = {"savings": savings, "joules": _source(options.profile), "idle_watts": idle_watts}
+    with contextlib.nullcontext() if system is None else system:
+        if system is not None:
+            system.warm_up(sorted({(r.width, r.height) for point in found for _, trace in point.traces for r in trace}))
+        for point in found:
+            print(
+                f"{point.mix}, {point.rate_per_min} per minute, SLO ×{point.slo_scale:g}", file=sys.stderr, flush=True
+            )
+            draw = functools.partial(_simulate, options) if system is None else functools.partial(_live, system)
+            for kept, new in zip(
+                (rows, savings), measure(point, options, draw, system.mode if system else "sim"), strict=True
+            ):
+                kept += new
+        ledger = None if system is None else system.ledger
+    about: dict[str, Any] = {"savings": savings, "joules": _source(options.profile), "idle_watts": idle_watts}
+    if ledger is not None:
+        about["ledger"] = ledger
     made = make_record(command_line, rows) | about
     text = write_record(made, output)
     print(text if as_json else table(rows, savings, made["joules"]))
@@ -154,9 +186,10 @@ def table(rows: Sequence[dict[str, Any]], savings: Sequence[dict[str, Any]], sou
             _number(row["joules_per_image"], ".0f"),
             _number(row["with_idle_j"], ".0f"),
             _number(row["mean_s"], ".2f"),
+            _number(row["metered_j_per_image"], ".0f"),
         )
         lines.append("".join(f"{cell:<{width}}" for cell, (_, width) in zip(cells, HEADINGS, strict=True)).rstrip())
-    return "\n".join([*lines, *map(_in_words, savings), f"simulated; joules: {source}"])
+    return "\n".join([*lines, *map(_in_words, savings), f"joules but for metered ones: {source}"])
 
 
 def _in_words(saving: dict[str, Any]) -> str:
@@ -164,15 +197,24 @@ def _in_words(saving: dict[str, Any]) -> str:
         f"{_number(share, '.1%')} of the {saving['possible_j'][name]:.0f} J of {name}"
         for name, share in saving["realised"].items()
     )
+    metered = "" if saving["metered_saved_j"] is None else f" ({saving['metered_saved_j']:.0f} J by receipts)"
     return (
         f"{saving['mix']}, {_number(saving['rate_per_min'], '.3g')} per minute, SLO ×{saving['slo_scale']:g}:"
-        f" {saving['system']} saves {saving['saved_j']:.0f} J, {shares},"
+        f" {saving['system']} saves {saving['saved_j']:.0f} J{metered}, {shares},"
         f" at an attainment {_number(saving['lower_by_points'], '.2f')} points lower than fastest"
     )
 
 
-def _simulate(trace: Trace, mode: EnergyMode, options: SavingOptions, seed: int) -> Any:
-    return simulate(
+def _live(system: EmbeddedSystem, trace: Trace, mode: EnergyMode, seed: int) -> tuple[Run, Mapping[int, float | None]]:
+    system.energy_mode = mode
+    run, _ = system.run(trace, PlannerConfig().policy, seed)
+    return run, {number: receipt.active_j for number, receipt in system.receipts.items()}
+
+
+def _simulate(
+    options: SavingOptions, trace: Trace, mode: EnergyMode, seed: int
+) -> tuple[Run, Mapping[int, float | None]]:
+    run = simulate(
         trace,
         profile=options.profile,
         policy=options.planner.policy,
@@ -180,6 +222,7 @@ def _simulate(trace: Trace, mode: EnergyMode, options: SavingOptions, seed: int)
         duration=Disturbance(seed=seed, step_overhead_s=STEP_OVERHEAD_S, regroup_s=REGROUP_S),
         planner_config=msgspec.structs.replace(options.planner, energy=mode),
     )
+    return run, {}
 
 
 def _source(profile: Profile) -> str:

@@ -12,11 +12,14 @@ from typing import Any, Self
 import msgspec
 
 from tetrion.engine.api import AsyncEngine
+from tetrion.engine.config import EnergyMode
+from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.event_loop import new_event_loop
 from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.request import (
+    EnergyWish,
     EngineOverloaded,
     GenerationError,
     ImageRequest,
@@ -55,7 +58,10 @@ class EmbeddedSystem:
         self.recorder = Recorder()
         self._engine = open_engine(options, lambda config: AsyncEngine(config, instrument=self.recorder))
         self._runner = asyncio.Runner(loop_factory=new_event_loop)
-        self._joules: list[float | None] = []
+        self.energy_mode: EnergyMode | None = None
+        """That requests ask for from now on; None: the server's."""
+        self.receipts: dict[int, Receipt] = {}
+        """Of the latest run's pictures, by their place in the trace, in the order in which they were finished."""
 
     def __enter__(self) -> Self:
         try:
@@ -125,7 +131,7 @@ class EmbeddedSystem:
         self.recorder.planner = get_planner(policy)
         before, zero_s = self._engine.stats().loop, time.monotonic() + HEAD_START_S
         self.recorder.start(zero_s)
-        self._joules = []
+        self.receipts = {}
         finished, max_lag_s = await open_loop(trace, zero_s, self._draw)
         run = self.recorder.run(
             trace,
@@ -135,14 +141,18 @@ class EmbeddedSystem:
             max_lag_s=max_lag_s,
             loop=since(before, self._engine.stats().loop),
         )
-        return msgspec.structs.replace(run, joules=tuple(self._joules)), tuple(self.recorder.chunks)
+        joules = tuple(joules_of(receipt.active_j, receipt.idle_share_j) for receipt in self.receipts.values())
+        return msgspec.structs.replace(run, joules=joules), tuple(self.recorder.chunks)
 
     async def _draw(self, request: TraceRequest, number: int) -> Answer:
+        wanted = as_image_request(request, number)
+        if self.energy_mode is not None:
+            wanted = msgspec.structs.replace(wanted, energy=EnergyWish(mode=self.energy_mode))
         try:
-            result = await self._engine.generate(as_image_request(request, number))
+            result = await self._engine.generate(wanted)
         except (EngineOverloaded, GenerationError, RequestCancelled):
             return None
-        self._joules.append(joules_of(result.energy.active_j, result.energy.idle_share_j))
+        self.receipts[number] = result.energy
         return result.degrees
 
 

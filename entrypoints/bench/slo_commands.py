@@ -93,7 +93,7 @@ def slo(**options: Any) -> int:
         engine = {name: given.pop(name) for name in ("model", "load_format", "num_threads") if name in given}
         simulation = {name: given.pop(name) for name in SIMULATION if name in given}
         if options["simulate"] and devices is not None:
-            given["devices"] = _number_of_devices(devices)
+            given["devices"] = number_of_devices(devices)
         command(engine=EngineOptions(devices=devices, **engine), simulation=simulation, **given)
         return 0
 
@@ -195,7 +195,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
 
 
-def _number_of_devices(text: str) -> int:
+def number_of_devices(text: str) -> int:
     from tetrion.entrypoints.errors import InputError
 
     if not text.isdecimal():

@@ -1,4 +1,4 @@
-"""What energy modes save in simulation. The joules here are written by hand, not measured."""
+"""What energy modes save, simulated and live. The joules here are written by hand, not measured."""
 
 import json
 from collections.abc import Callable
@@ -73,6 +73,7 @@ def test_figures_of_a_point() -> None:
     assert (found["all"].joules_per_image, found["all"].with_idle_j, found["all"].attainment) == (200.0, 300.0, 0.5)
     assert (found["256x256"].requests, found["256x256"].with_idle_j, found["256x256"].attainment) == (2, 250.0, 1.0)
     assert by_class(drawn, None)["all"].with_idle_j is None
+    assert by_class(drawn, None)["all"].metered_j_per_image is None
     near, far, mode = totals(drawn, idle), totals(drawn[:1], idle), totals(drawn[:2], None)
     assert (near.joules, near.with_idle_j, mode.with_idle_j) == (600.0, 900.0, None)
     between = saving(mode, near, {"best": far, "same": near})
@@ -83,7 +84,8 @@ def test_figures_of_a_point() -> None:
 def test_a_run_counts_the_degrees_that_it_used() -> None:
     outcome = Outcome(request=request(9.0), finished_s=4.0, gpu_s=5.0, degrees=(1, 1, 4))
     failed = Outcome(request=request(9.0), finished_s=None, gpu_s=1.0, degrees=(8,))
-    (one,) = spent([outcome, failed], DegreeTables(PROFILE, (1, 2, 4), 4))
+    (one,) = spent([outcome, failed], DegreeTables(PROFILE, (1, 2, 4), 4), {0: 1234.0})
+    assert by_class([one], None)["all"].metered_j_per_image == 1234.0
     assert one.joules == pytest.approx(600 * (2 * 0.1647 + 4 * 0.0598) + 25.0) and one.is_met
 
 
@@ -102,13 +104,33 @@ def test_the_command_shows_both_ends(tetrion: Callable[..., int], profile: Path,
     assert least["system"] == "least-energy" and least["realised"]["cheapest-degree"] >= 0.8
     assert least["totals"]["fastest"]["with_idle_j"] > least["totals"]["fastest"]["joules"]
     shown = capsys.readouterr().out
-    assert "of cheapest-degree" in shown and "simulated; joules: written by hand for a test" in shown
+    assert "of cheapest-degree" in shown and "joules but for metered ones: written by hand for a test" in shown
+
+
+@pytest.mark.usefixtures("fork_server")
+def test_modes_run_live_on_the_same_arrivals(tetrion: Callable[..., int], tmp_path: Path) -> None:
+    """On CPU workers, whose receipts know no joules. Alone a request runs at both devices, unless joules count."""
+    cost = {"step_ms": {"1": 60, "2": 35}, "step_j": {"1": 6, "2": 7}, "encode_ms": 5, "decode_ms": 20}
+    (tmp_path / "table.json").write_text(json.dumps({"heads": 12, "classes": {"128x128": cost}}))
+    given = ("--profile", tmp_path / "table.json", "--live", "--devices", "cpu:2", "--num-threads", 1, "--rate", 60)
+    given += ("--num-requests", 4, "--num-steps", 4, "--seed", 1, "--size", "128x128", "--base-slo", 30)
+    assert tetrion("bench", "energy-saving", *given, "--output", tmp_path / "saving.json") == 0
+    record = json.loads((tmp_path / "saving.json").read_text())
+    rows = {row["system"]: row for row in record["rows"] if row["px"] == "all"}
+    assert [rows[name]["mode"] for name in ("fastest", "least-energy", *ORACLES)] == ["live", "live", "sim", "sim"]
+    assert rows["least-energy"]["joules_per_image"] == pytest.approx(4 * 6)
+    assert rows["fastest"]["joules_per_image"] == pytest.approx(4 * 7)
+    assert rows["fastest"]["metered_j_per_image"] is None and record["savings"][0]["metered_saved_j"] is None
+    assert record["savings"][0]["realised"]["cheapest-degree"] == pytest.approx(1.0)
+    assert record["ledger"]["counter_j"] is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--devices", 2000), "devices: must be from 1 to 1024"),
+        (("--devices", "cpu:2"), "devices: a simulation needs their number"),
+        (("--num-threads", 1), "num_threads: is for --live"),
         (("--extra-j", -1), "extra_j"),
         (("--slo-scale", 0), "slo_scale: must be above 0"),
         (("--profile", "nowhere.json"), "profile: cannot read 'nowhere.json'"),
