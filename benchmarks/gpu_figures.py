@@ -6,8 +6,9 @@
 
 Stages, in this order: `profile` (the planner's table, with joules; later stages run on it), `step` (beside the library
 floor and diffusers; exactness; resizing), `energy-N` (joules a picture on the first N GPUs, at degree N), `links`,
-`gemms`, `decode`, `meter`, `live` (`benchmarks.live_proof`: every policy), `saving` (mode `least-energy` beside
-`fastest`) and, from eight devices on, `paper`: TetriServe's own point, Uniform at 24 a minute, SLO ×1.0.
+`gemms`, `decode`, `meter`, `bf16` (latents beside diffusers'), `live` (`benchmarks.live_proof`: every policy), `saving`
+(mode `least-energy` beside `fastest`) and, from eight devices on, `paper`: TetriServe's own point, Uniform at 24 a
+minute, SLO ×1.0.
 
 Each stage writes its files and what it said (NAME.log) into FOLDER; `stages.json` says which are whole. The same
 command again does what is left. `--budget-s` begins no stage that may not fit in what is left of so many seconds;
@@ -79,6 +80,7 @@ def stages(folder: Path, devices: str, engine: Line, degrees: Sequence[int], num
         ("gemms", "gemms", 90.0),
         ("decode", "decode", 60.0),
         ("meter", "meter_cost", 40.0),
+        ("bf16", "bf16_distance", 90.0),
     ):
         yield Stage(name, ("python", "-m", f"benchmarks.{module}", str(folder / f"{name}.json")), seconds)
     line = ("python", "-m", "benchmarks.live_proof", str(folder / "live"), *here, *on_table)

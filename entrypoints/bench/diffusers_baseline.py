@@ -16,7 +16,7 @@ from tetrion.entrypoints.bench.line_process import Message, answer_lines
 def main() -> None:
     path, num_threads, max_text_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(num_threads)
-    pipeline = FluxPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = FluxPipeline.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(job: Message) -> Message:

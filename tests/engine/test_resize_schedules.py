@@ -44,7 +44,7 @@ def test_a_resized_request_equals_diffusers(bench: LatentsBench) -> None:
     import torch
     from diffusers import FluxPipeline
 
-    pipeline = FluxPipeline.from_pretrained(bench.spec.path, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = FluxPipeline.from_pretrained(bench.spec.path, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     (reference,) = pipeline(
         "a ring",
