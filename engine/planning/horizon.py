@@ -64,6 +64,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     fill_soft(profile, [work for work in soft[:bound] if work not in rescued])
     placed = [*rescued, *(work for work in [*on_time, *soft] if work.level)]
     left = tick.set_targets(placed)
+    placed = [work for work in placed if work not in tick.holding]
     lucky = tick.use_left_over(left, placed, dropped)
     return tick.start_denoise([*placed, *dropped, *soft[bound:], *lucky])
 
@@ -81,6 +82,7 @@ class _Tick:
         self.in_chunk = [request for request in snapshot.requests if self._is_in_chunk(request)]
         self.works: list[Work] = []
         self.rescued: list[Work] = []
+        self.holding: list[Work] = []
         self.capacity = 0
 
     def _is_in_chunk(self, request: RequestView) -> bool:
@@ -159,10 +161,32 @@ class _Tick:
         builder, soon_s = self.builder, self.now_s + AUX_SOON_S
         self.capacity = sum([d in builder.idle or d in busy or free <= soon_s for d, free in builder.free_s.items()])
         left = self.capacity
+        ends: list[tuple[float, int]] = []
         for work in placed:
-            work.target = work.table.largest[min(work.level or work.table.narrowest, left)]
-            left -= work.target
+            level = work.table.largest[work.level or work.table.narrowest]
+            degree = work.table.largest[min(level, left)]
+            if 0 < degree < level and work.is_ready and self._is_better_later(work, degree, level, level - left, ends):
+                self.holding.append(work)
+                continue
+            work.target = degree
+            left -= degree
+            if degree:
+                ends.append((work.start_s + work.remaining * work.table.step_s[degree], degree))
         return left
+
+    def _is_better_later(
+        self, work: Work, degree: int, level: int, missing: int, ends: Sequence[tuple[float, int]]
+    ) -> bool:
+        """Whether one step at `degree` would end later than one at `level` that waits until those before it have
+        ended: steps are not divisible, as the fill takes them to be."""
+        for end_s, freed in sorted(ends):
+            missing -= freed
+            if missing <= 0:
+                is_better = end_s + work.table.step_s[level] < self.now_s + work.table.step_s[degree]
+                if is_better:
+                    self.builder.wake_at(end_s - self.config.lead_s)
+                return is_better
+        return False
 
     def use_left_over(self, left: int, placed: Sequence[Work], dropped: Sequence[Work]) -> list[Work]:
         """With the devices that are left, widen requests and give some of the others a target; late ones come last.

@@ -184,3 +184,20 @@ def test_overload_with_slos_does_not_starve_those_without() -> None:
     config = PlannerConfig(patience_s=2.0)
     Simulation(get_planner("horizon"), [old, *stream], 1, flux_profile(), config).run()
     assert old.finish_s < 60
+
+
+def test_a_request_that_needs_all_devices_waits_for_a_short_one_and_not_for_a_long_one() -> None:
+    """On two devices a step of 2048² takes 0.5 s longer on one: the short one is let through on both, not beside it."""
+    cost = flux_profile().cost(2048, 2048)
+    due_s = NOW_S + 10 * cost.step_s(2) + cost.decode_s + 1.0
+    large = request("large", width=2048, height=2048, step_index=18, deadline_s=due_s)
+    short = request("short", width=256, height=256, step_index=24, deadline_s=NOW_S + 1)
+    long = request("long", step_index=22, deadline_s=NOW_S + 2)
+    patient = request("large", width=2048, height=2048, step_index=18)
+    for requests, expected in (
+        ([large, short], {"short": 2}),
+        ([large, long], {"long": 1, "large": 1}),
+        ([patient, short], {"short": 1, "large": 1}),
+    ):
+        degrees = {name: len(a.members) for name, a in by_id(plan(requests, [0.0, 0.0])).items()}
+        assert degrees == expected
