@@ -15,7 +15,8 @@ Energy modes and budgets act where degrees are chosen: on the levels of `forward
 devices may be used for (see `energy_mode.py`).
 
 A device is left idle beside ready requests only on purpose: it is promised to a request whose chunk or encode ends
-soon, or the ready ones are late and their step at that degree would block it for long.
+soon, the ready one would rather wait for more devices than take a long step on few, or the ready ones are late and
+their step at that degree would block it for long.
 """
 
 import functools
@@ -156,7 +157,7 @@ class _Tick:
 
     def set_targets(self, placed: Sequence[Work]) -> int:
         """Give each request its level (the rescued its narrowest degree) while devices last; returns how many are
-        left."""
+        left. Who had better wait for more is set aside in `holding`."""
         busy = {device for request in self.in_chunk for device in request.members}
         builder, soon_s = self.builder, self.now_s + AUX_SOON_S
         self.capacity = sum([d in builder.idle or d in busy or free <= soon_s for d, free in builder.free_s.items()])
