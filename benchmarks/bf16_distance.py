@@ -91,17 +91,12 @@ def measure(devices: str, model: str, sizes: Sequence[Size], num_steps: int) -> 
     if device != "cpu":
         torch.cuda.empty_cache()
     rough = theirs(device, torch.bfloat16, spec, cases, num_steps)
-    return [
-        {
-            "prompt": prompt,
-            "px": f"{size[0]}x{size[1]}",
-            "num_steps": num_steps,
-            "ours": (our := distance(found[i], exact[i])),
-            "diffusers": (their := distance(rough[i], exact[i])),
-            "ratio": our / their,
-        }
-        for i, (prompt, size) in enumerate(cases)
-    ]
+    rows: list[Row] = []
+    for (prompt, size), our, their, reference in zip(cases, found, rough, exact, strict=True):
+        our_distance, their_distance = distance(our, reference), distance(their, reference)
+        row = {"prompt": prompt, "px": f"{size[0]}x{size[1]}", "num_steps": num_steps}
+        rows.append(row | {"ours": our_distance, "diffusers": their_distance, "ratio": our_distance / their_distance})
+    return rows
 
 
 def main() -> None:

@@ -25,11 +25,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.proof_folder import Budget
+from benchmarks.live_proof import policies_on
+from benchmarks.proof_folder import Budget, ProofFolder
 from tetrion.engine.config import DeviceSpec, parse_devices
 from tetrion.engine.model_spec import CheckpointError, read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.bench.record import write_whole
+from tetrion.entrypoints.bench.workloads import MIXES
 
 PROGRAMS = {"tetrion": str(Path(sys.executable).with_name("tetrion")), "python": sys.executable}
 ENERGY_STEPS, ENERGY_SIZES = "28,50", "512x512,1024x1024"
@@ -108,7 +110,8 @@ def _is_whole_step(folder: Path) -> bool:
 
 
 def _is_whole_live(folder: Path) -> bool:
-    return "for another call" not in (folder / "live.log").read_text()
+    proof = ProofFolder(folder / "live")
+    return proof.setup is not None and not any(proof.left(MIXES, policies_on(proof.setup.num_devices)))
 
 
 class Done:

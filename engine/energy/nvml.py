@@ -1,7 +1,7 @@
 """The `nvml` meter: every GPU's own energy counter and power, through nvidia-ml-py.
 
 The counter (`nvmlDeviceGetTotalEnergyConsumption`, millijoules since the driver was loaded) moves about every 100 ms.
-To ask it takes 4 ms of a core on an H100, power a hundredth of that (`benchmarks/results/meter-cost-h100-x2.json`).
+To ask it takes 4 ms of a core on an H100, power 0.06 ms (`benchmarks/results/meter-cost-h100-x2.json`).
 `nvmlDeviceGetPowerUsage` is a mean over a second on newer GPUs, so the field of instantaneous power is asked first.
 Nothing is ever set: power limits and clocks stay as they are.
 """

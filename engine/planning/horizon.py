@@ -20,6 +20,7 @@ their step at that degree would block it for long.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 from tetrion.engine.config import EnergyMode
@@ -164,30 +165,26 @@ class _Tick:
         left = self.capacity
         ends: list[tuple[float, int]] = []
         for work in placed:
-            level = work.table.largest[work.level or work.table.narrowest]
+            level = work.level or work.table.narrowest
             degree = work.table.largest[min(level, left)]
-            if 0 < degree < level and work.is_ready and self._is_better_later(work, degree, level, level - left, ends):
-                self.holding.append(work)
-                continue
+            if 0 < degree < level and work.is_ready:
+                wait_end_s = _freed_s(ends, level - left)
+                if self._had_better_wait(work.table, degree, level, wait_end_s):
+                    self.holding.append(work)
+                    continue
             work.target = degree
             left -= degree
             if degree:
                 ends.append((work.start_s + work.remaining * work.table.step_s[degree], degree))
         return left
 
-    def _is_better_later(
-        self, work: Work, degree: int, level: int, missing: int, ends: Sequence[tuple[float, int]]
-    ) -> bool:
-        """Whether one step at `degree` would end later than one at `level` that waits until those before it have
-        ended: steps are not divisible, as the fill takes them to be."""
-        for end_s, freed in sorted(ends):
-            missing -= freed
-            if missing <= 0:
-                is_better = end_s + work.table.step_s[level] < self.now_s + work.table.step_s[degree]
-                if is_better:
-                    self.builder.wake_at(end_s - self.config.lead_s)
-                return is_better
-        return False
+    def _had_better_wait(self, table: DegreeTable, degree: int, wanted: int, wait_end_s: float) -> bool:
+        """Whether one step at `degree` would end later than the wait for `wanted` devices and one step on those, steps
+        not being divisible as the fill takes them to be. Then the loop is to look again in time."""
+        if self.now_s + table.step_s[degree] <= wait_end_s + table.step_s[wanted]:
+            return False
+        self.builder.wake_at(wait_end_s - self.config.lead_s)
+        return True
 
     def use_left_over(self, left: int, placed: Sequence[Work], dropped: Sequence[Work]) -> list[Work]:
         """With the devices that are left, widen requests and give some of the others a target; late ones come last.
@@ -298,16 +295,21 @@ class _Tick:
         return sorted(times)
 
     def _degree_now(self, work: Work, room: int) -> int:
-        """The degree to start at although the target does not fit; 0: nothing fits, or it waits for its target, since
-        one step at what is idle now would end later than the wait and one step at the target."""
+        """The degree to start at although the target does not fit; 0: nothing fits, or it waits for its target."""
         degree, missing = work.table.largest[room], work.target - room
         if not degree or missing > len(self._surplus):
             return degree
-        wait_end_s, step_s = self._surplus[missing - 1], work.table.step_s
-        if self.now_s + step_s[degree] <= wait_end_s + step_s[work.target]:
-            return degree
-        self.builder.wake_at(wait_end_s - self.config.lead_s)
-        return 0
+        waits = self._had_better_wait(work.table, degree, work.target, self._surplus[missing - 1])
+        return 0 if waits else degree
+
+
+def _freed_s(ends: Sequence[tuple[float, int]], num_devices: int) -> float:
+    """When so many devices have come free, of those that are so at (time, devices); infinity: never."""
+    for end_s, freed in sorted(ends):
+        num_devices -= freed
+        if num_devices <= 0:
+            return end_s
+    return math.inf
 
 
 def _first_of_each_size(works: Sequence[Work], num: int) -> list[Work]:

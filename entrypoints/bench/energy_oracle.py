@@ -10,7 +10,6 @@ Joules are those of the profile: steps, and encode and decode where it knows the
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import msgspec
 
@@ -86,10 +85,11 @@ def oracle(name: str, trace: Trace, tables: DegreeTables, step_overhead_s: float
 
 
 def spent(
-    outcomes: Sequence[Outcome], tables: DegreeTables, metered_j: Mapping[int, float | None] = MappingProxyType({})
+    outcomes: Sequence[Outcome], tables: DegreeTables, metered_j: Mapping[int, float | None] | None = None
 ) -> list[Spent]:
     """What a run took, by the degrees that it used. Requests that failed are not in it. `metered_j`: by place in the
     trace."""
+    metered_j = metered_j or {}
     return [
         Spent(
             size=(outcome.request.width, outcome.request.height),

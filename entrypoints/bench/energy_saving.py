@@ -149,22 +149,21 @@ def command(
         raise InputError(str(error)) from None
     rows: list[dict[str, Any]] = []
     savings: list[dict[str, Any]] = []
-    with contextlib.nullcontext() if system is None else system:
-        if system is not None:
-            system.warm_up(sorted({(r.width, r.height) for point in found for _, trace in point.traces for r in trace}))
-        for point in found:
-            print(
-                f"{point.mix}, {point.rate_per_min} per minute, SLO ×{point.slo_scale:g}", file=sys.stderr, flush=True
-            )
-            draw = functools.partial(_simulate, options) if system is None else functools.partial(_live, system)
-            for kept, new in zip(
-                (rows, savings), measure(point, options, draw, system.mode if system else "sim"), strict=True
-            ):
-                kept += new
-        ledger = None if system is None else system.ledger
     about: dict[str, Any] = {"savings": savings, "joules": _source(options.profile), "idle_watts": idle_watts}
-    if ledger is not None:
-        about["ledger"] = ledger
+    draw: Draw = functools.partial(_simulate, options)
+    with contextlib.ExitStack() as running:
+        if system is not None:
+            running.enter_context(system)
+            system.warm_up(sorted({(r.width, r.height) for point in found for _, trace in point.traces for r in trace}))
+            draw = functools.partial(_live, system)
+        for point in found:
+            about_it = f"{point.mix}, {point.rate_per_min} per minute, SLO ×{point.slo_scale:g}"
+            print(about_it, file=sys.stderr, flush=True)
+            measured = measure(point, options, draw, "sim" if system is None else system.mode)
+            for kept, new in zip((rows, savings), measured, strict=True):
+                kept += new
+        if system is not None:
+            about["ledger"] = system.ledger
     made = make_record(command_line, rows) | about
     text = write_record(made, output)
     print(text if as_json else table(rows, savings, made["joules"]))

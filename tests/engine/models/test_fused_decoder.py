@@ -1,7 +1,6 @@
 """A decoder with fused norms decodes as it did without them."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from diffusers.models.autoencoders.vae import Decoder
 
+from tests.kernels.conftest import DEVICES
 from tetrion.engine.models.fused_decoder import FusedNorm, fuse
-
-INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
-DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
