@@ -1,7 +1,8 @@
 """The transformer's operators for GPUs: library GEMMs, and the Triton kernels for what lies between them.
 
 Owns what keeps a row's bits independent of how many rows are in a call, which cuBLAS mostly does but not always:
-* below MIN_ROWS rows it takes other kernels, so fewer are padded; where sums are long, below JOINED_MIN_ROWS;
+* below MIN_ROWS rows it takes other kernels, so fewer are padded;
+* of a sum of two GEMMs it splits the second's sums by the number of rows if they are long, so the long one comes first;
 * for few output channels it splits sums by the number of rows, so those GEMMs always have NARROW_ROWS.
 
 Modulation vectors come as tables of all steps; a counter in device memory says which row holds, so that one CUDA graph
@@ -20,8 +21,6 @@ from tetrion.kernels.reference import Branch
 from tetrion.kernels.residual_modulate import residual_modulate
 
 MIN_ROWS = 64
-JOINED_MIN_ROWS = 256
-"""Seen on an H100 with 12,288 + 3,072 inputs: 255 rows as in longer calls, 192 not."""
 NARROW_ROWS = 1024
 
 
@@ -44,8 +43,8 @@ class DeviceOps:
     def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
         """Two GEMMs, the second onto the first's result: [left | right] is never written side by side."""
         width = left.shape[1]
-        result = F.linear(_padded(left, JOINED_MIN_ROWS), layer.weight[:, :width], layer.bias)
-        return result.addmm_(_padded(right, JOINED_MIN_ROWS), layer.weight[:, width:].t())[: len(left)]
+        result = F.linear(_padded(right), layer.weight[:, width:], layer.bias)
+        return result.addmm_(_padded(left), layer.weight[:, :width].t())[: len(left)]
 
     def narrow_linear(self, x: Tensor, layer: Linear) -> Tensor:
         parts = F.pad(x, (0, 0, 0, -len(x) % NARROW_ROWS)).split(NARROW_ROWS)
