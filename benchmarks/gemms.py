@@ -1,14 +1,12 @@
 """The step's GEMMs and attention one by one: do rows depend on the degree, and which way of calling is faster.
 
     python -m benchmarks.gemms OUTPUT.json                      on a GPU, about a minute
-    python -m benchmarks.gemms OUTPUT.json --no-split-k         likewise, with sums that cuBLAS may not split
     TRITON_INTERPRET=1 python -m benchmarks.gemms OUTPUT.json   a rehearsal on the CPU with tiny shapes
 
 Rows with `identical`: an operator's results for one member's rows (or heads) of every degree, against those for all
 rows at once; where it is false, that operator breaks the promise that the degree does not show in a picture. Rows with
 `ms`: ways of computing the same, interleaved: a single block's q, k, v and MLP as two GEMMs or one, its output as two
-GEMMs or as one whose input must be put together first. The file is written after every size. With `--no-split-k` rows
-are not padded to `JOINED_MIN_ROWS` (`device_ops.py`): to save that is what it would be for.
+GEMMs or as one whose input must be put together first. The file is written after every size.
 """
 
 import argparse
@@ -25,7 +23,6 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernels import FLUX, TINY, Calls, Row, Shapes, median_ms
-from tetrion.engine.models import device_ops
 from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.ops import Linear
 from tetrion.engine.parallel.group import plan_group, split
@@ -34,7 +31,6 @@ from tetrion.kernels.attention_backend import attend
 from tetrion.kernels.gelu import gelu
 
 NARROW = 64
-LONG_FIRST = "joined, long one first"
 MORE_DEGREES = (6, 8)
 """Of groups that one GPU stands in for, where only bits are compared."""
 NUM_WEIGHTS = 4
@@ -75,13 +71,11 @@ def row_exactness(shapes: Shapes, num_image: int, weights: Layers, dtype: torch.
         "mlp_in": lambda rows: ops.gelu_linear(x[rows], weights.mlp_in),
         "mlp_out": lambda rows: ops.linear(hidden[rows], weights.mlp_out),
         "joined": lambda rows: ops.joined_linear(x[rows], hidden[rows], weights.joined),
-        LONG_FIRST: lambda rows: long_first(x[rows], hidden[rows], weights.joined),
         "final": lambda rows: ops.narrow_linear(x[rows], weights.final),
     }
     streams = {"text": text, "image": image, "both": slice(0, len(x))}
     of_block = {
         "joined": ("both",),
-        LONG_FIRST: ("both",),
         "final": ("image",),
         "out": ("text", "image"),
         "mlp_out": ("text", "image"),
@@ -105,13 +99,6 @@ def _held(rows: tuple[range, range], stream: str) -> Tensor:
     return {"text": text, "image": image, "both": torch.cat([text, image])}[stream]
 
 
-def long_first(left: Tensor, right: Tensor, layer: Linear) -> Tensor:
-    """`joined_linear` in the other order and without padding: cuBLASLt, which takes a bias, has the long sums."""
-    width = left.shape[1]
-    result = F.linear(right, layer.weight[:, width:], layer.bias)
-    return result.addmm_(left, layer.weight[:, :width].t())
-
-
 def head_exactness(shapes: Shapes, num_image: int, dtype: torch.dtype) -> Iterator[Row]:
     """Attention of each member's heads."""
     shape = shapes.num_text + num_image, shapes.num_heads, shapes.head_dim
@@ -127,13 +114,6 @@ def head_exactness(shapes: Shapes, num_image: int, dtype: torch.dtype) -> Iterat
 
 def exact_degrees(shapes: Shapes) -> list[int]:
     return [degree for degree in (*shapes.degrees, *MORE_DEGREES) if degree <= shapes.num_heads]
-
-
-def forbid_split_k() -> None:
-    if torch.cuda.is_available():
-        torch.backends.cuda.preferred_blas_library("cublaslt")  # only it can be told
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
-    device_ops.JOINED_MIN_ROWS = device_ops.MIN_ROWS
 
 
 def ways(shapes: Shapes, num_image: int, turns: list[Layers], dtype: torch.dtype) -> Iterator[Row]:
@@ -158,10 +138,6 @@ def ways(shapes: Shapes, num_image: int, turns: list[Layers], dtype: torch.dtype
             for w in turns:
                 ops.joined_linear(x, hidden, w.joined)
 
-        def out_of_long_first(x: Tensor = x, hidden: Tensor = hidden) -> None:
-            for w in turns:
-                long_first(x, hidden, w.joined)
-
         def out_of_copied(x: Tensor = x, hidden: Tensor = hidden) -> None:
             for w in turns:
                 F.linear(torch.cat([x, hidden], dim=1), w.joined.weight, w.joined.bias)
@@ -173,7 +149,6 @@ def ways(shapes: Shapes, num_image: int, turns: list[Layers], dtype: torch.dtype
         projections: Calls = {"qkv and mlp_in": two_gemms, "one GEMM and gelu": one_gemm}
         outputs: Calls = {
             "two GEMMs": out_of_two,
-            f"two GEMMs, {LONG_FIRST}": out_of_long_first,
             "copy, one GEMM": out_of_copied,
             "one GEMM": out_of_one,
         }
@@ -186,13 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--budget-s", type=float, default=180.0, help="no new size is begun after this")
-    parser.add_argument("--no-split-k", action="store_true")
     arguments = parser.parse_args()
     on_gpu = not triton.knobs.runtime.interpret
     shapes, until_s = (FLUX if on_gpu else TINY), time.monotonic() + arguments.budget_s
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
-    if arguments.no_split_k:
-        forbid_split_k()
     record = make_record(f"python -m benchmarks.gemms {shlex.join(sys.argv[1:])}", [])
     with torch.device(device), torch.inference_mode():
         turns = [layers(shapes.num_heads * shapes.head_dim, dtype) for _ in range(NUM_WEIGHTS)]
