@@ -47,7 +47,7 @@ class Pace:
         return now_s >= self._counters_due_s
 
     def took(self, counters: bool, cpu_s: float, now_s: float) -> None:
-        """A reading took `cpu_s` of a core."""
+        """A reading, with what came of it and the wait before it, took `cpu_s` of a core."""
         if counters:
             self._counters_due_s = now_s + min(cpu_s / CORE_SHARE, LONGEST_COUNTERS_S)
             return
@@ -87,15 +87,16 @@ class Sampler:
         self._meter.close()
 
     def _run(self) -> None:
-        started_s, started_cpu_s, number = time.monotonic(), time.thread_time(), 0
+        started_s, number = time.monotonic(), 0
+        started_cpu_s = cpu_s = time.thread_time()
         try:
             while not self._stopping.wait(self._pace.period_s):
-                counters, began_cpu_s = self._pace.with_counters(time.monotonic()), time.thread_time()
+                counters = self._pace.with_counters(time.monotonic())
                 reading = self._meter.read(counters)
                 self._receive(reading)
                 number += 1
-                now_s, cpu_s = time.monotonic(), time.thread_time()
-                self._pace.took(counters, cpu_s - began_cpu_s, now_s)
+                now_s, before_s, cpu_s = time.monotonic(), cpu_s, time.thread_time()
+                self._pace.took(counters, cpu_s - before_s, now_s)
                 if reading.joules or reading.watts:
                     self._told_s = now_s
                 self._cost = SamplerCost(number, cpu_s - started_cpu_s, now_s - started_s)

@@ -7,7 +7,7 @@ seconds from the start of the trace. A file has one `Recording` a line.
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -79,30 +79,55 @@ def read_recordings(path: Path) -> tuple[Recording, ...]:
     return tuple(recordings)
 
 
+class _Sent(NamedTuple):
+    command: Command
+    members: tuple[int, ...]
+    time_s: float
+
+
+class _Told(NamedTuple):
+    event: Happening
+    time_s: float
+
+
 class Recorder:
     """Writes down what one loop does. An engine's instrument (see `AsyncEngine`): give it to the engine, `start` it at
     the beginning of each trace and read `chunks` and `decision_s` at its end. Requests are known by their number, which
-    is their id; commands of others (a warm-up) are not recorded."""
+    is their id; commands of others (a warm-up) are not recorded. What passes is only kept until somebody asks for the
+    chunks: the loop's own time is measured, too."""
 
     def __init__(self) -> None:
         self.planner: Planner | None = None
         """Set: takes the place of the engine's own policy from the next decision on."""
         self.now_s: Callable[[], float] = time.monotonic
         """The clock of the executor it sits at, once there is one."""
+        self._heard: list[_Sent | _Told] = []
         self.start(0.0)
 
     def start(self, zero_s: float) -> None:
         """Forget everything; `zero_s` on the executor's clock is the start of the trace."""
         self._zero_s = zero_s
         self._last_end_s: dict[int, float] = {}
+        self._heard.clear()
         self._open: dict[int, _OpenChunk] = {}
-        self.chunks: list[Chunk] = []
+        self._chunks: list[Chunk] = []
         self.decision_s: list[float] = []
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """Of the commands that all members have answered, in the order of the last answers."""
+        for heard in self._heard:
+            if isinstance(heard, _Sent):
+                self._on_command(*heard)
+            else:
+                self._on_event(*heard)
+        self._heard.clear()
+        return self._chunks
 
     def wrap_executor(self, executor: Executor) -> Executor:
         """`executor`, with its commands and events recorded."""
         self.now_s = executor.now_s
-        return _RecordedExecutor(executor, self._on_command, self._on_event)
+        return _RecordedExecutor(executor, self._heard)
 
     def wrap_planner(self, planner: Planner) -> Planner:
         """`planner`, or the one that was set, with the time of each decision recorded."""
@@ -178,7 +203,7 @@ class Recorder:
         chunk.pending.discard(device_id)
         if not chunk.pending:
             del self._open[command_id]
-            self.chunks.append(chunk.closed(self._zero_s))
+            self._chunks.append(chunk.closed(self._zero_s))
 
 
 class _OpenChunk:
@@ -224,18 +249,16 @@ def _stage(command: EncodePrompt | Denoise | Decode) -> Stage:
 
 
 class _RecordedExecutor:
-    """An executor that tells of its commands and events; everything else goes straight through, at no cost where the
-    loop asks many times a tick."""
+    """An executor that keeps its commands and events in `heard`; everything else goes straight through, at no cost
+    where the loop asks many times a tick."""
 
     def __init__(
         self,
         executor: Executor,
-        on_command: Callable[[Command, tuple[int, ...], float], None],
-        on_event: Callable[[Happening, float], None],
+        heard: list[_Sent | _Told],
     ) -> None:
         self._executor = executor
-        self._on_command = on_command
-        self._on_event = on_event
+        self._heard = heard
         self.device_ids = executor.device_ids
         self.now_s = executor.now_s
         self.wait = executor.wait
@@ -258,11 +281,10 @@ class _RecordedExecutor:
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
         taken = self._executor.submit(command, members)
         if taken:
-            self._on_command(command, members, self.now_s())
+            self._heard.append(_Sent(command, members, self.now_s()))
         return taken
 
     def poll(self) -> list[Happening]:
         events, now_s = self._executor.poll(), self.now_s()
-        for event in events:
-            self._on_event(event, now_s)
+        self._heard += [_Told(event, now_s) for event in events]
         return events
