@@ -9,7 +9,9 @@ with Engine() as engine:
 """
 
 import asyncio
+import logging
 import secrets
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from typing import Protocol, Self
@@ -45,6 +47,8 @@ from tetrion.engine.request import (
     RequestError,
     resolve_request,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,9 +159,13 @@ class AsyncEngine:
         """
         assert self._executor is None, "the engine was started before"
         self._executor = ProcessExecutor(self.devices, self.spec, self.config)
+        begun_s = time.monotonic()
         await self._executor.start()
+        loaded_s = time.monotonic()
         try:
             calibration = await calibrate(self._executor, self.spec, self.config)
+            took_s = loaded_s - begun_s, time.monotonic() - loaded_s
+            logger.info("workers started and weights loaded in %.1f s, measured and warmed up in %.1f s", *took_s)
             self._metering = Metering(
                 self.config.metering,
                 self._executor.device_ids,

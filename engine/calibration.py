@@ -57,6 +57,7 @@ async def calibrate(executor: ProcessExecutor, spec: ModelSpec, config: EngineCo
             await calibrator.warm_up()
             return cached
     calibration = await calibrator.run(was_busy=is_busy)
+    await calibrator.warm_up()
     if config.profile_cache:
         _write(path, calibration)
     if calibration.inexact_degrees:
@@ -103,13 +104,11 @@ class Calibrator:
         num_devices = len(self._executor.device_ids)
         for size in ((pixels, pixels) for pixels in self._sizes() if self._on_gpu):
             for degree in self._spec.legal_degrees(num_devices):
-                for first in range(0, num_devices, degree):
-                    members = tuple((first + rank) % num_devices for rank in range(degree))
-                    request = self._probe.request(size, 1)
-                    await self._probe.encode(request)
-                    await self._probe.denoise(request, [(members, 1)])
-                    if degree == 1:
-                        await self._probe.decode(request)
+                groups = [
+                    tuple((first + rank) % num_devices for rank in range(degree))
+                    for first in range(0, num_devices, degree)
+                ]
+                await self._probe.rehearse(size, groups, decoding=degree == 1)
 
     @property
     def _on_gpu(self) -> bool:

@@ -5,7 +5,7 @@ Owns requests that belong to no table, and waiting for every member's answer. Kn
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 import numpy as np
@@ -52,8 +52,8 @@ class Probe:
         self.spec = spec
         self._ids = itertools.count(1000)
 
-    def request(self, size: Size, num_steps: int, prompt: str = PROMPT) -> Request:
-        """A fresh request that starts on device 0."""
+    def request(self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int = 0) -> Request:
+        """A fresh request that starts on this device."""
         params = ImageRequest(
             prompt=prompt,
             width=size[0],
@@ -64,7 +64,7 @@ class Probe:
             request_id="measurement",
         )
         request = Request(params, self.executor.now_s())
-        request.slot, request.state_id, request.planned_holders = 0, next(self._ids), (0,)
+        request.slot, request.state_id, request.planned_holders = 0, next(self._ids), (device_id,)
         return request
 
     def new_prompt(self) -> str:
@@ -72,7 +72,7 @@ class Probe:
         return f"{PROMPT} {next(self._ids)}"
 
     async def encode(self, request: Request) -> Encoded:
-        (encoded,) = await self._run([(encode_command(request, next(self._ids)), (0,))])
+        (encoded,) = await self._run([self._encode(request)])
         assert isinstance(encoded, Encoded)
         return encoded
 
@@ -87,9 +87,21 @@ class Probe:
         commands: list[tuple[GroupCommand, Members]] = []
         for _ in range(count):
             request = self.request(size, num_steps)
-            commands.append((encode_command(request, next(self._ids)), (0,)))
-            commands.append(self._next_chunk(request, *chunk))
+            commands += [self._encode(request), self._next_chunk(request, *chunk)]
         return chunk_times(await self._run(commands), [chunk[1]] * count)
+
+    async def rehearse(self, size: Size, groups: Sequence[Members], *, decoding: bool) -> None:
+        """On each group a request of its own: encoded on the first member, one step on all, decoded on the first if
+        `decoding`. All are queued at once, so that groups without a common member work side by side."""
+        commands: list[tuple[GroupCommand, Members]] = []
+        with ExitStack() as image_slots:
+            for members in groups:
+                request = self.request(size, 1, device_id=members[0])
+                commands += [self._encode(request), self._next_chunk(request, members, 1)]
+                if decoding:
+                    image_slot = image_slots.enter_context(self._image_slot())
+                    commands.append(self._decode(request, image_slot))
+            await self._run(commands)
 
     async def latents(self, request: Request) -> npt.NDArray[np.float32]:
         """fp32 [tokens, channels], as the first of the request's members holds them."""
@@ -110,12 +122,17 @@ class Probe:
 
     async def decode(self, request: Request) -> Decoded:
         """Decode a finished request where its first member is."""
-        device_id = request.planned_holders[0]
         with self._image_slot() as image_slot:
-            command = decode_command(request, next(self._ids), device_id, image_slot)
-            (decoded,) = await self._run([(command, (device_id,))])
+            (decoded,) = await self._run([self._decode(request, image_slot)])
         assert isinstance(decoded, Decoded)
         return decoded
+
+    def _encode(self, request: Request) -> tuple[GroupCommand, Members]:
+        return encode_command(request, next(self._ids)), request.planned_holders
+
+    def _decode(self, request: Request, image_slot: int) -> tuple[GroupCommand, Members]:
+        device_id = request.planned_holders[0]
+        return decode_command(request, next(self._ids), device_id, image_slot), (device_id,)
 
     def _next_chunk(self, request: Request, members: Members, num_steps: int) -> tuple[GroupCommand, Members]:
         chunk = Assignment(request_id=request.request_id, stage="denoise", members=members, chunk_steps=num_steps)

@@ -18,26 +18,19 @@ class Watched:
         self.steps: list[tuple[tuple[int, int], tuple[int, ...]]] = []
         self.decoded: list[tuple[int, int]] = []
 
-    def request(self, size: tuple[int, int], num_steps: int) -> Any:
-        return SimpleNamespace(size=size, num_steps=num_steps)
-
-    async def encode(self, request: Any) -> None:
-        pass
-
-    async def denoise(self, request: Any, chunks: list[tuple[tuple[int, ...], int]]) -> None:
-        self.steps += [(request.size, members) for members, num_steps in chunks if num_steps == request.num_steps]
-
-    async def decode(self, request: Any) -> None:
-        self.decoded.append(request.size)
+    async def rehearse(self, size: tuple[int, int], groups: list[tuple[int, ...]], *, decoding: bool) -> None:
+        self.steps += [(size, members) for members in groups]
+        self.decoded += [size] * (len(groups) if decoding else 0)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 async def test_gpus_record_every_usual_step_before_the_first_request(kind: str) -> None:
     spec = read_model_spec(resolve_model("flux1-dev"), "dummy")
-    executor = SimpleNamespace(device_ids=(0, 1), devices=(SimpleNamespace(kind=kind),) * 2)
+    executor = SimpleNamespace(device_ids=(0, 1, 2), devices=(SimpleNamespace(kind=kind),) * 3)
     calibrator, watched = Calibrator(cast(ProcessExecutor, executor), spec), Watched()
     calibrator._probe = cast(Any, watched)
     await calibrator.warm_up()
     sizes = [(side, side) for side in (256, 512, 1024, 2048)] if kind == "cuda" else []
-    assert watched.steps == [(size, members) for size in sizes for members in ((0,), (1,), (0, 1))]
-    assert watched.decoded == [size for size in sizes for _ in range(2)]
+    groups = [(0,), (1,), (2,), (0, 1), (2, 0), (0, 1, 2)]
+    assert watched.steps == [(size, members) for size in sizes for members in groups]
+    assert watched.decoded == [size for size in sizes for _ in range(3)]

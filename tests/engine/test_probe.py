@@ -1,7 +1,13 @@
-"""What a chunk's members report, put together. The probe itself runs in the tests of profile and bench step."""
+"""What a chunk's members report, put together. Measuring runs in the tests of profile and bench step."""
 
+import numpy as np
+
+from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.messages import Denoised, Encoded, Event
-from tetrion.engine.probe import ChunkTimes, chunk_times
+from tetrion.engine.model_spec import read_model_spec
+from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.probe import ChunkTimes, Probe, chunk_times
+from tetrion.engine.process_executor import ProcessExecutor
 
 
 def denoised(command_id: int, device_id: int, started_s: float, waited_s: float, ended_s: float) -> Denoised:
@@ -27,3 +33,20 @@ def test_chunks_in_the_order_of_their_commands_whatever_order_members_answer_in(
     first, second = chunk_times(events, [4, 1])
     assert first == ChunkTimes(num_steps=4, started_s=1.0, entered_s=2.0, ended_s=3.75, net_s=2.0)
     assert (first.step_s, second.step_s) == (0.5, 1.0)
+
+
+async def test_groups_rehearse_side_by_side_and_those_that_share_a_member_in_turn() -> None:
+    config = EngineConfig(devices="cpu:3", num_threads=1)
+    spec = read_model_spec(resolve_model(config.model), config.load_format)
+    executor = ProcessExecutor(parse_devices(config.devices), spec, config)
+    await executor.start()
+    try:
+        probe = Probe(executor, spec)
+        for groups in ([(0,), (1,), (2,)], [(0, 1), (2, 0)], [(1, 2, 0)]):
+            await probe.rehearse((128, 128), groups, decoding=True)
+        request = probe.request((128, 128), 2, device_id=2)
+        await probe.encode(request)
+        assert len(await probe.denoise(request, [((1, 2), 1), ((0,), 1)])) == 2
+        assert np.isfinite(await probe.latents(request)).all()
+    finally:
+        await executor.close()
