@@ -6,9 +6,10 @@
 
 Stages, in this order: `profile` (the planner's table, with joules; later stages run on it), `step` (beside the library
 floor and diffusers; exactness; resizing), `energy-N` (joules a picture on the first N GPUs, at degree N), `links`,
-`gemms`, `decode`, `meter`, `bf16` (latents beside diffusers'), `live` (`benchmarks.live_proof`: every policy), `saving`
-(mode `least-energy` beside `fastest`) and, from eight devices on, `paper`: TetriServe's own point, Uniform at 24 a
-minute, SLO ×1.0.
+`gemms`, `decode`, `meter`, `bf16` (latents beside diffusers'), `served` and `served-embedded` (requests through
+`tetrion serve`, of this model and of the embedded one), `live` (`benchmarks.live_proof`: every policy), `saving` (mode
+`least-energy` beside `fastest`) and, from eight devices on, `paper`: TetriServe's own point, Uniform at 24 a minute,
+SLO ×1.0.
 
 Each stage writes its files and what it said (NAME.log) into FOLDER; `stages.json` says which are whole. The same
 command again does what is left. `--budget-s` begins no stage that may not fit in what is left of so many seconds;
@@ -85,6 +86,8 @@ def stages(folder: Path, devices: str, engine: Line, degrees: Sequence[int], num
         ("bf16", "bf16_distance", 90.0),
     ):
         yield Stage(name, ("python", "-m", f"benchmarks.{module}", str(folder / f"{name}.json")), seconds)
+    for name, options in (("served", here), ("served-embedded", ("--devices", devices))):
+        yield Stage(name, ("python", "-m", "benchmarks.served", str(folder / f"{name}.json"), *options), 120.0)
     line = ("python", "-m", "benchmarks.live_proof", str(folder / "live"), *here, *on_table)
     yield Stage("live", (*line, "--slo-scale", "1.2"), 200.0, True, _is_whole_live)
     line = (*bench, "energy-saving", "--live", *here, *on_table, "--rate", "2", "--slo-scale", "1.5", "--compress", "4")

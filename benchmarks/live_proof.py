@@ -44,7 +44,7 @@ from tetrion.entrypoints.bench.workloads import MIXES
 from tetrion.entrypoints.errors import InputError, exit_code_and_line
 from tetrion.entrypoints.session import EngineOptions
 
-LOADS = (0.65, 0.2)
+LOADS = (0.65, 0.15)
 """Heavy, light."""
 COMPRESS, NUM_STEPS = 4, 28
 FIXED = (1, 2, 4)

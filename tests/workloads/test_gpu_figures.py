@@ -46,7 +46,8 @@ def test_the_stages_of_two_and_of_eight_devices(tmp_path: Path) -> None:
         return [s.name for s in stages(tmp_path, f"cpu:{num_devices}", ("--model", "shapes"), degrees, num_devices)]
 
     assert names(2, (1, 2)) == [
-        "profile", "step", "energy-1", "energy-2", "links", "gemms", "decode", "meter", "bf16", "live", "saving",
+        "profile", "step", "energy-1", "energy-2", "links", "gemms", "decode", "meter", "bf16", "served",
+        "served-embedded", "live", "saving",
     ]  # fmt: skip
     assert names(8, (1, 2, 3, 4, 6, 8))[-1] == "paper"
     lines = {s.name: s.line for s in stages(tmp_path, "cpu:8", ("--model", "shapes"), (1, 8), 8)}

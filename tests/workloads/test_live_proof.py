@@ -140,7 +140,7 @@ def test_a_command_refuses_to_go_on_otherwise_but_shows_what_is_there(
 ) -> None:
     words = ["live_proof", str(folder.path), "--devices", "cpu:2", "--mix", "uniform", "--policy", "horizon"]
     words += ["--size", "256x256", "--size", "512x512", "--base-slo", "2", "--base-slo", "3", "--num-requests", "10"]
-    given = {"load_format": None, "profile": None, "load": [0.65, 0.2], "slo_scale": [1.0], "seed": 1}
+    given = {"load_format": None, "profile": None, "load": list(live_proof.LOADS), "slo_scale": [1.0], "seed": 1}
     given |= {"num_requests": 10, "size": ["256x256", "512x512"], "base_slo": [2.0, 3.0]}
     assert folder.setup is not None
     folder.begin(msgspec.structs.replace(folder.setup, options=given), PROFILE)

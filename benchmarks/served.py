@@ -1,0 +1,126 @@
+"""Pictures through `tetrion serve` on the machine at hand: are all requests answered, in time, and at which degrees?
+
+    python -m benchmarks.served OUTPUT.json --devices cuda --model flux1-dev --load-format dummy
+    python -m benchmarks.served OUTPUT.json --devices cpu:2 --size 128x128 --num-requests 6 --num-steps 4
+
+Starts a server of its own on a free port, waits until it is ready, sends the requests at their times whatever has
+become of those before, and ends the server. A row for each size; `resized`: so many had steps at more than one degree.
+"""
+
+import argparse
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tetrion.engine.config import EngineConfig
+from tetrion.entrypoints.arguments import parse_size
+from tetrion.entrypoints.bench.live import HttpSystem
+from tetrion.entrypoints.bench.outcomes import Outcome
+from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.workloads import Size, Workload, make_trace
+
+TETRION = Path(sys.executable).with_name("tetrion")
+URL = re.compile(r"http://\S+")
+DEFAULT_SIZES = ("512x512", "1024x1024")
+
+
+@contextmanager
+def server(arguments: Sequence[str], start_timeout_s: float) -> Iterator[str]:
+    """The URL of a server that is ready. Raises RuntimeError if it is not in time, or does not end as it should."""
+    line = (str(TETRION), "serve", "--port", "0", *arguments)
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            yield _ready_url(process, start_timeout_s)
+            process.send_signal(signal.SIGTERM)
+            if code := process.wait(60.0):
+                raise RuntimeError(f"the server ended with exit code {code}")
+        finally:
+            process.kill()
+
+
+def _ready_url(process: "subprocess.Popen[str]", timeout_s: float) -> str:
+    """What the server names once it is ready; what it says is passed on."""
+    said = process.stderr
+    assert said is not None
+    timer = threading.Timer(timeout_s, process.kill)
+    timer.start()
+    for text in said:
+        sys.stderr.write(text)
+        if (url := URL.search(text)) and "serving model" in text:
+            timer.cancel()
+            threading.Thread(target=lambda: sys.stderr.writelines(said), daemon=True).start()
+            return url.group()
+    timer.cancel()
+    raise RuntimeError(f"the server ended, or was killed because it was not ready within {timeout_s:g} s")
+
+
+def row_of(size: Size, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What became of the requests of one size."""
+    mine = [outcome for outcome in outcomes if (outcome.request.width, outcome.request.height) == size]
+    drawn = [outcome for outcome in mine if outcome.finished_s is not None]
+    latencies_s = [outcome.latency_s for outcome in drawn if outcome.latency_s is not None]
+    return {
+        "px": f"{size[0]}x{size[1]}",
+        "requests": len(mine),
+        "answered": len(drawn),
+        "in_time": sum(outcome.is_met is True for outcome in mine),
+        "resized": sum(len(set(outcome.degrees)) > 1 for outcome in drawn),
+        "degrees": sorted({degree for outcome in drawn for degree in outcome.degrees}),
+        "mean_s": statistics.fmean(latencies_s) if latencies_s else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--devices", default="cuda")
+    parser.add_argument("--model", default=EngineConfig().model, help="folder or id; default: the embedded one")
+    parser.add_argument("--load-format", default="safetensors", choices=("dummy", "safetensors"))
+    parser.add_argument("--size", action="append", type=parse_size, metavar="WxH", help="may be repeated")
+    parser.add_argument("--num-steps", type=int, default=12)
+    parser.add_argument("--num-requests", type=int, default=20)
+    parser.add_argument("--rate", type=float, default=60.0, help="a minute")
+    parser.add_argument("--slo-s", type=float, default=3.0)
+    parser.add_argument("--start-timeout-s", type=float, default=300.0)
+    given = parser.parse_args()
+    sizes = tuple(given.size or map(parse_size, DEFAULT_SIZES))
+    try:
+        workload = Workload(
+            rate_per_min=given.rate,
+            num_requests=given.num_requests,
+            num_steps=given.num_steps,
+            sizes=sizes,
+            base_slo_s=(given.slo_s,) * len(sizes),
+        )
+        engine = ("--devices", given.devices, "--model", given.model, "--load-format", given.load_format)
+        begun_s = time.monotonic()
+        with server(engine, given.start_timeout_s) as url:
+            ready_s = time.monotonic() - begun_s
+            system = HttpSystem(url)
+            run, _ = system.run(make_trace(workload, seed=1), "horizon", seed=1)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"served: error: {error}")
+    rows = [row_of(size, run.outcomes) for size in sizes]
+    record = make_record(f"python -m benchmarks.served {shlex.join(sys.argv[1:])}", rows)
+    known_j = [joules for joules in run.joules or () if joules is not None]
+    record |= {
+        "system": system.facts | {"num_devices": system.num_devices, "ready_s": ready_s, "url": "of its own"},
+        "mean_joules": statistics.fmean(known_j) if known_j else None,
+    }
+    write_record(record, given.output)
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Requests through a server of its own, a real one; and one that cannot start."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import served
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["served", *arguments])
+    served.main()
+
+
+def test_a_server_is_started_asked_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "served.json"
+    line = ("--devices", "cpu:2", "--size", "128x128", "--num-steps", "3", "--num-requests", "4", "--rate", "600")
+    run(monkeypatch, str(output), *line, "--slo-s", "60")
+    record = json.loads(output.read_bytes())
+    (row,) = record["rows"]
+    assert (row["px"], row["requests"], row["answered"], row["in_time"]) == ("128x128", 4, 4, 4)
+    assert set(row["degrees"]) <= {1, 2} and row["mean_s"] > 0 and 0 <= row["resized"] <= 4
+    assert record["system"]["num_devices"] == 2 and record["system"]["ready_s"] > 0
+    assert record["mean_joules"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nosuch"), "the server ended"),
+        (("--num-requests", "0"), "num_requests: must be at least 1"),
+        (("--rate", "-1"), "rate_per_min: must be above 0"),
+    ],
+)
+def test_what_cannot_be_served_leaves_no_file(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, str(tmp_path / "served.json"), "--devices", "cpu:1", *arguments)
+    assert not list(tmp_path.iterdir())
