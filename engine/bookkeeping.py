@@ -120,14 +120,21 @@ class Bookkeeper:
         self._table.move(request, RequestState.FINISHED)
         self._statistics.ended(event.ended_s)
         self._outputs(request.progress())
-        receipt = self._receipt(request)
-        self._executor.take_image(event.image_slot, *request.size, lambda image: self._taken(request, receipt, image))
+        receipt = self._ended(request)
+        self._executor.take_image(
+            event.image_slot,
+            *request.size,
+            finish=lambda image: (image, receipt()),
+            receive=lambda made: self._taken(request, made),
+        )
 
-    def _taken(self, request: Request, receipt: Receipt, image: Any) -> None:
-        if isinstance(image, Exception):
-            error = GenerationError(f"the picture could not be copied: {image!r}")
+    def _taken(self, request: Request, made: tuple[Any, Receipt] | Exception) -> None:
+        """The picture and its receipt are there."""
+        if isinstance(made, Exception):
+            error = GenerationError(f"the picture could not be copied: {made!r}")
             self._outputs(Failure(request_id=request.request_id, error=error))
         else:
+            image, receipt = made
             self._outputs(request.result(image, self._executor.now_s(), receipt))
 
     def _move(self, request: Request, state: RequestState) -> None:
@@ -153,10 +160,10 @@ class Bookkeeper:
             self._statistics.ended(self._executor.now_s())
         cancelled = isinstance(error, RequestCancelled)
         self._table.move(request, RequestState.CANCELLED if cancelled else RequestState.FAILED)
-        self._receipt(request)
+        self._ended(request)
         self._outputs(Failure(request_id=request.request_id, error=error))
 
-    def _receipt(self, request: Request) -> Receipt:
-        """What the request has cost; it is over."""
+    def _ended(self, request: Request) -> Callable[[], Receipt]:
+        """The request is over; the answer says what it has cost."""
         facts = RequestFacts(request_id=request.request_id, size=request.size, degrees=tuple(request.degrees))
         return self._energy.ended(facts, self._cost_model.profile, self._executor.now_s())

@@ -63,6 +63,14 @@ class Executor(Protocol):
     def release_image_slot(self, image_slot: int) -> None:
         """Give a slot back."""
 
-    def take_image(self, image_slot: int, width: int, height: int, receive: Callable[[Any], None]) -> None:
-        """Give the slot back and `receive` a copy of its picture, uint8 [height, width, 3], or the exception that kept
-        it from being copied: now or soon, between ticks."""
+    def take_image(
+        self,
+        image_slot: int,
+        width: int,
+        height: int,
+        finish: Callable[[Any], Any],
+        receive: Callable[[Any], None],
+    ) -> None:
+        """Give the slot back and `receive` what `finish` makes of a copy of its picture, uint8 [height, width, 3], or
+        the exception that kept it from being made: now or soon, between ticks. Copying and finishing may be another
+        thread's."""

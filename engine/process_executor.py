@@ -128,20 +128,31 @@ class ProcessExecutor:
     def release_image_slot(self, image_slot: int) -> None:
         self._mapped.images.release(image_slot)
 
-    def take_image(self, image_slot: int, width: int, height: int, receive: Callable[[Any], None]) -> None:
+    def take_image(
+        self,
+        image_slot: int,
+        width: int,
+        height: int,
+        finish: Callable[[Any], Any],
+        receive: Callable[[Any], None],
+    ) -> None:
         """In another thread: copying a large picture takes milliseconds, in which a device would wait for the loop."""
-        copy = asyncio.create_task(self._take_image(image_slot, (height, width, 3), receive))
-        self._copies.add(copy)
-        copy.add_done_callback(self._copies.discard)
 
-    async def _take_image(self, image_slot: int, shape: tuple[int, ...], receive: Callable[[Any], None]) -> None:
-        image: Any
-        try:
-            image = await asyncio.to_thread(self._mapped.images.read, image_slot, shape)
-        except Exception as error:
-            image = error
-        self.release_image_slot(image_slot)
-        receive(image)
+        def make() -> Any:
+            return finish(self._mapped.images.read(image_slot, (height, width, 3)))
+
+        async def take() -> None:
+            made: Any
+            try:
+                made = await asyncio.to_thread(make)
+            except Exception as error:
+                made = error
+            self.release_image_slot(image_slot)
+            receive(made)
+
+        taking = asyncio.create_task(take())
+        self._copies.add(taking)
+        taking.add_done_callback(self._copies.discard)
 
     def read_latents(self, image_slot: int, num_tokens: int, num_channels: int) -> npt.NDArray[np.float32]:
         """A copy of what `CopyLatents` left: fp32 [num_tokens, num_channels]."""

@@ -193,9 +193,16 @@ class SimulatedExecutor:
     def release_image_slot(self, image_slot: int) -> None:
         """Slots are not scarce here."""
 
-    def take_image(self, image_slot: int, width: int, height: int, receive: Callable[[Any], None]) -> None:
+    def take_image(
+        self,
+        image_slot: int,
+        width: int,
+        height: int,
+        finish: Callable[[Any], Any],
+        receive: Callable[[Any], None],
+    ) -> None:
         self.release_image_slot(image_slot)
-        receive(np.broadcast_to(np.uint8(0), (height, width, 3)))
+        receive(finish(np.broadcast_to(np.uint8(0), (height, width, 3))))
 
 
 def _answer(command: SimulatedCommand, device_id: int, started_s: float, ended_s: float) -> Event:

@@ -1,13 +1,16 @@
 """The engine's energy account: takes readings of the meter and what devices did, gives totals and receipts.
 
-Owns a ledger for every GPU. The loop tells of commands and answers, the sampler of readings, from two threads; a lock
-keeps them apart. Readings are settled up to when the oldest unanswered command was sent, since what devices did
-before is known. Times are CLOCK_MONOTONIC seconds.
+Owns a ledger for every GPU. The loop tells of commands, answers and ends; that is noted only, and worked off by whoever
+comes next: the sampler with a reading, or who wants a receipt or the totals, in threads of their own. A lock keeps
+those apart. Readings are settled up to when the oldest unanswered command was sent, since what devices did before is
+known. Times are CLOCK_MONOTONIC seconds.
 """
 
+import functools
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 
@@ -55,6 +58,7 @@ class EnergyAccount:
         self._num_tokens = num_tokens
         self._g_per_kwh = g_per_kwh
         self._lock = threading.Lock()
+        self._noted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._ledgers = {uuid: GpuLedger(window_s) for uuid in sorted(set(self._gpu_of_device.values()))}
         self._sent: dict[int, _Sent] = {}
         self._spent: dict[str, _Spent] = {}
@@ -69,6 +73,7 @@ class EnergyAccount:
         """A reading of the meter, in order."""
         cpu = self._cpu_meter.read() if self._cpu_meter is not None else None
         with self._lock:
+            self._work_off()
             for uuid, ledger in self._ledgers.items():
                 ledger.read(reading.time_s, reading.joules.get(uuid), reading.watts.get(uuid))
             self._settle(reading.time_s)
@@ -81,49 +86,33 @@ class EnergyAccount:
 
     def sent(self, command: GroupCommand, members: tuple[int, ...], profile: Profile, now_s: float) -> None:
         """A command was given to its members."""
-        if self._meter.reason:
-            return
-        with self._lock:
-            self._sent[command.command_id] = _Sent(command, members, now_s, command_j(command, profile))
-            if command.request_id not in self._spent:
-                self._spent[command.request_id] = _Spent(self._idle.begin(now_s))
-            self._idle.busy(members, now_s)
+        if not self._meter.reason:
+            self._noted.append((self._on_sent, (command, members, profile, now_s)))
 
     def answered(self, command_id: int, device_id: int, started_s: float, ended_s: float, now_s: float) -> None:
         """A member has executed its command."""
-        if self._meter.reason:
-            return
-        with self._lock:
-            sent = self._sent.get(command_id)
-            if sent is None or device_id not in sent.pending:
-                return
-            sent.pending.discard(device_id)
-            if not sent.pending:
-                del self._sent[command_id]
-            self._idle.free(device_id, now_s)
-            self._book(sent, device_id, started_s, ended_s)
+        if not self._meter.reason:
+            self._noted.append((self._on_answered, (command_id, device_id, started_s, ended_s, now_s)))
 
     def failed(self, command_id: int, device_id: int, now_s: float) -> None:
         """A member brings no result: it is taken to have been busy since the command was sent."""
-        sent = self._sent.get(command_id)
-        if sent is not None:
-            self.answered(command_id, device_id, sent.sent_s, now_s, now_s)
+        if not self._meter.reason:
+            self._noted.append((self._on_failed, (command_id, device_id, now_s)))
 
-    def ended(self, request: RequestFacts, profile: Profile, now_s: float) -> Receipt:
-        """The request is over, and this is what it cost. What is booked for it from now on counts in totals only."""
+    def ended(self, request: RequestFacts, profile: Profile, now_s: float) -> Callable[[], Receipt]:
+        """The request is over; what is booked for it from now on counts in totals only. The answer gives its receipt
+        and may be called in any thread."""
         if self._meter.reason:
-            return unmetered(self._meter.reason, request.degrees)
-        with self._lock:
-            spent = self._spent.pop(request.request_id, None)
-            if spent is None:
-                return unmetered("nothing was done for it", request.degrees, self._meter.source)
-            idle_j = self._idle.end(spent.idle_start, now_s, self._ledgers)
-            return self._receipt(request, spent, idle_j, profile)
+            return functools.partial(unmetered, self._meter.reason, request.degrees)
+        end = _End(request, profile, now_s)
+        self._noted.append((self._on_ended, (end,)))
+        return functools.partial(self._receipt_at, end)
 
     # Asked -------------------------------------------------------------------------------------------------------
 
     def figures(self) -> EnergyFigures:
         with self._lock:
+            self._work_off()
             known = not self._meter.reason
             is_metered = known and self._meter.source != MODEL
             totals = self._totals
@@ -151,9 +140,51 @@ class EnergyAccount:
     def windows(self) -> dict[str, tuple[Window, ...]]:
         """The latest closed windows of each GPU."""
         with self._lock:
+            self._work_off()
             return {uuid: tuple(ledger.windows) for uuid, ledger in self._ledgers.items()}
 
-    # Bookkeeping -------------------------------------------------------------------------------------------------
+    def _receipt_at(self, end: "_End") -> Receipt:
+        with self._lock:
+            self._work_off()
+        assert end.receipt is not None
+        return end.receipt
+
+    # Bookkeeping, by whoever holds the lock ----------------------------------------------------------------------
+
+    def _work_off(self) -> None:
+        """Do what the loop's words ask for, in their order; it may go on speaking meanwhile."""
+        while self._noted:
+            act, arguments = self._noted.popleft()
+            act(*arguments)
+
+    def _on_sent(self, command: GroupCommand, members: tuple[int, ...], profile: Profile, now_s: float) -> None:
+        self._sent[command.command_id] = _Sent(command, members, now_s, command_j(command, profile))
+        if command.request_id not in self._spent:
+            self._spent[command.request_id] = _Spent(self._idle.begin(now_s))
+        self._idle.busy(members, now_s)
+
+    def _on_answered(self, command_id: int, device_id: int, started_s: float, ended_s: float, now_s: float) -> None:
+        sent = self._sent.get(command_id)
+        if sent is None or device_id not in sent.pending:
+            return
+        sent.pending.discard(device_id)
+        if not sent.pending:
+            del self._sent[command_id]
+        self._idle.free(device_id, now_s)
+        self._book(sent, device_id, started_s, ended_s)
+
+    def _on_failed(self, command_id: int, device_id: int, now_s: float) -> None:
+        sent = self._sent.get(command_id)
+        if sent is not None:
+            self._on_answered(command_id, device_id, sent.sent_s, now_s, now_s)
+
+    def _on_ended(self, end: "_End") -> None:
+        spent = self._spent.pop(end.request.request_id, None)
+        if spent is None:
+            end.receipt = unmetered("nothing was done for it", end.request.degrees, self._meter.source)
+        else:
+            idle_j = self._idle.end(spent.idle_start, end.now_s, self._ledgers)
+            end.receipt = self._receipt(end.request, spent, idle_j, end.profile)
 
     def _book(self, sent: "_Sent", device_id: int, started_s: float, ended_s: float) -> None:
         command = sent.command
@@ -272,6 +303,16 @@ class _Sent:
     def __init__(self, command: GroupCommand, members: tuple[int, ...], sent_s: float, model_j: float | None) -> None:
         self.command, self.members, self.sent_s, self.model_j = command, members, sent_s, model_j
         self.pending = set(members)
+
+
+class _End:
+    """The end of a request; `receipt` is None until it is worked off."""
+
+    __slots__ = ("now_s", "profile", "receipt", "request")
+
+    def __init__(self, request: RequestFacts, profile: Profile, now_s: float) -> None:
+        self.request, self.profile, self.now_s = request, profile, now_s
+        self.receipt: Receipt | None = None
 
 
 class _Spent:

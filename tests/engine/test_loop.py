@@ -120,12 +120,19 @@ def test_a_request_passes_through_all_its_stages(policy: str) -> None:
 
 def test_a_picture_that_cannot_be_copied_fails_its_request_alone() -> None:
     class OutOfMemory(SimulatedExecutor):
-        def take_image(self, image_slot: int, width: int, height: int, receive: Callable[[object], None]) -> None:
+        def take_image(
+            self,
+            image_slot: int,
+            width: int,
+            height: int,
+            finish: Callable[[object], object],
+            receive: Callable[[object], None],
+        ) -> None:
             if width == 512:
                 self.release_image_slot(image_slot)
                 receive(MemoryError("no room"))
             else:
-                super().take_image(image_slot, width, height, receive)
+                super().take_image(image_slot, width, height, finish, receive)
 
     simulation = Simulation(executor=OutOfMemory(PROFILE, 2))
     simulation.request("large", width=512, height=512)

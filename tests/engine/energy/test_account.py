@@ -198,7 +198,7 @@ def test_a_lost_member_leaves_nothing_open() -> None:
         account.receive(Reading(time_s=i * 0.5, joules={"GPU-a": 300.0 * i}, watts={"GPU-a": 600.0}))
     account.failed(7, 0, 2.0)
     facts = RequestFacts(request_id="a", size=(512, 512), degrees=())
-    receipt = account.ended(facts, PROFILE, 2.0)
+    receipt = account.ended(facts, PROFILE, 2.0)()
     assert receipt.active_j == pytest.approx(600.0)
     account.answered(7, 0, 1.0, 2.0, 2.0)  # what comes later is nobody's
     for i in range(5, 20):
