@@ -38,7 +38,7 @@ class WorkerPool:
         self._devices = {device.device_id: device for device in devices}
         self._segments = segments
         self._start_timeout_s = start_timeout_s
-        self._wake = wake
+        self._on_news, self._has_news = wake, False
         self._policy = RespawnPolicy()
         self._bring_up = BringUp(
             tuple(self._devices),
@@ -86,6 +86,9 @@ class WorkerPool:
 
     def poll(self) -> list[Event | WorkerLost | WorkerReady]:
         """What happened since the last call, a worker's events before its end."""
+        if not self._has_news:
+            return []
+        self._has_news = bool(self._ended)  # an end may leave others to be told of in the next call
         events: list[Event | WorkerLost | WorkerReady] = []
         for link in self._links.values():
             events += [event for event in link.events() if not self._bring_up.handle(event)]
@@ -124,6 +127,11 @@ class WorkerPool:
         self._links = {}
         self.alive = self.returning = frozenset()
 
+    def _wake(self) -> None:
+        """There is something that `poll` has not seen."""
+        self._has_news = True
+        self._on_news()
+
     # Lives -------------------------------------------------------------------------------------------------------
 
     def _launch(self, device_id: int) -> None:
@@ -135,6 +143,7 @@ class WorkerPool:
             on_end=lambda: self._on_life_pipe(device_id),
         )
         self._links[device_id] = link
+        self._has_news = True  # it may have spoken before it was listened to
         self._set_timer(
             device_id,
             self._start_timeout_s,

@@ -26,9 +26,10 @@ def serve_forced(policy: Planner) -> Planner:
     """`policy`, with requests that carry `force_degrees` served outside it."""
 
     def plan(snapshot: Snapshot) -> RoundPlan:
-        forced = sorted((request for request in snapshot.requests if request.force_degrees), key=arrival_order)
+        forced = [request for request in snapshot.requests if request.force_degrees]
         if not forced or not snapshot.devices:
             return policy(snapshot)
+        forced.sort(key=arrival_order)
         others = [request for request in _in_order(snapshot) if not request.force_degrees]
         first_other = min(map(arrival_order, others), default=None)
         table = _Reservations(snapshot)

@@ -83,6 +83,7 @@ class _Tick:
         self.encode_end_s: dict[str, float] = {}
         self.in_chunk = [request for request in snapshot.requests if self._is_in_chunk(request)]
         self.works: list[Work] = []
+        self.late: list[Work] = []
         self.rescued: list[Work] = []
         self.holding: list[Work] = []
         self.capacity = 0
@@ -110,15 +111,12 @@ class _Tick:
     # 2: what is left to do ----------------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        """Every request with steps left but for the backlog, most urgent first."""
+        """Every request with steps left but for the backlog, most urgent first; those that are late, the first of the
+        backlog among them, likewise."""
         self.works = [self._work(request) for request in self.snapshot.requests if request.stage != "decode"]
-
-    @functools.cached_property
-    def late(self) -> list[Work]:
-        """Those that are late, the first of the backlog among them, most urgent first."""
-        late = [work for work in self.works if work.is_late]
-        backlog = [self._work(request) for request in self.snapshot.backlog[:LATE_ITEMS]]
-        return sorted(late + backlog, key=lambda work: urgency(work.view, self.config)) if late else backlog
+        self.late = [work for work in self.works if work.is_late]
+        if backlog := [self._work(request) for request in self.snapshot.backlog[:LATE_ITEMS]]:
+            self.late = sorted(self.late + backlog, key=lambda work: urgency(work.view, self.config))
 
     def _work(self, request: RequestView) -> Work:
         table = self.tables[request.width, request.height]
@@ -143,7 +141,8 @@ class _Tick:
     def rescue_late(self, on_time: Sequence[Work]) -> list[Work]:
         """The late request to rescue, if the system is below saturation: few are late, and nobody on time has to be
         dropped for it."""
-        if not self.config.rescue or len(self.snapshot.backlog) > LATE_ITEMS or len(self.late) > LATE_ITEMS:
+        are_few = max(len(self.snapshot.backlog), len(self.late)) <= LATE_ITEMS
+        if not (self.late and self.config.rescue and are_few):
             return []
         rescued = self.rescue(self.late)
         return rescued if rescued and not fill(self.free_profile(rescued), on_time) else []
