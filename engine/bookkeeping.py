@@ -123,7 +123,7 @@ class Bookkeeper:
         receipt = self._ended(request)
         self._executor.take_image(
             event.image_slot,
-            *request.size,
+            request.size,
             finish=lambda image: (image, receipt()),
             receive=lambda made: self._taken(request, made),
         )

@@ -7,6 +7,9 @@ import msgspec
 
 from tetrion.engine.messages import Command, Event
 
+Finish = Callable[[Any], Any]
+Receive = Callable[[Any], None]
+
 
 class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
     """A worker process has ended. Not a message: the executor itself says so, after the worker's last events."""
@@ -63,14 +66,7 @@ class Executor(Protocol):
     def release_image_slot(self, image_slot: int) -> None:
         """Give a slot back."""
 
-    def take_image(
-        self,
-        image_slot: int,
-        width: int,
-        height: int,
-        finish: Callable[[Any], Any],
-        receive: Callable[[Any], None],
-    ) -> None:
-        """Give the slot back and `receive` what `finish` makes of a copy of its picture, uint8 [height, width, 3], or
-        the exception that kept it from being made: now or soon, between ticks. Copying and finishing may be another
-        thread's."""
+    def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
+        """Give the slot back and `receive` what `finish` makes of a copy of its picture of (width, height), uint8
+        [height, width, 3], or the exception that kept it from being made: now or soon, between ticks. Copying and
+        finishing may be another thread's."""

@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tetrion.engine.config import DeviceSpec, EngineConfig
-from tetrion.engine.executor import WorkerLost, WorkerReady
+from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.fleet.pool import WorkerPool
 from tetrion.engine.fleet.segments import Segments
 from tetrion.engine.messages import Command, Event
@@ -128,15 +128,9 @@ class ProcessExecutor:
     def release_image_slot(self, image_slot: int) -> None:
         self._mapped.images.release(image_slot)
 
-    def take_image(
-        self,
-        image_slot: int,
-        width: int,
-        height: int,
-        finish: Callable[[Any], Any],
-        receive: Callable[[Any], None],
-    ) -> None:
+    def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
         """In another thread: copying a large picture takes milliseconds, in which a device would wait for the loop."""
+        width, height = size
 
         def make() -> Any:
             return finish(self._mapped.images.read(image_slot, (height, width, 3)))

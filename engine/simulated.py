@@ -10,12 +10,11 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Collection
-from typing import Any
 
 import numpy as np
 
 from tetrion.engine.commands import predict_s
-from tetrion.engine.executor import WorkerLost, WorkerReady
+from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.messages import (
     BarriersReset,
     Command,
@@ -193,14 +192,8 @@ class SimulatedExecutor:
     def release_image_slot(self, image_slot: int) -> None:
         """Slots are not scarce here."""
 
-    def take_image(
-        self,
-        image_slot: int,
-        width: int,
-        height: int,
-        finish: Callable[[Any], Any],
-        receive: Callable[[Any], None],
-    ) -> None:
+    def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
+        width, height = size
         self.release_image_slot(image_slot)
         receive(finish(np.broadcast_to(np.uint8(0), (height, width, 3))))
 

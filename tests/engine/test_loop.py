@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EngineConfig, PlannerConfig
+from tetrion.engine.executor import Finish, Receive
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command, Denoise
 from tetrion.engine.planning.correction import CostModel
@@ -120,19 +121,12 @@ def test_a_request_passes_through_all_its_stages(policy: str) -> None:
 
 def test_a_picture_that_cannot_be_copied_fails_its_request_alone() -> None:
     class OutOfMemory(SimulatedExecutor):
-        def take_image(
-            self,
-            image_slot: int,
-            width: int,
-            height: int,
-            finish: Callable[[object], object],
-            receive: Callable[[object], None],
-        ) -> None:
-            if width == 512:
+        def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
+            if size == (512, 512):
                 self.release_image_slot(image_slot)
                 receive(MemoryError("no room"))
             else:
-                super().take_image(image_slot, width, height, finish, receive)
+                super().take_image(image_slot, size, finish, receive)
 
     simulation = Simulation(executor=OutOfMemory(PROFILE, 2))
     simulation.request("large", width=512, height=512)
