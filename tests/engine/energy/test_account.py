@@ -1,7 +1,10 @@
 """The account through the real loop: simulated devices, a meter in virtual time, receipts on results."""
 
 import asyncio
+import queue
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -13,6 +16,7 @@ from tetrion.engine.commands import encode_command
 from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
+from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.replay import ReplayMeter
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.planning.correction import CostModel
@@ -208,6 +212,39 @@ def test_a_lost_member_leaves_nothing_open() -> None:
     assert sum(figures.active_j.values()) == pytest.approx(600.0)
 
 
+def test_receipts_come_from_other_threads_while_the_loop_goes_on_telling() -> None:
+    """Encodes of 10 ms back to back on one GPU, told by one thread; readings and receipts are two others' work."""
+    account, ends = replayed_account(), queue.SimpleQueue[Callable[[], Receipt] | None]()
+    watts, count = 600.0, 400
+
+    def read() -> None:
+        for i in range(count // 10 + 40):
+            joules = {"GPU-a": watts * i * 0.1, "GPU-b": 0.0}
+            account.receive(Reading(time_s=i * 0.1, joules=joules, watts={"GPU-a": watts, "GPU-b": 0.0}))
+
+    def collect() -> list[Receipt]:
+        return [end() for end in iter(ends.get, None)]
+
+    with ThreadPoolExecutor(2) as others:
+        receipts = others.submit(collect)
+        reading = others.submit(read)
+        for i in range(count):
+            params = ImageRequest(prompt="x", seed=1, request_id=f"r{i}")
+            request = Request(resolve_request(params, SPEC, 2), i / 100)
+            account.sent(encode_command(request, i), (0,), PROFILE, i / 100)
+            account.answered(i, 0, i / 100, (i + 1) / 100, (i + 1) / 100)
+            facts = RequestFacts(request_id=f"r{i}", size=request.size, degrees=())
+            ends.put(account.ended(facts, PROFILE, (i + 1) / 100))
+        ends.put(None)
+        reading.result()
+        made = receipts.result()
+    figures = account.figures()
+    assert len(made) == count and all(receipt.method == "replay" for receipt in made)
+    assert figures.active_j is not None and figures.idle_j is not None and figures.unattributed_j is not None
+    total_j = sum(figures.active_j.values()) + figures.idle_j + figures.unattributed_j
+    assert total_j == pytest.approx(figures.counter_j, rel=1e-9) and figures.num_windows >= 2
+
+
 @pytest.mark.usefixtures("fork_server")
 async def test_an_engine_without_gpus_runs_and_says_why_it_meters_nothing() -> None:
     async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as engine:
@@ -223,7 +260,7 @@ async def test_an_engine_without_gpus_runs_and_says_why_it_meters_nothing() -> N
 async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> None:
     now_s = time.monotonic()
     readings = (
-        Reading(time_s=now_s + i * 0.02, joules={"GPU-a": 10.0 * i}, watts={"GPU-a": 500.0}) for i in range(9000)
+        Reading(time_s=now_s + i * 0.1, joules={"GPU-a": 50.0 * i}, watts={"GPU-a": 500.0}) for i in range(3000)
     )
     recording = tmp_path / "readings.jsonl"
     recording.write_bytes(b"\n".join(map(msgspec.json.encode, readings)))
