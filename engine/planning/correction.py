@@ -6,8 +6,6 @@ only `CostModel.profile`, a plain value.
 
 import math
 
-import msgspec
-
 from tetrion.engine.planning.profile import ClassCost, Profile
 
 SMOOTHING = 0.2
@@ -34,16 +32,18 @@ class CostModel:
         self._means: dict[tuple[int, int], dict[int | str, tuple[float, int]]] = {}
         self._profile = profile
         self._shown: dict[tuple[int, int], dict[int | str, float]] = {}
-        self._is_stale = False
+        self._stale: set[tuple[int, int]] = set()
 
     @property
     def profile(self) -> Profile:
-        """The corrected profile; a new value only once some cost is more than half a percent from what this one says:
-        all that is worked out from a profile lives as long as it."""
-        if self._is_stale:
-            self._profile = self._corrected()
-            self._shown = {size: {what: mean for what, (mean, _) in m.items()} for size, m in self._means.items()}
-            self._is_stale = False
+        """The corrected profile; a new value only once some cost is more than half a percent from what this one says,
+        and new only in the sizes for which that is so: what is worked out from a cost lives as long as it."""
+        if self._stale:
+            changed = {f"{w}x{h}": self._corrected_class(w, h, self._means[w, h]) for w, h in sorted(self._stale)}
+            self._profile = self._profile.with_classes(changed)
+            for size in self._stale:
+                self._shown[size] = {what: mean for what, (mean, _) in self._means[size].items()}
+            self._stale.clear()
         return self._profile
 
     def observe_step(self, width: int, height: int, degree: int, step_s: float) -> None:
@@ -75,13 +75,8 @@ class CostModel:
         moved = min(max(moved, 1 / MAX_RATIO), MAX_RATIO)
         means[what] = (moved, count + 1)
         shown = self._shown.get((width, height), {}).get(what, 1.0)
-        self._is_stale = self._is_stale or abs(moved / shown - 1) > TOLERANCE
-
-    def _corrected(self) -> Profile:
-        classes = dict(self._base.classes)
-        for (width, height), means in self._means.items():
-            classes[f"{width}x{height}"] = self._corrected_class(width, height, means)
-        return msgspec.structs.replace(self._base, classes=classes)
+        if abs(moved / shown - 1) > TOLERANCE:
+            self._stale.add((width, height))
 
     def _corrected_class(self, width: int, height: int, means: dict[int | str, tuple[float, int]]) -> ClassCost:
         def ratio(what: int | str) -> float:

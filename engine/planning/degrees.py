@@ -83,13 +83,17 @@ class DegreeTables(dict[tuple[int, int], DegreeTable]):
     def __init__(self, profile: Profile, legal_degrees: Sequence[int], num_devices: int) -> None:
         super().__init__()
         self._profile = profile
-        self._legal_degrees = legal_degrees
+        self._legal_degrees = tuple(legal_degrees)
         self._num_devices = num_devices
 
     def __missing__(self, size: tuple[int, int]) -> DegreeTable:
         if len(self) >= MEMO_SIZES:
             self.clear()
-        table = self[size] = DegreeTable(self._profile.cost(*size), self._legal_degrees, self._num_devices)
+        cost, key = self._profile.cost(*size), (DegreeTable, self._legal_degrees, self._num_devices)
+        table = cost.derived.get(key)
+        if table is None:
+            table = cost.derived[key] = DegreeTable(cost, self._legal_degrees, self._num_devices)
+        self[size] = table
         return table
 
 

@@ -38,7 +38,7 @@ class ClassCost(msgspec.Struct, frozen=True, kw_only=True):
     decode_j: float | None = None
 
 
-class SizeCost(msgspec.Struct, frozen=True, kw_only=True):
+class SizeCost(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Cost of one size, measured or estimated. `step_by_degree_s` has only the profile's own degrees,
     `step_by_degree_j` (joules over all members) those of them for which some size has joules; `encode_j` and `decode_j`
     are never estimated."""
@@ -50,6 +50,11 @@ class SizeCost(msgspec.Struct, frozen=True, kw_only=True):
     step_by_degree_j: dict[int, float] = {}
     encode_j: float | None = None
     decode_j: float | None = None
+
+    @functools.cached_property
+    def derived(self) -> dict[Any, Any]:
+        """Not part of the value: what others have worked out from it and keep for as long as it lives."""
+        return {}
 
     def step_s(self, degree: int) -> float:
         """Seconds of one step at `degree`. A degree that the table lacks (a forced one) is estimated: log-log between
@@ -104,6 +109,18 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @functools.cached_property
     def _by_pixels(self) -> list[tuple[int, ClassCost]]:
         return sorted(((w * h, self.classes[f"{w}x{h}"]) for w, h in map(parse_size, self.classes)), key=_first)
+
+    def with_classes(self, changed: Mapping[str, ClassCost]) -> "Profile":
+        """The same table with other costs of some sizes, or with more sizes. What was worked out of the sizes that it
+        names and that do not change is kept: a correction concerns one of them, many times a minute."""
+        other = msgspec.structs.replace(self, classes={**self.classes, **changed})
+        before = [self.classes[name].step_j if name in self.classes else {} for name in changed]
+        if before == [cost.step_j for cost in changed.values()]:  # joules are estimated from those of all sizes
+            for (width, height), cost in self._memo.items():
+                names = {f"{width}x{height}", f"{height}x{width}"}
+                if not names.isdisjoint(self.classes) and names.isdisjoint(changed):
+                    other._memo[width, height] = cost
+        return other
 
     def cost(self, width: int, height: int) -> SizeCost:
         """Everything about one size (pixels), measured or estimated."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.engine.planning.profile import Profile, parse_profile, parse_size, read_profile
+from tetrion.engine.planning.profile import ClassCost, Profile, parse_profile, parse_size, read_profile
 
 from .simulation import flux_profile, make_profile
 
@@ -126,3 +126,35 @@ def test_a_profile_is_a_value() -> None:
         profile.heads = 3  # type: ignore[misc]
     assert isinstance(profile, Profile)
     assert parse_size("640x480") == (640, 480)
+
+
+def class_costs(with_joules: bool) -> st.SearchStrategy[ClassCost]:
+    milliseconds = st.floats(1.0, 1000.0)
+    step_j = st.dictionaries(st.sampled_from([1, 2, 4]), st.floats(1.0, 500.0)) if with_joules else st.just({})
+    return st.builds(
+        ClassCost,
+        step_ms=st.dictionaries(st.sampled_from([1, 2, 4]), milliseconds, min_size=1),
+        encode_ms=milliseconds,
+        decode_ms=milliseconds,
+        step_j=step_j,
+    )
+
+
+TABLES = st.dictionaries(st.sampled_from(["256x256", "512x512", "512x256", "1024x1024"]), class_costs(True), min_size=1)
+
+
+@given(before=TABLES, changed=TABLES, keeps_joules=st.booleans())
+def test_a_changed_table_says_what_a_new_one_would(
+    before: dict[str, ClassCost], changed: dict[str, ClassCost], keeps_joules: bool
+) -> None:
+    if keeps_joules:
+        known = {name: before[name].step_j if name in before else {} for name in changed}
+        changed = {name: msgspec.structs.replace(cost, step_j=known[name]) for name, cost in changed.items()}
+    sizes = [(256, 256), (512, 512), (512, 256), (256, 512), (1024, 1024), (384, 384)]
+    profile = Profile(heads=24, classes=before)
+    asked = [profile.cost(*size) for size in sizes]
+    corrected, new = profile.with_classes(changed), Profile(heads=24, classes={**before, **changed})
+    assert [corrected.cost(*size) for size in sizes] == [new.cost(*size) for size in sizes]
+    assert [profile.cost(*size) for size in sizes] == asked
+    if keeps_joules and "512x512" in before and "512x512" not in changed:
+        assert corrected.cost(512, 512) is profile.cost(512, 512)
