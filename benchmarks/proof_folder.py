@@ -51,7 +51,6 @@ class ProofFolder:
 
     def begin(self, setup: Setup, profile: Profile) -> None:
         """The first call's; `setup.json` last, since it is what says that the folder was begun."""
-        self.path.mkdir(parents=True, exist_ok=True)
         for path, value in ((self.profile_path, profile), (self._setup_path, setup)):
             write_whole(path, msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
         self.setup = setup

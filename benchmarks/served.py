@@ -29,7 +29,8 @@ from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import Size, Workload, make_trace
 
 TETRION = Path(sys.executable).with_name("tetrion")
-URL = re.compile(r"http://\S+")
+READY = re.compile(r"serving model .* on (?P<url>http://\S+)")
+END_TIMEOUT_S = 60.0
 DEFAULT_SIZES = ("512x512", "1024x1024")
 
 
@@ -38,12 +39,13 @@ def server(arguments: Sequence[str], start_timeout_s: float) -> Iterator[str]:
     """The URL of a server that is ready. Raises RuntimeError if it is not in time, or does not end as it should."""
     line = (str(TETRION), "serve", "--port", "0", *arguments)
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
         try:
             yield _ready_url(process, start_timeout_s)
             process.send_signal(signal.SIGTERM)
-            if code := process.wait(60.0):
+            if code := process.wait(END_TIMEOUT_S):
                 raise RuntimeError(f"the server ended with exit code {code}")
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"the server did not end within {END_TIMEOUT_S:g} s") from None
         finally:
             process.kill()
 
@@ -54,13 +56,14 @@ def _ready_url(process: "subprocess.Popen[str]", timeout_s: float) -> str:
     assert said is not None
     timer = threading.Timer(timeout_s, process.kill)
     timer.start()
-    for text in said:
-        sys.stderr.write(text)
-        if (url := URL.search(text)) and "serving model" in text:
-            timer.cancel()
-            threading.Thread(target=lambda: sys.stderr.writelines(said), daemon=True).start()
-            return url.group()
-    timer.cancel()
+    try:
+        for text in said:
+            sys.stderr.write(text)
+            if ready := READY.search(text):
+                threading.Thread(target=lambda: sys.stderr.writelines(said), daemon=True).start()
+                return ready["url"]
+    finally:
+        timer.cancel()
     raise RuntimeError(f"the server ended, or was killed because it was not ready within {timeout_s:g} s")
 
 

@@ -8,7 +8,9 @@ import msgspec
 from tetrion.engine.messages import Command, Event
 
 Finish = Callable[[Any], Any]
+"""Makes of a picture what is to be received."""
 Receive = Callable[[Any], None]
+"""Takes what was made, or the exception in its place."""
 
 
 class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):

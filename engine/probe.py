@@ -45,7 +45,8 @@ class ChunkTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Probe:
-    """Requests of one executor, one after the other; all use state slot 0. One probe an executor: ids must be new."""
+    """Requests of one executor, one after the other, or side by side on other devices (`rehearse`); all use state slot
+    0. One probe an executor: ids must be new."""
 
     def __init__(self, executor: ProcessExecutor, spec: ModelSpec) -> None:
         self.executor = executor

@@ -30,7 +30,9 @@ def write_record(record: dict[str, Any], output: Path | None) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A file with `data`, or what was there before: never a part of it."""
+    """A file with `data`, or what was there before: never a part of it. Makes its folder, so that no measurement is
+    lost for want of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)

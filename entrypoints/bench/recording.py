@@ -252,11 +252,7 @@ class _RecordedExecutor:
     """An executor that keeps its commands and events in `heard`; everything else goes straight through, at no cost
     where the loop asks many times a tick."""
 
-    def __init__(
-        self,
-        executor: Executor,
-        heard: list[_Sent | _Told],
-    ) -> None:
+    def __init__(self, executor: Executor, heard: list[_Sent | _Told]) -> None:
         self._executor = executor
         self._heard = heard
         self.device_ids = executor.device_ids

@@ -15,7 +15,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_a_server_is_started_asked_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = tmp_path / "served.json"
+    output = tmp_path / "made for it" / "served.json"
     line = ("--devices", "cpu:2", "--size", "128x128", "--num-steps", "3", "--num-requests", "4", "--rate", "600")
     run(monkeypatch, str(output), *line, "--slo-s", "60")
     record = json.loads(output.read_bytes())

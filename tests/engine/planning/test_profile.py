@@ -128,19 +128,15 @@ def test_a_profile_is_a_value() -> None:
     assert parse_size("640x480") == (640, 480)
 
 
-def class_costs(with_joules: bool) -> st.SearchStrategy[ClassCost]:
-    milliseconds = st.floats(1.0, 1000.0)
-    step_j = st.dictionaries(st.sampled_from([1, 2, 4]), st.floats(1.0, 500.0)) if with_joules else st.just({})
-    return st.builds(
-        ClassCost,
-        step_ms=st.dictionaries(st.sampled_from([1, 2, 4]), milliseconds, min_size=1),
-        encode_ms=milliseconds,
-        decode_ms=milliseconds,
-        step_j=step_j,
-    )
-
-
-TABLES = st.dictionaries(st.sampled_from(["256x256", "512x512", "512x256", "1024x1024"]), class_costs(True), min_size=1)
+VALUES, DEGREES = st.floats(1.0, 1000.0), st.sampled_from([1, 2, 4])
+COSTS = st.builds(
+    ClassCost,
+    step_ms=st.dictionaries(DEGREES, VALUES, min_size=1),
+    encode_ms=VALUES,
+    decode_ms=VALUES,
+    step_j=st.dictionaries(DEGREES, VALUES),
+)
+TABLES = st.dictionaries(st.sampled_from(["256x256", "512x512", "512x256", "1024x1024"]), COSTS, min_size=1)
 
 
 @given(before=TABLES, changed=TABLES, keeps_joules=st.booleans())
