@@ -34,7 +34,7 @@ from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.bench.record import write_whole
 from tetrion.entrypoints.bench.workloads import MIXES
 
-PROGRAMS = {"tetrion": str(Path(sys.executable).with_name("tetrion")), "python": sys.executable}
+PROGRAMS = {"tetrion": (sys.executable, "-m", "tetrion.entrypoints"), "python": (sys.executable,)}
 ENERGY_STEPS, ENERGY_SIZES = "28,50", "512x512,1024x1024"
 MARGIN_S = 20.0
 """What a stage that stops in time may be late."""
@@ -148,7 +148,7 @@ def run(folder: Path, todo: Sequence[Stage], budget: Budget) -> list[str]:
         begun_s = time.monotonic()
         with (folder / f"{stage.name}.log").open("w") as log:
             code = subprocess.run(
-                (PROGRAMS[line[0]], *line[1:]), stdout=log, stderr=subprocess.STDOUT, check=False
+                (*PROGRAMS[line[0]], *line[1:]), stdout=log, stderr=subprocess.STDOUT, check=False
             ).returncode
         seconds = time.monotonic() - begun_s
         whole = code == 0 and stage.is_whole(folder)

@@ -28,7 +28,7 @@ from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import Size, Workload, make_trace
 
-TETRION = Path(sys.executable).with_name("tetrion")
+TETRION = (sys.executable, "-m", "tetrion.entrypoints")
 READY = re.compile(r"serving model .* on (?P<url>http://\S+)")
 END_TIMEOUT_S = 60.0
 DEFAULT_SIZES = ("512x512", "1024x1024")
@@ -37,7 +37,7 @@ DEFAULT_SIZES = ("512x512", "1024x1024")
 @contextmanager
 def server(arguments: Sequence[str], start_timeout_s: float) -> Iterator[str]:
     """The URL of a server that is ready. Raises RuntimeError if it is not in time, or does not end as it should."""
-    line = (str(TETRION), "serve", "--port", "0", *arguments)
+    line = (*TETRION, "serve", "--port", "0", *arguments)
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield _ready_url(process, start_timeout_s)
