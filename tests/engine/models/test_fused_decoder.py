@@ -36,6 +36,7 @@ def test_fused_decoder(device: str, channels: tuple[int, ...], act_fn: str, num_
     fuse(fused)
     assert sum(isinstance(module, FusedNorm) for module in fused.modules()) == num_fused
     latents = torch.randn(1, 4, 6, 10, device=device)
-    expected, picture = plain(latents), fused(latents)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected, picture = plain(latents), fused(latents)
     assert picture.shape == (1, 3, 12, 20)
     torch.testing.assert_close(picture, expected, rtol=1e-3, atol=1e-3)
