@@ -35,7 +35,10 @@ from tetrion.entrypoints.bench.record import write_whole
 from tetrion.entrypoints.bench.workloads import MIXES
 
 PROGRAMS = {"tetrion": (sys.executable, "-m", "tetrion.entrypoints"), "python": (sys.executable,)}
+WIDE_PROFILE = str(Path(__file__).with_name("workloads") / "wide_profile.json")
 ENERGY_STEPS, ENERGY_SIZES = "28,50", "512x512,1024x1024"
+EMBEDDED = ("--size", "256x256", "--size", "512x512", "--rate", "1500", "--slo-s", "0.15", "--profile", WIDE_PROFILE)
+"""Requests of the embedded model that come so close together, under such a table, that they are resized."""
 MARGIN_S = 20.0
 """What a stage that stops in time may be late."""
 Line = tuple[str, ...]
@@ -86,7 +89,8 @@ def stages(folder: Path, devices: str, engine: Line, degrees: Sequence[int], num
         ("bf16", "bf16_distance", 90.0),
     ):
         yield Stage(name, ("python", "-m", f"benchmarks.{module}", str(folder / f"{name}.json")), seconds)
-    for name, options in (("served", here), ("served-embedded", ("--devices", devices))):
+    embedded = ("--devices", devices, *EMBEDDED)
+    for name, options in (("served", here), ("served-embedded", embedded)):
         yield Stage(name, ("python", "-m", "benchmarks.served", str(folder / f"{name}.json"), *options), 120.0)
     line = ("python", "-m", "benchmarks.live_proof", str(folder / "live"), *here, *on_table)
     yield Stage("live", (*line, "--slo-scale", "1.2"), 200.0, True, _is_whole_live)

@@ -2,6 +2,8 @@
 
     python -m benchmarks.served OUTPUT.json --devices cuda --model flux1-dev --load-format dummy
     python -m benchmarks.served OUTPUT.json --devices cpu:2 --size 128x128 --num-requests 6 --num-steps 4
+    python -m benchmarks.served OUTPUT.json --devices cuda --size 256x256 --size 512x512 --rate 1500 --slo-s 0.15 \
+        --profile benchmarks/workloads/wide_profile.json    # the embedded model, resized although it gains nothing
 
 Starts a server of its own on a free port, waits until it is ready, sends the requests at their times whatever has
 become of those before, and ends the server. A row for each size; `resized`: so many had steps at more than one degree.
@@ -21,12 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tetrion.engine.config import EngineConfig
+from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.model_spec import CheckpointError, ModelSpec, read_model_spec
+from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.request import RequestError, resolve_request
 from tetrion.entrypoints.arguments import parse_size
-from tetrion.entrypoints.bench.live import HttpSystem
+from tetrion.entrypoints.bench.live import HttpSystem, as_image_request
 from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.record import make_record, write_record
-from tetrion.entrypoints.bench.workloads import Size, Workload, make_trace
+from tetrion.entrypoints.bench.workloads import Size, Trace, Workload, make_trace
 
 TETRION = (sys.executable, "-m", "tetrion.entrypoints")
 READY = re.compile(r"serving model .* on (?P<url>http://\S+)")
@@ -67,6 +72,12 @@ def _ready_url(process: "subprocess.Popen[str]", timeout_s: float) -> str:
     raise RuntimeError(f"the server ended, or was killed because it was not ready within {timeout_s:g} s")
 
 
+def check(trace: Trace, spec: ModelSpec, devices: str) -> None:
+    """Raises RequestError for what the model does not draw."""
+    for number, request in enumerate(trace):
+        resolve_request(as_image_request(request, number), spec, len(parse_devices(devices)))
+
+
 def row_of(size: Size, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What became of the requests of one size."""
     mine = [outcome for outcome in outcomes if (outcome.request.width, outcome.request.height) == size]
@@ -89,6 +100,7 @@ def main() -> None:
     parser.add_argument("--devices", default="cuda")
     parser.add_argument("--model", default=EngineConfig().model, help="folder or id; default: the embedded one")
     parser.add_argument("--load-format", default="safetensors", choices=("dummy", "safetensors"))
+    parser.add_argument("--profile", help="the server's cost table; default: the engine's own")
     parser.add_argument("--size", action="append", type=parse_size, metavar="WxH", help="may be repeated")
     parser.add_argument("--num-steps", type=int, default=12)
     parser.add_argument("--num-requests", type=int, default=20)
@@ -106,12 +118,15 @@ def main() -> None:
             base_slo_s=(given.slo_s,) * len(sizes),
         )
         engine = ("--devices", given.devices, "--model", given.model, "--load-format", given.load_format)
+        engine += ("--profile", given.profile) if given.profile else ()
+        trace = make_trace(workload, seed=1)
+        check(trace, read_model_spec(resolve_model(given.model), given.load_format), given.devices)
         begun_s = time.monotonic()
         with server(engine, given.start_timeout_s) as url:
             ready_s = time.monotonic() - begun_s
             system = HttpSystem(url)
-            run, _ = system.run(make_trace(workload, seed=1), "horizon", seed=1)
-    except (RuntimeError, ValueError) as error:
+            run, _ = system.run(trace, "horizon", seed=1)
+    except (RuntimeError, ValueError, CheckpointError, RequestError) as error:
         sys.exit(f"served: error: {error}")
     rows = [row_of(size, run.outcomes) for size in sizes]
     record = make_record(f"python -m benchmarks.served {shlex.join(sys.argv[1:])}", rows)

@@ -27,6 +27,11 @@ class InFlight:
         self.start_s = start_s
         self.end_s = start_s + self.duration_s
 
+    def ends_by(self, time_s: float) -> None:
+        """A member has answered then. Members end together, so the others are about to, whatever was predicted: a plan
+        made between two of the answers must not take them to be busy."""
+        self.end_s = min(self.end_s, time_s)
+
 
 class InFlightTable:
     """Per device the commands it holds in FIFO order; per request those that belong to it. Knows no planner.
@@ -87,7 +92,9 @@ class InFlightTable:
         else:
             queue.remove(entry)
             entry.num_behind -= 1
-        if not entry.pending:
+        if entry.pending:
+            entry.ends_by(now_s)
+        else:
             self._forget(entry)
         return entry
 

@@ -5,6 +5,7 @@ device executes commands in FIFO order; a group command starts when all its memb
 newcomers pull is there. Pictures are black.
 """
 
+import functools
 import heapq
 import itertools
 import math
@@ -74,7 +75,8 @@ class Disturbance:
 class SimulatedExecutor:
     """`num_devices` devices that cost what `profile` says. `duration(command, seconds)` may change it (noise, bias).
 
-    A lost device is back `respawn_s` after its death (but not before the loop has recovered); None: never.
+    A lost device is back `respawn_s` after its death (but not before the loop has recovered); None: never. The answers
+    of a command's members come `answer_gap_s` apart, as those of processes do.
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class SimulatedExecutor:
         num_devices: int,
         duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
         respawn_s: float | None = None,
+        answer_gap_s: float = 0.0,
     ) -> None:
         self.device_ids = tuple(range(num_devices))
         self.alive: frozenset[int] = frozenset(self.device_ids)
         self._respawn_s = respawn_s
+        self._answer_gap_s = answer_gap_s
         self._lost_s: dict[int, float] = {}
         self._profile = profile
         self._duration = duration
@@ -144,9 +148,17 @@ class SimulatedExecutor:
     def _complete(self, ticket: int, command: SimulatedCommand, members: tuple[int, ...], start_s: float) -> None:
         if any([ticket not in self._unanswered[member] for member in members]):
             return  # a member was lost or aborted: the others wait until they are aborted too
-        for member in members:
-            del self._unanswered[member][ticket]
-            self._events.append(_answer(command, member, start_s, self._now_s))
+        for number, member in enumerate(members):
+            answer = functools.partial(self._answer, ticket, member, _answer(command, member, start_s, self._now_s))
+            if number and self._answer_gap_s:
+                self.at(self._now_s + number * self._answer_gap_s, answer)
+            else:
+                answer()
+
+    def _answer(self, ticket: int, member: int, event: Event) -> None:
+        """Unless it was lost or aborted before."""
+        if self._unanswered[member].pop(ticket, None) is not None:
+            self._events.append(event)
 
     def poll(self) -> list[Event | WorkerLost | WorkerReady]:
         events, self._events = self._events, []

@@ -156,6 +156,23 @@ def test_chunks_of_one_request_follow_each_other_without_a_gap() -> None:
     assert result.latency_s == pytest.approx(0.005 + 20 * 0.2 + 0.08, abs=1e-6)
 
 
+@pytest.mark.parametrize(("every_s", "slo_ms"), [(0.05, 700), (0.1, 500), (0.1, 700), (0.2, 500)])
+def test_a_plan_does_not_depend_on_which_member_answers_first(every_s: float, slo_ms: float) -> None:
+    """Chunks end earlier than predicted; whoever comes next gets all of a group's devices, not only those whose answer
+    is there."""
+
+    def degrees(answer_gap_s: float) -> dict[str, tuple[int, ...]]:
+        executor = SimulatedExecutor(PROFILE, 4, lambda _, seconds: 0.8 * seconds, answer_gap_s=answer_gap_s)
+        simulation = Simulation(executor=executor)
+        for number in range(3):
+            at_s = every_s * number
+            simulation.request(f"{number}", at_s=at_s, width=512, height=512, num_steps=6, slo_ms=slo_ms)
+        simulation.run()
+        return {name: result.degrees for name, result in simulation.results.items()}
+
+    assert degrees(answer_gap_s=0.0005) == degrees(answer_gap_s=0.0)
+
+
 def test_forced_degrees_are_used_step_by_step() -> None:
     simulation = Simulation()
     forced = (1, 1, 2, 4, 3, 3, 1, 2, 2, 4, 1, 1)

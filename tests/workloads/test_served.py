@@ -29,7 +29,9 @@ def test_a_server_is_started_asked_and_ended(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "nosuch"), "the server ended"),
+        (("--profile", "nosuch.json"), "the server ended"),
+        (("--model", "nosuch"), "nosuch"),
+        (("--size", "128x1024"), "height: must be a multiple of 16 from 128 to 512 for model 'shapes', got 1024"),
         (("--num-requests", "0"), "num_requests: must be at least 1"),
         (("--rate", "-1"), "rate_per_min: must be above 0"),
     ],
@@ -38,5 +40,5 @@ def test_what_cannot_be_served_leaves_no_file(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit, match=message):
-        run(monkeypatch, str(tmp_path / "served.json"), "--devices", "cpu:1", *arguments)
+        run(monkeypatch, str(tmp_path / "served.json"), "--devices", "cpu:1", "--size", "128x128", *arguments)
     assert not list(tmp_path.iterdir())
