@@ -33,7 +33,7 @@ from tetrion.entrypoints.bench.recording import Recorder
 from tetrion.entrypoints.bench.simulation import as_image_request, prompt_of
 from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.session import EngineOptions, open_engine
+from tetrion.entrypoints.session import EngineOptions, open_engine, spare_what_exists
 
 HEAD_START_S = 0.1
 """From the start of a run to time 0 of its trace."""
@@ -69,6 +69,7 @@ class EmbeddedSystem:
         except BaseException:
             self._runner.close()
             raise
+        spare_what_exists()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,6 +23,7 @@ from tetrion.entrypoints.errors import EXIT_INTERRUPTED, InputError
 from tetrion.entrypoints.http.app import create_app
 from tetrion.entrypoints.http.picture_store import PictureStore
 from tetrion.entrypoints.http.service import ImageService
+from tetrion.entrypoints.session import spare_what_exists
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
@@ -93,6 +94,7 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         try:
             if await _start(engine, serving):
+                spare_what_exists()
                 service.is_ready = True
                 click.echo(f"serving model {engine.spec.name} on {url_of(sock)}", err=True)
                 await serving
