@@ -4,9 +4,13 @@ The same arrivals, policy and number of devices; every stage costs what it took 
 what a chunk cost beyond its steps. A simulation that agrees may be believed about workloads that were not run.
 
 On a machine that others use too, speed drifts while a run lasts. With `drift` the simulated devices drift with it.
+
+A step that ends a millisecond earlier or later may send what follows another way. With more `seeds` than one, so many
+runs whose times spread as the recorded ones did say what is to be expected (means), and within what range.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import numpy as np
 
 from tetrion.engine.messages import Command, Denoise
 from tetrion.engine.planning.profile import ClassCost, Profile, read_profile
+from tetrion.engine.simulated import Disturbance
 from tetrion.entrypoints.bench.outcomes import Chunk, Run
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings
@@ -30,6 +35,7 @@ def command(
     recordings: Path,
     profile: Path | None = None,
     drift: bool = False,
+    seeds: int = 1,
     output: Path | None = None,
     as_json: bool = False,
     command_line: str = "tetrion bench replay",
@@ -43,21 +49,33 @@ def command(
         table = None if profile is None else read_profile(profile)
     except ValueError as error:
         raise InputError(str(error)) from None
-    rows = [agreement(recording, replay(recording, table, drift=drift)) for recording in recorded]
+    rows = [agreement(recording, replays(recording, table, drift=drift, seeds=seeds)) for recording in recorded]
     made = make_record(command_line, rows)
     text = write_record(made, output)
     print(text if as_json else "\n".join(map(_line, rows)))
     return made
 
 
-def replay(recording: Recording, profile: Profile | None = None, *, drift: bool = False) -> Run:
+def replays(
+    recording: Recording, profile: Profile | None = None, *, drift: bool = False, seeds: int = 1
+) -> tuple[Run, ...]:
+    """One replay without noise, or so many with that of the recorded times."""
+    noise = noise_of(recording) if seeds > 1 else 0.0
+    return tuple(replay(recording, profile, drift=drift, noise=noise, seed=seed) for seed in range(seeds))
+
+
+def replay(
+    recording: Recording, profile: Profile | None = None, *, drift: bool = False, noise: float = 0.0, seed: int = 0
+) -> Run:
     """The recorded trace and policy in virtual time, on `profile` or on what the recorded run measured. `drift`: times
-    also follow how the recorded ones deviated from that, in windows of `DRIFT_WINDOW_S`."""
+    also follow how the recorded ones deviated from that, in windows of `DRIFT_WINDOW_S`. `noise`: see `Disturbance`."""
     table, recorder = profile or measured_profile(recording), Recorder()
     overhead_s = chunk_overhead_s(recording.chunks) if recording.mode == "live" else 0.0
     slowdown = drift_of(recording, table) if drift else lambda _: 1.0
+    disturbed = Disturbance(seed=seed, noise=noise)
 
     def duration(command: Command, seconds: float) -> float:
+        seconds = disturbed(command, seconds)
         return seconds * slowdown(recorder.now_s()) + overhead_s * isinstance(command, Denoise)
 
     return simulate(
@@ -99,6 +117,23 @@ def _measured_class(
     )
 
 
+def noise_of(recording: Recording) -> float:
+    """Standard deviation of the logarithm of what stages took over what the measured table says of them."""
+    table = measured_profile(recording)
+    return float(np.std([math.log(net_s / said_s) for _, net_s, said_s in _times(recording, table)] or [0.0]))
+
+
+def _times(recording: Recording, profile: Profile) -> Iterator[tuple[Chunk, float, float]]:
+    """Each command that brought a result, what it took, and what `profile` says."""
+    for chunk in recording.chunks:
+        request = recording.run.outcomes[chunk.request].request
+        cost = profile.cost(request.width, request.height)
+        stages_s = {"encode": cost.encode_s, "decode": cost.decode_s}
+        said_s = stages_s.get(chunk.stage) or chunk.chunk_steps * cost.step_s(len(chunk.members))
+        if not chunk.failed:
+            yield chunk, chunk.net_s, said_s
+
+
 def chunk_overhead_s(chunks: tuple[Chunk, ...]) -> float:
     """What chunks took on average beyond their steps, once all members were there: entry barrier and pull of state."""
     beyond_s = [max(0.0, c.end_s - c.joined_s - c.net_s) for c in chunks if c.stage == "denoise" and not c.failed]
@@ -108,13 +143,8 @@ def chunk_overhead_s(chunks: tuple[Chunk, ...]) -> float:
 def drift_of(recording: Recording, profile: Profile) -> Callable[[float], float]:
     """Time -> how many times what `profile` says stages took then; where nothing ran, as in the window before."""
     took: dict[int, list[tuple[float, float]]] = {}
-    for chunk in recording.chunks:
-        if not chunk.failed:
-            request = recording.run.outcomes[chunk.request].request
-            cost = profile.cost(request.width, request.height)
-            stages_s = {"encode": cost.encode_s, "decode": cost.decode_s}
-            said_s = stages_s.get(chunk.stage) or chunk.chunk_steps * cost.step_s(len(chunk.members))
-            took.setdefault(int(chunk.start_s // DRIFT_WINDOW_S), []).append((chunk.net_s, said_s))
+    for chunk, net_s, said_s in _times(recording, profile):
+        took.setdefault(int(chunk.start_s // DRIFT_WINDOW_S), []).append((net_s, said_s))
     ratios, last = [], 1.0
     for window in range(max(took, default=0) + 1):
         if window in took:
@@ -123,10 +153,9 @@ def drift_of(recording: Recording, profile: Profile) -> Callable[[float], float]
     return lambda time_s: ratios[min(int(time_s // DRIFT_WINDOW_S), len(ratios) - 1)]
 
 
-def agreement(recording: Recording, simulated: Run) -> Row:
-    """Recorded beside simulated: attainment (difference: simulated − recorded) and latency (ratio: simulated /
-    recorded)."""
-    real, ours = attainment(recording.run.outcomes), attainment(simulated.outcomes)
+def agreement(recording: Recording, simulated: Sequence[Run]) -> Row:
+    """Recorded beside simulated (the mean of all runs, with their range if there are several): attainment (difference:
+    simulated − recorded) and latency (ratio: simulated / recorded)."""
     row: Row = {
         "policy": recording.policy,
         "recorded_mode": recording.mode,
@@ -136,14 +165,23 @@ def agreement(recording: Recording, simulated: Run) -> Row:
         "slo_scale": recording.slo_scale,
         "seed": recording.seed,
         "requests": len(recording.run.outcomes),
-        "attainment": {"recorded": real, "simulated": ours},
-        "attainment_difference": None if real is None or ours is None else ours - real,
+        "simulated_runs": len(simulated),
     }
+    real = attainment(recording.run.outcomes)
+    row["attainment"] = _beside(real, [attainment(run.outcomes) for run in simulated])
+    ours = row["attainment"]["simulated"]
+    row["attainment_difference"] = None if real is None or ours is None else ours - real
     for name, statistic in (("mean", np.mean), ("p95", _p95)):
-        values = [_latency(run, statistic) for run in (recording.run, simulated)]
-        row[f"{name}_s"] = {"recorded": values[0], "simulated": values[1]}
-        row[f"{name}_ratio"] = values[1] / values[0] if values[0] and values[1] else None
+        row[f"{name}_s"] = _beside(_latency(recording.run, statistic), [_latency(run, statistic) for run in simulated])
+        real_s, ours_s = row[f"{name}_s"]["recorded"], row[f"{name}_s"]["simulated"]
+        row[f"{name}_ratio"] = ours_s / real_s if real_s and ours_s else None
     return row
+
+
+def _beside(recorded: float | None, simulated: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in simulated if value is not None]
+    beside: dict[str, Any] = {"recorded": recorded, "simulated": float(np.mean(known)) if known else None}
+    return beside | ({"range": [min(known), max(known)]} if len(known) > 1 else {})
 
 
 def _latency(run: Run, statistic: Callable[[list[float]], Any]) -> float | None:
@@ -161,6 +199,8 @@ def _line(row: Row) -> str:
         shares = row["attainment"]
         difference = 100 * row["attainment_difference"]
         words.append(f"attainment {shares['recorded']:.3f} → {shares['simulated']:.3f} ({difference:+.1f} points)")
+        if "range" in shares:
+            words.append("[{:.3f} – {:.3f}]".format(*shares["range"]))
     for name in ("mean", "p95"):
         if row[f"{name}_ratio"] is not None:
             seconds = row[f"{name}_s"]

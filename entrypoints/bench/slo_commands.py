@@ -125,6 +125,13 @@ def bound(**options: Any) -> int:
 @click.argument("recordings", metavar="RECORD", type=FILE)
 @click.option("--profile", metavar="FILE", type=FILE, help="Cost table. Default: the times measured in the run itself.")
 @click.option("--drift", is_flag=True, help="Simulated devices slow down when those of the recorded run did.")
+@click.option(
+    "--seeds",
+    type=POSITIVE,
+    default=1,
+    show_default=True,
+    help="Above 1: so many runs whose times spread as the recorded ones did; means and ranges.",
+)
 @with_options(RESULT_OPTIONS)
 def replay(**options: Any) -> int:
     """Simulate what `tetrion bench slo --record RECORD` recorded, and say how well it agrees."""

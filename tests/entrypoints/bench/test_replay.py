@@ -7,14 +7,14 @@ import pytest
 
 from tests.entrypoints.bench.conftest import PROFILE, recorded
 from tetrion.entrypoints.bench.recording import write_recordings
-from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, replay
+from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, noise_of, replay, replays
 from tetrion.entrypoints.errors import InputError
 
 
 @pytest.mark.parametrize("policy", ["horizon", "fixed-2", "rssp"])
 def test_an_undisturbed_run_replays_exactly(policy: str) -> None:
     (recording,) = recorded((policy,))
-    row = agreement(recording, replay(recording))
+    row = agreement(recording, replays(recording))
     assert row["attainment_difference"] == 0
     assert row["mean_ratio"] == pytest.approx(1.0, abs=1e-3) and row["p95_ratio"] == pytest.approx(1.0, abs=1e-3)
 
@@ -40,9 +40,24 @@ def _size(recording: object, number: int) -> str:
 
 def test_a_run_that_was_slower_and_noisy_is_predicted_from_its_own_times() -> None:
     (recording,) = recorded(("fixed-1",), bias=0.3, noise=0.05)
-    own, table = agreement(recording, replay(recording)), agreement(recording, replay(recording, PROFILE))
+    own, table = agreement(recording, replays(recording)), agreement(recording, replays(recording, PROFILE))
     assert own["mean_ratio"] == pytest.approx(1.0, abs=0.05) and abs(own["attainment_difference"]) <= 0.08
     assert table["mean_ratio"] < 0.9
+
+
+def test_several_seeds_spread_as_the_recorded_times_did() -> None:
+    (recording,) = recorded(("horizon",), noise=0.1)
+    assert noise_of(recording) == pytest.approx(0.1, rel=0.25)
+    runs = replays(recording, seeds=4)
+    again = replays(recording, seeds=4)
+    assert [run.outcomes for run in again] == [run.outcomes for run in runs] and len(runs) == 4
+    row = agreement(recording, runs)
+    least_s, most_s = row["mean_s"]["range"]
+    assert row["simulated_runs"] == 4 and least_s < row["mean_s"]["simulated"] < most_s
+    assert least_s * 0.8 < row["mean_s"]["recorded"] < most_s * 1.25
+    (exact,) = recorded()
+    assert noise_of(exact) == pytest.approx(0.0, abs=1e-9)
+    assert "range" not in agreement(exact, replays(exact))["attainment"]
 
 
 def test_with_drift_a_machine_that_slowed_down_is_followed() -> None:
