@@ -58,6 +58,7 @@ class EmbeddedSystem:
         self.recorder = Recorder()
         self._engine = open_engine(options, lambda config: AsyncEngine(config, instrument=self.recorder))
         self._runner = asyncio.Runner(loop_factory=new_event_loop)
+        self._run_number = 0
         self.energy_mode: EnergyMode | None = None
         """That requests ask for from now on; None: the server's."""
         self.receipts: dict[int, Receipt] = {}
@@ -133,6 +134,7 @@ class EmbeddedSystem:
         before, zero_s = self._engine.stats().loop, time.monotonic() + HEAD_START_S
         self.recorder.start(zero_s)
         self.receipts = {}
+        self._run_number += 1
         finished, max_lag_s = await open_loop(trace, zero_s, self._draw)
         run = self.recorder.run(
             trace,
@@ -146,7 +148,7 @@ class EmbeddedSystem:
         return msgspec.structs.replace(run, joules=joules), tuple(self.recorder.chunks)
 
     async def _draw(self, request: TraceRequest, number: int) -> Answer:
-        wanted = as_image_request(request, number)
+        wanted = as_image_request(request, number, self._run_number)
         if self.energy_mode is not None:
             wanted = msgspec.structs.replace(wanted, energy=EnergyWish(mode=self.energy_mode))
         try:

@@ -6,10 +6,11 @@ what a chunk cost beyond its steps. A simulation that agrees may be believed abo
 On a machine that others use too, speed drifts while a run lasts. With `drift` the simulated devices drift with it.
 
 A step that ends a millisecond earlier or later may send what follows another way. With more `seeds` than one, so many
-runs whose times spread as the recorded ones did say what is to be expected (means), and within what range.
+runs, each of whose commands takes what some recorded one of its size and stage took, say what is to be expected
+(means), and within what range.
 """
 
-import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,19 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tetrion.engine.messages import Command, Denoise
+from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.profile import ClassCost, Profile, read_profile
-from tetrion.engine.simulated import Disturbance
+from tetrion.engine.planning.snapshot import Stage
 from tetrion.entrypoints.bench.outcomes import Chunk, Run
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings
 from tetrion.entrypoints.bench.simulation import MAX_INFLIGHT, simulate
 from tetrion.entrypoints.bench.slo_statistics import Row, attainment
+from tetrion.entrypoints.bench.workloads import Size
 from tetrion.entrypoints.errors import InputError
 
 DRIFT_WINDOW_S = 3.0
+STAGES: dict[type[Command], Stage] = {EncodePrompt: "encode", Denoise: "denoise", Decode: "decode"}
 
 
 def command(
@@ -59,23 +62,26 @@ def command(
 def replays(
     recording: Recording, profile: Profile | None = None, *, drift: bool = False, seeds: int = 1
 ) -> tuple[Run, ...]:
-    """One replay without noise, or so many with that of the recorded times."""
-    noise = noise_of(recording) if seeds > 1 else 0.0
-    return tuple(replay(recording, profile, drift=drift, noise=noise, seed=seed) for seed in range(seeds))
+    """One replay on mean times, or so many on times drawn from the recorded ones."""
+    chosen: Sequence[int | None] = range(seeds) if seeds > 1 else [None]
+    return tuple(replay(recording, profile, drift=drift, seed=seed) for seed in chosen)
 
 
 def replay(
-    recording: Recording, profile: Profile | None = None, *, drift: bool = False, noise: float = 0.0, seed: int = 0
+    recording: Recording, profile: Profile | None = None, *, drift: bool = False, seed: int | None = None
 ) -> Run:
     """The recorded trace and policy in virtual time, on `profile` or on what the recorded run measured. `drift`: times
-    also follow how the recorded ones deviated from that, in windows of `DRIFT_WINDOW_S`. `noise`: see `Disturbance`."""
+    also follow how the recorded ones deviated from that, in windows of `DRIFT_WINDOW_S`. `seed`: of the times that are
+    drawn from the recorded ones; None: the mean of those."""
     table, recorder = profile or measured_profile(recording), Recorder()
     overhead_s = chunk_overhead_s(recording.chunks) if recording.mode == "live" else 0.0
     slowdown = drift_of(recording, table) if drift else lambda _: 1.0
-    disturbed = Disturbance(seed=seed, noise=noise)
+    spread = {} if seed is None else spread_of(recording)
+    draw = random.Random(seed)
 
     def duration(command: Command, seconds: float) -> float:
-        seconds = disturbed(command, seconds)
+        assert isinstance(command, EncodePrompt | Denoise | Decode)
+        seconds *= draw.choice(spread.get(((command.width, command.height), STAGES[type(command)]), [1.0]))
         return seconds * slowdown(recorder.now_s()) + overhead_s * isinstance(command, Denoise)
 
     return simulate(
@@ -117,10 +123,13 @@ def _measured_class(
     )
 
 
-def noise_of(recording: Recording) -> float:
-    """Standard deviation of the logarithm of what stages took over what the measured table says of them."""
-    table = measured_profile(recording)
-    return float(np.std([math.log(net_s / said_s) for _, net_s, said_s in _times(recording, table)] or [0.0]))
+def spread_of(recording: Recording) -> dict[tuple[Size, Stage], list[float]]:
+    """What each command of a size and stage took, over the mean of those on so many devices."""
+    ratios: dict[tuple[Size, Stage], list[float]] = {}
+    for chunk, net_s, said_s in _times(recording, measured_profile(recording)):
+        request = recording.run.outcomes[chunk.request].request
+        ratios.setdefault(((request.width, request.height), chunk.stage), []).append(net_s / said_s)
+    return ratios
 
 
 def _times(recording: Recording, profile: Profile) -> Iterator[tuple[Chunk, float, float]]:

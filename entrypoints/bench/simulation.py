@@ -191,15 +191,15 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def prompt_of(number: int) -> str:
-    """A prompt of its own for every request, so that no cache of prompts saves an encode."""
-    return f"picture {number}: a red circle left of a large blue star"
+def prompt_of(number: int, run: int = 0) -> str:
+    """A prompt of its own for every request of every run, so that no cache of prompts saves an encode."""
+    return f"picture {number} of run {run}: a red circle left of a large blue star"
 
 
-def as_image_request(request: TraceRequest, number: int) -> ImageRequest:
-    """Request `number` of a trace as an engine takes it."""
+def as_image_request(request: TraceRequest, number: int, run: int = 0) -> ImageRequest:
+    """Request `number` of a trace as an engine takes it, in its `run`-th run."""
     return ImageRequest(
-        prompt=prompt_of(number),
+        prompt=prompt_of(number, run),
         width=request.width,
         height=request.height,
         num_steps=request.num_steps,

@@ -130,7 +130,7 @@ def bound(**options: Any) -> int:
     type=POSITIVE,
     default=1,
     show_default=True,
-    help="Above 1: so many runs whose times spread as the recorded ones did; means and ranges.",
+    help="Above 1: so many runs on times drawn from the recorded ones; means and ranges.",
 )
 @with_options(RESULT_OPTIONS)
 def replay(**options: Any) -> int:

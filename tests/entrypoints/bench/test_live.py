@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from tetrion.engine.executor import Executor
-from tetrion.engine.messages import Command, Denoise
+from tetrion.engine.messages import Command, Denoise, EncodePrompt
 from tetrion.entrypoints.bench import live
 from tetrion.entrypoints.bench.live import HttpSystem, open_loop
 from tetrion.entrypoints.bench.recording import Recorder, read_recordings
@@ -116,10 +116,11 @@ def test_no_server_is_said_in_one_line() -> None:
 
 
 class Watch(Recorder):
-    """Notes which devices ran which degree in the warm-up."""
+    """Notes which devices ran which degree in the warm-up, and the prompts after it."""
 
     def wrap_executor(self, executor: Executor) -> Executor:
         self.warmed: set[tuple[int, int]] = set()
+        self.prompts: list[str] = []
         self.submit = executor.submit
         executor.submit = self.note  # type: ignore[method-assign]
         return super().wrap_executor(executor)
@@ -127,6 +128,8 @@ class Watch(Recorder):
     def note(self, command: Command, members: tuple[int, ...]) -> bool:
         if isinstance(command, Denoise) and command.request_id.startswith("warm-up"):
             self.warmed |= {(len(members), device) for device in members}
+        if isinstance(command, EncodePrompt) and not command.request_id.startswith("warm-up"):
+            self.prompts.append(command.prompt)
         return self.submit(command, members)
 
 
@@ -144,6 +147,7 @@ def test_an_embedded_engine_runs_every_policy_and_its_record_replays(
         record=tmp_path / "r.jsonl",
     )
     assert watch.warmed == {(degree, device) for degree in (1, 2) for device in (0, 1)}
+    assert len(set(watch.prompts)) == len(watch.prompts) == 6, "no policy has its prompts encoded by another's run"
     assert [(row["mode"], row["devices"], row["attainment"]) for row in record["rows"]] == [("live", 2, 1.0)] * 2
     assert all(row["gpu_s_per_image"] > 0 for row in record["rows"])
     assert all(0 < beside["utilisation"] <= 1 for beside in record["diagnostics"])

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from tests.entrypoints.bench.conftest import PROFILE, recorded
 from tetrion.entrypoints.bench.recording import write_recordings
-from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, noise_of, replay, replays
+from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, replay, replays, spread_of
 from tetrion.entrypoints.errors import InputError
 
 
@@ -47,7 +48,8 @@ def test_a_run_that_was_slower_and_noisy_is_predicted_from_its_own_times() -> No
 
 def test_several_seeds_spread_as_the_recorded_times_did() -> None:
     (recording,) = recorded(("horizon",), noise=0.1)
-    assert noise_of(recording) == pytest.approx(0.1, rel=0.25)
+    drawn = np.concatenate([ratios for (_, stage), ratios in spread_of(recording).items() if stage == "denoise"])
+    assert np.std(drawn) == pytest.approx(0.1, rel=0.25) and np.mean(drawn) == pytest.approx(1.0, abs=0.05)
     runs = replays(recording, seeds=4)
     again = replays(recording, seeds=4)
     assert [run.outcomes for run in again] == [run.outcomes for run in runs] and len(runs) == 4
@@ -56,7 +58,7 @@ def test_several_seeds_spread_as_the_recorded_times_did() -> None:
     assert row["simulated_runs"] == 4 and least_s < row["mean_s"]["simulated"] < most_s
     assert least_s * 0.8 < row["mean_s"]["recorded"] < most_s * 1.25
     (exact,) = recorded()
-    assert noise_of(exact) == pytest.approx(0.0, abs=1e-9)
+    assert all(ratio == pytest.approx(1.0) for ratios in spread_of(exact).values() for ratio in ratios)
     assert "range" not in agreement(exact, replays(exact))["attainment"]
 
 
