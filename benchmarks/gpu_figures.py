@@ -6,7 +6,7 @@
 
 Stages, in this order: `profile` (the planner's table, with joules; later stages run on it), `step` (beside the library
 floor and diffusers; exactness; resizing), `energy-N` (joules a picture on the first N GPUs, at degree N), `links`,
-`gemms`, `decode`, `meter`, `bf16` (latents beside diffusers'), `served` and `served-embedded` (requests through
+`gemms`, `decode`, `encode`, `meter`, `bf16` (latents beside diffusers'), `served` and `served-embedded` (requests through
 `tetrion serve`, of this model and of the embedded one), `live` (`benchmarks.live_proof`: every policy), `saving` (mode
 `least-energy` beside `fastest`) and, from eight devices on, `paper`: TetriServe's own point, Uniform at 24 a minute,
 SLO ×1.0.
@@ -85,6 +85,7 @@ def stages(folder: Path, devices: str, engine: Line, degrees: Sequence[int], num
         ("links", "links", 90.0),
         ("gemms", "gemms", 90.0),
         ("decode", "decode", 60.0),
+        ("encode", "encode", 60.0),
         ("meter", "meter_cost", 40.0),
         ("bf16", "bf16_distance", 90.0),
     ):

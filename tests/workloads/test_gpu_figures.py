@@ -46,7 +46,7 @@ def test_the_stages_of_two_and_of_eight_devices(tmp_path: Path) -> None:
         return [s.name for s in stages(tmp_path, f"cpu:{num_devices}", ("--model", "shapes"), degrees, num_devices)]
 
     assert names(2, (1, 2)) == [
-        "profile", "step", "energy-1", "energy-2", "links", "gemms", "decode", "meter", "bf16", "served",
+        "profile", "step", "energy-1", "energy-2", "links", "gemms", "decode", "encode", "meter", "bf16", "served",
         "served-embedded", "live", "saving",
     ]  # fmt: skip
     assert names(8, (1, 2, 3, 4, 6, 8))[-1] == "paper"
