@@ -6,10 +6,10 @@
 
 Stages, in this order: `profile` (the planner's table, with joules; later stages run on it), `step` (beside the library
 floor and diffusers; exactness; resizing), `energy-N` (joules a picture on the first N GPUs, at degree N), `links`,
-`gemms`, `decode`, `encode`, `meter`, `bf16` (latents beside diffusers'), `served` and `served-embedded` (requests through
-`tetrion serve`, of this model and of the embedded one), `live` (`benchmarks.live_proof`: every policy), `saving` (mode
-`least-energy` beside `fastest`) and, from eight devices on, `paper`: TetriServe's own point, Uniform at 24 a minute,
-SLO ×1.0.
+`gemms`, `decode`, `encode`, `meter`, `bf16` (latents beside diffusers'), `served` and `served-embedded` (requests
+through `tetrion serve`, of this model and of the embedded one), `live` (`benchmarks.live_proof`: every policy),
+`saving` (mode `least-energy` beside `fastest`) and, from eight devices on, `paper`: TetriServe's own point, Uniform at
+24 a minute, SLO ×1.0.
 
 Each stage writes its files and what it said (NAME.log) into FOLDER; `stages.json` says which are whole. The same
 command again does what is left. `--budget-s` begins no stage that may not fit in what is left of so many seconds;
