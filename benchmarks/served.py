@@ -7,6 +7,7 @@
 
 Starts a server of its own on a free port, waits until it is ready, sends the requests at their times whatever has
 become of those before, and ends the server. A row for each size; `resized`: so many had steps at more than one degree.
+`loop`: what the server's own metrics say of its loop.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.model_spec import CheckpointError, ModelSpec, read_model_spec
@@ -94,6 +98,20 @@ def row_of(size: Size, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
+def loop_figures(metrics: str) -> dict[str, float | None]:
+    """Of Prometheus' text: CPU milliseconds of the loop for each command, and the share of device time that was idle
+    beside a request that could run (not on purpose). None before the first command."""
+    told = {
+        sample.name: sample.value for family in text_string_to_metric_families(metrics) for sample in family.samples
+    }
+    commands, device_s = told["tetrion_commands_total"], told["tetrion_device_seconds_total"]
+    lost_s = told["tetrion_device_lost_seconds_total"] - told["tetrion_device_held_seconds_total"]
+    return {
+        "cpu_ms_per_command": 1e3 * told["tetrion_loop_cpu_seconds_total"] / commands if commands else None,
+        "lost_share": lost_s / device_s if device_s else None,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
@@ -126,6 +144,7 @@ def main() -> None:
             ready_s = time.monotonic() - begun_s
             system = HttpSystem(url)
             run, _ = system.run(trace, "horizon", seed=1)
+            loop = loop_figures(httpx.get(f"{url}/metrics").raise_for_status().text)
     except (RuntimeError, ValueError, CheckpointError, RequestError) as error:
         sys.exit(f"served: error: {error}")
     rows = [row_of(size, run.outcomes) for size in sizes]
@@ -133,10 +152,11 @@ def main() -> None:
     known_j = [joules for joules in run.joules or () if joules is not None]
     record |= {
         "system": system.facts | {"num_devices": system.num_devices, "ready_s": ready_s, "url": "of its own"},
+        "loop": loop,
         "mean_joules": statistics.fmean(known_j) if known_j else None,
     }
     write_record(record, given.output)
-    for row in rows:
+    for row in (*rows, loop):
         print(row)
 
 

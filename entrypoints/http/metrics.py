@@ -1,4 +1,5 @@
-"""`GET /metrics` in Prometheus' text form: joules by model, resolution, phase and state, power, the meter's own health.
+"""`GET /metrics` in Prometheus' text form: joules by model, resolution, phase and state, power, the meter's own health,
+and what the engine's loop costs.
 
 Pull only: what the engine counts is read when somebody asks. Histograms are of the pictures that this server has drawn.
 What is not known has no sample; it is never 0. Counters are those of closed windows, so they are up to one behind.
@@ -68,6 +69,7 @@ class _EngineCollector(Collector):
         yield self._joules(stats)
         yield from _power(stats)
         yield from _health(stats)
+        yield from _loop(stats)
         for name, value, says in (
             ("tetrion_devices_alive", stats.num_alive, "Devices whose worker lives."),
             ("tetrion_requests_queued", stats.num_queued, "Requests that wait for a state slot."),
@@ -133,3 +135,15 @@ def _health(stats: "EngineStats") -> Iterator[Metric]:
     ):
         if value is not None:
             yield GaugeMetricFamily(f"tetrion_energy_{name}", says, value=value)
+
+
+def _loop(stats: "EngineStats") -> Iterator[Metric]:
+    loop = stats.loop
+    for name, value, says in (
+        ("tetrion_loop_cpu_seconds", loop.cpu_s, "CPU time of the engine's loop."),
+        ("tetrion_commands", loop.num_commands, "Commands (encodes, chunks of steps, decodes) that devices have done."),
+        ("tetrion_device_seconds", loop.device_s, "Usable devices × time."),
+        ("tetrion_device_lost_seconds", loop.lost_s, "Device time idle beside a request that could run."),
+        ("tetrion_device_held_seconds", loop.held_s, "The part of it that was left idle on purpose."),
+    ):
+        yield CounterMetricFamily(name, says, value=value)

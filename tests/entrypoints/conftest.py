@@ -16,6 +16,7 @@ import pytest
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.sampler import SamplerCost
+from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
 from tetrion.engine.request import (
     BudgetUnmeetable,
@@ -64,6 +65,9 @@ NO_ENERGY = EnergyFigures(
 )
 
 
+NO_LOOP = LoopFigures(num_ticks=0, num_commands=0, cpu_s=0.0, device_s=0.0, lost_s=0.0, held_s=0.0)
+
+
 class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     num_devices: int
     num_alive: int
@@ -72,6 +76,7 @@ class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     energy: EnergyFigures
     metering_cost: SamplerCost = SamplerCost(num_readings=0, cpu_s=0.0, wall_s=0.0)
     meter_age_s: float | None = None
+    loop: LoopFigures = NO_LOOP
 
 
 class FakeHandle:
@@ -155,6 +160,7 @@ class FakeEngine:
         self.handles: list[FakeHandle] = []
         self.energy = NO_ENERGY
         self.meter_age_s: float | None = None
+        self.loop = NO_LOOP
 
     async def __aenter__(self) -> "FakeEngine":
         if self.start_error is not None:
@@ -193,6 +199,7 @@ class FakeEngine:
             num_admitted=0,
             energy=self.energy,
             meter_age_s=self.meter_age_s,
+            loop=self.loop,
         )
 
 

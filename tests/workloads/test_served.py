@@ -24,6 +24,7 @@ def test_a_server_is_started_asked_and_ended(tmp_path: Path, monkeypatch: pytest
     assert set(row["degrees"]) <= {1, 2} and row["mean_s"] > 0 and 0 <= row["resized"] <= 4
     assert record["system"]["num_devices"] == 2 and record["system"]["ready_s"] > 0
     assert record["mean_joules"] is None
+    assert 0 < record["loop"]["cpu_ms_per_command"] < 100 and 0 <= record["loop"]["lost_share"] < 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tests.entrypoints.conftest import NO_ENERGY, draw
 from tests.entrypoints.http.test_app import Served, serving
 from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.receipt import PhaseJoules, Receipt
+from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.request import GenerationError, ImageRequest
 from tetrion.entrypoints.http.metrics import BUCKETS_J, Metrics
 
@@ -69,6 +70,13 @@ async def test_what_is_not_known_has_no_sample(served: Served) -> None:
     assert not [key for key in found if "joules" in key[0] or "watts" in key[0]]
     assert found["tetrion_energy_meter_up", labels(source="none", reason=NO_ENERGY.reason)] == 0.0
     assert found["tetrion_devices_alive", ()] == 2.0
+
+
+async def test_what_the_loop_costs_is_told(served: Served) -> None:
+    served.engine.loop = LoopFigures(num_ticks=8, num_commands=4, cpu_s=0.002, device_s=20.0, lost_s=1.5, held_s=1.0)
+    found = await scrape(served)
+    names = ("loop_cpu_seconds", "commands", "device_seconds", "device_lost_seconds", "device_held_seconds")
+    assert [found[f"tetrion_{name}_total", ()] for name in names] == [0.002, 4, 20.0, 1.5, 1.0]
 
 
 async def test_a_meter_that_fell_silent_is_down(served: Served) -> None:
