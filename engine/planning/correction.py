@@ -8,11 +8,13 @@ import math
 
 from tetrion.engine.planning.profile import ClassCost, Profile
 
-SMOOTHING = 0.2
+SMOOTHING = 0.1
 CLIP = 2.0
 MAX_RATIO = 100.0
 MAX_SIZES = 256
-TOLERANCE = 0.005
+TOLERANCE = 0.02
+"""Steps take a few percent more or less each time, and a mean of ten or so wavers with them: below this, plans would
+follow noise, and what is worked out of a cost would be worked out anew with every other answer."""
 
 
 class CostModel:
@@ -36,8 +38,8 @@ class CostModel:
 
     @property
     def profile(self) -> Profile:
-        """The corrected profile; a new value only once some cost is more than half a percent from what this one says,
-        and new only in the sizes for which that is so: what is worked out from a cost lives as long as it."""
+        """The corrected profile; a new value only once some cost is more than `TOLERANCE` from what this one says, and
+        new only in the sizes for which that is so: what is worked out from a cost lives as long as it."""
         if self._stale:
             changed = {f"{w}x{h}": self._corrected_class(w, h, self._means[w, h]) for w, h in sorted(self._stale)}
             self._profile = self._profile.with_classes(changed)
