@@ -103,6 +103,8 @@ class EngineLoop:
         )
         self._round_id = 0
         self._wake_s: float | None = None
+        self._due_s = -math.inf
+        self._has_news = True
         self._stopping = False
 
     # The caller's side -------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ class EngineLoop:
         if self._config.admission == "reject-hopeless":
             self._refuse_hopeless(request)
         self.table.add(request)
-        self.executor.wake()
+        self._wake()
         return request
 
     def _degree_tables(self) -> DegreeTables:
@@ -136,7 +138,11 @@ class EngineLoop:
         request = self.table.get(request_id)
         if request is not None:
             self.table.cancel(request)
-            self.executor.wake()
+            self._wake()
+
+    def _wake(self) -> None:
+        self._has_news = True
+        self.executor.wake()
 
     def stop(self) -> None:
         """Make `run` return after the tick it is in. Requests still alive fail."""
@@ -148,7 +154,9 @@ class EngineLoop:
     async def run(self) -> None:
         while not self._stopping:
             self.tick()
-            await self.executor.wait(self._next_wake_s())
+            wake_s = self._next_wake_s()
+            self._due_s = math.inf if wake_s is None else wake_s
+            await self.executor.wait(wake_s)
         for request in self.table.all():
             self._books.end(request, GenerationError("the engine was stopped"))
 
@@ -156,7 +164,8 @@ class EngineLoop:
         begun = self.statistics.begin_tick()
         self.collect()
         self.admit()
-        self.dispatch(self.plan())
+        if self._must_plan():
+            self.dispatch(self.plan())
         self.statistics.end_tick(begun)
 
     def collect(self) -> None:
@@ -175,6 +184,12 @@ class EngineLoop:
             self._books.end(request, GenerationError(NO_WORKER))
         for _ in self.table.admit():
             self.statistics.admitted(self.executor.now_s())
+
+    def _must_plan(self) -> bool:
+        """Whether something has happened since the last plan, or it is time. (Between the first and the last answer of
+        a group's members nothing happens.)"""
+        has_news, self._has_news = self._has_news, False
+        return has_news or self.executor.now_s() >= self._due_s
 
     def plan(self) -> RoundPlan:
         """Ask the policy what runs next."""
@@ -209,8 +224,10 @@ class EngineLoop:
                 self._on_answer(event)
             case BarriersReset():
                 self._recovery.barriers_reset(event)
+                self._has_news = True
             case WorkerLost():
                 self._recovery.worker_lost(event)
+                self._has_news = True
             case WorkerReady():
                 logger.info("worker %d was started again", event.device_id)
             case Started() | Loaded() | PeersMapped() | LatentsCopied() | Pong():
@@ -219,10 +236,11 @@ class EngineLoop:
                 assert_never(event)
 
     def _on_answer(self, event: Answer | Failed) -> None:
-        """With the answer of its last member a command is done."""
+        """With the answer of its first member a command is about to be done, with that of its last it is."""
         entry = self._books.answered(event, self.executor.now_s())
         if entry is None:
             return
+        self._has_news |= isinstance(event, Failed) or len(entry.pending) in (0, len(entry.members) - 1)
         if isinstance(event, Failed):
             self._recovery.member_failed(event)
         if entry.pending:

@@ -37,6 +37,8 @@ from tetrion.engine.request_table import Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
+STALL_CHECK_S = 0.5
+"""So often it is looked at whether an answer is overdue: stalls are a matter of seconds."""
 
 
 class RecoveryState(enum.Enum):
@@ -68,6 +70,7 @@ class Recovery:
         self._hit: dict[str, str] = {}
         self._resets: dict[int, tuple[int, float]] = {}
         self._state = RecoveryState.HEALTHY
+        self._check_s = 0.0
 
     @property
     def is_healthy(self) -> bool:
@@ -131,6 +134,9 @@ class Recovery:
     def check_stalls(self) -> None:
         """A worker that takes far longer than predicted is killed; it is then handled like any lost worker."""
         now_s, timeout_s = self._executor.now_s(), self._stall_timeout_s
+        if now_s < self._check_s:
+            return
+        self._check_s = now_s + STALL_CHECK_S
         for entry in [e for e in self._in_flight if now_s > e.end_s + 10 * e.duration_s + timeout_s]:
             for device_id in entry.pending:
                 self._executor.kill(device_id, f"no answer for {now_s - entry.start_s:.0f} s")

@@ -1,6 +1,7 @@
 """The real loop on the simulated executor: whole lives of requests in virtual time."""
 
 import asyncio
+import itertools
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from tetrion.engine.messages import Command, Denoise
 from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.snapshot import Snapshot
 from tetrion.engine.request import (
     DeadlineUnmeetable,
     EngineOverloaded,
@@ -171,6 +173,27 @@ def test_a_plan_does_not_depend_on_which_member_answers_first(every_s: float, sl
         return {name: result.degrees for name, result in simulation.results.items()}
 
     assert degrees(answer_gap_s=0.0005) == degrees(answer_gap_s=0.0)
+
+
+def test_answers_between_the_first_and_the_last_ask_for_no_plan() -> None:
+    """One device is always idle and one request waits for four, so that whoever asks for a plan makes the policy
+    decide."""
+
+    def decisions_and_commands(answer_gap_s: float) -> tuple[int, int]:
+        executor = SimulatedExecutor(PROFILE, 5, answer_gap_s=answer_gap_s)
+        simulation, snapshots = Simulation(executor=executor, policy="fixed-4"), list[Snapshot]()
+        planner, submit, num_commands = simulation.loop.planner, executor.submit, itertools.count()
+        simulation.loop.planner = lambda snapshot: snapshots.append(snapshot) or planner(snapshot)  # type: ignore[func-returns-value]
+        executor.submit = lambda *given: next(num_commands) >= 0 and submit(*given)  # type: ignore[method-assign]
+        for name in "ab":
+            simulation.request(name, width=512, height=512, num_steps=12)
+        simulation.run()
+        assert {result.degrees for result in simulation.results.values()} == {(4,) * 12}
+        return len(snapshots), next(num_commands)
+
+    together, num_commands = decisions_and_commands(answer_gap_s=0.0)
+    apart, as_many = decisions_and_commands(answer_gap_s=0.0005)
+    assert as_many == num_commands and together <= apart <= together + num_commands
 
 
 def test_forced_degrees_are_used_step_by_step() -> None:
