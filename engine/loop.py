@@ -103,7 +103,7 @@ class EngineLoop:
         )
         self._round_id = 0
         self._wake_s: float | None = None
-        self._due_s = -math.inf
+        self._due_s = self._planned_s = -math.inf
         self._has_news = True
         self._stopping = False
 
@@ -193,6 +193,7 @@ class EngineLoop:
 
     def plan(self) -> RoundPlan:
         """Ask the policy what runs next."""
+        self._planned_s = self.executor.now_s()
         if not self._recovery.is_healthy:
             return RoundPlan()
         snapshot = self._outlook.snapshot(self.cost_model.profile)
@@ -251,10 +252,11 @@ class EngineLoop:
             self._books.executed(entry, event)
 
     def _next_wake_s(self) -> float | None:
-        """When to tick without an event: when the plan asked for it, just before a command ends, to see stalls."""
+        """When to tick without an event: when the plan asked for it, just before a command ends (at once if that has
+        come since the last plan), to see stalls."""
         now_s, lead_s = self.executor.now_s(), self._config.lead_s
         times = [entry.end_s - lead_s for entry in self._in_flight]
-        times = [time_s if time_s > now_s else now_s + OVERDUE_WAIT_S for time_s in times]
+        times = [time_s if time_s > self._planned_s else now_s + OVERDUE_WAIT_S for time_s in times]
         if self._wake_s is not None:
             times.append(max(self._wake_s, now_s + SHORTEST_WAIT_S))
         if self._recovery.is_waiting:
