@@ -28,9 +28,9 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.model_spec import CheckpointError, ModelSpec, read_model_spec
+from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.request import RequestError, resolve_request
+from tetrion.engine.request import resolve_request
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.live import HttpSystem, as_image_request
 from tetrion.entrypoints.bench.outcomes import Outcome
@@ -145,7 +145,7 @@ def main() -> None:
             system = HttpSystem(url)
             run, _ = system.run(trace, "horizon", seed=1)
             loop = loop_figures(httpx.get(f"{url}/metrics").raise_for_status().text)
-    except (RuntimeError, ValueError, CheckpointError, RequestError) as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(f"served: error: {error}")
     rows = [row_of(size, run.outcomes) for size in sizes]
     record = make_record(f"python -m benchmarks.served {shlex.join(sys.argv[1:])}", rows)

@@ -44,6 +44,17 @@ class Bookkeeper:
 
     # A command's members ------------------------------------------------------------------------------------------
 
+    def sending(self, command: GroupCommand, members: tuple[int, ...]) -> None:
+        """A command is about to be given to its members. The energy account must know before it can begin: readings are
+        settled in another thread up to where nobody has been given anything."""
+        self._energy.sent(command, members, self._cost_model.profile, self._executor.now_s())
+
+    def not_sent(self, command: GroupCommand, members: tuple[int, ...]) -> None:
+        """They did not take it."""
+        for member in members:
+            self._energy.failed(command.command_id, member, self._executor.now_s())
+        self.discard(command)
+
     def sent(self, request: Request, command: GroupCommand, members: tuple[int, ...]) -> None:
         """The request's next command was given to its members."""
         now_s, profile = self._executor.now_s(), self._cost_model.profile
@@ -51,7 +62,6 @@ class Bookkeeper:
             request.started_s = now_s
         self._in_flight.add(command, members, now_s, predict_s(command, profile))
         self._statistics.sent(command.command_id, members, now_s)
-        self._energy.sent(command, members, profile, now_s)
         request.spent_j += predict_j(command, profile)
         if isinstance(command, Denoise):
             request.planned_step_index += command.chunk_steps

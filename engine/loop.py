@@ -27,6 +27,7 @@ from tetrion.engine.messages import (
     Encoded,
     Event,
     Failed,
+    GroupCommand,
     LatentsCopied,
     Loaded,
     PeersMapped,
@@ -210,14 +211,20 @@ class EngineLoop:
             assert request is not None
             command_id = next(self._command_ids)
             command = command_for(assignment, request, command_id, self._round_id, acquire_image_slot)
-            if command is None or not self.executor.submit(command, assignment.members):
-                if command is not None:
-                    self._books.discard(command)
+            if command is None or not self._give(command, assignment.members):
                 self._wake_s = self.executor.now_s() + FULL_CHANNEL_WAIT_S
                 return
             self._books.sent(request, command, assignment.members)
 
     # Its parts ---------------------------------------------------------------------------------------------------
+
+    def _give(self, command: GroupCommand, members: tuple[int, ...]) -> bool:
+        """False if some member has no room for it."""
+        self._books.sending(command, members)
+        if not self.executor.submit(command, members):
+            self._books.not_sent(command, members)
+            return False
+        return True
 
     def _handle(self, event: Event | WorkerLost | WorkerReady) -> None:
         match event:

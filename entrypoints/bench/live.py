@@ -187,6 +187,7 @@ class HttpSystem:
         """Asks the server what it is. Raises InputError if it does not answer."""
         self._httpx = _import_httpx()
         self.url = url.rstrip("/")
+        self._run_number = 0
         try:
             ready = self._httpx.get(f"{self.url}/ready", timeout=10.0).raise_for_status().json()
         except (self._httpx.HTTPError, self._httpx.InvalidURL, ValueError) as error:
@@ -203,6 +204,7 @@ class HttpSystem:
         limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=64)
         async with self._httpx.AsyncClient(limits=limits, timeout=None) as client:
             self._joules: list[float | None] = []
+            self._run_number += 1
             zero_s = time.monotonic() + HEAD_START_S
             finished, max_lag_s = await open_loop(trace, zero_s, lambda r, number: self._draw(client, r, number))
             return Run(
@@ -218,7 +220,7 @@ class HttpSystem:
 
     async def _draw(self, client: Any, request: TraceRequest, number: int) -> Answer:
         body = {
-            "prompt": prompt_of(number),
+            "prompt": prompt_of(number, self._run_number),
             "size": f"{request.width}x{request.height}",
             "num_inference_steps": request.num_steps,
             "seed": number,

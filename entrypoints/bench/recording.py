@@ -225,7 +225,7 @@ class _OpenChunk:
         steps = (command.step_index, command.chunk_steps) if isinstance(command, Denoise) else (0, 0)
         return Chunk(
             request=int(command.request_id),
-            stage=_stage(command),
+            stage=stage_of(command),
             members=self.members,
             start_s=min(starts_s),
             joined_s=max(starts_s),
@@ -238,7 +238,7 @@ class _OpenChunk:
         )
 
 
-def _stage(command: EncodePrompt | Denoise | Decode) -> Stage:
+def stage_of(command: EncodePrompt | Denoise | Decode) -> Stage:
     match command:
         case EncodePrompt():
             return "encode"

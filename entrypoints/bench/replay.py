@@ -23,14 +23,13 @@ from tetrion.engine.planning.profile import ClassCost, Profile, read_profile
 from tetrion.engine.planning.snapshot import Stage
 from tetrion.entrypoints.bench.outcomes import Chunk, Run
 from tetrion.entrypoints.bench.record import make_record, write_record
-from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings
+from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings, stage_of
 from tetrion.entrypoints.bench.simulation import MAX_INFLIGHT, simulate
 from tetrion.entrypoints.bench.slo_statistics import Row, attainment
 from tetrion.entrypoints.bench.workloads import Size
 from tetrion.entrypoints.errors import InputError
 
 DRIFT_WINDOW_S = 3.0
-STAGES: dict[type[Command], Stage] = {EncodePrompt: "encode", Denoise: "denoise", Decode: "decode"}
 
 
 def command(
@@ -81,7 +80,7 @@ def replay(
 
     def duration(command: Command, seconds: float) -> float:
         assert isinstance(command, EncodePrompt | Denoise | Decode)
-        seconds *= draw.choice(spread.get(((command.width, command.height), STAGES[type(command)]), [1.0]))
+        seconds *= draw.choice(spread.get(((command.width, command.height), stage_of(command)), [1.0]))
         return seconds * slowdown(recorder.now_s()) + overhead_s * isinstance(command, Denoise)
 
     return simulate(

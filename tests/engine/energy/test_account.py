@@ -19,6 +19,7 @@ from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
 from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.replay import ReplayMeter
 from tetrion.engine.loop import EngineLoop
+from tetrion.engine.messages import Command
 from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import ClassCost, Profile
 from tetrion.engine.planning.registry import get_planner
@@ -117,6 +118,26 @@ async def test_receipts_and_totals_agree_with_the_counters(powers_a_counter: int
     busy_s = 6 * (0.005 + 20 * 2 * 0.105 + 0.080)
     assert active_j == pytest.approx(busy_s * BUSY_W * 1.05, rel=0.05)
     assert all(receipt.method == "replay" for receipt in receipts)
+
+
+async def test_a_reading_that_comes_while_a_command_is_given_settles_nothing_of_it() -> None:
+    """As another thread's may: the member is at work before the loop goes on."""
+    account = replayed_account()
+    metered = MeteredLoop(account)
+    submit = metered.executor.submit
+
+    def read_meanwhile(command: Command, members: tuple[int, ...]) -> bool:
+        taken = submit(command, members)
+        later_s = metered.executor.now_s() + 0.03
+        account.receive(Reading(time_s=later_s, joules={}, watts=dict.fromkeys(UUIDS.values(), BUSY_W)))
+        return taken
+
+    metered.executor.submit = read_meanwhile  # type: ignore[method-assign]
+    metered.request("a", at_s=6.0, num_steps=20, force_degrees=(1,))
+    metered.read_until(30.0)
+    await metered.run()
+    receipt = metered.results["a"].energy
+    assert receipt.active_j == pytest.approx(BUSY_W * 4.085, rel=0.05), receipt.reasons
 
 
 async def test_a_receipt_says_phases_idle_share_and_uncertainty() -> None:
@@ -258,9 +279,9 @@ async def test_an_engine_without_gpus_runs_and_says_why_it_meters_nothing() -> N
 
 @pytest.mark.usefixtures("fork_server")
 async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> None:
-    now_s = time.monotonic()
+    begun_s = time.monotonic() - 100.0  # five times as fast as the clock, its time must not overtake it
     readings = (
-        Reading(time_s=now_s + i * 0.1, joules={"GPU-a": 50.0 * i}, watts={"GPU-a": 500.0}) for i in range(3000)
+        Reading(time_s=begun_s + i * 0.1, joules={"GPU-a": 50.0 * i}, watts={"GPU-a": 500.0}) for i in range(3000)
     )
     recording = tmp_path / "readings.jsonl"
     recording.write_bytes(b"\n".join(map(msgspec.json.encode, readings)))
@@ -271,4 +292,5 @@ async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> No
         result = await engine.generate(ImageRequest(prompt="a red circle", width=128, height=128, num_steps=2, seed=1))
     busy_s = result.encode_s + result.denoise_s + result.decode_s
     assert result.energy.method == "replay"
+    assert "active_j" not in result.energy.reasons, result.energy.reasons
     assert result.energy.active_j == pytest.approx(busy_s * 500.0, rel=0.05)
