@@ -49,8 +49,8 @@ SEARCH_GAP = 0.002
 """The search ends this near to the optimum; what it has proven by then is the bound."""
 DEADLINE_TOLERANCE_S = 1e-6
 """Deadlines are this much later here, so that rounding never makes a bound lower than a schedule that just fits."""
-SHORTEST_INTERVAL_S = 1e-6
-"""Closer points in time are merged, which only widens windows."""
+SHORTEST_INTERVAL_S = 1e-7
+"""Closer points in time are merged. That may shorten a window by so much, far less than deadlines are later."""
 
 
 class Bound(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,9 +208,9 @@ class _Program:
             self._row([*uses, (choice, -float(self.lengths_s[k]))], 0.0)
 
     def _intervals(self, from_s: float, until_s: float) -> Iterator[int]:
-        """Intervals that a window touches."""
-        first = int(np.searchsorted(self.grid, from_s, "right")) - 1
-        return iter(range(first, int(np.searchsorted(self.grid, until_s, "left"))))
+        """Intervals of a window; what it touches for less than the shortest interval is its neighbour's."""
+        first = int(np.searchsorted(self.grid, from_s + SHORTEST_INTERVAL_S, "right")) - 1
+        return iter(range(first, int(np.searchsorted(self.grid, until_s - SHORTEST_INTERVAL_S, "left"))))
 
     def _row(self, entries: Sequence[tuple[int, float]], upper: float) -> None:
         self._entries += [(len(self.upper), column, value) for column, value in entries]

@@ -5,7 +5,7 @@ import sys
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.planning.profile import Profile
@@ -98,9 +98,10 @@ def earliest_deadline_first_meets_all(jobs: list[tuple[float, float, float]]) ->
     return True
 
 
+@example(jobs=[(6, 1, 1), (6, 1, 1), (7, 2, 1)])  # the third comes when the others are due
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(
+    jobs=st.lists(
         st.tuples(st.integers(0, 12), st.integers(1, 12), st.integers(1, 6)),
         min_size=1,
         max_size=6,
