@@ -1,6 +1,6 @@
 """What encoding a new prompt consists of, on one GPU: the engine's way, both encoders alone, T5's GEMMs alone.
 
-    python -m benchmarks.encode OUTPUT.json                                             on a GPU, half a minute
+    python -m benchmarks.encode OUTPUT.json                                             on a GPU
     python -m benchmarks.encode OUTPUT.json --device cpu --model shapes --load-format safetensors       a rehearsal
 
 Random weights at full size. A row for each part, in milliseconds (median); on a GPU also the kernels that take most of
@@ -26,9 +26,9 @@ from tetrion.engine.models.text_encoders import TextEncoders, text_encoder_shape
 from tetrion.engine.worker.recorded_encoders import RecordedEncoders
 from tetrion.engine.worker.work_queue import CudaQueue, ImmediateQueue, WorkQueue
 from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.simulation import prompt_of
 
 ENCODERS = ("text_encoder", "text_encoder_2")
-PROMPT = "picture {}: a red circle left of a large blue star"
 REPEATS, KERNELS = 9, 16
 Row = dict[str, Any]
 
@@ -90,14 +90,14 @@ def main() -> None:
     clip_tensors, t5_tensors = (component_tensors(tensors, name) for name in ENCODERS)
     encoders = TextEncoders(clip_tensors, t5_tensors, spec, given.load_format)
     recorded = RecordedEncoders(encoders, queue)
-    tokens = encoders.tokens(PROMPT.format(0))
+    tokens = encoders.tokens(prompt_of(0))
     clip_ids, t5_ids = tokens.clip.to(queue.device), tokens.t5.to(queue.device)
     both = queue.record(lambda: encoders.embed(clip_ids, t5_ids))
     gemms = t5_gemms(spec, queue, dtype)
     parts: dict[str, Callable[[int], object]] = {
-        "tokens": lambda number: encoders.tokens(PROMPT.format(number)),
-        "engine": lambda number: recorded.encode(PROMPT.format(number)),
-        "not recorded": lambda number: encoders.encode(PROMPT.format(number)),
+        "tokens": lambda number: encoders.tokens(prompt_of(number)),
+        "engine": lambda number: recorded.encode(prompt_of(number)),
+        "not recorded": lambda number: encoders.encode(prompt_of(number)),
         "both encoders, recorded": lambda _: both(),
         "T5's GEMMs, recorded": lambda _: gemms(),
     }
@@ -106,7 +106,7 @@ def main() -> None:
         rows.append({"part": part, "ms": milliseconds(work, queue)})
         print(rows[-1], flush=True)
     record = make_record(f"python -m benchmarks.encode {shlex.join(sys.argv[1:])}", rows)
-    record["kernels"] = busiest_kernels(lambda: recorded.encode(PROMPT.format(REPEATS))) if on_gpu else []
+    record["kernels"] = busiest_kernels(lambda: recorded.encode(prompt_of(REPEATS))) if on_gpu else []
     for row in record["kernels"]:
         print(f"{row['ms']:7.3f} ms  {row['count']:4d} ×  {row['kernel']}")
     write_record(record, given.output)

@@ -28,14 +28,13 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.request import resolve_request
 from tetrion.entrypoints.arguments import parse_size
-from tetrion.entrypoints.bench.live import HttpSystem, as_image_request
+from tetrion.entrypoints.bench.live import HttpSystem, check_trace
 from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.record import make_record, write_record
-from tetrion.entrypoints.bench.workloads import Size, Trace, Workload, make_trace
+from tetrion.entrypoints.bench.workloads import Size, Workload, make_trace
 
 TETRION = (sys.executable, "-m", "tetrion.entrypoints")
 READY = re.compile(r"serving model .* on (?P<url>http://\S+)")
@@ -74,12 +73,6 @@ def _ready_url(process: "subprocess.Popen[str]", timeout_s: float) -> str:
     finally:
         timer.cancel()
     raise RuntimeError(f"the server ended, or was killed because it was not ready within {timeout_s:g} s")
-
-
-def check(trace: Trace, spec: ModelSpec, devices: str) -> None:
-    """Raises RequestError for what the model does not draw."""
-    for number, request in enumerate(trace):
-        resolve_request(as_image_request(request, number), spec, len(parse_devices(devices)))
 
 
 def row_of(size: Size, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -138,7 +131,8 @@ def main() -> None:
         engine = ("--devices", given.devices, "--model", given.model, "--load-format", given.load_format)
         engine += ("--profile", given.profile) if given.profile else ()
         trace = make_trace(workload, seed=1)
-        check(trace, read_model_spec(resolve_model(given.model), given.load_format), given.devices)
+        spec = read_model_spec(resolve_model(given.model), given.load_format)
+        check_trace(trace, spec, len(parse_devices(given.devices)))
         begun_s = time.monotonic()
         with server(engine, given.start_timeout_s) as url:
             ready_s = time.monotonic() - begun_s

@@ -85,7 +85,7 @@ class EnergyAccount:
     # Told by the loop --------------------------------------------------------------------------------------------
 
     def sent(self, command: GroupCommand, members: tuple[int, ...], profile: Profile, now_s: float) -> None:
-        """A command was given to its members."""
+        """A command is about to be given to its members. Told afterwards, a reading may have settled its beginning."""
         if not self._meter.reason:
             self._noted.append((self._on_sent, (command, members, profile, now_s)))
 

@@ -16,6 +16,7 @@ from tetrion.engine.config import EnergyMode
 from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.event_loop import new_event_loop
 from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.request import (
@@ -105,11 +106,7 @@ class EmbeddedSystem:
 
     def check(self, trace: Trace) -> None:
         """Raises InputError for a request that the model does not draw."""
-        for number, request in enumerate(trace):
-            try:
-                resolve_request(as_image_request(request, number), self._engine.spec, self.num_devices)
-            except RequestError as error:
-                raise InputError(f"trace: request {number + 1}: {error}") from None
+        check_trace(trace, self._engine.spec, self.num_devices)
 
     def warm_up(self, sizes: Sequence[Size]) -> None:
         """Every size at every degree on every device: what is made on first use is made, and the cost table has seen
@@ -157,6 +154,15 @@ class EmbeddedSystem:
             return None
         self.receipts[number] = result.energy
         return result.degrees
+
+
+def check_trace(trace: Trace, spec: ModelSpec, num_devices: int) -> None:
+    """Raises InputError for a request that the model does not draw."""
+    for number, request in enumerate(trace):
+        try:
+            resolve_request(as_image_request(request, number), spec, num_devices)
+        except RequestError as error:
+            raise InputError(f"trace: request {number + 1}: {error}") from None
 
 
 def _warm_up_request(size: Size, degree: int, number: int) -> ImageRequest:
