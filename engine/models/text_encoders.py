@@ -15,7 +15,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.models.t5.configuration_t5 import T5Config
-from transformers.models.t5.modeling_t5 import T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from tetrion.engine.config import LoadFormat
@@ -162,4 +162,11 @@ def _build_t5(folder: Path, tensors: Mapping[str, Tensor], text_dim: int) -> T5E
     for name, other in (T5_EMBEDDINGS, T5_EMBEDDINGS[::-1]):  # one table under two names; checkpoints have either
         if name not in tensors and other in tensors:
             tensors[name] = tensors[other]
-    return build_module(lambda: T5EncoderModel(config), tensors, str(folder))
+    t5 = build_module(lambda: T5EncoderModel(config), tensors, str(folder))
+    layers = (module for module in t5.modules() if isinstance(module, T5Attention))
+    first = next(layer for layer in layers if layer.has_relative_attention_bias)  # its bias serves all layers
+    strided_bias = first.compute_bias
+    # PyTorch's fused attention takes no mask whose last dimension is strided, as this bias is: attention falls back
+    # to whole matrices in fp32, half of a prompt's time (and later libraries copy the bias for each layer)
+    first.compute_bias = lambda *given, **named: strided_bias(*given, **named).contiguous()  # type: ignore[method-assign]
+    return t5
