@@ -265,7 +265,7 @@ class EngineLoop:
         times = [entry.end_s - lead_s for entry in self._in_flight]
         times = [time_s if time_s > self._planned_s else now_s + OVERDUE_WAIT_S for time_s in times]
         if self._wake_s is not None:
-            times.append(max(self._wake_s, now_s + SHORTEST_WAIT_S))
+            times.append(max(self._wake_s, self._planned_s + SHORTEST_WAIT_S))
         if self._recovery.is_waiting:
             times.append(now_s + OVERDUE_WAIT_S)
         return min(times, default=None)

@@ -197,6 +197,27 @@ def test_answers_between_the_first_and_the_last_ask_for_no_plan() -> None:
     assert as_many == num_commands and together <= apart <= together + num_commands
 
 
+@pytest.mark.parametrize("policy", ["tetriserve-g1", "horizon"])
+def test_waits_that_end_early_put_no_plan_off(policy: str) -> None:
+    """As a clock of whole milliseconds ends those that are shorter than half of one."""
+
+    waits = itertools.count()
+
+    class Impatient(SimulatedExecutor):
+        async def wait(self, until_s: float | None) -> None:
+            assert next(waits) < 100_000
+            await super().wait(until_s if until_s is None else min(until_s, self.now_s() + 1e-4))
+
+    def latencies_s(executor: SimulatedExecutor) -> list[float]:
+        simulation = Simulation(executor=executor, policy=policy)
+        for number in range(4):
+            simulation.request(f"{number}", at_s=0.07 * number, width=512, height=512, num_steps=6, slo_ms=600)
+        simulation.run()
+        return [simulation.results[f"{number}"].latency_s for number in range(4)]
+
+    assert latencies_s(Impatient(PROFILE, 4)) == pytest.approx(latencies_s(SimulatedExecutor(PROFILE, 4)), abs=0.002)
+
+
 def test_forced_degrees_are_used_step_by_step() -> None:
     simulation = Simulation()
     forced = (1, 1, 2, 4, 3, 3, 1, 2, 2, 4, 1, 1)
