@@ -166,7 +166,7 @@ class AsyncEngine:
         await self._executor.start()
         loaded_s = time.monotonic()
         try:
-            calibration = await calibrate(self._executor, self.spec, self.config)
+            calibration = await calibrate(self._executor, self.spec, self.config, self._profile)
             took_s = loaded_s - begun_s, time.monotonic() - loaded_s
             logger.info("workers started and weights loaded in %.1f s, measured and warmed up in %.1f s", *took_s)
             self._metering = Metering(

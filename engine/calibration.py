@@ -19,7 +19,7 @@ from tetrion.engine.config import EngineConfig, threads_per_worker
 from tetrion.engine.gpus import visible_gpus
 from tetrion.engine.machine import cpu_name
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.profile import Profile, parse_size
 from tetrion.engine.probe import Probe, Size
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import cache_folder
@@ -47,17 +47,20 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     was_busy: bool
 
 
-async def calibrate(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig) -> Calibration:
-    """The cached calibration for this model and machine, else a fresh one (about a second per degree on a CPU)."""
+async def calibrate(
+    executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig, table: Profile | None = None
+) -> Calibration:
+    """The cached calibration for this model and machine, else a fresh one (about a second per degree on a CPU).
+    `table`: the cost table that is used in its place; its sizes are warmed up, too."""
     path, calibrator = _cache_path(executor, spec, config), Calibrator(executor, spec)
     is_busy = _machine_is_busy()
     if config.profile_cache:
         cached = _read(path)
         if cached is not None and (is_busy or not cached.was_busy):
-            await calibrator.warm_up()
+            await calibrator.warm_up(table)
             return cached
     calibration = await calibrator.run(was_busy=is_busy)
-    await calibrator.warm_up()
+    await calibrator.warm_up(table)
     if config.profile_cache:
         _write(path, calibration)
     if calibration.inexact_degrees:
@@ -97,12 +100,12 @@ class Calibrator:
         profile = msgspec.convert({"heads": self._spec.num_heads, "classes": classes}, Profile)
         return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)), was_busy=was_busy)
 
-    async def warm_up(self) -> None:
-        """One step at every size and degree on every GPU, so that its worker has recorded them and loaded all kernels
-        before the first request comes: what is recorded later holds up the group that wants it. CPUs have nothing to
-        load."""
+    async def warm_up(self, table: Profile | None = None) -> None:
+        """One step at every usual size (those measured here, the model's default and those of `table`) and degree on
+        every GPU, so that its worker has recorded them and loaded all kernels before the first request comes: what is
+        recorded later holds up the group that wants it. CPUs have nothing to load."""
         num_devices = len(self._executor.device_ids)
-        for size in ((pixels, pixels) for pixels in self._sizes() if self._on_gpu):
+        for size in self._usual_sizes(table) if self._on_gpu else []:
             for degree in self._spec.legal_degrees(num_devices):
                 groups = [
                     tuple((first + rank) % num_devices for rank in range(degree))
@@ -120,6 +123,13 @@ class Calibrator:
         if not self._on_gpu:
             return sorted({spec.min_size, max(spec.min_size, min(spec.max_size, LARGEST_ON_CPU))})
         return sorted({spec.min_size, spec.max_size, *(s for s in SIZES_ON_GPU if spec.min_size < s < spec.max_size)})
+
+    def _usual_sizes(self, table: Profile | None) -> list[Size]:
+        """Smallest first."""
+        spec = self._spec
+        sizes = {(pixels, pixels) for pixels in self._sizes()} | {(spec.default_width, spec.default_height)}
+        sizes |= {size for size in map(parse_size, table.classes if table else ()) if all(map(spec.is_side, size))}
+        return sorted(sizes, key=lambda size: (size[0] * size[1], size))
 
     def _num_steps(self, size: Size) -> int:
         if self._on_gpu:

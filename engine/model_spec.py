@@ -99,6 +99,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def max_image_tokens(self) -> int:
         return self.num_image_tokens(self.max_size, self.max_size)
 
+    def is_side(self, pixels: int) -> bool:
+        """Whether the model draws pictures of this width or height."""
+        return pixels % self.size_multiple == 0 and self.min_size <= pixels <= self.max_size
+
     def num_image_tokens(self, width: int, height: int) -> int:
         """Packed tokens of a picture of `width` × `height` pixels."""
         return (width // self.size_multiple) * (height // self.size_multiple)

@@ -158,7 +158,7 @@ def resolve_request(request: ImageRequest, spec: ModelSpec, num_devices: int) ->
     width = spec.default_width if request.width is None else request.width
     height = spec.default_height if request.height is None else request.height
     for field, value in (("width", width), ("height", height)):
-        if value % spec.size_multiple or not spec.min_size <= value <= spec.max_size:
+        if not spec.is_side(value):
             raise RequestError(
                 field,
                 f"must be a multiple of {spec.size_multiple} from {spec.min_size} to {spec.max_size}"

@@ -7,7 +7,8 @@ On a machine that others use too, speed drifts while a run lasts. With `drift` t
 
 A step that ends a millisecond earlier or later may send what follows another way. With more `seeds` than one, so many
 runs, each of whose commands takes what some recorded one of its size and stage took, say what is to be expected
-(means), and within what range.
+(means), and within what range. These begin anywhere on the clock, as live runs do: TetriServe's rounds lie on a grid of
+it, and where arrivals fall in it counts.
 """
 
 import random
@@ -30,6 +31,8 @@ from tetrion.entrypoints.bench.workloads import Size
 from tetrion.entrypoints.errors import InputError
 
 DRIFT_WINDOW_S = 3.0
+LATEST_START_S = 10.0
+"""On the clock, of replays with a seed: many times TetriServe's rounds."""
 
 
 def command(
@@ -70,21 +73,23 @@ def replay(
     recording: Recording, profile: Profile | None = None, *, drift: bool = False, seed: int | None = None
 ) -> Run:
     """The recorded trace and policy in virtual time, on `profile` or on what the recorded run measured. `drift`: times
-    also follow how the recorded ones deviated from that, in windows of `DRIFT_WINDOW_S`. `seed`: of the times that are
-    drawn from the recorded ones; None: the mean of those."""
+    also follow how the recorded ones deviated from that, in windows of `DRIFT_WINDOW_S`. `seed`: of the start on the
+    clock and of the times that are drawn from the recorded ones; None: time zero and the mean of those."""
     table, recorder = profile or measured_profile(recording), Recorder()
     overhead_s = chunk_overhead_s(recording.chunks) if recording.mode == "live" else 0.0
     slowdown = drift_of(recording, table) if drift else lambda _: 1.0
     spread = {} if seed is None else spread_of(recording)
     draw = random.Random(seed)
+    start_s = 0.0 if seed is None else draw.uniform(0.0, LATEST_START_S)
+    trace = [msgspec.structs.replace(request, arrival_s=start_s + request.arrival_s) for request in recording.trace]
 
     def duration(command: Command, seconds: float) -> float:
         assert isinstance(command, EncodePrompt | Denoise | Decode)
         seconds *= draw.choice(spread.get(((command.width, command.height), stage_of(command)), [1.0]))
-        return seconds * slowdown(recorder.now_s()) + overhead_s * isinstance(command, Denoise)
+        return seconds * slowdown(recorder.now_s() - start_s) + overhead_s * isinstance(command, Denoise)
 
     return simulate(
-        recording.trace,
+        trace,
         profile=table,
         policy=recording.policy,
         num_devices=recording.run.num_devices,

@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from tetrion.engine.calibration import Calibrator
 from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.planning.profile import Profile
 from tetrion.engine.process_executor import ProcessExecutor
 
 
@@ -23,14 +25,32 @@ class Watched:
         self.decoded += [size] * (len(groups) if decoding else 0)
 
 
-@pytest.mark.parametrize("kind", ["cuda", "cpu"])
-async def test_gpus_record_every_usual_step_before_the_first_request(kind: str) -> None:
-    spec = read_model_spec(resolve_model("flux1-dev"), "dummy")
+def table_of(*sizes: str) -> Profile:
+    cost = {"step_ms": {1: 100.0}, "encode_ms": 1.0, "decode_ms": 1.0}
+    return msgspec.convert({"heads": 24, "classes": dict.fromkeys(sizes, cost)}, Profile)
+
+
+SQUARES = [(256, 256), (512, 512), (1024, 1024), (2048, 2048)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "table", "sizes"),
+    [
+        ("cpu", "flux1-dev", None, []),
+        ("cuda", "flux1-dev", None, SQUARES),
+        ("cuda", "flux1-dev", table_of("1536x1024", "4096x1024", "520x512"), [*SQUARES[:3], (1536, 1024), SQUARES[3]]),
+        ("cuda", "shapes", None, [(128, 128), (256, 256), (512, 512)]),
+    ],
+)
+async def test_gpus_record_every_usual_step_before_the_first_request(
+    kind: str, model: str, table: Profile | None, sizes: list[tuple[int, int]]
+) -> None:
+    """What the model draws by default, and what the table knows as far as the model draws it."""
+    spec = read_model_spec(resolve_model(model), "dummy")
     executor = SimpleNamespace(device_ids=(0, 1, 2), devices=(SimpleNamespace(kind=kind),) * 3)
     calibrator, watched = Calibrator(cast(ProcessExecutor, executor), spec), Watched()
     calibrator._probe = cast(Any, watched)
-    await calibrator.warm_up()
-    sizes = [(side, side) for side in (256, 512, 1024, 2048)] if kind == "cuda" else []
+    await calibrator.warm_up(table)
     groups = [(0,), (1,), (2,), (0, 1), (2, 0), (0, 1, 2)]
     assert watched.steps == [(size, members) for size in sizes for members in groups]
     assert watched.decoded == [size for size in sizes for _ in range(3)]

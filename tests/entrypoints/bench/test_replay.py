@@ -62,6 +62,15 @@ def test_several_seeds_spread_as_the_recorded_times_did() -> None:
     assert "range" not in agreement(exact, replays(exact))["attainment"]
 
 
+def test_where_arrivals_fall_in_rounds_is_a_matter_of_luck() -> None:
+    """Nothing but the start differs here: it counts for a policy whose rounds lie on the clock, for no other."""
+    for policy, ranges in (("fixed-1", 1), ("tetriserve", 4)):
+        (recording,) = recorded((policy,))
+        runs = replays(recording, seeds=4)
+        means_s = {round(float(np.mean([outcome.latency_s for outcome in run.outcomes])), 6) for run in runs}
+        assert len(means_s) == ranges, policy
+
+
 def test_with_drift_a_machine_that_slowed_down_is_followed() -> None:
     """In the second half of the run everything took three times as long."""
     (recording,) = recorded(("fixed-2",))
