@@ -62,7 +62,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     `max_lag_s`: by how much the latest request was submitted after its time (0 in simulation). `loop`: what the engine
     loop cost in this run; None where the server does not say. `joules`: by the receipt of each finished picture, its
-    share of idle included (None: not metered); empty in simulation.
+    share of idle included (None: not metered); empty in simulation. `zero_s`: the trace's start on the loop's clock, on
+    which TetriServe's rounds lie; None: not known.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -72,6 +73,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     max_lag_s: float = 0.0
     loop: LoopFigures | None = None
     joules: tuple[float | None, ...] = ()
+    zero_s: float | None = None
 
     @property
     def gpu_s(self) -> float | None:

@@ -165,6 +165,7 @@ class Recorder:
             decision_s=tuple(self.decision_s),
             max_lag_s=max_lag_s,
             loop=loop,
+            zero_s=self._zero_s,
         )
 
     def _on_command(self, command: Command, members: tuple[int, ...], now_s: float) -> None:

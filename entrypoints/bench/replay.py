@@ -7,8 +7,10 @@ On a machine that others use too, speed drifts while a run lasts. With `drift` t
 
 A step that ends a millisecond earlier or later may send what follows another way. With more `seeds` than one, so many
 runs, each of whose commands takes what some recorded one of its size and stage took, say what is to be expected
-(means), and within what range. These begin anywhere on the clock, as live runs do: TetriServe's rounds lie on a grid of
-it, and where arrivals fall in it counts.
+(means), and within what range.
+
+TetriServe's rounds lie on a grid of the clock, and where arrivals fall in it counts. A replay begins where the recorded
+run did; if that was not recorded, replays with a seed begin anywhere.
 """
 
 import random
@@ -19,6 +21,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tetrion.engine.commands import predict_s
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.profile import ClassCost, Profile, read_profile
 from tetrion.engine.planning.snapshot import Stage
@@ -32,7 +35,7 @@ from tetrion.entrypoints.errors import InputError
 
 DRIFT_WINDOW_S = 3.0
 LATEST_START_S = 10.0
-"""On the clock, of replays with a seed: many times TetriServe's rounds."""
+"""On the clock, of replays of a run that began nobody knows when: many times TetriServe's rounds."""
 
 
 def command(
@@ -72,25 +75,30 @@ def replays(
 def replay(
     recording: Recording, profile: Profile | None = None, *, drift: bool = False, seed: int | None = None
 ) -> Run:
-    """The recorded trace and policy in virtual time, on `profile` or on what the recorded run measured. `drift`: times
-    also follow how the recorded ones deviated from that, in windows of `DRIFT_WINDOW_S`. `seed`: of the start on the
-    clock and of the times that are drawn from the recorded ones; None: time zero and the mean of those."""
-    table, recorder = profile or measured_profile(recording), Recorder()
+    """The recorded trace and policy in virtual time. Commands take what `profile` says, or what the recorded run
+    measured; the policy plans with `profile` or the table that it had then. `drift`: times also follow how the recorded
+    ones deviated from that, in windows of `DRIFT_WINDOW_S`. `seed`: of the times that are drawn from the recorded ones,
+    and of the start on the clock where it is not known; None: the mean of those, and zero."""
+    table, planned, recorder = profile or measured_profile(recording), profile or recording.profile, Recorder()
     overhead_s = chunk_overhead_s(recording.chunks) if recording.mode == "live" else 0.0
     slowdown = drift_of(recording, table) if drift else lambda _: 1.0
     spread = {} if seed is None else spread_of(recording)
     draw = random.Random(seed)
-    start_s = 0.0 if seed is None else draw.uniform(0.0, LATEST_START_S)
+    start_s = recording.run.zero_s
+    if start_s is None:
+        start_s = 0.0 if seed is None else draw.uniform(0.0, LATEST_START_S)
     trace = [msgspec.structs.replace(request, arrival_s=start_s + request.arrival_s) for request in recording.trace]
 
-    def duration(command: Command, seconds: float) -> float:
+    def duration(command: Command, _: float) -> float:
         assert isinstance(command, EncodePrompt | Denoise | Decode)
-        seconds *= draw.choice(spread.get(((command.width, command.height), stage_of(command)), [1.0]))
+        seconds = predict_s(command, table) * draw.choice(
+            spread.get(((command.width, command.height), stage_of(command)), [1.0])
+        )
         return seconds * slowdown(recorder.now_s() - start_s) + overhead_s * isinstance(command, Denoise)
 
     return simulate(
         trace,
-        profile=table,
+        profile=planned,
         policy=recording.policy,
         num_devices=recording.run.num_devices,
         duration=duration,

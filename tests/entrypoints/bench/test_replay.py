@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.entrypoints.bench.conftest import PROFILE, recorded
-from tetrion.entrypoints.bench.recording import write_recordings
+from tetrion.entrypoints.bench.recording import Recording, write_recordings
 from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, replay, replays, spread_of
 from tetrion.entrypoints.errors import InputError
 
@@ -62,13 +62,20 @@ def test_several_seeds_spread_as_the_recorded_times_did() -> None:
     assert "range" not in agreement(exact, replays(exact))["attainment"]
 
 
-def test_where_arrivals_fall_in_rounds_is_a_matter_of_luck() -> None:
-    """Nothing but the start differs here: it counts for a policy whose rounds lie on the clock, for no other."""
-    for policy, ranges in (("fixed-1", 1), ("tetriserve", 4)):
+def test_where_arrivals_fall_in_rounds_counts_where_rounds_lie_on_the_clock() -> None:
+    """Nothing but the start differs here. Where it was not recorded, it may have been anywhere."""
+    for policy, on_the_clock in (("fixed-1", False), ("tetriserve", True)):
         (recording,) = recorded((policy,))
-        runs = replays(recording, seeds=4)
-        means_s = {round(float(np.mean([outcome.latency_s for outcome in run.outcomes])), 6) for run in runs}
-        assert len(means_s) == ranges, policy
+        assert recording.run.zero_s == 0.0
+
+        def means_s(zero_s: float | None, recording: Recording = recording) -> set[float]:
+            begun = msgspec.structs.replace(recording, run=msgspec.structs.replace(recording.run, zero_s=zero_s))
+            row = agreement(begun, replays(begun, seeds=4))
+            return {round(mean_s, 6) for mean_s in row["mean_s"]["range"]}
+
+        assert len(means_s(0.0)) == len(means_s(1000.3)) == 1
+        assert (means_s(0.0) != means_s(1000.3)) == on_the_clock
+        assert len(means_s(None)) == (2 if on_the_clock else 1)
 
 
 def test_with_drift_a_machine_that_slowed_down_is_followed() -> None:
