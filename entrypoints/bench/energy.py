@@ -34,6 +34,7 @@ from tetrion.entrypoints.session import EngineOptions, open_engine, run_async
 
 Row = dict[str, Any]
 ITEMSIZE = {"cuda": 2, "cpu": 4}
+NOT_AT_ITS_END = "the sweep was under way"
 
 
 def command(
@@ -72,6 +73,28 @@ async def _measure(
     as_json: bool,
     command_line: str,
 ) -> int:
+    def record() -> Row:
+        made = make_record(command_line, rows)
+        made["details"] = details
+        made["meter"] = {"source": engine.meter.source, "reason": engine.meter.reason, "windows": windows}
+        made["ledger"] = ledger_facts(engine.stats())
+        made["receipt"] = None if bench.latest_receipt is None else msgspec.to_builtins(bench.latest_receipt)
+        return made
+
+    def take(results: Sequence[PointResult]) -> None:
+        rows[:] = [_row(engine, result, idle) for result in results]
+        details[:] = [
+            _detail(result, idle) | {"published": published_beside(row, _gpu_name(result))}
+            for row, result in zip(rows, results, strict=True)
+        ]
+
+    def after_round(results: Sequence[PointResult]) -> None:
+        """A sweep that is ended from outside leaves what there is."""
+        take(results)
+        write_record(record() | {"cut_short": NOT_AT_ITS_END}, output)
+
+    rows: list[Row] = []
+    details: list[Row] = []
     async with engine:
         bench = EnergyBench(engine, _open_windows(engine, windows), _to_stderr)
         idle = await bench.idle(options)
@@ -79,21 +102,12 @@ async def _measure(
             steady = await bench.arrivals(trace)
             rows, details = [_open_loop_row(engine, steady, trace, idle)], [_open_loop_detail(steady)]
         else:
-            results = await bench.sweep(points, options)
-            rows = [_row(engine, result, idle) for result in results]
-            details = [
-                _detail(result, idle) | {"published": published_beside(row, _gpu_name(result))}
-                for row, result in zip(rows, results, strict=True)
-            ]
+            results = await bench.sweep(points, options, after_round)
+            take(results)
             if export_folder is not None:
                 _export(engine, results, export_folder)
-        ledger = ledger_facts(engine.stats())
-    record = make_record(command_line, rows)
-    record["details"] = details
-    record["meter"] = {"source": engine.meter.source, "reason": engine.meter.reason, "windows": windows}
-    record["ledger"] = ledger
-    record["receipt"] = None if bench.latest_receipt is None else msgspec.to_builtins(bench.latest_receipt)
-    text = write_record(record, output)
+        made = record()
+    text = write_record(made, output)
     print(text if as_json else table(rows, details))
     return 0
 

@@ -40,7 +40,7 @@ def energy_command(
         """Joules a picture: a sweep over sizes, steps and degrees, or arrivals in an open loop.
 
         Windows of at least 5 s in random order with pauses, repeated until the 95 % interval is narrow. All GPUs count,
-        idle ones too. Without a meter joules are null, with the reason.
+        idle ones too. --output is written after every round. Without a meter joules are null, with the reason.
         """
         return report_errors(lambda: _run(take(options), spell(ctx), **options))
 

@@ -88,8 +88,14 @@ class EnergyBench:
         await asyncio.sleep(options.window_s)
         return self._windows.end()
 
-    async def sweep(self, points: Sequence[EnergyPoint], options: SweepOptions) -> list[PointResult]:
-        """Rounds of one window each, in random order, until every interval is narrow or the budget is over."""
+    async def sweep(
+        self,
+        points: Sequence[EnergyPoint],
+        options: SweepOptions,
+        after_round: Callable[[list[PointResult]], None] = lambda _: None,
+    ) -> list[PointResult]:
+        """Rounds of one window each, in random order, until every interval is narrow or the budget is over.
+        `after_round` is given the results so far."""
         end_s = time.monotonic() + options.budget_s
         alone_s = {}
         for point in points:
@@ -106,7 +112,8 @@ class EnergyBench:
                 self._report(f"{point.text}: {_text(measured[point])}")
             open_points = [point for point in open_points if not _is_done(measured[point], options)]
             round_number += 1
-        return [PointResult(point=point, windows=tuple(windows)) for point, windows in measured.items()]
+            after_round(_results(measured))
+        return _results(measured)
 
     async def arrivals(self, trace: Trace) -> SteadyState:
         """A trace in an open loop. Its steady state, by this rule: from the first arrival after `WARM_SHARE` of all
@@ -171,6 +178,10 @@ class EnergyBench:
         self.latest_receipt = result.energy
         self._drawn[number] = msgspec.structs.replace(result, image=None)
         return result.degrees
+
+
+def _results(measured: Mapping[EnergyPoint, Sequence[MeasuredWindow]]) -> list[PointResult]:
+    return [PointResult(point=point, windows=tuple(windows)) for point, windows in measured.items()]
 
 
 def classes_of(trace: Trace, drawn: Mapping[int, ImageResult]) -> dict[str, ClassResult]:

@@ -20,6 +20,7 @@ from tetrion.engine.energy.meter import NoMeter, Reading
 from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
 from tetrion.engine.request import ImageRequest
+from tetrion.entrypoints.bench import energy
 from tetrion.entrypoints.bench.energy import table
 from tetrion.entrypoints.bench.energy_export import export
 from tetrion.entrypoints.bench.energy_points import (
@@ -36,6 +37,7 @@ from tetrion.entrypoints.bench.energy_points import (
 from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, PointResult, classes_of, joules
 from tetrion.entrypoints.bench.ledger import ledger_facts
+from tetrion.entrypoints.bench.record import write_record
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.recommend_sources import read_source
 
@@ -178,14 +180,23 @@ def test_a_dry_run_says_what_would_be_done_and_how_long(tetrion: Callable[..., i
 
 
 def test_without_a_meter_the_command_runs_and_joules_are_null(
-    tetrion: Callable[..., int], tmp_path: Path, capsys: Any
+    tetrion: Callable[..., int], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And a sweep that is ended from outside leaves the rounds before."""
     output, folder = tmp_path / "energy.json", tmp_path / "export"
+    written: list[tuple[int, bool]] = []
+
+    def write_watched(record: dict[str, Any], path: Path | None) -> str:
+        written.append((record["details"][0]["num_windows"], "cut_short" in record))
+        return write_record(record, path)
+
+    monkeypatch.setattr(energy, "write_record", write_watched)
     status = tetrion(
         *("bench", "energy", "--devices", "cpu:1", "--num-threads", 1, "--sizes", "128x128", "--steps", 2),
         *("--degrees", 1, "--cool-s", 0, "--output", output, "--export", folder),
     )
     assert status == 0
+    assert written == [*((number, True) for number in range(1, MIN_WINDOWS + 1)), (MIN_WINDOWS, False)]
     record = json.loads(output.read_text())
     (row,), (detail,) = record["rows"], record["details"]
     assert list(row) == [

@@ -143,19 +143,21 @@ def test_an_embedded_engine_runs_every_policy_and_its_record_replays(
         live=True,
         engine=EngineOptions(devices="cpu:2", num_threads=1),
         trace=[tmp_path / "T.jsonl"],
-        policy=["fixed-1", "fixed-2"],
+        policy=["fixed-1", "fixed-2", "tetriserve-g1"],
         record=tmp_path / "r.jsonl",
     )
     assert watch.warmed == {(degree, device) for degree in (1, 2) for device in (0, 1)}
-    assert len(set(watch.prompts)) == len(watch.prompts) == 6, "no policy has its prompts encoded by another's run"
-    assert [(row["mode"], row["devices"], row["attainment"]) for row in record["rows"]] == [("live", 2, 1.0)] * 2
+    assert len(set(watch.prompts)) == len(watch.prompts) == 9, "no policy has its prompts encoded by another's run"
+    assert [(row["mode"], row["devices"], row["attainment"]) for row in record["rows"]] == [("live", 2, 1.0)] * 3
     assert all(row["gpu_s_per_image"] > 0 for row in record["rows"])
     assert all(0 < beside["utilisation"] <= 1 for beside in record["diagnostics"])
     assert all(beside["engine_cpu_ms_per_command"] > 0 for beside in record["diagnostics"])
     assert all(row["joules_per_image"] is None for row in record["rows"]), "CPU workers have no meter"
-    narrow, wide = read_recordings(tmp_path / "r.jsonl")
+    narrow, wide, in_rounds = read_recordings(tmp_path / "r.jsonl")
     assert {o.degrees for o in narrow.run.outcomes} == {(1, 1)} and {o.degrees for o in wide.run.outcomes} == {(2, 2)}
-    for recording in (narrow, wide):
+    for recording in (narrow, wide, in_rounds):
+        assert (loop := recording.run.loop) is not None
+        assert loop.num_ticks < 100 * loop.num_commands, "a loop that waits for a round's start does not spin"
         steps = [chunk.chunk_steps for chunk in recording.chunks]
         assert sum(steps) == 6 and recording.facts["model"] == "shapes"
         assert all(chunk.start_s <= chunk.joined_s <= chunk.end_s and chunk.net_s > 0 for chunk in recording.chunks)
