@@ -141,7 +141,7 @@ class Bookkeeper:
     def _taken(self, request: Request, made: tuple[Any, Receipt] | Exception) -> None:
         """The picture and its receipt are there."""
         if isinstance(made, Exception):
-            error = GenerationError(f"the picture could not be copied: {made!r}")
+            error = GenerationError(f"the picture could not be copied, or its receipt not made: {made!r}")
             self._outputs(Failure(request_id=request.request_id, error=error))
         else:
             image, receipt = made
