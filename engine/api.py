@@ -175,8 +175,9 @@ class AsyncEngine:
                 self._executor.device_uuids,
                 self.spec.num_image_tokens,
             )
+            await self._metering.start()
         except BaseException:
-            await self._executor.close()
+            await self.close()
             raise
         self._inexact_degrees = calibration.inexact_degrees
         self._loop = EngineLoop(
@@ -188,7 +189,6 @@ class AsyncEngine:
             outputs=self._route,
             energy=self._metering.account,
         )
-        self._metering.start()
         self._task = asyncio.create_task(self._loop.run(), name="tetrion-engine-loop")
         self._task.add_done_callback(self._on_loop_end)
 

@@ -137,6 +137,12 @@ class EnergyAccount:
                 cpu_reason="" if self._cpu_meter is None else self._cpu_meter.reason,
             )
 
+    @property
+    def knows_idle(self) -> bool:
+        """Whether the idle power of every GPU was seen."""
+        with self._lock:
+            return all(ledger.idle_w is not None for ledger in self._ledgers.values())
+
     def windows(self) -> dict[str, tuple[Window, ...]]:
         """The latest closed windows of each GPU."""
         with self._lock:

@@ -129,6 +129,7 @@ class GpuLedger:
         if self._last is None:
             assert counter_j is not None
             self._start = (time_s, counter_j)
+            self._busy_until_s = max(self._busy_until_s, time_s)  # nobody knows what ran before
         else:
             last_s, last_j, last_w = self._last
             if time_s <= last_s:

@@ -3,6 +3,7 @@
 What a machine does not offer is not an error unless it was asked for by name: then the account knows why it is empty.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from tetrion.engine.energy.rapl import RaplMeter
 from tetrion.engine.energy.replay import read_recording
 from tetrion.engine.energy.sampler import Sampler, SamplerCost
 
+IDLE_WITHIN_S = 3.0
+"""GPUs that nobody else uses are quiet for long enough by then."""
+POLL_S = 0.05
 CPU_ONLY = "the devices are CPU workers, which have no energy counter of their own"
 
 
@@ -56,10 +60,16 @@ class Metering:
         """Seconds since the meter has last told joules; None for one that is not read."""
         return self._sampler.age_s
 
-    def start(self) -> None:
-        """Begin to read, if there is anything to read."""
-        if self._has_readings:
-            self._sampler.start()
+    async def start(self) -> None:
+        """Begin to read, if there is anything to read, while nothing runs. Returns once all GPUs were seen idle, or
+        after `IDLE_WITHIN_S`: receipts of the first requests could not tell their share of it otherwise."""
+        if not self._has_readings:
+            return
+        self._sampler.start()
+        for _ in range(round(IDLE_WITHIN_S / POLL_S)):
+            if self.account.knows_idle or not self.meter.uuids:
+                break
+            await asyncio.sleep(POLL_S)
 
     def stop(self) -> None:
         self._sampler.stop()

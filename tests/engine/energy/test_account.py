@@ -287,6 +287,7 @@ async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> No
     recording.write_bytes(b"\n".join(map(msgspec.json.encode, readings)))
     metering = MeteringConfig(meter=f"replay:{recording}", period_s=0.02)
     async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1, metering=metering)) as engine:
+        assert engine.stats().energy.idle_w == {"GPU-a": pytest.approx(500.0)}, "known before the first request"
         while engine.stats().energy.num_windows < 1:
             await asyncio.sleep(0.05)
         result = await engine.generate(ImageRequest(prompt="a red circle", width=128, height=128, num_steps=2, seed=1))

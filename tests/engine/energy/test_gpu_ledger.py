@@ -134,11 +134,22 @@ def test_the_counter_has_the_last_word_and_what_was_before_is_kept() -> None:
     assert window.raw_error == pytest.approx(1 - 1 / 1.1)
 
 
+def test_what_is_drawn_at_first_may_be_of_work_before() -> None:
+    ledger = GpuLedger()
+    watts = [300.0] * 10 + [100.0] * 5
+    for number in range(1, len(watts)):
+        fed(ledger, watts[: number + 1], [100.0 * i for i in range(number + 1)])
+        ledger.settle(math.inf)
+        assert ledger.idle_w is None or ledger.idle_w == pytest.approx(100.0)
+    assert ledger.idle_w is not None
+
+
 def test_power_beside_work_is_unattributed_until_idle_power_was_seen_and_then_only_above_it() -> None:
     ledger = constant(GpuLedger(), 100.0, 5.0)
     first = closed(ledger).window
     assert first is not None
-    assert first.idle_j == pytest.approx(500.0)  # nothing ran at all: that is what idle is
+    assert first.idle_j == pytest.approx(400.0)  # nothing ran at all: that is what idle is
+    assert first.unattributed_j == pytest.approx(100.0)  # the first second: who knows what ran before
     assert ledger.idle_w == pytest.approx(100.0)
     for i in range(51, 102):
         ledger.read(i * PERIOD_S, 500.0 + 60.0 * (i - 50), 600.0)
