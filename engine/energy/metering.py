@@ -39,7 +39,8 @@ class Metering:
         if config.carbon is not None:
             self._intensity = open_intensity(config.carbon, config.carbon_token_file, config.carbon_timeout_s)
         cpu_meter = _cpu_meter()
-        self._has_readings = bool(not cpu_meter.reason or (self.meter.uuids and self.meter.source != MODEL))
+        self._reads_gpus = bool(self.meter.uuids) and self.meter.source != MODEL
+        self._reads_cpu = not cpu_meter.reason
         self.account = EnergyAccount(
             self.meter,
             {device_id: uuids.get(device_id, _stand_in(self.meter, device_id)) for device_id in device_ids},
@@ -63,11 +64,10 @@ class Metering:
     async def start(self) -> None:
         """Begin to read, if there is anything to read, while nothing runs. Returns once all GPUs were seen idle, or
         after `IDLE_WITHIN_S`: receipts of the first requests could not tell their share of it otherwise."""
-        if not self._has_readings:
-            return
-        self._sampler.start()
-        for _ in range(round(IDLE_WITHIN_S / POLL_S)):
-            if self.account.knows_idle or not self.meter.uuids:
+        if self._reads_gpus or self._reads_cpu:
+            self._sampler.start()
+        for _ in range(round(IDLE_WITHIN_S / POLL_S) if self._reads_gpus else 0):
+            if self.account.knows_idle:
                 break
             await asyncio.sleep(POLL_S)
 
