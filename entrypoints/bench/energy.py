@@ -91,7 +91,8 @@ async def _measure(
     def after_round(results: Sequence[PointResult]) -> None:
         """A sweep that is ended from outside leaves what there is."""
         take(results)
-        write_record(record() | {"cut_short": NOT_AT_ITS_END}, output)
+        if output is not None:
+            write_record(record() | {"cut_short": NOT_AT_ITS_END}, output)
 
     rows: list[Row] = []
     details: list[Row] = []

@@ -67,44 +67,52 @@ def command(
 def replays(
     recording: Recording, profile: Profile | None = None, *, drift: bool = False, seeds: int = 1
 ) -> tuple[Run, ...]:
-    """One replay on mean times, or so many on times drawn from the recorded ones."""
-    chosen: Sequence[int | None] = range(seeds) if seeds > 1 else [None]
-    return tuple(replay(recording, profile, drift=drift, seed=seed) for seed in chosen)
+    """The recorded trace and policy in virtual time: once on mean times, or so often on times drawn from the recorded
+    ones. Commands take what `profile` says, or what the recorded run measured; the policy plans with `profile` or the
+    table that it had then. `drift`: times also follow how the recorded ones deviated from that, in windows of
+    `DRIFT_WINDOW_S`."""
+    replayer = _Replayer(recording, profile, drift)
+    return tuple(map(replayer.run, range(seeds))) if seeds > 1 else (replayer.run(None),)
 
 
-def replay(
-    recording: Recording, profile: Profile | None = None, *, drift: bool = False, seed: int | None = None
-) -> Run:
-    """The recorded trace and policy in virtual time. Commands take what `profile` says, or what the recorded run
-    measured; the policy plans with `profile` or the table that it had then. `drift`: times also follow how the recorded
-    ones deviated from that, in windows of `DRIFT_WINDOW_S`. `seed`: of the times that are drawn from the recorded ones,
-    and of the start on the clock where it is not known; None: the mean of those, and zero."""
-    table, planned, recorder = profile or measured_profile(recording), profile or recording.profile, Recorder()
-    overhead_s = chunk_overhead_s(recording.chunks) if recording.mode == "live" else 0.0
-    slowdown = drift_of(recording, table) if drift else lambda _: 1.0
-    spread = {} if seed is None else spread_of(recording)
-    draw = random.Random(seed)
-    start_s = recording.run.zero_s
-    if start_s is None:
-        start_s = 0.0 if seed is None else draw.uniform(0.0, LATEST_START_S)
-    trace = [msgspec.structs.replace(request, arrival_s=start_s + request.arrival_s) for request in recording.trace]
+class _Replayer:
+    """What all replays of a recording share is worked out once."""
 
-    def duration(command: Command, _: float) -> float:
-        assert isinstance(command, EncodePrompt | Denoise | Decode)
-        seconds = predict_s(command, table) * draw.choice(
-            spread.get(((command.width, command.height), stage_of(command)), [1.0])
+    def __init__(self, recording: Recording, profile: Profile | None, drift: bool) -> None:
+        self._recording = recording
+        self._planned = profile or recording.profile
+        self._table = profile or measured_profile(recording)
+        self._overhead_s = chunk_overhead_s(recording.chunks) if recording.mode == "live" else 0.0
+        self._slowdown = drift_of(recording, self._table) if drift else lambda _: 1.0
+        self._spread = spread_of(recording)
+
+    def run(self, seed: int | None) -> Run:
+        """`seed`: of the times that are drawn from the recorded ones, and of the start on the clock where it is not
+        known; None: their mean, and zero."""
+        recording, recorder, draw = self._recording, Recorder(), random.Random(seed)
+        start_s = recording.run.zero_s
+        if start_s is None:
+            start_s = 0.0 if seed is None else draw.uniform(0.0, LATEST_START_S)
+        trace = [msgspec.structs.replace(request, arrival_s=start_s + request.arrival_s) for request in recording.trace]
+        spread = {} if seed is None else self._spread
+
+        def duration(command: Command, _: float) -> float:
+            assert isinstance(command, EncodePrompt | Denoise | Decode)
+            ratios = spread.get(((command.width, command.height), stage_of(command)), [1.0])
+            seconds = predict_s(command, self._table) * draw.choice(ratios)
+            return seconds * self._slowdown(recorder.now_s() - start_s) + self._overhead_s * isinstance(
+                command, Denoise
+            )
+
+        return simulate(
+            trace,
+            profile=self._planned,
+            policy=recording.policy,
+            num_devices=recording.run.num_devices,
+            duration=duration,
+            recorder=recorder,
+            max_inflight=recording.facts.get("max_inflight", MAX_INFLIGHT),
         )
-        return seconds * slowdown(recorder.now_s() - start_s) + overhead_s * isinstance(command, Denoise)
-
-    return simulate(
-        trace,
-        profile=planned,
-        policy=recording.policy,
-        num_devices=recording.run.num_devices,
-        duration=duration,
-        recorder=recorder,
-        max_inflight=recording.facts.get("max_inflight", MAX_INFLIGHT),
-    )
 
 
 def measured_profile(recording: Recording) -> Profile:

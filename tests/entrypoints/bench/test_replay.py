@@ -8,7 +8,7 @@ import pytest
 
 from tests.entrypoints.bench.conftest import PROFILE, recorded
 from tetrion.entrypoints.bench.recording import Recording, write_recordings
-from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, replay, replays, spread_of
+from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, replays, spread_of
 from tetrion.entrypoints.errors import InputError
 
 
@@ -90,7 +90,7 @@ def test_with_drift_a_machine_that_slowed_down_is_followed() -> None:
     slowdown = drift_of(slowed, PROFILE)
     assert slowdown(1.0) == pytest.approx(1.0) and slowdown(middle_s + 5) == pytest.approx(3.0)
     assert slowdown(1e6) == pytest.approx(3.0)
-    with_drift, without = replay(slowed, PROFILE, drift=True), replay(slowed, PROFILE)
+    (with_drift,), (without,) = replays(slowed, PROFILE, drift=True), replays(slowed, PROFILE)
     pairs = [(a.finished_s or 0.0, b.finished_s) for a, b in zip(without.outcomes, with_drift.outcomes, strict=True)]
     early = [(one, other) for one, other in pairs if one < middle_s - 4]
     assert early and all(other == pytest.approx(one) for one, other in early)
