@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from tetrion.engine.energy.meter import EnergyMeter, MeterUnavailable, Reading
+from tetrion.engine.energy.meter import MODEL, EnergyMeter, MeterUnavailable, Reading
+
+NOTHING_MEASURED = "the meter 'model' repeats the joules of the profile and measures none"
 
 
 class WindowEnergy(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +51,9 @@ class CounterWindows:
         assert self._begun is not None, "end() before begin()"
         (start_s, first), last = self._begun, self._meter.read()
         seconds = self._now_s() - start_s
-        if self._meter.reason:
-            return WindowEnergy(seconds=seconds, gpu_j=None, reason=self._meter.reason)
+        reason = NOTHING_MEASURED if self._meter.source == MODEL else self._meter.reason
+        if reason:
+            return WindowEnergy(seconds=seconds, gpu_j=None, reason=reason)
         gpu_j = {}
         for uuid in self._meter.uuids:
             if uuid not in first.joules or uuid not in last.joules:

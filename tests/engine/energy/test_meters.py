@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tetrion.engine.energy.meter import MeterUnavailable, NoMeter, Reading
+from tetrion.engine.energy.meter import EnergyMeter, MeterUnavailable, ModelMeter, NoMeter, Reading
 from tetrion.engine.energy.metering import open_meter
 from tetrion.engine.energy.nvml import NvmlMeter
 from tetrion.engine.energy.rapl import RaplMeter
@@ -124,11 +124,15 @@ def test_a_recording_is_given_again_and_then_nothing(tmp_path: Path) -> None:
         read_recording(path)
 
 
-def test_a_window_of_a_meter_that_knows_nothing_is_none_with_the_reason() -> None:
-    windows = CounterWindows(NoMeter("there is no GPU"))
+@pytest.mark.parametrize(
+    ("meter", "reason"),
+    [(NoMeter("there is no GPU"), "there is no GPU"), (ModelMeter(()), "measures none"), (ModelMeter(("a",)), "none")],
+)
+def test_a_window_of_a_meter_that_measures_nothing_is_none_with_the_reason(meter: EnergyMeter, reason: str) -> None:
+    windows = CounterWindows(meter)
     windows.begin()
     measured = windows.end()
-    assert (measured.gpu_j, measured.total_j, measured.reason) == (None, None, "there is no GPU")
+    assert (measured.gpu_j, measured.total_j) == (None, None) and reason in measured.reason
 
 
 def test_a_window_is_a_difference_of_counters() -> None:
