@@ -146,9 +146,10 @@ def plot(rows: list[Row], path: Path) -> None:
         panel.set_xlabel("requests")
         panel.grid(True, which="both", alpha=0.25)
     panels[0].set_ylabel("decision time, 99th percentile (ms)")
-    panels[1].legend(fontsize=8)
+    labels = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.legend(labels.values(), labels.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def main() -> None:
