@@ -25,7 +25,7 @@ from tetrion.entrypoints.bench.energy_points import (
     pictures_per_lane,
     shuffled,
 )
-from tetrion.entrypoints.bench.live import HEAD_START_S, open_loop
+from tetrion.entrypoints.bench.live import HEAD_START_S, open_loop, sleep_until
 from tetrion.entrypoints.bench.simulation import as_image_request, prompt_of
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
 
@@ -136,9 +136,9 @@ class EnergyBench:
         return SteadyState(from_s=first, to_s=last, window=window, num_requests=len(trace), by_class=by_class)
 
     async def _between(self, start_s: float, end_s: float) -> WindowEnergy:
-        await asyncio.sleep(start_s - time.monotonic())
+        await sleep_until(start_s)
         self._windows.begin()
-        await asyncio.sleep(end_s - time.monotonic())
+        await sleep_until(end_s)
         return self._windows.end()
 
     async def _window(self, point: EnergyPoint, num_per_lane: int, options: SweepOptions) -> MeasuredWindow:

@@ -38,6 +38,8 @@ from tetrion.entrypoints.session import EngineOptions, open_engine, spare_what_e
 
 HEAD_START_S = 0.1
 """From the start of a run to time 0 of its trace."""
+LAST_SLEEP_S = 0.25
+"""Linux may end a wait late by 0.1 % of its length, at most by 0.1 s (fs/select.c): this one by 0.25 ms."""
 WARM_STEPS = 4
 Answer = tuple[int, ...] | None
 """The degrees of a finished request's steps, None if it failed."""
@@ -256,13 +258,19 @@ async def open_loop(
     lags_s = [0.0]
 
     async def one(request: TraceRequest, number: int) -> tuple[float | None, tuple[int, ...]]:
-        await asyncio.sleep(zero_s + request.arrival_s - time.monotonic())
+        await sleep_until(zero_s + request.arrival_s)
         lags_s.append(time.monotonic() - zero_s - request.arrival_s)
         degrees = await draw(request, number)
         return (None, ()) if degrees is None else (time.monotonic() - zero_s, degrees)
 
     finished = await asyncio.gather(*(one(request, number) for number, request in enumerate(trace)))
     return list(finished), max(lags_s)
+
+
+async def sleep_until(time_s: float) -> None:
+    """`time_s`: on CLOCK_MONOTONIC. The last wait is a short one (`LAST_SLEEP_S`), so that it ends in time."""
+    await asyncio.sleep(time_s - LAST_SLEEP_S - time.monotonic())
+    await asyncio.sleep(time_s - time.monotonic())
 
 
 def _import_httpx() -> Any:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -45,6 +46,24 @@ async def test_arrivals_do_not_wait_for_answers() -> None:
     assert started == [0, 1, 2, 3] and lag_s >= 0
     assert finished[2] == (None, ())
     assert all(time_s is not None and time_s >= 0.2 and degrees == (1, 1) for time_s, degrees in finished[:2])
+
+
+async def test_an_arrival_after_a_long_silence_is_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own, where every wait ends as late as the kernel may let it."""
+    now_s, lags_s = 0.0, []
+
+    async def sleep_late(seconds: float) -> None:
+        nonlocal now_s
+        now_s += max(0.0, seconds) + min(0.001 * max(0.0, seconds), 0.1)
+
+    async def draw(request: TraceRequest, _: int) -> tuple[int, ...]:
+        lags_s.append(now_s - request.arrival_s)
+        return (1,)
+
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(live, "asyncio", SimpleNamespace(sleep=sleep_late, gather=asyncio.gather))
+    await open_loop(trace([30.0, 330.0]), 0.0, draw)
+    assert all(0 <= lag_s < 0.001 for lag_s in lags_s)
 
 
 class Server(BaseHTTPRequestHandler):
