@@ -8,9 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from tetrion.engine.energy.meter import MODEL, EnergyMeter, MeterUnavailable, Reading
-
-NOTHING_MEASURED = "the meter 'model' repeats the joules of the profile and measures none"
+from tetrion.engine.energy.meter import EnergyMeter, MeterUnavailable, Reading
 
 
 class WindowEnergy(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,9 +49,11 @@ class CounterWindows:
         assert self._begun is not None, "end() before begin()"
         (start_s, first), last = self._begun, self._meter.read()
         seconds = self._now_s() - start_s
-        reason = NOTHING_MEASURED if self._meter.source == MODEL else self._meter.reason
-        if reason:
-            return WindowEnergy(seconds=seconds, gpu_j=None, reason=reason)
+        reason = self._meter.reason
+        if reason or not self._meter.uuids:
+            return WindowEnergy(
+                seconds=seconds, gpu_j=None, reason=reason or f"the meter {self.source!r} has no counters"
+            )
         gpu_j = {}
         for uuid in self._meter.uuids:
             if uuid not in first.joules or uuid not in last.joules:

@@ -73,7 +73,7 @@ async def _measure(
     as_json: bool,
     command_line: str,
 ) -> int:
-    def record() -> Row:
+    def record(rows: list[Row], details: list[Row]) -> Row:
         made = make_record(command_line, rows)
         made["details"] = details
         made["meter"] = {"source": engine.meter.source, "reason": engine.meter.reason, "windows": windows}
@@ -81,35 +81,32 @@ async def _measure(
         made["receipt"] = None if bench.latest_receipt is None else msgspec.to_builtins(bench.latest_receipt)
         return made
 
-    def take(results: Sequence[PointResult]) -> None:
-        rows[:] = [_row(engine, result, idle) for result in results]
-        details[:] = [
+    def record_swept(results: Sequence[PointResult]) -> Row:
+        rows = [_row(engine, result, idle) for result in results]
+        details = [
             _detail(result, idle) | {"published": published_beside(row, _gpu_name(result))}
             for row, result in zip(rows, results, strict=True)
         ]
+        return record(rows, details)
 
     def after_round(results: Sequence[PointResult]) -> None:
         """A sweep that is ended from outside leaves what there is."""
-        take(results)
         if output is not None:
-            write_record(record() | {"cut_short": NOT_AT_ITS_END}, output)
+            write_record(record_swept(results) | {"cut_short": NOT_AT_ITS_END}, output)
 
-    rows: list[Row] = []
-    details: list[Row] = []
     async with engine:
         bench = EnergyBench(engine, _open_windows(engine, windows), _to_stderr)
         idle = await bench.idle(options)
         if trace is not None:
             steady = await bench.arrivals(trace)
-            rows, details = [_open_loop_row(engine, steady, trace, idle)], [_open_loop_detail(steady)]
+            made = record([_open_loop_row(engine, steady, trace, idle)], [_open_loop_detail(steady)])
         else:
             results = await bench.sweep(points, options, after_round)
-            take(results)
+            made = record_swept(results)
             if export_folder is not None:
                 _export(engine, results, export_folder)
-        made = record()
     text = write_record(made, output)
-    print(text if as_json else table(rows, details))
+    print(text if as_json else table(made["rows"], made["details"]))
     return 0
 
 

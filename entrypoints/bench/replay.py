@@ -99,10 +99,8 @@ class _Replayer:
         def duration(command: Command, _: float) -> float:
             assert isinstance(command, EncodePrompt | Denoise | Decode)
             ratios = spread.get(((command.width, command.height), stage_of(command)), [1.0])
-            seconds = predict_s(command, self._table) * draw.choice(ratios)
-            return seconds * self._slowdown(recorder.now_s() - start_s) + self._overhead_s * isinstance(
-                command, Denoise
-            )
+            seconds = predict_s(command, self._table) * draw.choice(ratios) * self._slowdown(recorder.now_s() - start_s)
+            return seconds + (self._overhead_s if isinstance(command, Denoise) else 0.0)
 
         return simulate(
             trace,

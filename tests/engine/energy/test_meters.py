@@ -126,7 +126,15 @@ def test_a_recording_is_given_again_and_then_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("meter", "reason"),
-    [(NoMeter("there is no GPU"), "there is no GPU"), (ModelMeter(()), "measures none"), (ModelMeter(("a",)), "none")],
+    [
+        (NoMeter("there is no GPU"), "there is no GPU"),
+        (ModelMeter(()), "the meter 'model' has no counters"),
+        (ModelMeter(("a",)), "a did not tell its counter"),
+        (
+            ReplayMeter([Reading(time_s=t, joules={}, watts={"a": 100.0}) for t in (1.0, 6.0)]),
+            "'replay' has no counters",
+        ),
+    ],
 )
 def test_a_window_of_a_meter_that_measures_nothing_is_none_with_the_reason(meter: EnergyMeter, reason: str) -> None:
     windows = CounterWindows(meter)
