@@ -242,8 +242,7 @@ class EnergyAccount:
             ledger = self._ledgers[uuid]
             for share, joules in ledger.pending_j(request.request_id).items():
                 pending[share.phase] += joules
-            errors = [window.raw_error for window in ledger.windows if window.raw_error is not None]
-            drift = max(drift, max(errors, default=UNRECONCILED))
+            drift = max(drift, UNRECONCILED if ledger.drift is None else ledger.drift)
         ledgers = [self._ledgers[uuid] for uuid in spent.gpus]
         is_blind = self._meter.source != MODEL and (not ledgers or None in [ledger.power_w() for ledger in ledgers])
         saving_j = _saving(request, profile, len(self._gpu_of_device))

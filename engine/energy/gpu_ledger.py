@@ -121,6 +121,15 @@ class GpuLedger:
         """The latest window's; 1 before there is one."""
         return self.windows[-1].scale if self.windows else 1.0
 
+    @property
+    def drift(self) -> float | None:
+        """How far power samples are from the counter, as a share: twice the root mean square over the windows that are
+        kept, each with the weight of its joules, so that one beside next to no work counts little. None before there is
+        one."""
+        errors = [(window.counter_j, window.raw_error) for window in self.windows if window.raw_error is not None]
+        counter_j = math.fsum(joules for joules, _ in errors)
+        return 2 * math.sqrt(math.fsum(joules * e * e for joules, e in errors) / counter_j) if errors else None
+
     def read(self, time_s: float, counter_j: float | None, watts: float | None) -> None:
         """A reading of this GPU. Readings come in order; one without news is passed over, as are all before the first
         that tells the counter."""

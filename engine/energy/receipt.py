@@ -18,9 +18,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
     `active_j`: while its own work ran. `idle_share_j`: its part of what idle GPUs drew while it was under way, divided
     equally among the requests of that moment. `wh`: both together, in watt-hours. `method`: the meter. `uncertainty_j`:
-    half-width around `active_j`. `degrees`: GPUs at each step. `fastest_plan_j`: what the fastest degrees would have
-    taken; `saved_j`: what its own saved against them; both by the profile's joules. `co2e_g`: grams, if an intensity is
-    set up.
+    half-width around `active_j`: what power samples were off by (twice the root mean square) where no counter has
+    closed the account yet, and a reading's distance at both ends. `degrees`: GPUs at each step. `fastest_plan_j`: what
+    the fastest degrees would have taken; `saved_j`: what its own saved against them; both by the profile's joules.
+    `co2e_g`: grams, if an intensity is set up.
     """
 
     method: str = "none"

@@ -134,6 +134,18 @@ def test_the_counter_has_the_last_word_and_what_was_before_is_kept() -> None:
     assert window.raw_error == pytest.approx(1 - 1 / 1.1)
 
 
+def test_a_window_beside_next_to_no_work_says_little_of_how_far_power_is_from_the_counter() -> None:
+    ledger = GpuLedger()
+    assert ledger.drift is None
+    moved_j = [10.0] * 50 + [60.0] * 50  # 100 W at first, where power says 50 W; then 600 W, as power says
+    for i in range(101):
+        ledger.read(i * PERIOD_S, sum(moved_j[:i]), 50.0 if i < 50 else 600.0)
+    ledger.settle(math.inf)
+    first, second = ledger.windows
+    assert first.raw_error is not None and first.raw_error > 0.4 and second.raw_error == pytest.approx(0)
+    assert ledger.drift == pytest.approx(2 * first.raw_error * math.sqrt(first.counter_j / 3500))
+
+
 def test_what_is_drawn_at_first_may_be_of_work_before() -> None:
     ledger = GpuLedger()
     watts = [300.0] * 10 + [100.0] * 5
