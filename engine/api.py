@@ -20,6 +20,7 @@ import msgspec
 
 from tetrion.engine.calibration import calibrate
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.energy.early_check import MeteringError, check_metering
 from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import Metering
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. `profile` is the cost table in use; `loop` what the loop has cost since the start;
     `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling
-    costs; `meter_age_s`: since its last reading, None if it is not read."""
+    costs; `meter_age_s`: since it last told joules, None if it is not read."""
 
     num_devices: int
     num_alive: int
@@ -132,8 +133,9 @@ class AsyncEngine:
         """Checks configuration and model folder; starts nothing. Raises ValueError (CheckpointError for the model)."""
         self._instrument = instrument
         self.config = config or EngineConfig()
-        self.spec: ModelSpec = read_model_spec(resolve_model(self.config.model), self.config.load_format)
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
+        check_metering(self.config.metering, has_gpus=self.devices[0].kind == "cuda")
+        self.spec: ModelSpec = read_model_spec(resolve_model(self.config.model), self.config.load_format)
         self._profile = chosen_profile(self.devices, self.spec, self.config)
         self._planner = get_planner(self.config.planner.policy)
         num_devices = len(self.devices)
@@ -158,7 +160,8 @@ class AsyncEngine:
         A process that does little else spares the loop full garbage collections (15 to 30 ms each) by `gc.freeze()`
         once this has returned, as `tetrion serve` does.
 
-        Raises SharedMemoryError if memory does not suffice, GenerationError if a worker does not come up.
+        Raises SharedMemoryError if memory does not suffice, GenerationError if a worker does not come up, MeteringError
+        if the meter does not know a worker's GPU. Nothing is left running then.
         """
         assert self._executor is None, "the engine was started before"
         self._executor = ProcessExecutor(self.devices, self.spec, self.config)
@@ -166,15 +169,10 @@ class AsyncEngine:
         await self._executor.start()
         loaded_s = time.monotonic()
         try:
+            self._metering = self._open_metering(self._executor)
             calibration = await calibrate(self._executor, self.spec, self.config, self._profile)
             took_s = loaded_s - begun_s, time.monotonic() - loaded_s
             logger.info("workers started and weights loaded in %.1f s, measured and warmed up in %.1f s", *took_s)
-            self._metering = Metering(
-                self.config.metering,
-                self._executor.device_ids,
-                self._executor.device_uuids,
-                self.spec.num_image_tokens,
-            )
             await self._metering.start()
         except BaseException:
             await self.close()
@@ -191,6 +189,13 @@ class AsyncEngine:
         )
         self._task = asyncio.create_task(self._loop.run(), name="tetrion-engine-loop")
         self._task.add_done_callback(self._on_loop_end)
+
+    def _open_metering(self, executor: ProcessExecutor) -> Metering:
+        metering, uuids = self.config.metering, executor.device_uuids
+        try:
+            return Metering(metering, executor.device_ids, uuids, self.spec.num_image_tokens)
+        except ValueError as error:
+            raise MeteringError(str(error)) from error
 
     async def close(self) -> None:
         """End the loop (requests still alive fail with GenerationError), the workers and their shared memory."""

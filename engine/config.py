@@ -67,8 +67,8 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`meter`: auto (NVML's counters where the devices are GPUs, else none), nvml, model (the profile's joules), none,
     or `replay:FILE` (recorded readings). `carbon`: grams of CO₂e per kWh, a CSV by hour or a URL (see
-    `energy/carbon.py`); None: none is reported. `period_s`: the shortest time between two readings (see
-    `energy/sampler.py`)."""
+    `energy/carbon.py`); None: none is reported. `carbon_token_file`: the token for a URL; `carbon_timeout_s`: how long
+    it may take to answer. `period_s`: the shortest time between two readings (see `energy/sampler.py`)."""
 
     meter: Annotated[str, Meta(pattern="^(auto|nvml|model|none|replay:.+)$")] = "auto"
     carbon: str | None = None

@@ -27,23 +27,30 @@ class RequestError(ValueError):
 
 class CheapestPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What an energy budget is refused with. `degrees`: of each step; `seconds` from encode to decode on idle devices;
-    `joules` as the profile has them, without the stages in `uncounted`, which it does not know."""
+    `joules` as the profile has them, without the stages in `uncounted`, which it does not know; `in_time`: whether it
+    meets the deadline, None if there is none."""
 
     joules: float
     seconds: float
     degrees: tuple[int, ...]
     uncounted: tuple[str, ...] = ()
+    in_time: bool | None = None
 
     @property
     def text(self) -> str:
         runs = [f"{self.degrees.count(d)} steps at degree {d}" for d in dict.fromkeys(self.degrees)]
         without = f", without {' and '.join(self.uncounted)}, of which no joules are known" if self.uncounted else ""
         what = f"{self.joules:.4g} J in {self.seconds:.3g} s ({', '.join(runs)}{without})"
-        return f"the cheapest plan that meets the deadline takes {what}"
+        if self.in_time is None:
+            return f"the cheapest plan takes {what}"
+        if self.in_time:
+            return f"the cheapest plan that meets the deadline takes {what}"
+        return f"the cheapest plan takes {what}, and none meets the deadline"
 
 
 class BudgetUnmeetable(RequestError):
-    """No plan that meets the deadline takes so few joules. `cheapest`: the one that takes least."""
+    """No plan that meets the deadline takes so few joules. `cheapest`: the one that takes least; of those that are late
+    if all are."""
 
     def __init__(self, budget_j: float, cheapest: CheapestPlan) -> None:
         super().__init__("energy.budget_j", f"{budget_j:g} J cannot be met: {cheapest.text}")

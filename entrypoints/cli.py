@@ -36,6 +36,11 @@ def engine_options(command: Command) -> Command:
             multiple=True,
             help="A setting of the planner, such as energy=least-energy; may be repeated.",
         ),
+        click.option(
+            "--carbon-timeout-s",
+            type=click.FloatRange(0, 60, min_open=True),
+            help="How long a --carbon URL may take to answer. Default: 5.",
+        ),
         click.option("--carbon-token-file", metavar="FILE", help="Token for a --carbon URL."),
         click.option("--carbon", metavar="G|CSV|URL", help="Grams of CO₂e per kWh, for receipts. Default: none given."),
         click.option("--meter", metavar="NAME", help="Energy: auto (default), nvml, model, none or replay:FILE."),
@@ -267,7 +272,7 @@ def _engine_options(options: dict[str, Any]) -> "EngineOptions":
     from tetrion.entrypoints.session import EngineOptions
 
     names = ["model", "devices", "load_format", "profile", "num_threads", "policy", "planner"]
-    names += ["meter", "carbon", "carbon_token_file"]
+    names += ["meter", "carbon", "carbon_token_file", "carbon_timeout_s"]
     return EngineOptions(**{name: options.pop(name) for name in names})
 
 

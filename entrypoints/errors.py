@@ -4,6 +4,7 @@ Exit codes: 1 the engine or a request failed, 2 the input or the machine does no
 An exception that is not listed here is a defect: it keeps its traceback. Knows nothing of HTTP (see `http/errors.py`).
 """
 
+from tetrion.engine.energy.early_check import MeteringError
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.request import (
     DeadlineUnmeetable,
@@ -26,7 +27,7 @@ class InputError(ValueError):
 def exit_code_and_line(error: Exception) -> tuple[int, str]:
     """The exit code for `error` and the line that tells a user about it. Raises `error` again if it is a defect."""
     match error:
-        case InputError() | RequestError() | CheckpointError() | SharedMemoryError():
+        case InputError() | RequestError() | CheckpointError() | MeteringError() | SharedMemoryError():
             return EXIT_BAD_INPUT, str(error)
         case GenerationError():
             return EXIT_FAILED, f"generation failed: {error}"

@@ -5,12 +5,13 @@ from pathlib import Path
 import click
 
 from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.number_range import NumberRange
 
 
 @click.command("recommend")
 @click.argument("source", metavar="[RESULTS]", type=click.Path(path_type=Path), required=False)
 @click.option("--deadline", metavar="S", required=True, help="Seconds for a picture: 5, 5s or 800ms.")
-@click.option("--percentile", type=click.FloatRange(1, 100), help="Of latencies, to be in time. Default: the mean.")
+@click.option("--percentile", type=NumberRange(1, 100), help="Of latencies, to be in time. Default: the mean.")
 @click.option("--max-gpus", type=click.IntRange(min=1), help="Use no more than that.")
 @click.option("--model", metavar="NAME", help="Needed where the results have several, e.g. FLUX.1-dev.")
 @click.option("--gpu", metavar="NAME", help="Needed where the results have several, e.g. H100.")
@@ -41,9 +42,12 @@ def recommend(
 
         from tetrion.entrypoints import recommend_picture, recommend_sources
         from tetrion.entrypoints.arguments import parse_size
+        from tetrion.entrypoints.bench.figures import check_png
         from tetrion.entrypoints.recommend import recommend as choose
 
         deadline_s = parse_seconds(deadline)
+        if png is not None:
+            check_png(png, "png")
         kind = {"model": model, "gpu": gpu, "num_steps": num_steps, "size": parse_size(size) if size else None}
         configurations = recommend_sources.select(recommend_sources.read_source(source), **kind)  # type: ignore[arg-type]
         try:

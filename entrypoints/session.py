@@ -17,7 +17,7 @@ from tetrion.entrypoints.errors import InputError
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
 
-METERING = ("meter", "carbon", "carbon_token_file")
+METERING = ("meter", "carbon", "carbon_token_file", "carbon_timeout_s")
 EngineFactory = Callable[[EngineConfig], "AsyncEngine"]
 
 
@@ -35,6 +35,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     meter: str | None = None
     carbon: str | None = None
     carbon_token_file: str | None = None
+    carbon_timeout_s: float | None = None
 
 
 def engine_config(options: EngineOptions) -> EngineConfig:

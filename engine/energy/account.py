@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from tetrion.engine.energy.figures import EnergyFigures, Totals, model_error, unattributed_share
+from tetrion.engine.energy.figures import EnergyFigures, Totals, errors_of
 from tetrion.engine.energy.gpu_ledger import WINDOW_S, GpuLedger, Settled, Window
 from tetrion.engine.energy.idle_shares import IdleShares
 from tetrion.engine.energy.meter import MODEL, EnergyMeter, NoMeter, Reading
@@ -27,8 +27,8 @@ from tetrion.engine.planning.profile import Profile
 UNRECONCILED = 0.1
 """How far power samples may be from the counter while no window has closed, as a share."""
 NO_POWER = "no reading has come from its GPUs"
-TOO_LATE = "readings of its time were settled before it was known"
 NO_IDLE_POWER = "its GPUs were not yet seen idle"
+NO_METERED_POWER = "no power is metered"
 
 
 class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +103,7 @@ class EnergyAccount:
         """The request is over; what is booked for it from now on counts in totals only. The answer gives its receipt
         and may be called in any thread."""
         if self._meter.reason:
-            return functools.partial(unmetered, self._meter.reason, request.degrees)
+            return functools.partial(self._unmetered, self._meter.reason, request.degrees, "none")
         end = _End(request, profile, now_s)
         self._noted.append((self._on_ended, (end,)))
         return functools.partial(self._receipt_at, end)
@@ -129,9 +129,8 @@ class EnergyAccount:
                 watts=watts,
                 num_windows=totals.num_windows,
                 worst_identity_error=totals.worst_identity_error if totals.num_windows else None,
-                unattributed_share=unattributed_share(latest),
-                raw_error=max((w.raw_error for w in latest if w.raw_error is not None), default=None),
-                model_error=model_error(latest),
+                latest=errors_of(latest),
+                overall=totals.errors,
                 idle_w=idle_w,
                 cpu_j=self._cpu_j,
                 cpu_reason="" if self._cpu_meter is None else self._cpu_meter.reason,
@@ -187,7 +186,7 @@ class EnergyAccount:
     def _on_ended(self, end: "_End") -> None:
         spent = self._spent.pop(end.request.request_id, None)
         if spent is None:
-            end.receipt = unmetered("nothing was done for it", end.request.degrees, self._meter.source)
+            end.receipt = self._unmetered("nothing was done for it", end.request.degrees, self._meter.source)
         else:
             idle_j = self._idle.end(spent.idle_start, end.now_s, self._ledgers)
             end.receipt = self._receipt(end.request, spent, idle_j, end.profile)
@@ -208,8 +207,10 @@ class EnergyAccount:
             spent.phases.add(phase)
         if self._meter.source == MODEL:
             self._book_model(spent, quantum)
-        elif not self._ledgers[self._gpu_of_device[device_id]].add(quantum) and spent is not None:
-            spent.unknown = TOO_LATE
+        else:
+            reason = self._ledgers[self._gpu_of_device[device_id]].add(quantum)
+            if spent is not None:
+                spent.unknown = spent.unknown or reason
 
     def _book_model(self, spent: "_Spent | None", quantum: Quantum) -> None:
         """Nothing is measured: what the profile says is all there is."""
@@ -247,7 +248,7 @@ class EnergyAccount:
         is_blind = self._meter.source != MODEL and (not ledgers or None in [ledger.power_w() for ledger in ledgers])
         saving_j = _saving(request, profile, len(self._gpu_of_device))
         if spent.unknown or is_blind:
-            blank = unmetered(spent.unknown or NO_POWER, request.degrees, self._meter.source)
+            blank = self._unmetered(spent.unknown or NO_POWER, request.degrees, self._meter.source)
             return blank if isinstance(saving_j, str) else with_saving(blank, saving_j)
         by_phase = {phase: spent.settled_j[phase] + pending[phase] for phase in PHASES if phase in spent.phases}
         active_j = sum(by_phase.values())
@@ -267,12 +268,16 @@ class EnergyAccount:
             saving_j,
         )
 
+    def _unmetered(self, reason: str, degrees: tuple[int, ...], method: str) -> Receipt:
+        return unmetered(reason, degrees, method, has_intensity=self._g_per_kwh is not None)
+
     def _priced(self, receipt: Receipt, idle_j: float | None, saving_j: float | str) -> Receipt:
         """With idle share, watt-hours, the fastest plan and CO₂e, as far as they are known."""
         assert receipt.active_j is not None
         reasons: dict[str, str] = {}
+        no_idle = NO_METERED_POWER if receipt.method == MODEL else NO_IDLE_POWER
         if idle_j is None:
-            reasons["idle_share_j"] = reasons["wh"] = NO_IDLE_POWER
+            reasons["idle_share_j"] = reasons["wh"] = no_idle
         saved_j = None if isinstance(saving_j, str) else saving_j
         if isinstance(saving_j, str):
             reasons["fastest_plan_j"] = reasons["saved_j"] = saving_j
@@ -282,7 +287,7 @@ class EnergyAccount:
             intensity = self._g_per_kwh()
             co2e_g = None if intensity is None or wh is None else intensity * wh / 1e3
             if co2e_g is None:
-                reasons["co2e_g"] = "the intensity is not known now" if intensity is None else NO_IDLE_POWER
+                reasons["co2e_g"] = "the intensity is not known now" if intensity is None else no_idle
         return msgspec.structs.replace(
             receipt,
             idle_share_j=idle_j,

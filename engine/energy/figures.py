@@ -1,7 +1,7 @@
 """What the account says of all requests together: `EnergyFigures`, and the sums behind it (`Totals`)."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import msgspec
 
@@ -12,12 +12,20 @@ TotalKey = tuple[tuple[int, int], Phase]
 """(Size in pixels, phase)."""
 
 
+class MeterErrors(msgspec.Struct, frozen=True, kw_only=True):
+    """How well some windows' joules are known, before rescaling, as shares; None: not known. `unattributed_share`: of
+    active joules. `raw_error` and `model_error`: power samples, and the profile's joules, against the counter."""
+
+    unattributed_share: float | None = None
+    raw_error: float | None = None
+    model_error: float | None = None
+
+
 class EnergyFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Sums over all closed windows since the start; joules are None where there is no meter (`reason`).
 
-    `active_j` by (size, phase). `worst_identity_error`: of any window, as a share of its counter; `unattributed_share`:
-    of active joules, before rescaling, `raw_error` and `model_error`: power samples, and the profile's joules, against
-    the counter, all three of the latest windows. `cpu_j`: of CPU packages, where they may be read.
+    `active_j` by (size, phase). `worst_identity_error`: of any window, as a share of its counter. `latest`: of each
+    GPU's latest window; `overall`: of all. `cpu_j`: of CPU packages, where they may be read.
     """
 
     source: str
@@ -29,12 +37,37 @@ class EnergyFigures(msgspec.Struct, frozen=True, kw_only=True):
     watts: dict[str, float]
     num_windows: int = 0
     worst_identity_error: float | None = None
-    unattributed_share: float | None = None
-    raw_error: float | None = None
-    model_error: float | None = None
+    latest: MeterErrors = MeterErrors()
+    overall: MeterErrors = MeterErrors()
     idle_w: dict[str, float] = {}
     cpu_j: float | None = None
     cpu_reason: str = ""
+
+
+class _Sums:
+    """Of windows, what their errors are worked out from."""
+
+    def __init__(self) -> None:
+        self.counter_j = self.off_j = self.raw_active_j = self.raw_unattributed_j = 0.0
+        self.known_active_j = self.model_j = 0.0
+
+    def add(self, window: Window) -> None:
+        if window.raw_error is not None:
+            self.counter_j += window.counter_j
+            self.off_j += window.counter_j * window.raw_error
+        self.raw_active_j += window.raw_active_j
+        self.raw_unattributed_j += window.raw_unattributed_j
+        if window.model_j is not None:  # the profile knows all that ran in it
+            self.known_active_j += window.active_j
+            self.model_j += window.model_j
+
+    @property
+    def errors(self) -> MeterErrors:
+        return MeterErrors(
+            unattributed_share=self.raw_unattributed_j / self.raw_active_j if self.raw_active_j else None,
+            raw_error=self.off_j / self.counter_j if self.counter_j else None,
+            model_error=self.model_j / self.known_active_j - 1 if self.known_active_j else None,
+        )
 
 
 class Totals:
@@ -43,6 +76,7 @@ class Totals:
         self.idle_j = self.unattributed_j = self.counter_j = 0.0
         self.num_windows = 0
         self.worst_identity_error = 0.0
+        self._sums = _Sums()
 
     def add(self, settled: Settled) -> None:
         window = settled.window
@@ -55,16 +89,15 @@ class Totals:
         self.counter_j += window.counter_j
         self.num_windows += 1
         self.worst_identity_error = max(self.worst_identity_error, window.identity_error)
+        self._sums.add(window)
+
+    @property
+    def errors(self) -> MeterErrors:
+        return self._sums.errors
 
 
-def unattributed_share(windows: Sequence[Window]) -> float | None:
-    active_j = sum(window.raw_active_j for window in windows)
-    return sum(window.raw_unattributed_j for window in windows) / active_j if active_j else None
-
-
-def model_error(windows: Sequence[Window]) -> float | None:
-    """The profile's joules against the counter's for the same quanta, before rescaling to the profile."""
-    if not windows or any(window.model_j is None for window in windows):
-        return None
-    active_j = sum(window.active_j for window in windows)
-    return sum(window.model_j or 0.0 for window in windows) / active_j - 1 if active_j else None
+def errors_of(windows: Iterable[Window]) -> MeterErrors:
+    sums = _Sums()
+    for window in windows:
+        sums.add(window)
+    return sums.errors

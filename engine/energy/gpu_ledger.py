@@ -39,6 +39,17 @@ LATE_S = 0.01
 IDLE_TOLERANCE = 1.1
 """Power without work up to so many times the idle power is idle: it wavers, and drifts with the temperature."""
 WINDOWS_KEPT = 64
+STALE_S = 5.0
+"""Of work that ended so long after the last reading nobody knows what it drew."""
+FORGET_S = 600.0
+"""A reading that comes so late finds the work of meanwhile forgotten."""
+OVERDUE_S = 60.0
+"""How much longer than asked for a window may wait for a counter."""
+TOO_LATE = "readings of its time were settled before it was known"
+NO_READING = f"no reading has come from its GPUs for more than {STALE_S:g} s"
+WENT_BACKWARDS = "the GPU's energy counter went backwards"
+STOOD_STILL = "the GPU's energy counter stood still beside power that was drawn"
+NO_COUNTER = "the GPU's energy counter has not been told for too long"
 
 
 Segment = tuple[float, float, list[Quantum]]
@@ -128,7 +139,7 @@ class GpuLedger:
         one."""
         errors = [(window.counter_j, window.raw_error) for window in self.windows if window.raw_error is not None]
         counter_j = math.fsum(joules for joules, _ in errors)
-        return 2 * math.sqrt(math.fsum(joules * e * e for joules, e in errors) / counter_j) if errors else None
+        return 2 * math.sqrt(math.fsum(joules * e * e for joules, e in errors) / counter_j) if counter_j else None
 
     def read(self, time_s: float, counter_j: float | None, watts: float | None) -> None:
         """A reading of this GPU. Readings come in order; one without news is passed over, as are all before the first
@@ -153,11 +164,14 @@ class GpuLedger:
         self._last = (time_s, counter_j, watts)
         self._last_counter_j = self._last_counter_j if counter_j is None else counter_j
 
-    def add(self, quantum: Quantum) -> bool:
-        """Work that has ended. False if it comes too late: some of its time is settled already."""
-        if quantum.end_s - quantum.start_s > SHORTEST_S:
+    def add(self, quantum: Quantum) -> str:
+        """Work that has ended. Returns why what it took will not be known, as far as that is certain already."""
+        unread_s = quantum.end_s - (quantum.end_s if self._last is None else self._last[0])
+        if quantum.end_s - quantum.start_s > SHORTEST_S and unread_s <= FORGET_S:
             self._quanta.append(quantum)
-        return quantum.start_s >= self._settled_s - LATE_S
+        if unread_s > STALE_S:
+            return NO_READING
+        return TOO_LATE if quantum.start_s < self._settled_s - LATE_S else ""
 
     def settle(self, until_s: float) -> list[Settled]:
         """All work until `until_s` has been added. Returns the windows that closed."""
@@ -165,14 +179,14 @@ class GpuLedger:
         while self._cells and self._cells[0].end_s <= until_s:
             cell = self._cells.popleft()
             self._apportion(cell)
-            assert self._start is not None
-            if cell.counter_j is None:
-                continue
+            seconds = math.inf if self._start is None else cell.end_s - self._start[0]
             if self._broken and self._broken[0] == cell.end_s:
                 self._broken.popleft()
-                closed.append(self._abandon(cell.end_s, cell.counter_j))
-            elif cell.end_s - self._start[0] >= self._window_s:
-                closed.append(self._close(cell.end_s, cell.counter_j))
+                closed.append(self._abandon(cell, WENT_BACKWARDS))
+            elif self._start is None or (cell.counter_j is None and seconds > self._window_s + OVERDUE_S):
+                closed.append(self._abandon(cell, NO_COUNTER))
+            elif cell.counter_j is not None and seconds >= self._window_s:
+                closed.append(self._close(cell, cell.counter_j - self._start[1]))
         return closed
 
     def pending_j(self, request_id: str) -> dict[Share, float]:
@@ -251,17 +265,19 @@ class GpuLedger:
         elif self._model_j is not None:
             self._model_j += quantum.per_second(quantum.model_j) * seconds
 
-    def _close(self, end_s: float, end_j: float) -> Settled:
+    def _close(self, cell: _Cell, counter_j: float) -> Settled:
+        """The window that ends with `cell`, in which the counter moved by `counter_j`."""
         assert self._start is not None
-        counter_j = end_j - self._start[1]
         raw_active_j = math.fsum(self._raw.values())
         raw_j = math.fsum((raw_active_j, self._raw_idle_j, self._raw_unattributed_j))
+        if raw_j > 0 and not counter_j:
+            return self._abandon(cell, STOOD_STILL)
         scale = counter_j / raw_j if raw_j > 0 else 0.0
         joules = {share: value * scale for share, value in self._raw.items()}
         active_j, idle_j = math.fsum(joules.values()), self._raw_idle_j * scale
         window = Window(
             start_s=self._start[0],
-            end_s=end_s,
+            end_s=cell.end_s,
             counter_j=counter_j,
             active_j=active_j,
             idle_j=idle_j,
@@ -274,17 +290,18 @@ class GpuLedger:
             model_j=self._model_j,
         )
         self.windows.append(window)
-        self._begin(end_s, end_j)
+        self._begin(cell.end_s, cell.counter_j)
         return Settled(window=window, joules=joules)
 
-    def _abandon(self, end_s: float, end_j: float) -> Settled:
-        """The counter started again within the window: nobody knows what it would have been."""
+    def _abandon(self, cell: _Cell, reason: str) -> Settled:
+        """Nobody knows what the counter moved by in the window that ends with `cell`."""
         joules = dict(self._raw)
-        self._begin(end_s, end_j)
-        return Settled(window=None, joules=joules, reason="the GPU's energy counter went backwards")
+        self._begin(cell.end_s, cell.counter_j)
+        return Settled(window=None, joules=joules, reason=reason)
 
-    def _begin(self, start_s: float, start_j: float) -> None:
-        self._start = (start_s, start_j)
+    def _begin(self, start_s: float, start_j: float | None) -> None:
+        """A window, or none until a cell ends with a counter."""
+        self._start = None if start_j is None else (start_s, start_j)
         self._raw.clear()
         self._raw_idle_j = self._raw_unattributed_j = 0.0
         self._model_j = 0.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tetrion.engine.config import MeteringConfig
 from tetrion.engine.energy.account import EnergyAccount
-from tetrion.engine.energy.carbon import Intensity, open_intensity
+from tetrion.engine.energy.carbon import Intensity, find_intensity
 from tetrion.engine.energy.meter import MODEL, EnergyMeter, MeterUnavailable, ModelMeter, NoMeter
 from tetrion.engine.energy.nvml import NvmlMeter, canonical_uuid
 from tetrion.engine.energy.rapl import RaplMeter
@@ -35,9 +35,11 @@ class Metering:
     ) -> None:
         uuids = {device_id: canonical_uuid(uuid) for device_id, uuid in gpu_uuids.items()}
         self._intensity: Intensity | None = None
-        self.meter = open_meter(config.meter, tuple(dict.fromkeys(uuids.values())))
         if config.carbon is not None:
-            self._intensity = open_intensity(config.carbon, config.carbon_token_file, config.carbon_timeout_s)
+            self._intensity = find_intensity(config.carbon, config.carbon_token_file, config.carbon_timeout_s)
+        self.meter = open_meter(config.meter, tuple(dict.fromkeys(uuids.values())))
+        if self._intensity is not None:
+            self._intensity.start()
         cpu_meter = _cpu_meter()
         self._reads_gpus = bool(self.meter.uuids) and self.meter.source != MODEL
         self._reads_cpu = not cpu_meter.reason
@@ -59,7 +61,7 @@ class Metering:
     @property
     def age_s(self) -> float | None:
         """Seconds since the meter has last told joules; None for one that is not read."""
-        return self._sampler.age_s
+        return self._sampler.age_s if self._reads_gpus else None
 
     async def start(self) -> None:
         """Begin to read, if there is anything to read, while nothing runs. Returns once all GPUs were seen idle, or

@@ -37,9 +37,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     reasons: dict[str, str] = {}
 
 
-def unmetered(reason: str, degrees: tuple[int, ...] = (), method: str = "none") -> Receipt:
-    """A receipt without joules."""
-    names = ("active_j", "idle_share_j", "phases", "wh", "uncertainty_j", "fastest_plan_j", "saved_j")
+def unmetered(reason: str, degrees: tuple[int, ...] = (), method: str = "none", has_intensity: bool = False) -> Receipt:
+    """A receipt without joules. `has_intensity`: one of carbon is set up, so that `co2e_g` lacks a reason, too."""
+    names = ["active_j", "idle_share_j", "phases", "wh", "uncertainty_j", "fastest_plan_j", "saved_j"]
+    names += ["co2e_g"] * has_intensity
     return Receipt(method=method, degrees=degrees, reasons=dict.fromkeys(names, reason))
 
 

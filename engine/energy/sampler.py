@@ -73,7 +73,7 @@ class Sampler:
 
     @property
     def age_s(self) -> float | None:
-        """Seconds since a reading has last told anything, or since the start; None before that."""
+        """Seconds since a reading has last told joules, or since the start; None before that."""
         return None if self._told_s is None else time.monotonic() - self._told_s
 
     def start(self) -> None:
@@ -97,7 +97,7 @@ class Sampler:
                 number += 1
                 now_s, before_s, cpu_s = time.monotonic(), cpu_s, time.thread_time()
                 self._pace.took(counters, cpu_s - before_s, now_s)
-                if reading.joules or reading.watts:
+                if reading.joules:
                     self._told_s = now_s
                 self._cost = SamplerCost(number, cpu_s - started_cpu_s, now_s - started_s)
         except Exception:  # metering must not take the engine with it; receipts will lack readings and say so

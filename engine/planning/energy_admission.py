@@ -53,7 +53,8 @@ def cheapest_for(table: DegreeTable, num_steps: int, slo_s: float | None) -> Che
     table's steps must be known."""
     cost = table.cost
     available_s = math.inf if slo_s is None else denoise_due_s(slo_s, cost.decode_s) - cost.encode_s
-    plan = cheapest_plan(table, num_steps, available_s) or cheapest_plan(table, num_steps, math.inf)
+    in_time = cheapest_plan(table, num_steps, available_s)
+    plan = in_time or cheapest_plan(table, num_steps, math.inf)
     assert plan is not None, "any degree is fast enough where time is endless"
     stages = {"encode": cost.encode_j, "decode": cost.decode_j}
     return CheapestPlan(
@@ -61,6 +62,7 @@ def cheapest_for(table: DegreeTable, num_steps: int, slo_s: float | None) -> Che
         seconds=cost.encode_s + plan.seconds + cost.decode_s,
         joules=plan.joules + sum(joules or 0.0 for joules in stages.values()),
         uncounted=tuple(stage for stage, joules in stages.items() if joules is None),
+        in_time=None if slo_s is None else in_time is not None,
     )
 
 

@@ -21,12 +21,12 @@ from tetrion.entrypoints.bench.energy_points import (
     EnergyPoint,
     SweepOptions,
     describe,
-    least_duration_s,
     sweep_points,
 )
 from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, PointResult, SteadyState, joules
 from tetrion.entrypoints.bench.ledger import ledger_facts
+from tetrion.entrypoints.bench.live import HEAD_START_S
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.errors import InputError
@@ -56,7 +56,7 @@ def command(
         raise InputError(f"degrees: {unknown[0]} is not one of {', '.join(map(str, legal))}")
     points = sweep_points(options, len(engine.devices))
     if dry_run:
-        plan = _plan_of_trace(trace) if trace is not None else _plan_of_sweep(engine, points, options)
+        plan = _plan_of_trace(trace, options) if trace is not None else _plan_of_sweep(engine, points, options)
         print(json.dumps(plan, indent=None if as_json else 1))
         return 0
     return run_async(_measure(engine, points, options, trace, windows, export_folder, output, as_json, command_line))
@@ -227,12 +227,13 @@ def _plan_of_sweep(engine: AsyncEngine, points: Sequence[EnergyPoint], options: 
         cost = profile.cost(point.width, point.height)
         return cost.encode_s + point.num_steps * cost.step_s(point.degree) + cost.decode_s
 
-    plan = describe(points, options, least_duration_s(points, options, latency_s))
-    return plan | ({} if profile is not None else {"note": "latencies are not known yet: each counts as one window"})
+    return describe(points, options, latency_s)
 
 
-def _plan_of_trace(trace: Trace) -> Row:
-    return {"num_requests": len(trace), "least_duration_s": round(trace[-1].arrival_s, 1)}
+def _plan_of_trace(trace: Trace, options: SweepOptions) -> Row:
+    """Idle power, then until the last arrival."""
+    least_s = options.cool_s + options.window_s + HEAD_START_S + trace[-1].arrival_s
+    return {"num_requests": len(trace), "least_duration_s": round(least_s, 1)}
 
 
 def table(rows: Sequence[Row], details: Sequence[Row]) -> str:

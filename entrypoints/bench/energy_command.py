@@ -7,7 +7,10 @@ from typing import Any
 import click
 
 from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.number_range import NumberRange
 
+LONGEST_S = 3600
+BUDGET = NumberRange(0, 1_000_000, min_open=True)
 FILE = click.Path(path_type=Path)
 
 
@@ -20,12 +23,14 @@ def energy_command(
     @click.option("--sizes", metavar="WxH,…", help="Default: 512² and 1024², as far as the model draws them.")
     @click.option("--steps", metavar="N,N,…", help="Denoising steps. Default: the model's.")
     @click.option("--degrees", metavar="N,N,…", help="Default: all that the devices allow.")
-    @click.option("--window-s", type=click.FloatRange(min=5), default=5.0, show_default=True, help="Shortest window.")
-    @click.option("--cool-s", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Pause before each.")
-    @click.option("--target", type=click.FloatRange(0.001, 1), default=0.02, show_default=True, help="95 % half-width.")
-    @click.option("--budget-s", type=float, default=3600.0, show_default=True, help="No window is begun after that.")
-    @click.option("--seed", type=int, default=0, show_default=True, help="Of the order, and of arrivals.")
-    @click.option("--rate", type=float, help="Open loop in place of the sweep: arrivals per minute.")
+    @click.option("--window-s", type=NumberRange(5, LONGEST_S), default=5.0, show_default=True, help="Shortest window.")
+    @click.option("--cool-s", type=NumberRange(0, LONGEST_S), default=2.0, show_default=True, help="Pause before each.")
+    @click.option("--target", type=NumberRange(0.001, 1), default=0.02, show_default=True, help="95 % half-width.")
+    @click.option("--budget-s", type=BUDGET, default=3600.0, show_default=True, help="No window is begun after that.")
+    @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of order and arrivals.")
+    @click.option(
+        "--rate", type=NumberRange(0.001, 1_000_000), help="Open loop in place of the sweep: arrivals per minute."
+    )
     @click.option("--arrivals", type=click.Choice(["poisson", "gamma", "diurnal"]), default="poisson")
     @click.option("--num-requests", type=click.IntRange(min=10), default=200, show_default=True, help="Open loop.")
     @click.option("--trace", metavar="FILE", type=FILE, help="Open loop with the arrivals of a trace.")
@@ -66,6 +71,7 @@ def _run(
     **kept: Any,
 ) -> int:
     from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S
+    from tetrion.engine.request import MAX_STEPS
     from tetrion.entrypoints.arguments import parse_degrees
     from tetrion.entrypoints.bench.energy import command
     from tetrion.entrypoints.bench.energy_points import SweepOptions
@@ -75,9 +81,12 @@ def _run(
     from tetrion.entrypoints.session import open_engine
 
     opened = open_engine(engine)
+    num_steps = parse_degrees(steps, "steps") if steps else (opened.spec.num_steps,)
+    if unfit := [number for number in num_steps if not 1 <= number <= MAX_STEPS]:
+        raise InputError(f"steps: must be from 1 to {MAX_STEPS}, got {unfit[0]}")
     options = SweepOptions(
         sizes=checked_sizes(opened.spec, sizes, ((512, 512), (1024, 1024))),
-        num_steps=parse_degrees(steps, "steps") if steps else (opened.spec.num_steps,),
+        num_steps=num_steps,
         degrees=checked_degrees(opened.spec, len(opened.devices), degrees),
         window_s=window_s,
         cool_s=cool_s,
@@ -99,6 +108,8 @@ def _run(
                 arrivals=arrivals,  # type: ignore[arg-type]
             )
             arriving = make_trace(workload, seed)
+    except OSError as error:
+        raise InputError(f"trace: cannot read {str(trace)!r}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(str(error)) from None
     return command(engine, options, trace=arriving, command_line=command_line, **kept)

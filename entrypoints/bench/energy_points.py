@@ -13,6 +13,8 @@ from tetrion.entrypoints.bench.workloads import Size
 MIN_WINDOWS = 3
 SHORTEST_WINDOW_S = 5.0
 """Energy counters move every ~100 ms: windows under 2 s are unstable, from 5 s on they are good."""
+NUM_WARM_UPS = 2
+"""Pictures of every point before its first window."""
 
 
 class EnergyPoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,20 +61,32 @@ def shuffled(points: Sequence[EnergyPoint], options: SweepOptions, round_number:
 
 
 def pictures_per_lane(options: SweepOptions, latency_s: float) -> int:
-    """So many pictures one after the other take at least a window."""
+    """So many pictures one after the other take at least a window, as far as the latency is right."""
     return max(1, int(np.ceil(options.window_s / max(latency_s, 1e-3))))
 
 
 def least_duration_s(
     points: Sequence[EnergyPoint], options: SweepOptions, latency_s: Callable[[EnergyPoint], float | None]
 ) -> float:
-    """Warm-up and `MIN_WINDOWS` windows of every point; where a latency is not known, windows of their least length."""
-    total_s = options.cool_s + options.window_s  # of the idle power
+    """Idle power, then warm-ups and `MIN_WINDOWS` windows of every point; where a latency is not known, no warm-up and
+    windows of their least length."""
+    total_s = options.cool_s + options.window_s
     for point in points:
         known_s = latency_s(point)
         window_s = options.window_s if known_s is None else pictures_per_lane(options, known_s) * known_s
-        total_s += (known_s or 0.0) + MIN_WINDOWS * (options.cool_s + window_s)
+        total_s += NUM_WARM_UPS * (known_s or 0.0) + MIN_WINDOWS * (options.cool_s + window_s)
     return total_s
+
+
+def longest_duration_s(
+    points: Sequence[EnergyPoint], options: SweepOptions, latency_s: Callable[[EnergyPoint], float | None]
+) -> float:
+    """Idle power, then either warm-ups alone, which no budget cuts short, or the budget and a window that was begun at
+    its very end. Such a window's last picture may begin at its end too. A latency that is not known: one window."""
+    known_s = [latency_s(point) for point in points]
+    latencies_s = [options.window_s if one_s is None else one_s for one_s in known_s]
+    window_s = options.cool_s + options.window_s
+    return window_s + max(NUM_WARM_UPS * sum(latencies_s), options.budget_s + window_s + max(latencies_s))
 
 
 def interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
@@ -98,13 +112,25 @@ def _t975(freedom: int) -> float:
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.66 / freedom
 
 
-def describe(points: Sequence[EnergyPoint], options: SweepOptions, least_s: float) -> dict[str, Any]:
+def describe(
+    points: Sequence[EnergyPoint], options: SweepOptions, latency_s: Callable[[EnergyPoint], float | None]
+) -> dict[str, Any]:
     """The plan as `--dry-run` shows it."""
+    least_s = least_duration_s(points, options, latency_s)
+    at_most_s = longest_duration_s(points, options, latency_s)
+    notes = ["the engine's start and end are not counted"]
+    if any(latency_s(point) is None for point in points):
+        notes.append(
+            "latencies are not known yet: at_most_s takes each to be window_s, least_duration_s counts windows only"
+        )
+    if least_s > at_most_s:
+        notes.append(f"budget_s is over before every point has {MIN_WINDOWS} windows")
     return {
         "points": [msgspec.to_builtins(point) for point in points],
         "first_round": [point.text for point in shuffled(points, options, 0)],
         "least_windows": MIN_WINDOWS * len(points),
         "window_s": options.window_s,
         "least_duration_s": round(least_s, 1),
-        "at_most_s": round(max(least_s, options.budget_s), 1),
+        "at_most_s": round(at_most_s, 1),
+        "note": "; ".join(notes),
     }

@@ -18,11 +18,11 @@ from tetrion.engine.gpu_facts import gpu_facts
 from tetrion.engine.request import EngineOverloaded, GenerationError, ImageRequest, ImageResult
 from tetrion.entrypoints.bench.energy_points import (
     MIN_WINDOWS,
+    NUM_WARM_UPS,
     EnergyPoint,
     SweepOptions,
     interval,
     is_settled,
-    pictures_per_lane,
     shuffled,
 )
 from tetrion.entrypoints.bench.live import HEAD_START_S, open_loop, sleep_until
@@ -85,7 +85,7 @@ class EnergyBench:
         """What the GPUs take with the model loaded and nothing to do."""
         await asyncio.sleep(options.cool_s)
         self._windows.begin()
-        await asyncio.sleep(options.window_s)
+        await sleep_until(time.monotonic() + options.window_s)
         return self._windows.end()
 
     async def sweep(
@@ -97,18 +97,17 @@ class EnergyBench:
         """Rounds of one window each, in random order, until every interval is narrow or the budget is over.
         `after_round` is given the results so far."""
         end_s = time.monotonic() + options.budget_s
-        alone_s = {}
         for point in points:
             self._report(f"warm-up: {point.text}")
-            await self._lane(point, 1)
-            alone_s[point] = (await self._lane(point, 1))[0]
+            for _ in range(NUM_WARM_UPS):
+                await self._draw(point)
         measured: dict[EnergyPoint, list[MeasuredWindow]] = {point: [] for point in points}
         open_points, round_number = list(points), 0
         while open_points and time.monotonic() < end_s:
             for point in shuffled(open_points, options, round_number):
                 if time.monotonic() >= end_s:
                     break
-                measured[point].append(await self._window(point, pictures_per_lane(options, alone_s[point]), options))
+                measured[point].append(await self._window(point, options))
                 self._report(f"{point.text}: {_text(measured[point])}")
             open_points = [point for point in open_points if not _is_done(measured[point], options)]
             round_number += 1
@@ -141,34 +140,43 @@ class EnergyBench:
         await sleep_until(end_s)
         return self._windows.end()
 
-    async def _window(self, point: EnergyPoint, num_per_lane: int, options: SweepOptions) -> MeasuredWindow:
+    async def _window(self, point: EnergyPoint, options: SweepOptions) -> MeasuredWindow:
+        """Lanes that draw one picture after the other until `window_s` is over; it ends when all are finished. What one
+        lane has begun every lane draws, so that none stands idle for a whole picture at the end."""
         await asyncio.sleep(options.cool_s)
         self._windows.begin()
-        lanes = await asyncio.gather(*(self._lane(point, num_per_lane) for _ in range(point.in_flight)))
+        end_s, num_per_lane = time.monotonic() + options.window_s, 0
+
+        async def lane() -> list[float]:
+            nonlocal num_per_lane
+            latencies_s: list[float] = []
+            while len(latencies_s) < num_per_lane or time.monotonic() < end_s:
+                num_per_lane = max(num_per_lane, len(latencies_s) + 1)
+                latencies_s.append(await self._draw(point))
+            return latencies_s
+
+        lanes = await asyncio.gather(*(lane() for _ in range(point.in_flight)))
         energy = self._windows.end()
         latencies_s = tuple(latency_s for lane in lanes for latency_s in lane)
         return MeasuredWindow(
             energy=energy, num_images=len(latencies_s), latencies_s=latencies_s, gpus=await asyncio.to_thread(gpu_facts)
         )
 
-    async def _lane(self, point: EnergyPoint, num_images: int) -> list[float]:
-        """Pictures one after the other; the latency of each."""
-        latencies_s = []
-        for _ in range(num_images):
-            self._number += 1
-            result = await self._engine.generate(
-                ImageRequest(
-                    prompt=prompt_of(self._number),
-                    width=point.width,
-                    height=point.height,
-                    num_steps=point.num_steps,
-                    seed=self._number,
-                    force_degrees=(point.degree,),
-                )
+    async def _draw(self, point: EnergyPoint) -> float:
+        """One picture; its latency."""
+        self._number += 1
+        result = await self._engine.generate(
+            ImageRequest(
+                prompt=prompt_of(self._number),
+                width=point.width,
+                height=point.height,
+                num_steps=point.num_steps,
+                seed=self._number,
+                force_degrees=(point.degree,),
             )
-            self.latest_receipt = result.energy
-            latencies_s.append(result.latency_s)
-        return latencies_s
+        )
+        self.latest_receipt = result.energy
+        return result.latency_s
 
     async def _draw_traced(self, request: TraceRequest, number: int) -> tuple[int, ...] | None:
         try:

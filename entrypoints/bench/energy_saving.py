@@ -144,7 +144,8 @@ def command(
         )
         found = list(points(grid(**workload), devices, lambda: options.profile))
     except OSError as error:
-        raise InputError(f"profile: cannot read {str(profile)!r}: {error.strerror}") from None
+        field = "profile" if str(error.filename) == str(profile) else "trace"
+        raise InputError(f"{field}: cannot read {str(error.filename)!r}: {error.strerror}") from None
     except (ValueError, msgspec.ValidationError) as error:
         raise InputError(str(error)) from None
     rows: list[dict[str, Any]] = []

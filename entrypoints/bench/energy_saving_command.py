@@ -14,6 +14,9 @@ from tetrion.entrypoints.bench.slo_commands import (
     with_options,
 )
 from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.number_range import NumberRange
+
+PRICE = NumberRange(0, 1_000_000_000, min_open=True)
 
 
 @click.command("energy-saving")
@@ -28,9 +31,11 @@ from tetrion.entrypoints.exit_codes import report_errors
     show_default=True,
     help="Beside fastest; may be repeated.",
 )
-@click.option("--idle-watts", type=click.FloatRange(min=0), help="Of an idle GPU, for totals. Default: not counted.")
-@click.option("--j-per-s", type=float, help="balanced: what a second earlier may cost. Default: the planner's.")
-@click.option("--extra-j", type=float, help="least-energy: the share that widening may cost. Default: the planner's.")
+@click.option("--idle-watts", type=NumberRange(0, 100_000), help="Of an idle GPU, for totals. Default: not counted.")
+@click.option("--j-per-s", type=PRICE, help="balanced: what a second earlier may cost. Default: the planner's.")
+@click.option(
+    "--extra-j", type=NumberRange(0, 10), help="least-energy: the share that widening may cost. Default: the planner's."
+)
 @with_options(WORKLOAD_OPTIONS, ENGINE_OPTIONS, RESULT_OPTIONS)
 def energy_saving(**options: Any) -> int:
     """What energy modes save, simulated or live, between mode fastest and oracles that know no other request."""

@@ -29,7 +29,13 @@ def import_matplotlib() -> Any:
     return matplotlib
 
 
+def check_png(path: Path, field: str) -> None:
+    """Raises InputError for a name that is not a PNG's. To be asked before anything is measured or computed."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{field}: must be the name of a PNG file, which ends in .png, got {str(path)!r}")
+
+
 def save(figure: Any, path: Path) -> None:
-    """Write the figure as PNG, making its folder."""
+    """Write the figure as PNG, whatever `path` ends in, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, format="png", bbox_inches="tight")

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 BUCKETS_J = tuple(50.0 * 2**i for i in range(11))
 """50 J to 51.2 kJ."""
-STALE_S = 5.0
-"""A meter whose counters have not been read for so long is down."""
+STALE_S = 15.0
+"""A meter whose counters, read every ten seconds or more often, have not been told for so long is down."""
 LABELS = ("model", "resolution", "phase", "state")
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 
@@ -115,7 +115,7 @@ def _health(stats: "EngineStats") -> Iterator[Metric]:
     energy, age_s = stats.energy, stats.meter_age_s
     is_up = not energy.reason and (age_s is None or age_s <= STALE_S)
     up = GaugeMetricFamily("tetrion_energy_meter_up", "1 while the meter tells joules.", labels=("source", "reason"))
-    reason = energy.reason or ("" if is_up else f"nothing read for more than {STALE_S:g} s")
+    reason = energy.reason or ("" if is_up else f"no joules told for more than {STALE_S:g} s")
     up.add_metric((energy.source, reason), float(is_up))
     yield up
     for name, value, says in (
@@ -126,11 +126,11 @@ def _health(stats: "EngineStats") -> Iterator[Metric]:
         ),
         (
             "unattributed_share",
-            energy.unattributed_share,
+            energy.latest.unattributed_share,
             "Latest windows: unattributed over active, before rescaling.",
         ),
-        ("raw_error", energy.raw_error, "Latest windows: power samples against the counter."),
-        ("model_error", energy.model_error, "Latest windows: the profile's joules against the counter."),
+        ("raw_error", energy.latest.raw_error, "Latest windows: power samples against the counter."),
+        ("model_error", energy.latest.model_error, "Latest windows: the profile's joules against the counter."),
         ("metering_core_share", stats.metering_cost.core_share, "CPU time of sampling, as a share of one core."),
     ):
         if value is not None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.entrypoints.conftest import FakeFactory
+from tetrion.engine.energy.early_check import MeteringError
+from tetrion.engine.energy.meter import MeterUnavailable
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.request import DeadlineUnmeetable, GenerationError
 from tetrion.engine.transport.segment import SharedMemoryError
@@ -49,6 +51,10 @@ def error_of(capture: Capture) -> str:
         (["--planner", "rescue"], "planner: expected KEY=VALUE"),
         (["--planner", "drop=largest"], "planner.drop: "),
         (["--planner", 'tenant_weights={"gold": 0}'], "planner.tenant_weights"),
+        (["--carbon-timeout-s", "0"], "0.0 is not in the range 0<x<=60"),
+        (["--carbon-timeout-s", "61"], "61.0 is not in the range 0<x<=60"),
+        (["--carbon-timeout-s", "nan"], "metering.carbon_timeout_s: "),
+        (["--meter", "watt"], "metering.meter: "),
         (["--num-steps", "many"], "--num-steps"),
         (["--prompts", "missing.txt"], "prompts: cannot read 'missing.txt'"),
     ],
@@ -94,6 +100,7 @@ def test_unwritable_output_is_known_before_the_engine_starts(
             1,
             "deadline cannot be met: slo_ms: 5 cannot be met now, the earliest",
         ),
+        (MeteringError("meter: NVML shows no GPU GPU-a"), 2, "meter: NVML shows no GPU GPU-a"),
         (SharedMemoryError("slab-0", 9, 3, "MemAvailable"), 2, "wanted 9 bytes, 3 bytes are available"),
         (OSError(24, "Too many open files"), 1, "Too many open files"),
     ],
@@ -106,6 +113,41 @@ def test_an_engine_that_does_not_start_is_one_line(
     lines = [line for line in error_of(capsys).splitlines() if line.startswith("tetrion: error:")]
     assert len(lines) == 1 and says in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["generate", "batch", "serve"])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--carbon", "-5"], "carbon: grams per kWh must be at least 0 and finite, got -5.0"),
+        (["--carbon", "-1e3"], "carbon: grams per kWh must be at least 0 and finite, got -1000.0"),
+        (["--carbon", "1e400"], "carbon: grams per kWh must be at least 0 and finite, got inf"),
+        (["--carbon", ""], "carbon: must not be empty"),
+        (["--carbon", "/nonexistent.csv"], "carbon: cannot read '/nonexistent.csv'"),
+        (["--carbon", "http://foo:abc/"], "carbon: cannot ask 'http://foo:abc/'"),
+        (["--carbon", "http://foo/", "--carbon-token-file", "/none"], "carbon_token_file: cannot read '/none'"),
+        (["--meter", "replay:/nonexistent"], "meter: cannot read '/nonexistent'"),
+        (["--meter", "nvml"], "meter: NVML does not start"),
+    ],
+)
+def test_a_bad_meter_or_carbon_is_one_line_before_anything_starts(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str, arguments: list[str], says: str
+) -> None:
+    def not_there() -> None:
+        raise MeterUnavailable("NVML does not start: no driver")
+
+    def start(*_: object) -> None:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr("tetrion.engine.energy.nvml._import_nvml", not_there)
+    monkeypatch.setattr("tetrion.engine.process_executor.ProcessExecutor.start", start)
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "a red circle"}\n')
+    output = ["--output", str(tmp_path / "out")]
+    what = {"generate": ["a", *output], "batch": [str(tmp_path / "requests.jsonl"), *output], "serve": ["--port", "0"]}
+    assert run([command, *what[command], "--devices", "cpu:1", *arguments]) == 2
+    (line,) = error_of(capsys).splitlines()
+    assert line.startswith(f"tetrion: error: {says}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_checkpoint_is_bad_input(tmp_path: Path, capsys: Capture) -> None:
@@ -138,6 +180,14 @@ def test_the_planners_settings_reach_the_engine(tetrion: Tetrion, factory: FakeF
     planner = factory.last.config.planner
     assert (planner.policy, planner.admission, planner.rescue) == ("fixed-1", "reject-hopeless", False)
     assert (planner.tenant_weights, planner.chunk_s) == ({"gold": 4.0}, 0.2)
+
+
+def test_the_options_of_metering_reach_the_engine(tetrion: Tetrion, factory: FakeFactory, tmp_path: Path) -> None:
+    arguments = ("--meter", "none", "--carbon", "350", "--carbon-token-file", "t", "--carbon-timeout-s", "0.5")
+    assert tetrion("generate", "a red circle", *arguments, "--output", tmp_path) == 0
+    metering = factory.last.config.metering
+    assert (metering.meter, metering.carbon, metering.carbon_token_file) == ("none", "350", "t")
+    assert metering.carbon_timeout_s == 0.5
 
 
 def test_unknown_command_and_option(tetrion: Tetrion, capsys: Capture) -> None:

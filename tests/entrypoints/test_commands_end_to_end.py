@@ -91,6 +91,8 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
         (("a", "--model", tmp_path / "nowhere", *output), "model: "),
         (("a", "--policy", "best", *output), "best"),
         (("a", "--output", tmp_path / "file"), "output: cannot write"),
+        (("a", "--carbon", "/nonexistent.csv", *output), "carbon: cannot read '/nonexistent.csv'"),
+        (("a", "--meter", "replay:/nonexistent", *output), "meter: cannot read '/nonexistent'"),
     ):
         assert says in tetrion("generate", *arguments, exit_code=2).stderr
     assert not (tmp_path / "out").exists()

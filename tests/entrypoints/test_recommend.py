@@ -102,22 +102,29 @@ def test_no_more_gpus_than_allowed() -> None:
     assert recommend([wide, narrow], 5.0, max_gpus=2).choice == narrow
 
 
+ROW = {
+    "system": "tetrion",
+    "model": "m",
+    "px": "512x256",
+    "steps": 4,
+    "devices": 2,
+    "degree": 2,
+    "batch": 1,
+    "joules_per_image": 50.0,
+    "ci95": [49.0, 51.0],
+    "latency_s": 2.0,
+    "watts": 100.0,
+    "idle_watts": 20.0,
+}
+OPEN_LOOP = ROW | {"system": "tetrion open loop", "degree": None, "joules_per_image": 9.0, "ci95": None, "latency_s": 1}
+
+
+def write_result(path: Path, *rows: dict[str, Any]) -> None:
+    path.write_text(json.dumps({"host": {"gpus": [{"name": "G"}]}, "rows": rows}))
+
+
 def test_results_of_the_benchmark_are_read(tmp_path: Path, tetrion: Tetrion, capsys: Any) -> None:
-    row = {
-        "system": "tetrion",
-        "model": "m",
-        "px": "512x256",
-        "steps": 4,
-        "devices": 2,
-        "degree": 2,
-        "batch": 1,
-        "joules_per_image": 50.0,
-        "ci95": [49.0, 51.0],
-        "latency_s": 2.0,
-        "watts": 100.0,
-        "idle_watts": 20.0,
-    }
-    rows = [row, row | {"degree": 1, "joules_per_image": None, "ci95": None}]
+    rows = [ROW, ROW | {"degree": 1, "joules_per_image": None, "ci95": None}]
     record = {"host": {"gpus": [{"name": "G"}]}, "rows": rows, "details": [{"latencies_s": [1.9, 2.1]}, {}]}
     (tmp_path / "energy.json").write_text(json.dumps(record))
     (tmp_path / "ring.json").write_text('{"rows": [{"other": 1}]}')
@@ -125,6 +132,48 @@ def test_results_of_the_benchmark_are_read(tmp_path: Path, tetrion: Tetrion, cap
     advice = json.loads(capsys.readouterr().out)
     assert advice["num_considered"] == 1
     assert advice["choice"]["width"] == 512 and advice["choice"]["ulysses_degree"] == 2
+
+
+def test_an_open_loop_is_no_configuration(tmp_path: Path, tetrion: Tetrion, capsys: Any) -> None:
+    """Its row would be both fastest and cheapest here."""
+    write_result(tmp_path / "loop.json", OPEN_LOOP, OPEN_LOOP | {"px": None, "steps": None})
+    for source in (tmp_path, tmp_path / "loop.json"):
+        assert tetrion("recommend", source, "--deadline", 5) == 2
+        assert "loop.json: has only rows without a degree: those of an open loop" in capsys.readouterr().err
+    write_result(tmp_path / "sweep.json", ROW)
+    write_result(tmp_path / "both.json", OPEN_LOOP, ROW | {"degree": 1})
+    assert tetrion("recommend", tmp_path, "--deadline", 5, "--json") == 0
+    advice = json.loads(capsys.readouterr().out)
+    assert advice["num_considered"] == 2
+    assert {c["ulysses_degree"] for c in (advice["choice"], advice["fastest"])} <= {1, 2}
+
+
+def test_a_source_with_nothing_in_it_says_so(tmp_path: Path, tetrion: Tetrion, capsys: Any) -> None:
+    def complaint(source: Path) -> str:
+        assert tetrion("recommend", source, "--deadline", 5) == 2
+        told = capsys.readouterr()
+        assert not told.out
+        return str(told.err)
+
+    (tmp_path / "ring.json").write_text('{"rows": [{"other": 1}]}')
+    assert f"source: {tmp_path}: has no result of tetrion bench energy" in complaint(tmp_path)
+    assert "not a result of tetrion bench energy" in complaint(tmp_path / "ring.json")
+    write_result(tmp_path / "unmetered.json", ROW | {"joules_per_image": None})
+    assert "unmetered.json: has no row with joules" in complaint(tmp_path)
+    for name in ("bad.csv", "bad.json"):
+        (tmp_path / name).write_bytes(b"model_id\n\xff\xfe")
+        assert f"{name}': it is not UTF-8 text" in complaint(tmp_path / name)
+    (tmp_path / "empty.csv").write_text("model_id,gpu_model\n")
+    assert "empty.csv: has no row" in complaint(tmp_path / "empty.csv")
+    (tmp_path / "long.csv").write_text("model_id\n" + "x" * 200_000)
+    assert "long.csv: line" in complaint(tmp_path / "long.csv")
+
+
+def test_a_picture_is_a_png_or_nothing_is_computed(tmp_path: Path, tetrion: Tetrion, capsys: Any) -> None:
+    for name in ("x.abc", "x"):
+        assert tetrion("recommend", "/does/not/exist.json", "--deadline", 5, "--png", tmp_path / "new" / name) == 2
+        assert "png: must be the name of a PNG file, which ends in .png" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_and_draws(tmp_path: Path, tetrion: Tetrion, capsys: Any) -> None:
@@ -140,7 +189,12 @@ def test_the_command_prints_and_draws(tmp_path: Path, tetrion: Tetrion, capsys: 
     [
         (("--deadline", "0.1", "--model", "FLUX.1-dev", "--gpu", "H100"), "the fastest takes 4.65 s"),
         (("--deadline", "5"), "model: say which"),
-        (("--deadline", "5", "--model", "none"), "nothing was measured"),
+        (("--deadline", "5", "--model", "none"), "model: nothing was measured for 'none', there are "),
+        (("--deadline", "5", "--model", "none"), "black-forest-labs/FLUX.1-dev, "),
+        (("--deadline", "5", "--model", "FLUX.1-dev", "--gpu", "A100"), "gpu: nothing was measured for 'A100', there"),
+        (("--deadline", "5", "--gpu", "H100", "--size", "64x64"), "size: nothing was measured for '64x64', there are"),
+        (("--deadline", "5", "--num-steps", "3"), "num-steps: nothing was measured for '3', there are 2"),
+        (("--deadline", "5", "--percentile", "nan"), "'--percentile': nan is not in the range 1<=x<=100"),
         (("--deadline", "soon"), "expected seconds"),
         (("/does/not/exist.json", "--deadline", "5"), "cannot read"),
     ],

@@ -65,6 +65,9 @@ def test_active_idle_and_unattributed_are_what_the_counter_moved_by(
     settled = ledger.settle(math.inf)
     assert len(settled) == 1
     window = settled[0].window
+    if counter_j == 0:
+        assert window is None or window.raw_active_j == 0  # a counter that stands still beside power is not believed
+        return
     assert window is not None
     total_j = math.fsum(settled[0].joules.values()) + window.idle_j + window.unattributed_j
     assert total_j == pytest.approx(window.counter_j, rel=1e-9, abs=1e-9)
@@ -228,5 +231,38 @@ def test_the_profile_is_compared_with_what_was_metered() -> None:
 def test_work_that_comes_after_its_time_was_settled_is_said_to() -> None:
     ledger = constant(GpuLedger(), 500.0, 5.0)
     ledger.settle(2.0)
-    assert not ledger.add(quantum(1.0, 3.0))
-    assert ledger.add(quantum(2.0, 3.0))
+    assert "settled" in ledger.add(quantum(1.0, 3.0))
+    assert not ledger.add(quantum(2.0, 3.0))
+
+
+def test_of_work_long_after_the_last_reading_nothing_is_known_and_in_the_end_nothing_kept() -> None:
+    ledger = constant(GpuLedger(), 500.0, 5.0)
+    assert not ledger.add(quantum(6.0, 9.9))
+    for start_s in range(10, 2000):
+        assert "no reading" in ledger.add(quantum(float(start_s), start_s + 1.0))
+    assert len(ledger._quanta) < 700
+    ledger.read(5000.0, 600.0 * 5000, 500.0)
+    ledger.settle(math.inf)
+    assert not ledger._quanta and len(ledger.windows) == 2
+
+
+def test_a_counter_that_is_not_told_for_long_leaves_joules_unknown_until_it_is_again() -> None:
+    ledger, settled = GpuLedger(), list[Settled]()
+    for i in range(2000):
+        ledger.read(i * PERIOD_S, 50.0 * i if i < 20 or i > 1500 else None, 500.0)
+        if i % 10 == 9:
+            assert not ledger.add(quantum(i * PERIOD_S - 0.8, i * PERIOD_S, f"r{i}"))
+        settled += ledger.settle(i * PERIOD_S - 1.0)
+        assert len(ledger._raw) < 100
+    unknown = {share.request_id for some in settled if some.window is None for share in some.joules}
+    assert all("not been told" in some.reason for some in settled if some.window is None)
+    assert unknown == {f"r{i}" for i in range(9, 1501, 10)}
+    assert len(ledger.windows) == 9 and all(window.scale == pytest.approx(1) for window in ledger.windows)
+
+
+def test_a_counter_that_stands_still_beside_power_says_nothing() -> None:
+    ledger = constant(GpuLedger(), 500.0, 5.0, scale=0.0)
+    ledger.add(quantum(1.0, 2.0))
+    settled = closed(ledger)
+    assert settled.window is None and "stood still" in settled.reason
+    assert closed(constant(GpuLedger(), 0.0, 5.0)).window is not None and constant(GpuLedger(), 0.0, 5.0).drift is None

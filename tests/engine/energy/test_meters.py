@@ -116,12 +116,30 @@ def test_rapl_that_may_not_be_read_is_unavailable(tmp_path: Path) -> None:
 def test_a_recording_is_given_again_and_then_nothing(tmp_path: Path) -> None:
     path = tmp_path / "readings.jsonl"
     path.write_text('{"time_s": 1, "joules": {"GPU-a": 5}, "watts": {}}\n\n{"time_s": 2, "joules": {}, "watts": {}}\n')
-    meter = read_recording(path)
-    assert meter.uuids == ("GPU-a",)
-    assert [meter.read().joules for _ in range(3)] == [{"GPU-a": 5.0}, {}, {}]
+    assert read_recording(path).uuids == ("GPU-a",)
+    readings = [Reading(time_s=1.0, joules={"GPU-a": 5.0}, watts={}), Reading(time_s=2.0, joules={}, watts={})]
+    meter = ReplayMeter(readings)
+    assert [meter.read() for _ in range(3)] == [*readings, readings[-1]]
     path.write_text('{"time_s": "soon"}\n')
     with pytest.raises(MeterUnavailable, match="line 1"):
         read_recording(path)
+
+
+def test_a_recording_keeps_step_with_a_clock() -> None:
+    times = [500.0, 500.9, 501.1, 504.5, 504.6, 505.0, 600.0]
+    powers = [Reading(time_s=7.0 + i, joules={}, watts={"a": float(i)}) for i in range(6)]
+    powers[3] = Reading(time_s=10.0, joules={"a": 1000.0}, watts={"a": 3.0})
+    meter = ReplayMeter(powers, iter(times).__next__)
+    told = [(reading.time_s, reading.watts) for reading in (meter.read() for _ in times)]
+    assert told == [
+        (500.0, {"a": 0.0}),
+        (500.0, {}),
+        (501.0, {"a": 1.0}),
+        (503.0, {"a": 3.0}),  # of three that were due the one that tells joules
+        (503.0, {}),
+        (505.0, {"a": 5.0}),
+        (505.0, {}),
+    ]
 
 
 @pytest.mark.parametrize(

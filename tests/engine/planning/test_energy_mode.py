@@ -250,17 +250,20 @@ def test_a_budget_is_refused_with_the_cheapest_plan_that_meets_the_deadline() ->
     exact_j = 28 * 600 * 0.1647 + 25.0
     check(wish(budget_j=exact_j))
     with pytest.raises(
-        BudgetUnmeetable, match=r"energy\.budget_j: 2000 J cannot be met: .* 2792 J in 4\.76 s \(28 steps"
+        BudgetUnmeetable,
+        match=r"energy\.budget_j: 2000 J cannot be met: the cheapest plan takes 2792 J in 4\.76 s \(28 steps",
     ):
         check(wish(budget_j=2000.0))
     with pytest.raises(BudgetUnmeetable) as refused:
         check(wish(budget_j=exact_j, slo_ms=3000.0))
     cheapest = refused.value.cheapest
     assert len(cheapest.degrees) == 28 and set(cheapest.degrees) == {3, 1}
-    assert cheapest.seconds <= 3.0 and cheapest.joules > exact_j and cheapest.uncounted == ()
+    assert cheapest.seconds <= 3.0 and cheapest.joules > exact_j and cheapest.uncounted == () and cheapest.in_time
     check(wish(budget_j=cheapest.joules, slo_ms=3000.0))
     hopeless = cheapest_for(table((1024, 1024), 4), 28, 0.5)
     assert hopeless.joules == pytest.approx(exact_j), "a deadline that nobody meets is not the budget's business"
+    with pytest.raises(BudgetUnmeetable, match=r"the cheapest plan takes 2792 J in .*, and none meets the deadline"):
+        check(wish(budget_j=2000.0, slo_ms=500.0))
 
 
 def test_stages_without_joules_are_named() -> None:

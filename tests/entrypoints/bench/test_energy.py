@@ -1,5 +1,6 @@
 """`tetrion bench energy`: the plan, windows on a real engine, rows, export; without a GPU by a meter of our own."""
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.meter import NoMeter, Reading
 from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
-from tetrion.engine.request import ImageRequest
+from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints.bench import energy
 from tetrion.entrypoints.bench.energy import table
 from tetrion.entrypoints.bench.energy_export import export
@@ -27,9 +28,11 @@ from tetrion.entrypoints.bench.energy_points import (
     MIN_WINDOWS,
     EnergyPoint,
     SweepOptions,
+    describe,
     interval,
     is_settled,
     least_duration_s,
+    longest_duration_s,
     pictures_per_lane,
     shuffled,
     sweep_points,
@@ -39,12 +42,14 @@ from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, Po
 from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.record import write_record
 from tetrion.entrypoints.bench.workloads import TraceRequest
+from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.recommend_sources import read_source
 
 OPTIONS = SweepOptions(
     sizes=((128, 128), (256, 256)), num_steps=(2,), degrees=(1, 2), window_s=0.05, cool_s=0.0, target=9.0
 )
 POINT = EnergyPoint(width=1024, height=512, num_steps=28, degree=2, in_flight=2)
+BENCH = ("bench", "energy", "--devices", "cpu:2", "--sizes", "128x128", "--dry-run", "--json")
 
 
 class ConstantPower(NoMeter):
@@ -77,10 +82,49 @@ def test_a_lane_takes_at_least_a_window_and_hardly_more(latency_s: float, window
     assert (num - 1) * latency_s < window_s
 
 
-def test_the_plans_duration_is_warm_up_pauses_and_windows() -> None:
+def test_the_plans_duration_is_idle_power_warm_ups_pauses_and_windows() -> None:
     options = SweepOptions(sizes=(), num_steps=(), degrees=(), window_s=5.0, cool_s=2.0)
-    assert least_duration_s([POINT], options, lambda _: 4.0) == pytest.approx(7 + 4 + MIN_WINDOWS * (2 + 8))
+    assert least_duration_s([POINT], options, lambda _: 4.0) == pytest.approx(7 + 2 * 4 + MIN_WINDOWS * (2 + 8))
     assert least_duration_s([POINT], options, lambda _: None) == pytest.approx(7 + MIN_WINDOWS * 7)
+
+
+def test_a_run_takes_its_budget_and_what_no_budget_cuts_short() -> None:
+    options = SweepOptions(sizes=(), num_steps=(), degrees=(), window_s=5.0, cool_s=2.0, budget_s=100.0)
+    last_window_s = 2 + 5 + 4
+    assert longest_duration_s([POINT], options, lambda _: 4.0) == pytest.approx(7 + 100 + last_window_s)
+    assert longest_duration_s([POINT], options, lambda _: None) == pytest.approx(7 + 100 + 2 + 5 + 5)
+    short = msgspec.structs.replace(options, budget_s=1.0)
+    assert longest_duration_s([POINT], short, lambda _: 60.0) == pytest.approx(7 + 2 * 60), "warm-ups alone"
+    assert "budget_s is over before every point has 3 windows" in describe([POINT], short, lambda _: 60.0)["note"]
+    plan = describe([POINT], options, lambda _: 4.0)
+    assert plan["at_most_s"] >= plan["least_duration_s"] and plan["note"] == (
+        "the engine's start and end are not counted"
+    )
+
+
+class UnsteadyEngine:
+    """Its first two pictures are slow, those after them quick, every second one quicker still."""
+
+    def __init__(self) -> None:
+        self.num_begun = 0
+
+    async def generate(self, request: ImageRequest) -> ImageResult:
+        self.num_begun += 1
+        latency_s = 0.3 if self.num_begun <= 2 else 0.03 + 0.01 * (self.num_begun % 2)
+        await asyncio.sleep(latency_s)
+        return msgspec.structs.replace(draw(request), latency_s=latency_s)
+
+
+async def test_a_window_is_never_shorter_than_asked_for_and_every_lane_draws_as_many() -> None:
+    """Though by the warm-ups one picture would do."""
+    options = msgspec.structs.replace(OPTIONS, window_s=0.3)
+    bench = EnergyBench(UnsteadyEngine(), CounterWindows(ConstantPower()))  # type: ignore[arg-type]
+    (result,) = await bench.sweep([POINT], options)
+    assert len(result.windows) == MIN_WINDOWS
+    for window in result.windows:
+        assert window.energy.seconds >= options.window_s
+        assert window.num_images == len(window.latencies_s) and window.num_images % POINT.in_flight == 0
+        assert window.num_images >= 2 * POINT.in_flight
 
 
 @given(st.lists(st.floats(1, 1e4), min_size=2, max_size=30))
@@ -115,6 +159,7 @@ async def test_windows_of_a_real_engine_count_all_devices_and_every_picture() ->
         assert len(result.windows) >= MIN_WINDOWS
         for window in result.windows:
             assert window.num_images == len(window.latencies_s) and window.num_images % result.point.in_flight == 0
+            assert window.energy.seconds >= OPTIONS.window_s
             assert window.energy.total_j == pytest.approx(300 * window.energy.seconds)
     assert (steady.from_s, steady.to_s) == pytest.approx((0.1 * 8, 0.1 * 39))
     assert steady.window.energy.seconds > 0.1 * 30
@@ -158,25 +203,36 @@ def test_the_export_is_loaded_by_mlenergy_data(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_says_what_would_be_done_and_how_long(tetrion: Callable[..., int], capsys: Any) -> None:
-    arguments = (
-        "bench",
-        "energy",
-        "--devices",
-        "cpu:2",
-        "--sizes",
-        "128x128",
-        "--degrees",
-        "1,2",
-        "--dry-run",
-        "--json",
-    )
+    arguments = (*BENCH, "--degrees", "1,2")
     assert tetrion(*arguments) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [point["degree"] for point in plan["points"]] == [1, 2]
     assert plan["least_windows"] == 6 and plan["least_duration_s"] >= 6 * 7
+    assert plan["at_most_s"] > 7 + 3600 + 7 and "start and end are not counted" in plan["note"]
     assert tetrion(*arguments, "--rate", 60, "--num-requests", 10) == 0
-    assert json.loads(capsys.readouterr().out)["num_requests"] == 10
-    assert tetrion("bench", "energy", "--devices", "cpu:2", "--window-s", 1) == 2
+    open_loop = json.loads(capsys.readouterr().out)
+    assert open_loop["num_requests"] == 10 and open_loop["least_duration_s"] > 7
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "bound"),
+    [
+        *(("--window-s", value, "5<=x<=3600") for value in (1, "nan", "inf")),
+        *(("--cool-s", value, "0<=x<=3600") for value in (-1, "nan", "inf")),
+        *(("--budget-s", value, "0<x<=1000000") for value in (0, -1, "nan", "inf")),
+        *(("--target", value, "0.001<=x<=1") for value in (0, "nan")),
+        *(("--rate", value, "0.001<=x<=1000000") for value in (0, "nan", "inf")),
+        ("--seed", -1, "x>=0"),
+        *(("--steps", value, "steps: must be from 1 to 1000, got") for value in (0, 5000, "4,1001")),
+        ("--trace", "nowhere.jsonl", "trace: cannot read 'nowhere.jsonl'"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_by_name(
+    tetrion: Callable[..., int], capsys: Any, option: str, value: object, bound: str
+) -> None:
+    assert tetrion(*BENCH, option, value) == 2
+    told = capsys.readouterr()
+    assert option.strip("-") in told.err and bound in told.err and not told.out
 
 
 def test_without_a_meter_the_command_runs_and_joules_are_null(
@@ -207,7 +263,8 @@ def test_without_a_meter_the_command_runs_and_joules_are_null(
     assert row["latency_s"] > 0 and detail["num_windows"] == MIN_WINDOWS and "CPU workers" in detail["reason"]
     assert "no joules" in capsys.readouterr().out
     assert not folder.exists()
-    assert read_source(tmp_path) == []
+    with pytest.raises(InputError, match=r"energy\.json: has no row with joules"):
+        read_source(tmp_path)
 
 
 def test_published_figures_stand_beside_the_same_configuration_only() -> None:

@@ -131,9 +131,13 @@ def test_modes_run_live_on_the_same_arrivals(tetrion: Callable[..., int], tmp_pa
         (("--devices", 2000), "devices: must be from 1 to 1024"),
         (("--devices", "cpu:2"), "devices: a simulation needs their number"),
         (("--num-threads", 1), "num_threads: is for --live"),
-        (("--extra-j", -1), "extra_j"),
+        *((("--extra-j", value), "'--extra-j': ") for value in (-1, 11, "nan")),
+        *((("--j-per-s", value), "'--j-per-s': ") for value in (-1, 0, "nan", "inf")),
+        (("--j-per-s", -1), "-1.0 is not in the range 0<x<=1000000000"),
+        *((("--idle-watts", value), "is not in the range 0<=x<=100000") for value in (-1, "nan", "inf")),
         (("--slo-scale", 0), "slo_scale: must be above 0"),
         (("--profile", "nowhere.json"), "profile: cannot read 'nowhere.json'"),
+        (("--trace", "nowhere.jsonl"), "trace: cannot read 'nowhere.jsonl'"),
     ],
 )
 def test_bad_input(

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tetrion.engine.energy.figures import EnergyFigures
+from tetrion.engine.energy.figures import EnergyFigures, MeterErrors
 from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.entrypoints.bench.ledger import ledger_facts
 
@@ -20,9 +20,11 @@ def test_shares_are_of_all_windows() -> None:
         watts={},
         num_windows=3,
         worst_identity_error=1e-12,
+        latest=MeterErrors(unattributed_share=0.5, raw_error=0.5, model_error=0.5),
+        overall=MeterErrors(unattributed_share=0.03, raw_error=0.02, model_error=-0.01),
     )
     stats = SimpleNamespace(energy=figures, metering_cost=SamplerCost(10, 0.02, 5.0))
     facts = ledger_facts(stats)  # type: ignore[arg-type]
     assert facts["active_j"] + facts["idle_j"] + facts["unattributed_j"] == facts["counter_j"]
-    assert facts["unattributed_share"] == pytest.approx(0.025)
+    assert (facts["unattributed_share"], facts["raw_error"], facts["model_error"]) == (0.03, 0.02, -0.01)
     assert facts["sampler_core_share"] == pytest.approx(0.004)

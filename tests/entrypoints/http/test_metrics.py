@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.entrypoints.conftest import NO_ENERGY, draw
 from tests.entrypoints.http.test_app import Served, serving
-from tetrion.engine.energy.figures import EnergyFigures
+from tetrion.engine.energy.figures import EnergyFigures, MeterErrors
 from tetrion.engine.energy.receipt import PhaseJoules, Receipt
 from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.request import GenerationError, ImageRequest
@@ -26,6 +26,7 @@ METERED = EnergyFigures(
     idle_w={"GPU-a": 71.0},
     num_windows=2,
     worst_identity_error=0.004,
+    latest=MeterErrors(unattributed_share=0.01, raw_error=0.02, model_error=-0.03),
     cpu_j=12.0,
 )
 
@@ -60,7 +61,8 @@ async def test_joules_by_resolution_phase_and_state_add_up_to_the_counter(served
     assert joules[labels(model="shapes", resolution="", phase="", state="idle")] == 50.0
     assert found["tetrion_gpu_power_watts", labels(gpu="GPU-a")] == 650.5
     assert found["tetrion_cpu_energy_joules_total", ()] == 12.0
-    assert found["tetrion_energy_identity_error", ()] == 0.004
+    errors = ("identity_error", "unattributed_share", "raw_error", "model_error")
+    assert [found[f"tetrion_energy_{name}", ()] for name in errors] == [0.004, 0.01, 0.02, -0.03]
     assert found["tetrion_energy_meter_up", labels(source="nvml", reason="")] == 1.0
 
 
@@ -82,7 +84,7 @@ async def test_what_the_loop_costs_is_told(served: Served) -> None:
 async def test_a_meter_that_fell_silent_is_down(served: Served) -> None:
     served.engine.energy, served.engine.meter_age_s = METERED, 60.0
     found = await scrape(served)
-    assert found["tetrion_energy_meter_up", labels(source="nvml", reason="nothing read for more than 5 s")] == 0.0
+    assert found["tetrion_energy_meter_up", labels(source="nvml", reason="no joules told for more than 15 s")] == 0.0
 
 
 async def test_before_the_engine_runs_there_is_nothing_to_tell(served: Served) -> None:
