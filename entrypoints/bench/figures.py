@@ -36,6 +36,6 @@ def check_png(path: Path, field: str) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure as PNG, whatever `path` ends in, making its folder."""
+    """Write the figure to `path`, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tetrion.entrypoints.bench.chrome_trace import write_chrome_trace
+from tetrion.entrypoints.bench.figures import check_png
 from tetrion.entrypoints.bench.recording import read_recordings
 from tetrion.entrypoints.bench.timeline_picture import draw_timeline
 from tetrion.entrypoints.errors import InputError
@@ -25,6 +26,8 @@ def command(
     """
     if png is None and chrome_trace is None:
         raise InputError("timeline: give --png, --chrome-trace or both")
+    if png is not None:
+        check_png(png, "png")
     try:
         runs = read_recordings(recordings)
     except ValueError as error:

@@ -75,7 +75,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         bounds = (
-            ("rate_per_min", self.rate_per_min > 0, "above 0"),
+            ("rate_per_min", 1e-3 <= self.rate_per_min <= 1e6, "from 0.001 to 1000000"),
             ("num_requests", self.num_requests >= 1, "at least 1"),
             ("num_steps", self.num_steps >= 1, "at least 1"),
             ("slo_scale", self.slo_scale > 0, "above 0"),
@@ -84,7 +84,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
             ("swing", 0 <= self.swing <= 1, "from 0 to 1"),
             ("mix", self.mix in MIXES, f"one of {', '.join(MIXES)}"),
             ("base_slo_s", len(self.base_slo_s) == len(self.sizes), f"one value for each of {len(self.sizes)} sizes"),
-            ("base_slo_s", all(slo_s > 0 for slo_s in self.base_slo_s), "above 0"),
+            ("base_slo_s", all(0 < slo_s < np.inf for slo_s in self.base_slo_s), "above 0 and finite"),
             ("sizes", len(self.sizes) >= 1, "at least one"),
             ("tiers", all(tier.share > 0 for tier in self.tiers), "of shares above 0"),
         )

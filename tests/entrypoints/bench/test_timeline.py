@@ -51,6 +51,7 @@ def test_the_trace_has_every_chunk_on_every_member_and_every_request(recordings:
     ("options", "complaint"),
     [
         ({}, "give --png, --chrome-trace or both"),
+        ({"png": Path("x.svg")}, "png: must be the name of a PNG file"),
         ({"number": 3, "png": Path("x.png")}, "run: must be from 1 to 2, got 3"),
         ({"from_s": 5.0, "to_s": 4.0, "png": Path("x.png")}, "to: must be after 5, got 4"),
     ],
