@@ -145,6 +145,8 @@ class AsyncEngine:
         self._metering: Metering | None = None
         self._loop: EngineLoop | None = None
         self._task: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
+        self._death: GenerationError | None = None
         self._inexact_degrees: tuple[int, ...] = ()
 
     async def __aenter__(self) -> Self:
@@ -207,6 +209,11 @@ class AsyncEngine:
         if self._executor is not None:
             await self._executor.close()
 
+    async def ended(self) -> GenerationError | None:
+        """Wait until the engine's loop has ended. None: it was closed; otherwise what it died of."""
+        await self._ended.wait()
+        return self._death
+
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.
 
@@ -215,7 +222,7 @@ class AsyncEngine:
         engine is not running.
         """
         if self._loop is None or self._task is None or self._task.done():
-            raise GenerationError("the engine is not running")
+            raise self._death or GenerationError("the engine is not running")
         if isinstance(request, str):
             request = ImageRequest(prompt=request)
         resolved = resolve_request(request, self.spec, len(self.devices))
@@ -240,7 +247,9 @@ class AsyncEngine:
                 handle.cancel()
 
     def stats(self) -> EngineStats:
-        """Raises GenerationError if the engine was not started."""
+        """Raises GenerationError if the engine was not started, or its loop died."""
+        if self._death is not None:
+            raise self._death
         if self._loop is None or self._executor is None or self._metering is None:
             raise GenerationError("the engine is not running")
         table = self._loop.table
@@ -280,6 +289,10 @@ class AsyncEngine:
         """A loop that ended by an error takes its requests with it; none may wait for ever."""
         error = None if task.cancelled() else task.exception()
         reason = GenerationError(f"the engine loop ended: {error!r}" if error else "the engine was stopped")
+        if error is not None:
+            logger.error("the engine loop ended", exc_info=error)
+            self._death = reason
+        self._ended.set()
         for request_id, handle in list(self._handles.items()):
             handle.receive(Failure(request_id=request_id, error=reason))
         self._handles.clear()
@@ -292,6 +305,7 @@ class Engine:
         """Starts the engine at once; raises as `AsyncEngine.start`. Call `close`, or use it in a `with`."""
         self._runner = asyncio.Runner(loop_factory=new_event_loop)
         self._unfinished: dict[str, RequestHandle] = {}
+        self._unasked: list[ImageResult | Failure] = []
         self._engine = AsyncEngine(config)
         try:
             self._runner.run(self._engine.start())
@@ -325,18 +339,29 @@ class Engine:
             self._unfinished[request_id].cancel()
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._unfinished)
+        """Whether `step` has something to return, now or later."""
+        return bool(self._unfinished or self._unasked)
 
     def step(self) -> list[ImageResult | Failure]:
         """Run until at least one request has ended; return all that have. Nothing unfinished: an empty list."""
-        return self._runner.run(self._step()) if self._unfinished else []
+        if self._unasked:
+            ended, self._unasked = self._unasked, []
+            return ended
+        return self._run_step()
 
     def generate(self, requests: Iterable[ImageRequest | str]) -> list[ImageResult]:
-        """Draw all pictures and return them in order. Raises the first failure (the others are drawn all the same)."""
-        ids = [self.add_request(request) for request in requests]
+        """Draw all pictures and return them in order. Raises the first failure (the others are drawn all the same); of
+        a request that is refused the others are given up. What others add to the engine is left for `step`."""
+        ids = self._add_all(requests)
         ended: dict[str, ImageResult | Failure] = {}
-        while any(request_id not in ended for request_id in ids):
-            ended.update({output.request_id: output for output in self.step()})
+        left = set(ids)
+        while left:
+            for output in self._run_step():
+                if output.request_id in left:
+                    left.remove(output.request_id)
+                    ended[output.request_id] = output
+                else:
+                    self._unasked.append(output)
         results = []
         for request_id in ids:
             output = ended[request_id]
@@ -344,6 +369,21 @@ class Engine:
                 raise output.error
             results.append(output)
         return results
+
+    def _add_all(self, requests: Iterable[ImageRequest | str]) -> list[str]:
+        """All of them or none."""
+        ids: list[str] = []
+        try:
+            for request in requests:
+                ids.append(self.add_request(request))
+        except BaseException:
+            for request_id in ids:
+                self._unfinished.pop(request_id).cancel()
+            raise
+        return ids
+
+    def _run_step(self) -> list[ImageResult | Failure]:
+        return self._runner.run(self._step()) if self._unfinished else []
 
     async def _submit(self, request: ImageRequest | str) -> RequestHandle:
         return self._engine.submit(request)

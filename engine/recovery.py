@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 STALL_CHECK_S = 0.5
 """So often it is looked at whether an answer is overdue: stalls are a matter of seconds."""
+STOOD_STILL_S = 5.0
+"""While an answer is overdue the loop ticks every second: if it did not for so long, it stood still itself."""
 
 
 class RecoveryState(enum.Enum):
@@ -132,11 +134,15 @@ class Recovery:
     # At every tick ------------------------------------------------------------------------------------------------
 
     def check_stalls(self) -> None:
-        """A worker that takes far longer than predicted is killed; it is then handled like any lost worker."""
+        """A worker that takes far longer than predicted is killed; it is then handled like any lost worker. After the
+        loop itself stood still, answers that have come meanwhile are read first."""
         now_s, timeout_s = self._executor.now_s(), self._stall_timeout_s
         if now_s < self._check_s:
             return
+        stood_still = now_s > self._check_s + STOOD_STILL_S
         self._check_s = now_s + STALL_CHECK_S
+        if stood_still:
+            return
         for entry in [e for e in self._in_flight if now_s > e.end_s + 10 * e.duration_s + timeout_s]:
             for device_id in entry.pending:
                 self._executor.kill(device_id, f"no answer for {now_s - entry.start_s:.0f} s")

@@ -27,11 +27,13 @@ from tetrion.engine.messages import (
     UnmapPeers,
 )
 from tetrion.engine.parallel.barrier import Aborted
-from tetrion.engine.transport.channel import attach_channel
+from tetrion.engine.transport.channel import EngineGone, attach_channel
 from tetrion.engine.worker.answers import failed
 from tetrion.engine.worker.spec import WorkerSpec
 
 Send = Callable[[Event], None]
+ENGINE_GONE = 1
+"""What a worker exits with whose engine has ended."""
 
 
 class CommandRunner(Protocol):
@@ -54,10 +56,11 @@ def run(spec: WorkerSpec) -> None:
     torch.set_num_threads(spec.num_threads)
     torch.set_grad_enabled(False)
     commands, events = attach_channel(spec.channel, spec.engine_life_fd)
-    if spec.device.kind == "cpu":
-        run_on_cpu(spec, commands.receive, events.send)
-    else:
-        run_on_gpu(spec, commands.receive, events.send)
+    run_on_device = run_on_cpu if spec.device.kind == "cpu" else run_on_gpu
+    try:
+        run_on_device(spec, commands.receive, events.send)
+    except EngineGone:
+        os._exit(ENGINE_GONE)  # nobody is left to be told, as `exit_with_engine` is about to find
 
 
 def run_on_cpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Send) -> None:
@@ -127,6 +130,6 @@ def exit_with_engine(engine_life_fd: int) -> None:
     def watch() -> None:
         while os.read(engine_life_fd, 1):
             time.sleep(0)
-        os._exit(1)
+        os._exit(ENGINE_GONE)
 
     threading.Thread(target=watch, name="engine-watch", daemon=True).start()

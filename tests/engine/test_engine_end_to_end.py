@@ -183,7 +183,32 @@ def test_the_synchronous_engine(tmp_path: Path) -> None:
         results = engine.generate([small(1, num_steps=2), small(2, num_steps=2)])
         assert [result.seed for result in results] == [1, 2]
         with pytest.raises(RequestError):
-            engine.generate([small(1, height=1)])
+            engine.generate([small(3, num_steps=2), small(1, height=1)])
+        assert not engine.has_unfinished_requests(), "all of them are drawn or none"
+        other = engine.add_request(small(4, num_steps=2))
+        assert [result.seed for result in engine.generate([small(5, num_steps=2)])] == [5]
+        ended = []
+        while engine.has_unfinished_requests():
+            ended += engine.step()
+        assert [output.request_id for output in ended] == [other], "generate leaves others' results to step"
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_an_engine_whose_loop_dies_says_so_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as engine:
+        assert engine.stats().num_alive == 1
+        monkeypatch.setattr("tetrion.engine.loop.EngineLoop.admit", lambda _: {}["injected"])
+        pending = engine.submit(small(1))
+        with pytest.raises(GenerationError, match=r"the engine loop ended: KeyError\('injected'\)"):
+            await pending.result()
+        death = await engine.ended()
+        assert isinstance(death, GenerationError)
+        for ask in (engine.stats, lambda: engine.submit(small(2))):
+            with pytest.raises(GenerationError, match="the engine loop ended: KeyError"):
+                ask()
+        assert any(record.exc_info for record in caplog.records if "loop ended" in record.message)
 
 
 @pytest.mark.asyncio(loop_scope="session")

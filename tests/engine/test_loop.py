@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EngineConfig, PlannerConfig
-from tetrion.engine.executor import Finish, Receive
+from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.loop import EngineLoop
-from tetrion.engine.messages import Command, Denoise
+from tetrion.engine.messages import Command, Denoise, Event
 from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
@@ -313,6 +313,28 @@ def test_a_worker_that_hangs_is_replaced_by_the_others() -> None:
         simulation.request(f"r{number}", width=512, height=512)
     simulation.run()
     assert hung and set(simulation.results) == {"r0", "r1", "r2"}
+
+
+def test_a_loop_that_stood_still_reads_what_has_come_before_it_judges() -> None:
+    simulation = Simulation(num_devices=2, stall_timeout_s=2.0)
+    executor, killed, unread = simulation.executor, list[str](), list[None]()
+    poll = executor.poll
+
+    def stand_still() -> None:
+        executor._now_s += 100
+        unread.append(None)
+
+    def read_late() -> list[Event | WorkerLost | WorkerReady]:
+        if unread:
+            unread.clear()
+            return []
+        return poll()
+
+    executor.poll, executor.kill = read_late, lambda _, reason: killed.append(reason)  # type: ignore[method-assign]
+    executor.at(0.02, stand_still)
+    simulation.request("a", width=512, height=512)
+    simulation.run()
+    assert executor.now_s() > 100 and set(simulation.results) == {"a"} and not killed
 
 
 @settings(max_examples=30, deadline=None)
