@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from tetrion.engine.checkpoint_identity import checkpoint_identity
 from tetrion.engine.config import EngineConfig, threads_per_worker
 from tetrion.engine.gpus import visible_gpus
 from tetrion.engine.machine import cpu_name
@@ -156,14 +157,11 @@ async def decode_s_of(probe: Probe, request: Request, num_repeats: int) -> float
 
 def _cache_path(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig) -> Path:
     """One file per model contents, machine, worker count, threads and library versions."""
-    folder = Path(spec.path)
-    files = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*.*"))]
     num_workers = len(executor.device_ids)
     gpus = visible_gpus() if executor.devices[0].kind == "cuda" else ()
     facts = (
         msgspec.json.encode(spec),
-        files,
-        config.load_format,
+        checkpoint_identity(Path(spec.path), config.load_format),
         (config.peer_access, [(device.name, *gpus[device.index : device.index + 1]) for device in executor.devices]),
         threads_per_worker(config, num_workers),
         (platform.machine(), platform.node(), cpu_name(), os.cpu_count()),

@@ -1,7 +1,10 @@
 """`tetrion batch`: a file of requests in, a folder of pictures and a manifest out; may be stopped and run again.
 
 A picture is skipped if the manifest says it is finished, its file is there and its digest (prompt, size, steps,
-guidance, seed, model) is the same. One run at a time owns the output folder.
+guidance, seed, checkpoint) is the same. One run at a time owns the output folder.
+
+A file is replaced only if it is a batch's picture of that id: the manifest names it, or it says so itself, as one does
+whose run was stopped before its manifest line. A line whose picture's name is taken by another file fails.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
+from tetrion.engine.checkpoint_identity import checkpoint_identity
 from tetrion.engine.request import (
     EngineOverloaded,
     GenerationError,
@@ -38,6 +42,9 @@ from tetrion.entrypoints.session import spare_what_exists
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
 
+ID_KEY = "batch-id"
+"""In a PNG's text: the id of the line that it was drawn for."""
+
 
 async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     """Draw what is not there yet. Returns the exit code: 0 if every line has its picture, else 1."""
@@ -46,12 +53,16 @@ async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     def resolve(request: ImageRequest) -> ImageRequest:
         return resolve_request(request, engine.spec, len(engine.devices))
 
-    parsed = list(parse_lines(lines, resolve, engine.spec.name))
+    checkpoint = checkpoint_identity(Path(engine.spec.path), engine.config.load_format)
+    parsed = list(parse_lines(lines, resolve, checkpoint))
     items = [entry for entry in parsed if isinstance(entry, BatchItem)]
     bad_lines = [entry for entry in parsed if isinstance(entry, BadLine)]
     pictures.prepare_folder(output)
     with _locked(output):
         manifest = Manifest(output)
+        taken = {item.id: _complaint(item, output) for item in items if _is_taken(item, manifest, output)}
+        bad_lines += [BadLine(line=item.line, id=item.id, error=taken[item.id]) for item in items if item.id in taken]
+        items = [item for item in items if item.id not in taken]
         to_draw = [item for item in items if not _is_done(item, manifest, output)]
         manifest.open(drop={item.id for item in to_draw})
         try:
@@ -105,30 +116,40 @@ class _Run:
         try:
             result = await drawing.draw(self._engine, request, lambda progress: None)
         except (GenerationError, RequestError, EngineOverloaded, RequestCancelled) as error:
-            self.num_failed += 1
-            complaint = f"line {item.line} ({item.id}): {error}"
-            self._bar.console.print(complaint, markup=False, highlight=False, soft_wrap=True)
-            self._record(Entry(id=item.id, line=item.line, status="failed", digest=item.digest, error=str(error)))
+            self._fail(item, str(error))
         else:
             await drawing.uninterrupted(self._keep(item, result))
 
     async def _keep(self, item: BatchItem, result: ImageResult) -> None:
-        self._record(await asyncio.to_thread(self._write_picture, item, result))
+        try:
+            entry = await asyncio.to_thread(self._write_picture, item, result)
+        except InputError as error:
+            self._fail(item, str(error))
+        else:
+            self._record(entry)
+
+    def _fail(self, item: BatchItem, error: str) -> None:
+        self.num_failed += 1
+        complaint = f"line {item.line} ({item.id}): {error}"
+        self._bar.console.print(complaint, markup=False, highlight=False, soft_wrap=True)
+        self._record(Entry(id=item.id, line=item.line, status="failed", digest=item.digest, error=error))
 
     def _record(self, entry: Entry) -> None:
         self._manifest.append(entry)
         self._bar.advance(self._task)
 
     def _write_picture(self, item: BatchItem, result: ImageResult) -> Entry:
+        """Raises InputError if another file has come to have the picture's name since the start."""
         model = self._engine.spec.name
-        data = pictures.encode(result.image, "png", text=pictures.metadata(result, model))
-        name = f"{item.id}.png"
-        pictures.replace_file(self._output / name, data)
+        data = pictures.encode(result.image, "png", text=pictures.metadata(result, model) | {ID_KEY: item.id})
+        if _is_taken(item, self._manifest, self._output):
+            raise InputError(_complaint(item, self._output))
+        pictures.replace_file(self._output / item.file, data)
         return Entry(
             id=item.id,
             line=item.line,
             status="finished",
-            file=name,
+            file=item.file,
             digest=item.digest,
             model=model,
             prompt=result.prompt,
@@ -145,7 +166,20 @@ class _Run:
 
 def _is_done(item: BatchItem, manifest: Manifest, output: Path) -> bool:
     entry = manifest.finished.get(item.id)
-    return entry is not None and entry.digest == item.digest and (output / f"{item.id}.png").is_file()
+    return entry is not None and entry.digest == item.digest and (output / item.file).is_file()
+
+
+def _is_taken(item: BatchItem, manifest: Manifest, output: Path) -> bool:
+    """Whether a file that no batch drew for this id has its picture's name."""
+    path = output / item.file
+    if item.id in manifest.finished or not os.path.lexists(path):
+        return False
+    return pictures.read_text(path).get(ID_KEY) != item.id
+
+
+def _complaint(item: BatchItem, output: Path) -> str:
+    path = str(output / item.file)
+    return f"id: {path!r} exists and is not of this batch; move it away or give the line another id"
 
 
 @contextmanager

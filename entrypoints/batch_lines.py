@@ -44,6 +44,11 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
     request: ImageRequest
     digest: str
 
+    @property
+    def file(self) -> str:
+        """The picture's name in the output folder."""
+        return f"{self.id}.png"
+
 
 class BadLine(msgspec.Struct, frozen=True, kw_only=True):
     """A line that names no drawable picture, and why. `id` is None where it could not be read."""
@@ -62,10 +67,11 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
     return [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
 
 
-def parse_lines(lines: list[tuple[int, bytes]], resolve: Resolve, model: str) -> Iterator[BatchItem | BadLine]:
+def parse_lines(lines: list[tuple[int, bytes]], resolve: Resolve, checkpoint: str) -> Iterator[BatchItem | BadLine]:
     """Each line as a picture to draw or as a complaint. `resolve` fills in defaults and raises RequestError.
 
-    `model` names what draws, for the digest. Two ids that differ only in case count as one: file systems may say so.
+    `checkpoint` is the identity of what draws, for the digest. Two ids that differ only in case count as one: file
+    systems may say so.
     """
     decoder = msgspec.json.Decoder(RequestLine)
     line_of: dict[str, int] = {}
@@ -83,7 +89,7 @@ def parse_lines(lines: list[tuple[int, bytes]], resolve: Resolve, model: str) ->
         except (RequestError, InputError) as error:
             yield BadLine(line=number, id=identifier, error=str(error))
         else:
-            yield BatchItem(line=number, id=identifier, request=request, digest=_digest(request, model))
+            yield BatchItem(line=number, id=identifier, request=request, digest=_digest(request, checkpoint))
 
 
 def seed_of_id(identifier: str) -> int:
@@ -117,6 +123,7 @@ def _readable(error: Exception) -> str:
     return f"{path.rstrip('`')}: {message}" if path else message
 
 
-def _digest(request: ImageRequest, model: str) -> str:
-    pixels = (request.prompt, request.width, request.height, request.num_steps, request.guidance, request.seed, model)
+def _digest(request: ImageRequest, checkpoint: str) -> str:
+    size = (request.width, request.height)
+    pixels = (request.prompt, *size, request.num_steps, request.guidance, request.seed, checkpoint)
     return hashlib.sha256(msgspec.json.encode(pixels)).hexdigest()[:32]

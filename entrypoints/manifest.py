@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from tetrion.engine.energy.receipt import Receipt
-from tetrion.entrypoints.pictures import replace_file
+from tetrion.entrypoints.pictures import naming, replace_file
 
 FILE_NAME = "manifest.jsonl"
 
@@ -61,8 +61,9 @@ class Manifest:
         if self._fd is None:
             raise ValueError("the manifest is not open")
         data = _encode(entry)
-        while data:  # a regular file takes all of it in one write unless the disk is full
-            data = data[os.write(self._fd, data) :]
+        with naming(self._path):
+            while data:  # a regular file takes all of it in one write unless the disk is full
+                data = data[os.write(self._fd, data) :]
 
     def close(self) -> None:
         if self._fd is not None:

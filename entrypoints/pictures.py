@@ -9,7 +9,8 @@ import os
 import re
 import secrets
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +75,15 @@ def metadata(result: ImageResult, model: str) -> dict[str, str]:
     }
 
 
+def read_text(path: Path) -> dict[str, str]:
+    """The text that `encode` put into the PNG at `path`; empty for any other file. Decodes no pixels."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return {str(key): value for key, value in picture.info.items() if isinstance(value, str)}
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return {}
+
+
 def slug(prompt: str) -> str:
     """A prompt as a file name: lower-case ASCII words joined by `-`, at most MAX_SLUG_CHARS, cut between words."""
     ascii_text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
@@ -108,7 +118,7 @@ def prepare_folder(folder: Path) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that readers see the old file or the whole new one."""
-    temporary = _write_temporary(path.parent, data)
+    temporary = _write_temporary(path, data)
     try:
         os.replace(temporary, path)
     except OSError:
@@ -121,7 +131,7 @@ def write_new_file(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
 
     The file appears whole or not at all. Returns its path.
     """
-    temporary = _write_temporary(folder, data)
+    temporary = _write_temporary(folder / f"{stem}{suffix}", data)
     try:
         number = 1
         while True:
@@ -133,10 +143,21 @@ def write_new_file(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
         temporary.unlink(missing_ok=True)
 
 
-def _write_temporary(folder: Path, data: bytes) -> Path:
-    temporary = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError from within name `path`: of itself that of a full disk names no file."""
     try:
-        temporary.write_bytes(data)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    """Write what is to be at `path` beside it."""
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
+    try:
+        with naming(path):
+            temporary.write_bytes(data)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise

@@ -7,7 +7,7 @@ from typing import Any
 
 from tetrion.engine.planning.profile import read_profile
 from tetrion.entrypoints.bench.clairvoyant import DEFAULT_BLOCK, DEFAULT_TIME_LIMIT_S, Bound, attainment_bound
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.slo import grid
 from tetrion.entrypoints.bench.slo_points import Point, points
 from tetrion.entrypoints.bench.slo_statistics import Row
@@ -30,6 +30,8 @@ def command(
 
     `workload`: see `slo.grid`. Raises InputError for what the caller can put right.
     """
+    if output is not None:
+        check_writable(output, "output")
     try:
         table = read_profile(profile)
         todo = list(points(grid(**workload), devices, lambda: table))

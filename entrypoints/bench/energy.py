@@ -27,7 +27,7 @@ from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, PointResult, SteadyState, joules
 from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.live import HEAD_START_S
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.session import EngineOptions, open_engine, run_async
@@ -50,6 +50,8 @@ def command(
     command_line: str = "tetrion bench energy",
 ) -> int:
     """Measure and report; with `dry_run` only say what would be done. `trace`: an open loop in place of the sweep."""
+    if output is not None:
+        check_writable(output, "output")
     engine = open_engine(engine_options)
     legal = engine.spec.legal_degrees(len(engine.devices))
     if unknown := [degree for degree in options.degrees if degree not in legal]:

@@ -23,7 +23,7 @@ from tetrion.entrypoints.bench import energy_oracle
 from tetrion.entrypoints.bench.energy_oracle import Spent
 from tetrion.entrypoints.bench.live import EmbeddedSystem
 from tetrion.entrypoints.bench.outcomes import Mode, Run
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.simulation import MAX_DEVICES, simulate, simulated_spec
 from tetrion.entrypoints.bench.slo import grid
 from tetrion.entrypoints.bench.slo_points import Point, points
@@ -131,6 +131,8 @@ def command(
 ) -> dict[str, Any]:
     """What the command does: run, print the table (or one JSON object), write `output`. `live`: on an engine that these
     start, instead of `devices` simulated ones. Raises InputError."""
+    if output is not None:
+        check_writable(output, "output")
     system = None if live is None else EmbeddedSystem(live)
     if system is not None:
         devices = system.num_devices

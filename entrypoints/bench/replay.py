@@ -26,7 +26,7 @@ from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.profile import ClassCost, Profile, read_profile
 from tetrion.engine.planning.snapshot import Stage
 from tetrion.entrypoints.bench.outcomes import Chunk, Run
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings, stage_of
 from tetrion.entrypoints.bench.simulation import MAX_INFLIGHT, simulate
 from tetrion.entrypoints.bench.slo_statistics import Row, attainment
@@ -52,6 +52,8 @@ def command(
 
     Raises InputError for what the caller can put right.
     """
+    if output is not None:
+        check_writable(output, "output")
     try:
         recorded = read_recordings(recordings)
         table = None if profile is None else read_profile(profile)

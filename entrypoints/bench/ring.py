@@ -24,7 +24,7 @@ import msgspec
 
 from tetrion.engine.messages import Event, Ping, Pong
 from tetrion.engine.transport.channel import SPIN_S, EngineEnd, create_channel, send_to_all
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.record import as_text, check_writable, make_record, write_record
 from tetrion.entrypoints.bench.ring_echo import echo_queues
 
 SILENCE_S = 0.005
@@ -78,9 +78,13 @@ def command(
     num_round_trips: int = 2000, num_after_silence: int = 500, output: Path | None = None, as_json: bool = False
 ) -> dict[str, Any]:
     """What `tetrion bench ring` does: measure, print the table (or one JSON object), write `output`."""
+    if output is not None:
+        check_writable(output, "output")
     result = run(num_round_trips, num_after_silence)
-    text = write_record(result, output)
-    print(text if as_json else render(result))
+    try:
+        write_record(result, output)
+    finally:
+        print(as_text(result) if as_json else render(result))
     return result
 
 

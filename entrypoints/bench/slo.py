@@ -17,7 +17,7 @@ from tetrion.entrypoints.bench.attainment_plots import draw_attainment
 from tetrion.entrypoints.bench.extrapolation import extrapolated, read_floors
 from tetrion.entrypoints.bench.figures import import_matplotlib
 from tetrion.entrypoints.bench.live import EmbeddedSystem, HttpSystem
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.record import as_text, check_writable, make_record, write_record
 from tetrion.entrypoints.bench.recording import write_recordings
 from tetrion.entrypoints.bench.simulation import Loss, SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid, points, samples
@@ -52,9 +52,9 @@ def command(
     """What `tetrion bench slo` does: run, print the table (or one JSON object), write `output`, recordings and plots.
 
     `devices`: simulated ones. `floors`: of degrees to extrapolate (see `extrapolation.py`). `engine`: how `live` starts
-    one; a live run writes its files after every row, so that an interrupted one is not lost. `simulation`: noise, bias,
-    … of `simulated_system`. `workload`: see `grid`. `command_line` goes into the record. Raises InputError for what the
-    caller can put right.
+    one; a live run writes its files after every row, so that an interrupted one is not lost. The table is printed even
+    where files cannot be written. `simulation`: noise, bias, … of `simulated_system`. `workload`: see `grid`.
+    `command_line` goes into the record. Raises InputError for what the caller can put right.
     """
     if (simulate, live, url is not None).count(True) != 1:
         raise InputError("mode: give one of --simulate, --live and --url")
@@ -62,6 +62,9 @@ def command(
         raise InputError("record: a server over HTTP does not tell what its devices do")
     if floors is not None and (not simulate or profile is None):
         raise InputError("floors: only with --simulate and --profile, whose degrees it extends")
+    for field, path in (("output", output), ("record", record)):
+        if path is not None:
+            check_writable(path, field)
     if plots is not None:
         import_matplotlib()  # says at once if it is missing
     with contextlib.ExitStack() as stack:
@@ -77,7 +80,9 @@ def command(
             )
             system: System
             if simulate:
-                system = simulated_system(options, devices or DEFAULT_SIMULATED_DEVICES, **simulation or {})
+                system = simulated_system(
+                    options, DEFAULT_SIMULATED_DEVICES if devices is None else devices, **simulation or {}
+                )
             elif url is not None:
                 system = HttpSystem(url)
             else:
@@ -86,17 +91,28 @@ def command(
                 system = stack.enter_context(embedded)
             _prepare(options, system)
 
-        def save(results: Results) -> tuple[dict[str, Any], str]:
-            made = make_record(command_line, results.rows) | beside_rows(options, system, results)
+        def record_of(results: Results) -> dict[str, Any]:
+            return make_record(command_line, results.rows) | beside_rows(options, system, results)
+
+        def save(made: dict[str, Any], results: Results) -> None:
             if record is not None:
                 write_recordings(record, results.recordings)
-            return made, write_record(made, output)
+            write_record(made, output)
 
-        results = run(options, system, _to_stderr, save if system.mode == "live" else lambda _: None)
-        made, text = save(results)
-    if plots is not None:
-        draw_attainment(results.rows, plots)
-    print(text if as_json else table(results.rows, results.diagnostics))
+        def save_so_far(results: Results) -> None:
+            try:
+                save(record_of(results), results)
+            except OSError as error:
+                _to_stderr(f"not saved so far: {error}")
+
+        results = run(options, system, _to_stderr, save_so_far if system.mode == "live" else lambda _: None)
+        made = record_of(results)
+    try:
+        save(made, results)
+        if plots is not None:
+            draw_attainment(results.rows, plots)
+    finally:
+        print(as_text(made) if as_json else table(results.rows, results.diagnostics))
     return made
 
 

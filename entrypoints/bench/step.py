@@ -12,7 +12,7 @@ from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.bench import step_on_cpus
 from tetrion.entrypoints.bench.figures import check_png
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.step_on_gpus import OTHERS, SECTIONS, StepBench, StepOptions
 from tetrion.entrypoints.bench.step_picture import draw_steps
 from tetrion.entrypoints.bench.step_record import FLOOR, OURS, StepRecord, read_record, table
@@ -50,6 +50,8 @@ def command(
     """
     config = engine_config(engine)
     devices = parse_devices(config.devices)
+    if output is not None:
+        check_writable(output, "output")
     if plot is not None:
         check_png(plot, "plot")
     if devices[0].kind == "cpu" and not rehearse:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tetrion.entrypoints.bench.chrome_trace import write_chrome_trace
 from tetrion.entrypoints.bench.figures import check_png
+from tetrion.entrypoints.bench.record import whole
 from tetrion.entrypoints.bench.recording import read_recordings
 from tetrion.entrypoints.bench.timeline_picture import draw_timeline
 from tetrion.entrypoints.errors import InputError
@@ -38,8 +39,10 @@ def command(
     if end_s <= from_s:
         raise InputError(f"to: must be after {from_s:g}, got {end_s:g}")
     if png is not None:
-        draw_timeline(recording, png, from_s, min(end_s, max(recording.run.end_s, from_s + 1.0)))
+        with whole(png) as temporary:
+            draw_timeline(recording, temporary, from_s, min(end_s, max(recording.run.end_s, from_s + 1.0)))
         print(png)
     if chrome_trace is not None:
-        write_chrome_trace(recording, chrome_trace)
+        with whole(chrome_trace) as temporary:
+            write_chrome_trace(recording, temporary)
         print(chrome_trace)

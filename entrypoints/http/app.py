@@ -1,5 +1,6 @@
 """The ASGI app around `ImageService`: routes, a request id on every response, errors in OpenAI's form."""
 
+import asyncio
 import re
 import secrets
 
@@ -38,7 +39,7 @@ def create_app(service: ImageService) -> ASGIApp:
         },
     )
     app.router.redirect_slashes = False
-    return RequestIds(app)
+    return RequestIds(CutOffs(app))
 
 
 class RequestIds:
@@ -60,6 +61,29 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class CutOffs:
+    """Answers a request that the stopping server cancels. Of a response that has begun the rest is not sent, and the
+    server closes the connection."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except asyncio.CancelledError:
+            if not has_begun:
+                response = error_response(ApiError(503, "The server is shutting down.", code="cancelled"))
+                await response(scope, receive, send)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -2,7 +2,8 @@
 
 The port is taken before the engine is loaded, so that a port in use is known at once. While the engine loads, `/health`
 answers and `/ready` says 503. The first SIGINT or SIGTERM ends gracefully: no new connections, running requests get
-`SHUTDOWN_TIMEOUT_S` to finish, then the engine stops; the second cuts requests off.
+`SHUTDOWN_TIMEOUT_S` to finish, then the engine stops; the second cuts requests off. A request that is cut off gets an
+answer that says so. An engine that dies ends the server.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
 
 SHUTDOWN_TIMEOUT_S = 30
+CUT_OFF_TIMEOUT_S = 5
 BACKLOG = 1024
 
 
@@ -63,13 +65,22 @@ class Server(uvicorn.Server):
         self.should_exit = True
         self.stop_signal = signum
 
+    async def cut_off(self) -> None:
+        """Cancel the requests that still run, and let them be answered. To be called after `serve`."""
+        tasks = set(self.server_state.tasks)
+        for task in tasks:
+            if not task.cancelling():
+                task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CUT_OFF_TIMEOUT_S)
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises InputError naming what is wrong with host or port."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise InputError(f"host: cannot resolve {host!r}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"host: cannot resolve {host!r}: {getattr(error, 'strerror', error)}") from None
     family, _, _, _, address = infos[0]
     try:
         return socket.create_server(address, family=family, backlog=BACKLOG)
@@ -78,7 +89,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
-    """Serve until a signal. Returns the exit code: 0 after SIGTERM, 130 after SIGINT."""
+    """Serve until a signal. Returns the exit code: 0 after SIGTERM, 130 after SIGINT. Raises GenerationError if the
+    engine does not start or dies."""
     with listen(options.host, options.port) as sock:
         service = ImageService(engine, PictureStore(options.store_mb << 20), options.public_url)
         server = Server(
@@ -97,11 +109,12 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
                 spare_what_exists()
                 service.is_ready = True
                 click.echo(f"serving model {engine.spec.name} on {url_of(sock)}", err=True)
-                await serving
+                await _until_stopped(engine, serving)
         finally:
             service.is_ready = False
             server.should_exit = True
             await serving
+            await server.cut_off()
             await engine.__aexit__(None, None, None)
     return EXIT_INTERRUPTED if server.stop_signal is signal.SIGINT else 0
 
@@ -118,6 +131,17 @@ async def _start(engine: AsyncEngine, serving: asyncio.Task[None]) -> bool:
     finally:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+
+
+async def _until_stopped(engine: AsyncEngine, serving: asyncio.Task[None]) -> None:
+    """Wait until the server has stopped. Raises what the engine died of if it did so before."""
+    ending = asyncio.create_task(engine.ended())
+    try:
+        await asyncio.wait((ending, serving), return_when=asyncio.FIRST_COMPLETED)
+        if ending.done() and (death := ending.result()):
+            raise death
+    finally:
+        ending.cancel()
 
 
 def url_of(sock: socket.socket) -> str:

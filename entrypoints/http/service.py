@@ -102,7 +102,10 @@ class ImageService:
     async def ready(self, request: Request) -> Response:
         """`GET /ready`: the engine takes requests."""
         self._check_ready()
-        stats = self._engine.stats()
+        try:
+            stats = self._engine.stats()
+        except GenerationError as error:
+            raise ApiError(503, f"The engine is not ready: {error}", code="not_ready") from None
         if not stats.num_alive:
             raise ApiError(503, "No device is alive.", code="not_ready")
         counts = {name: getattr(stats, name) for name in ("num_devices", "num_alive", "num_queued", "num_admitted")}

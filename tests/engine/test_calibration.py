@@ -1,12 +1,17 @@
 """What a start does when the measurements are known already. Measuring itself runs in the engine's end-to-end tests."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from tetrion.engine.calibration import Calibrator
+from tetrion.engine.calibration import Calibrator, _cache_path
+from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.profile import Profile
@@ -54,3 +59,19 @@ async def test_gpus_record_every_usual_step_before_the_first_request(
     groups = [(0,), (1,), (2,), (0, 1), (2, 0), (0, 1, 2)]
     assert watched.steps == [(size, members) for size in sizes for members in groups]
     assert watched.decoded == [size for size in sizes for _ in range(3)]
+
+
+def test_a_calibration_is_kept_for_the_weights_it_was_measured_with(tmp_path: Path) -> None:
+    """Touching a file changes nothing, its contents do."""
+    spec = msgspec.structs.replace(read_model_spec(resolve_model("flux1-dev"), "dummy"), path=str(tmp_path))
+    executor = cast(ProcessExecutor, SimpleNamespace(device_ids=(0,), devices=parse_devices("cpu:1")))
+    weights = tmp_path / "vae" / "model.safetensors"
+    weights.parent.mkdir()
+
+    def key(value: float) -> str:
+        save_file({"bias": np.full(3, value, np.float32)}, weights)
+        return _cache_path(executor, spec, EngineConfig()).name
+
+    first = key(1.0)
+    os.utime(weights, (1, 1))
+    assert key(1.0) == first != key(1.1)

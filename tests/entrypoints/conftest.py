@@ -106,8 +106,12 @@ class FakeHandle:
     def cancel(self) -> None:
         if not self._outcome.done():
             self.is_cancelled = True
+            self.fail(RequestCancelled(self.request_id))
+
+    def fail(self, error: Exception) -> None:
+        if not self._outcome.done():
             self._task.cancel()
-            self._outcome.set_exception(RequestCancelled(self.request_id))
+            self._outcome.set_exception(error)
             self._outcome.exception()
 
     async def _run(self) -> None:
@@ -161,6 +165,8 @@ class FakeEngine:
         self.energy = NO_ENERGY
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
+        self.death: GenerationError | None = None
+        self._ended = asyncio.Event()
 
     async def __aenter__(self) -> "FakeEngine":
         if self.start_error is not None:
@@ -170,9 +176,22 @@ class FakeEngine:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        self._end(GenerationError("the engine was stopped"))
+
+    def die(self) -> None:
+        """As if a defect had ended the engine's loop."""
+        self.death = GenerationError("the engine loop ended: KeyError('secret')")
+        self._end(self.death)
+
+    async def ended(self) -> GenerationError | None:
+        await self._ended.wait()
+        return self.death
+
+    def _end(self, reason: GenerationError) -> None:
         for handle in self.handles:
-            handle.cancel()
+            handle.fail(reason)
         self.is_running = False
+        self._ended.set()
 
     def submit(self, request: ImageRequest) -> FakeHandle:
         if not self.is_running:
@@ -191,6 +210,8 @@ class FakeEngine:
         return self.handles[-1]
 
     def stats(self) -> FakeStats:
+        if self.death is not None:
+            raise self.death
         num = len(self.devices)
         return FakeStats(
             num_devices=num,

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
-from tests.entrypoints.conftest import FakeFactory
+from tests.entrypoints.conftest import SPEC, FakeFactory
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.request import EnergyWish
+from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.entrypoints import pictures as pictures_module
 from tetrion.entrypoints.batch import batch
 from tetrion.entrypoints.batch_lines import seed_of_id
@@ -89,6 +91,79 @@ def test_a_rerun_draws_only_what_is_missing_or_changed(
     assert "3 drawn, 1 already there, 0 failed" in capsys.readouterr().out
     assert sorted(entry["id"] for entry in manifest(out)) == ["1", "2", "3", "4"]
     assert (np.asarray(Image.open(out / "3.png")) == (2, 0, 128)).all()
+
+
+async def test_pictures_of_another_checkpoint_of_the_same_name_are_drawn_again(
+    factory: FakeFactory, write: Callable[..., Path], out: Path, tmp_path: Path
+) -> None:
+    requests = write({"prompt": "a star"})
+    for parent, weight, num_drawn in (("a", 1.0, 1), ("copy", 1.0, 0), ("b", 1.1, 1)):
+        (tmp_path / parent / "shapes" / "vae").mkdir(parents=True)
+        weights = {"bias": np.full(3, weight, np.float32)}
+        save_file(weights, tmp_path / parent / "shapes" / "vae" / "model.safetensors")
+        engine = factory(EngineConfig(devices="cpu:1"))
+        engine.spec = msgspec.structs.replace(SPEC, path=str(tmp_path / parent / "shapes"))
+        assert await batch(requests, out, engine) == 0
+        assert len(engine.handles) == num_drawn
+
+
+def test_pictures_of_random_weights_are_not_the_models(
+    tetrion: Tetrion, write: Callable[..., Path], out: Path, capsys: Capture
+) -> None:
+    requests = write({"prompt": "a star"})
+    for options in (["--load-format", "dummy"], []):
+        assert tetrion("batch", requests, "--output", out, *options) == 0
+        assert "1 drawn, 0 already there" in capsys.readouterr().out
+
+
+def test_a_file_of_somebody_else_is_never_replaced(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], out: Path, capsys: Capture
+) -> None:
+    assert tetrion("generate", "a", "b", "--output", out, "--seed", 5) == 0
+    before = {name: (out / name).read_bytes() for name in ("sheet.png", "a-5.png")}
+    (out / "link.png").symlink_to("nowhere")
+    (out / "folder.png").mkdir()
+    alike = {"prompt": "a", "seed": 5, "id": "a-5"}
+    others = ({"prompt": "x", "id": name} for name in ("sheet", "link", "folder", "free"))
+    assert tetrion("batch", write(alike, *others), "--output", out) == 1
+    captured = capsys.readouterr()
+    assert f":2: id: '{out / 'sheet.png'}' exists and is not of this batch" in captured.err
+    assert "1 drawn, 0 already there, 4 failed" in captured.out
+    assert [handle.request.prompt for handle in factory.last.handles] == ["x"]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert (out / "link.png").is_symlink() and (out / "folder.png").is_dir()
+    status = {entry["id"]: entry["status"] for entry in manifest(out)}
+    assert status == dict.fromkeys(("a-5", "sheet", "link", "folder"), "failed") | {"free": "finished"}
+
+
+async def test_a_file_that_appears_meanwhile_is_not_replaced(
+    factory: FakeFactory, write: Callable[..., Path], out: Path, capsys: Capture
+) -> None:
+    requests = write({"prompt": "a", "id": "sheet"}, {"prompt": "b"})
+    engine = factory(EngineConfig(devices="cpu:1"))
+    submit = engine.submit
+
+    def submit_late(request: ImageRequest) -> Any:
+        (out / "sheet.png").write_bytes(b"a sheet")
+        return submit(request)
+
+    engine.submit = submit_late
+    assert await batch(requests, out, engine) == 1
+    assert (out / "sheet.png").read_bytes() == b"a sheet"
+    assert "line 1 (sheet): id: " in capsys.readouterr().err
+    assert {entry["id"]: entry["status"] for entry in manifest(out)} == {"sheet": "failed", "2": "finished"}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_picture_whose_run_was_killed_before_its_manifest_line_is_drawn_again(
+    tetrion: Tetrion, write: Callable[..., Path], out: Path, seed: int
+) -> None:
+    """Also if its line has changed since: a run drops lines it is about to draw anew."""
+    assert tetrion("batch", write({"prompt": "a", "seed": 1}), "--output", out) == 0
+    (out / "manifest.jsonl").write_bytes(b"")
+    assert tetrion("batch", write({"prompt": "a", "seed": seed}), "--output", out) == 0
+    assert [entry["seed"] for entry in manifest(out)] == [seed]
+    assert (np.asarray(Image.open(out / "1.png")) == (seed, 0, 128)).all()
 
 
 def test_nothing_to_do_starts_no_engine(
@@ -224,6 +299,19 @@ async def test_a_picture_in_the_writing_is_finished_and_recorded_when_interrupte
     with pytest.raises(asyncio.CancelledError):
         await running
     assert [entry["id"] for entry in manifest(out)] == ["1"] and pictures(out) == ["1.png"]
+
+
+def test_a_full_disk_is_told_with_the_manifests_name(
+    tetrion: Tetrion, write: Callable[..., Path], out: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tetrion.entrypoints.manifest.os.write", full)
+    for requests in (write({"prompt": "a"}), write("{")):
+        assert tetrion("batch", requests, "--output", out) == 1
+        said = f"tetrion: error: [Errno 28] No space left on device: '{out / 'manifest.jsonl'}'"
+        assert said in capsys.readouterr().err
 
 
 def test_entries_of_other_request_files_are_kept(tetrion: Tetrion, write: Callable[..., Path], out: Path) -> None:

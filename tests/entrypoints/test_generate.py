@@ -117,7 +117,7 @@ def test_what_an_energy_mode_and_budget_become(
         (("a star", "--energy", "cheap"), "energy.mode: must be one of fastest, balanced, least-energy, got 'cheap'"),
         (("a star", "--budget-j", -1), "energy.budget_j: must be above 0"),
         (("a star", "--force-degrees", 1, *energy), "energy: cannot be given with force_degrees"),
-        (("a dear star", *energy), "energy.budget_j: 400 J cannot be met: the cheapest plan that meets the deadline"),
+        (("a dear star", *energy), "energy.budget_j: 400 J cannot be met: the cheapest plan takes"),
     ):
         assert tetrion("generate", "--output", tmp_path / "none", *refused) == 2
         assert says in capsys.readouterr().err

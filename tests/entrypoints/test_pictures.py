@@ -100,6 +100,35 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "kept.png").read_bytes() == b"old"
 
 
+def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    for write in (
+        lambda: pictures.replace_file(tmp_path / "a.png", b"new"),
+        lambda: pictures.write_new_file(tmp_path, "a", ".png", b"new"),
+    ):
+        with pytest.raises(OSError) as failure:
+            write()
+        assert str(failure.value) == f"[Errno 28] No space left on device: '{tmp_path / 'a.png'}'"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_read_from_a_png_only(tmp_path: Path) -> None:
+    text = {"prompt": "красный круг", "seed": "7"}
+    for name, data in (
+        ("a.png", pictures.encode(noise(), text=text)),
+        ("half.png", pictures.encode(noise(), text=text)[:50]),
+        ("a.webp", pictures.encode(noise(), "webp")),
+        ("notes.png", b"no picture"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert pictures.read_text(tmp_path / name) == (text if name == "a.png" else {})
+    assert pictures.read_text(tmp_path) == pictures.read_text(tmp_path / "none.png") == {}
+
+
 def test_prepare_folder_creates_and_leaves_no_probe(tmp_path: Path) -> None:
     pictures.prepare_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []

@@ -1,6 +1,9 @@
 """A small cost table and recorded simulated runs."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -27,6 +30,17 @@ def profile_file(tmp_path: Path) -> Path:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(COST_TABLE))
     return path
+
+
+@contextmanager
+def small_disk(num_bytes: int = 500) -> Iterator[None]:
+    """No file may become larger: a write fails in its midst, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def recorded(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.entrypoints.bench.conftest import small_disk
 from tetrion.engine.planning.profile import read_profile
 from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
@@ -180,6 +181,7 @@ def test_joules_are_predicted_where_the_profile_has_them(tmp_path: Path, trace: 
         ({"simulate": False}, "mode: give one of --simulate, --live and --url"),
         ({"live": True}, "mode: give one of --simulate, --live and --url"),
         ({"profile": None}, "profile: a simulation needs a cost table"),
+        ({"devices": 0}, "devices: must be from 1 to 1024, got 0"),
         ({"devices": 1025}, "devices: must be from 1 to 1024, got 1025"),
         ({"policy": ["horizn"]}, "policy: expected one of horizon, .*'horizn'"),
         ({"mix": ["even"]}, "mix: must be one of uniform, skewed, got 'even'"),
@@ -199,6 +201,26 @@ def test_joules_are_predicted_where_the_profile_has_them(tmp_path: Path, trace: 
 def test_bad_input_is_one_line(profile: Path, options: dict[str, object], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         command(**({"simulate": True, "profile": profile, "num_requests": 4} | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["output", "record"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
+    profile: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(tmp_path.iterdir())
+    for path in (tmp_path, profile / "R.json"):
+        with pytest.raises(InputError, match=f"{option}: "):
+            command(simulate=True, profile=profile, num_requests=4, **{option: path})  # type: ignore[arg-type]
+    assert set(tmp_path.iterdir()) == before and capsys.readouterr() == ("", "")
+
+
+def test_on_a_full_disk_the_table_is_printed_and_no_part_of_a_file_is_left(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(tmp_path.iterdir())
+    with small_disk(), pytest.raises(OSError, match="File too large"):
+        command(simulate=True, profile=profile, size=["1024x1024"], base_slo=[5], num_requests=4, output=tmp_path / "R")
+    assert set(tmp_path.iterdir()) == before and capsys.readouterr().out.startswith("policy")
 
 
 def test_a_bad_file_is_named(profile: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.entrypoints.bench.conftest import recorded
+from tests.entrypoints.bench.conftest import recorded, small_disk
 from tetrion.entrypoints.bench.recording import write_recordings
 from tetrion.entrypoints.bench.timeline import command
 from tetrion.entrypoints.errors import InputError
@@ -45,6 +45,16 @@ def test_the_trace_has_every_chunk_on_every_member_and_every_request(recordings:
     phases = Counter(event["ph"] for event in document["traceEvents"] if event.get("cat") == "request")
     assert phases["b"] == phases["e"] == 25
     assert phases["n"] == sum(not outcome.is_met for outcome in recording.run.outcomes)
+
+
+@pytest.mark.parametrize(("option", "name"), [("png", "t.png"), ("chrome_trace", "t.json")])
+def test_on_a_full_disk_what_was_there_stays(recordings: Path, tmp_path: Path, option: str, name: str) -> None:
+    path = tmp_path / "new" / name
+    command(recordings=recordings, **{option: path})  # type: ignore[arg-type]
+    before = path.read_bytes()
+    with small_disk(), pytest.raises(OSError, match="File too large"):
+        command(recordings=recordings, number=2, **{option: path})  # type: ignore[arg-type]
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

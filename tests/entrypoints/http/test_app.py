@@ -354,6 +354,13 @@ async def test_before_the_engine_is_ready(served: Served) -> None:
         assert response.headers["retry-after"] == "1"
 
 
+async def test_a_dead_engine_is_not_ready(served: Served) -> None:
+    served.engine.die()
+    assert (await served.http.get("/health")).status_code == (await served.http.get("/metrics")).status_code == 200
+    for response in (await served.http.get("/ready"), await served.post()):
+        assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
+
+
 async def test_request_ids(served: Served) -> None:
     own = await served.http.get("/health", headers={"x-request-id": "my-id.1"})
     assert own.headers["x-request-id"] == "my-id.1"

@@ -12,7 +12,9 @@ import pytest
 from tests.entrypoints.conftest import FakeEngine, FakeFactory
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import GenerationError
+from tetrion.entrypoints.cli import run
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.http import server
 from tetrion.entrypoints.http.server import ServeOptions, listen, serve
 
 Tetrion = Callable[..., int]
@@ -34,6 +36,15 @@ class SlowEngine(FakeEngine):
         except asyncio.CancelledError:
             self.was_cancelled = True
             raise
+        return self
+
+
+class ShortLivedEngine(FakeEngine):
+    """Dies soon after it has started."""
+
+    async def __aenter__(self) -> "ShortLivedEngine":
+        await super().__aenter__()
+        asyncio.get_running_loop().call_later(0.1, self.die)
         return self
 
 
@@ -67,6 +78,51 @@ async def test_a_signal_lets_running_requests_finish_and_stops_the_engine(signum
         await asyncio.open_connection("127.0.0.1", port)
 
 
+@pytest.mark.parametrize(("num_signals", "grace_s"), [(1, 0.2), (2, 60)])
+async def test_a_request_that_is_cut_off_is_told_so(
+    num_signals: int, grace_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "SHUTDOWN_TIMEOUT_S", grace_s)
+    port, engine = free_port(), FakeEngine(EngineConfig(devices="cpu:1"))
+    running = asyncio.create_task(serve(ServeOptions(port=port), engine))  # type: ignore[arg-type]
+    await answer(port, "/ready", 200)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        posting = asyncio.create_task(http.post("/v1/images/generations", json={"prompt": "a slow star", "n": 2}))
+        while len(engine.handles) < 2:
+            await asyncio.sleep(0)
+        for _ in range(num_signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.3)
+        response = await posting
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "cancelled")
+    assert response.json()["error"]["message"] == "The server is shutting down." and response.headers["x-request-id"]
+    assert await running == 0
+    assert not any(record.exc_info for record in caplog.records)
+    assert not engine.is_running and all(handle.is_cancelled for handle in engine.handles)
+
+
+async def test_an_engine_that_dies_ends_the_server() -> None:
+    port, engine = free_port(), FakeEngine(EngineConfig(devices="cpu:1"))
+    running = asyncio.create_task(serve(ServeOptions(port=port), engine))  # type: ignore[arg-type]
+    await answer(port, "/ready", 200)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        posting = asyncio.create_task(http.post("/v1/images/generations", json={"prompt": "a slow star"}))
+        while not engine.handles:
+            await asyncio.sleep(0)
+        engine.die()
+        response = await posting
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "generation_failed")
+    with pytest.raises(GenerationError, match="the engine loop ended"):
+        await asyncio.wait_for(running, 10)
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+
+
+def test_the_exit_code_of_a_server_whose_engine_dies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--port", "0", "--devices", "cpu:1"], ShortLivedEngine) == 1  # type: ignore[arg-type]
+    assert "the engine loop ended" in capsys.readouterr().err
+
+
 async def test_health_answers_and_ready_does_not_while_the_engine_loads() -> None:
     port, engine = free_port(), SlowEngine(EngineConfig(devices="cpu:1"))
     running = asyncio.create_task(serve(ServeOptions(port=port), engine))  # type: ignore[arg-type]
@@ -97,7 +153,10 @@ def test_a_port_in_use_is_bad_input_and_starts_no_engine(
 def test_hosts_and_ports_that_cannot_be(tetrion: Tetrion, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="host: cannot resolve"):
         listen("no such host", 0)
+    with pytest.raises(InputError, match=r"host: cannot resolve 'a\.\.b': .*label empty"):
+        listen("a..b", 0)
     with pytest.raises(InputError, match=r"port: cannot listen on 192\.0\.2\.1"):
         listen("192.0.2.1", 0)
+    assert tetrion("serve", "--host", "a..b") == 2
     assert tetrion("serve", "--port", 65536) == 2
     assert "--port" in capsys.readouterr().err

@@ -193,6 +193,23 @@ async def test_a_killed_worker_means_an_error_or_a_picture_but_no_hang() -> None
         assert await asyncio.to_thread(server.stop) == 0
 
 
+async def test_a_second_signal_answers_what_it_cuts_off() -> None:
+    server = await asyncio.to_thread(Server, "--devices", "cpu:1")
+    try:
+        async with httpx.AsyncClient(timeout=60) as http:
+            body = {"prompt": "a star", "num_inference_steps": 1000, "size": "512x512"}
+            posting = asyncio.create_task(http.post(f"{server.url}/v1/images/generations", json=body))
+            for _ in range(2):
+                await asyncio.sleep(1)
+                server.process.send_signal(signal.SIGTERM)
+            response = await posting
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "cancelled")
+        assert await asyncio.to_thread(server.process.wait, 60) == 0
+        assert not any("Traceback" in line for line in server.stderr)
+    finally:
+        server.stop(signal.SIGKILL)
+
+
 async def test_ctrl_c_stops_server_and_workers() -> None:
     server = await asyncio.to_thread(Server, "--devices", "cpu:1")
     workers = server.workers()
