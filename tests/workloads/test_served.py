@@ -34,7 +34,7 @@ def test_a_server_is_started_asked_and_ended(tmp_path: Path, monkeypatch: pytest
         (("--model", "nosuch"), "nosuch"),
         (("--size", "128x1024"), "height: must be a multiple of 16 from 128 to 512 for model 'shapes', got 1024"),
         (("--num-requests", "0"), "num_requests: must be at least 1"),
-        (("--rate", "-1"), "rate_per_min: must be above 0"),
+        (("--rate", "-1"), "rate_per_min: must be from 0.001 to 1000000"),
     ],
 )
 def test_what_cannot_be_served_leaves_no_file(
