@@ -146,7 +146,8 @@ class AsyncEngine:
         self._loop: EngineLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
-        self._death: GenerationError | None = None
+        self._death = ""
+        """What the loop died of."""
         self._inexact_degrees: tuple[int, ...] = ()
 
     async def __aenter__(self) -> Self:
@@ -212,7 +213,7 @@ class AsyncEngine:
     async def ended(self) -> GenerationError | None:
         """Wait until the engine's loop has ended. None: it was closed; otherwise what it died of."""
         await self._ended.wait()
-        return self._death
+        return GenerationError(self._death) if self._death else None
 
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.
@@ -222,7 +223,7 @@ class AsyncEngine:
         engine is not running.
         """
         if self._loop is None or self._task is None or self._task.done():
-            raise self._death or GenerationError("the engine is not running")
+            raise GenerationError(self._death or "the engine is not running")
         if isinstance(request, str):
             request = ImageRequest(prompt=request)
         resolved = resolve_request(request, self.spec, len(self.devices))
@@ -248,10 +249,8 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Raises GenerationError if the engine was not started, or its loop died."""
-        if self._death is not None:
-            raise self._death
-        if self._loop is None or self._executor is None or self._metering is None:
-            raise GenerationError("the engine is not running")
+        if self._death or self._loop is None or self._executor is None or self._metering is None:
+            raise GenerationError(self._death or "the engine is not running")
         table = self._loop.table
         return EngineStats(
             num_devices=len(self.devices),
@@ -288,10 +287,10 @@ class AsyncEngine:
     def _on_loop_end(self, task: asyncio.Task[None]) -> None:
         """A loop that ended by an error takes its requests with it; none may wait for ever."""
         error = None if task.cancelled() else task.exception()
-        reason = GenerationError(f"the engine loop ended: {error!r}" if error else "the engine was stopped")
         if error is not None:
             logger.error("the engine loop ended", exc_info=error)
-            self._death = reason
+            self._death = f"the engine loop ended: {error!r}"
+        reason = GenerationError(self._death or "the engine was stopped")
         self._ended.set()
         for request_id, handle in list(self._handles.items()):
             handle.receive(Failure(request_id=request_id, error=reason))

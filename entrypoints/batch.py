@@ -60,8 +60,8 @@ async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     pictures.prepare_folder(output)
     with _locked(output):
         manifest = Manifest(output)
-        taken = {item.id: _complaint(item, output) for item in items if _is_taken(item, manifest, output)}
-        bad_lines += [BadLine(line=item.line, id=item.id, error=taken[item.id]) for item in items if item.id in taken]
+        taken = {item.id: item for item in items if _is_taken(item, manifest, output)}
+        bad_lines += [BadLine(line=item.line, id=item.id, error=_complaint(item, output)) for item in taken.values()]
         items = [item for item in items if item.id not in taken]
         to_draw = [item for item in items if not _is_done(item, manifest, output)]
         manifest.open(drop={item.id for item in to_draw})

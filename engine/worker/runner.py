@@ -78,10 +78,10 @@ class Runner:
         return BarriersReset(command_id=command.command_id, device_id=self.device_id)
 
     def map_peers(self, command: MapPeers) -> PeersMapped:
-        raise NotImplementedError("CPU workers have all slabs mapped from the start")
+        raise AssertionError("CPU workers have all slabs mapped from the start")
 
     def unmap_peers(self, command: UnmapPeers) -> PeersMapped:
-        raise NotImplementedError("CPU workers keep all slabs mapped")
+        raise AssertionError("CPU workers keep all slabs mapped")
 
     def encode(self, command: EncodePrompt) -> Encoded:
         started_s = time.monotonic()

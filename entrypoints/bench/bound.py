@@ -30,8 +30,7 @@ def command(
 
     `workload`: see `slo.grid`. Raises InputError for what the caller can put right.
     """
-    if output is not None:
-        check_writable(output, "output")
+    check_writable(output, "output")
     try:
         table = read_profile(profile)
         todo = list(points(grid(**workload), devices, lambda: table))

@@ -50,8 +50,7 @@ def command(
     command_line: str = "tetrion bench energy",
 ) -> int:
     """Measure and report; with `dry_run` only say what would be done. `trace`: an open loop in place of the sweep."""
-    if output is not None:
-        check_writable(output, "output")
+    check_writable(output, "output")
     engine = open_engine(engine_options)
     legal = engine.spec.legal_degrees(len(engine.devices))
     if unknown := [degree for degree in options.degrees if degree not in legal]:

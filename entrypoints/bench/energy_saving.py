@@ -131,8 +131,7 @@ def command(
 ) -> dict[str, Any]:
     """What the command does: run, print the table (or one JSON object), write `output`. `live`: on an engine that these
     start, instead of `devices` simulated ones. Raises InputError."""
-    if output is not None:
-        check_writable(output, "output")
+    check_writable(output, "output")
     system = None if live is None else EmbeddedSystem(live)
     if system is not None:
         devices = system.num_devices

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from tetrion.entrypoints.bench.record import whole
 from tetrion.entrypoints.errors import InputError
 
 STYLE = {
@@ -36,6 +37,6 @@ def check_png(path: Path, field: str) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure to `path`, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")
+    """Write the figure to `path`, whole or not at all, making its folder."""
+    with whole(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight")

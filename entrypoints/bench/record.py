@@ -55,8 +55,11 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path, field: str) -> None:
-    """Raises InputError for a name that no file can be written under. To be asked before anything is measured."""
+def check_writable(path: Path | None, field: str) -> None:
+    """Raises InputError for a name that no file can be written under. To be asked before anything is measured. None: no
+    file is asked for."""
+    if path is None:
+        return
     if path.exists() and not path.is_file():
         raise InputError(f"{field}: {path} is there and is not a file")
     folder = next(folder for folder in path.absolute().parents if folder.exists())

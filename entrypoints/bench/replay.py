@@ -52,8 +52,7 @@ def command(
 
     Raises InputError for what the caller can put right.
     """
-    if output is not None:
-        check_writable(output, "output")
+    check_writable(output, "output")
     try:
         recorded = read_recordings(recordings)
         table = None if profile is None else read_profile(profile)

@@ -78,8 +78,7 @@ def command(
     num_round_trips: int = 2000, num_after_silence: int = 500, output: Path | None = None, as_json: bool = False
 ) -> dict[str, Any]:
     """What `tetrion bench ring` does: measure, print the table (or one JSON object), write `output`."""
-    if output is not None:
-        check_writable(output, "output")
+    check_writable(output, "output")
     result = run(num_round_trips, num_after_silence)
     try:
         write_record(result, output)

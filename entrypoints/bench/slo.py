@@ -62,9 +62,8 @@ def command(
         raise InputError("record: a server over HTTP does not tell what its devices do")
     if floors is not None and (not simulate or profile is None):
         raise InputError("floors: only with --simulate and --profile, whose degrees it extends")
-    for field, path in (("output", output), ("record", record)):
-        if path is not None:
-            check_writable(path, field)
+    check_writable(output, "output")
+    check_writable(record, "record")
     if plots is not None:
         import_matplotlib()  # says at once if it is missing
     with contextlib.ExitStack() as stack:
@@ -80,9 +79,7 @@ def command(
             )
             system: System
             if simulate:
-                system = simulated_system(
-                    options, DEFAULT_SIMULATED_DEVICES if devices is None else devices, **simulation or {}
-                )
+                system = simulated_system(options, devices, **simulation or {})
             elif url is not None:
                 system = HttpSystem(url)
             else:
@@ -94,21 +91,16 @@ def command(
         def record_of(results: Results) -> dict[str, Any]:
             return make_record(command_line, results.rows) | beside_rows(options, system, results)
 
-        def save(made: dict[str, Any], results: Results) -> None:
-            if record is not None:
-                write_recordings(record, results.recordings)
-            write_record(made, output)
-
         def save_so_far(results: Results) -> None:
             try:
-                save(record_of(results), results)
+                _save(results, record_of(results), output, record)
             except OSError as error:
                 _to_stderr(f"not saved so far: {error}")
 
         results = run(options, system, _to_stderr, save_so_far if system.mode == "live" else lambda _: None)
         made = record_of(results)
     try:
-        save(made, results)
+        _save(results, made, output, record)
         if plots is not None:
             draw_attainment(results.rows, plots)
     finally:
@@ -147,7 +139,7 @@ def grid(
 
 def simulated_system(
     options: SloOptions,
-    num_devices: int,
+    num_devices: int | None,
     *,
     noise: float = 0.0,
     bias: float = 0.0,
@@ -155,14 +147,14 @@ def simulated_system(
     regroup_ms: float = 0.2,
     lose: Sequence[str] = (),
 ) -> SimulatedSystem:
-    """Checked simulated devices. `lose`: "SECONDS:DEVICE" each. Raises ValueError."""
+    """Checked simulated devices (None: the default number). `lose`: "SECONDS:DEVICE" each. Raises ValueError."""
     if options.profile is None:
         raise InputError("profile: a simulation needs a cost table (--profile)")
     if options.bound and noise:
         raise InputError("bound: with noise, times differ from the profile's and no bound holds")
     system = SimulatedSystem(
         profile=options.profile,
-        num_devices=num_devices,
+        num_devices=DEFAULT_SIMULATED_DEVICES if num_devices is None else num_devices,
         noise=noise,
         bias=bias,
         step_overhead_s=step_overhead_ms / 1e3,
@@ -183,6 +175,13 @@ def parse_loss(text: str) -> Loss:
     if not 0 <= loss.time_s < float("inf"):
         raise ValueError(f"lose: the time must be at least 0 and finite, got {text!r}")
     return loss
+
+
+def _save(results: Results, made: dict[str, Any], output: Path | None, recordings: Path | None) -> None:
+    """The record `made` of these results, and what their devices did."""
+    if recordings is not None:
+        write_recordings(recordings, results.recordings)
+    write_record(made, output)
 
 
 def _to_stderr(text: str) -> None:

@@ -50,8 +50,7 @@ def command(
     """
     config = engine_config(engine)
     devices = parse_devices(config.devices)
-    if output is not None:
-        check_writable(output, "output")
+    check_writable(output, "output")
     if plot is not None:
         check_png(plot, "plot")
     if devices[0].kind == "cpu" and not rehearse:

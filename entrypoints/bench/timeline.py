@@ -39,8 +39,7 @@ def command(
     if end_s <= from_s:
         raise InputError(f"to: must be after {from_s:g}, got {end_s:g}")
     if png is not None:
-        with whole(png) as temporary:
-            draw_timeline(recording, temporary, from_s, min(end_s, max(recording.run.end_s, from_s + 1.0)))
+        draw_timeline(recording, png, from_s, min(end_s, max(recording.run.end_s, from_s + 1.0)))
         print(png)
     if chrome_trace is not None:
         with whole(chrome_trace) as temporary:
