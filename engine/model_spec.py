@@ -7,11 +7,12 @@ model takes no guidance.
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.shape import StepShape
 
 PRESET_FILE = "preset.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -69,6 +70,20 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
     time_shift_type: str = "exponential"
 
 
+class SlotField(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor of a request's state: [rows of a segment, or 1, `width`].
+
+    `per_branch`: each guidance branch has its own. `changes`: steps write it; all others stay from encoding on.
+    """
+
+    name: str
+    rows: Literal["text", "image", "reference", "one"]
+    width: int
+    fp32: bool = False
+    per_branch: bool = False
+    changes: bool = False
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Shapes and limits of one model. One packed image token covers 2 × 2 latent pixels (`size_multiple` pixels)."""
 
@@ -90,6 +105,41 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_size: int
     default_width: int
     default_height: int
+
+    max_branches: int = 2
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The sequence's segments in canonical order."""
+        return ("text", "image")
+
+    @property
+    def stepped(self) -> int:
+        """The segment that latents belong to."""
+        return self.segments.index("image")
+
+    @property
+    def fields(self) -> tuple[SlotField, ...]:
+        """A request's state in a slot."""
+        return (
+            SlotField(name="text", rows="text", width=self.hidden_size, per_branch=True),
+            SlotField(name="pooled", rows="one", width=self.pooled_dim, per_branch=True),
+            SlotField(name="latents", rows="image", width=self.in_channels, fp32=True, changes=True),
+        )
+
+    def max_rows(self, kind: str) -> int:
+        """The most rows that a segment, or a field of such rows, can have."""
+        most = {"text": self.max_text_tokens, "image": self.max_image_tokens, "reference": 0, "one": 1}
+        return most[kind]
+
+    def shape(self, width: int, height: int, num_branches: int = 1) -> StepShape:
+        """Of a picture of `width` × `height` pixels."""
+        image, text = self.num_image_tokens(width, height), (self.max_text_tokens,) * num_branches
+        return StepShape(width=width, height=height, image=image, text=text)
 
     @property
     def size_multiple(self) -> int:

@@ -1,16 +1,24 @@
-"""What the members of a sequence-parallel group tell each other: attention's heads, new latents, a request's state.
+"""What the members of a sequence-parallel group tell each other: attention's heads, velocities, a request's state.
 
 Owns the order of pushes and barriers, and the reasons why it is safe; knows no model and no commands. Ulysses
-(arXiv:2309.14509): each member projects its own tokens, attends over all tokens for its own heads.
-The exchanges here are those of CPU workers; device_exchange.py enqueues the same on a GPU.
+(arXiv:2309.14509): each member projects its own rows, attends over all rows for its own heads. CPU workers do it in
+cpu_exchange.py, where every call has done its work when it returns; gpu workers enqueue it in device_exchange.py.
 
 A chunk of steps on one member, in this order:
 
-    pull_state(source, slot, version)       a newcomer only
-    enter(slot)                             entry barrier; then this slot's version is invalid until the chunk ends
+    bind(chunk)
+    pull_constants(); pull_state()          a newcomer only (a member that holds the state just waits)
+    enter()                                 entry barrier of all members; the slot's version is invalid from here on
+    load_state(rows)
     for each step:
-        for each layer:  attend(...)        push q, k, v → barrier A → attention → push output → barrier B
-        share_latents(latents, slot, …)     push latents → latents barrier; after the last step the slot gets a version
+        for each branch of this part, for each layer:
+            attend(...)                     push q, k, v → barrier A → attention → push output → barrier B
+        swap(velocity) … done()             branches apart: push velocity → barrier C → guide and step → barrier D
+    share_state(rows)                       push the rows → barrier of the part
+    finish()                                the slot has the chunk's end version
+
+A group whose branches are apart (BranchLayout) has parts; barriers A, B and that of `share_state` are of a part alone,
+C and D of partners, who hold the same rows, and the entry barrier of all members.
 
 Why no region is overwritten while somebody still reads it. P is the writer, R the owner and reader:
 
@@ -18,239 +26,136 @@ Why no region is overwritten while somebody still reads it. P is the writer, R t
   after R has arrived at B, hence after R has read.
 * output of R. R reads it from B on until it calls `attend` again (so that the result needs no copy). P writes the next
   layer's only after it has passed the next A, hence after R has called `attend` again and pushed.
-* latents in R's slot, P's rows. R reads them at the beginning of a step, before its first A. P writes them after its
-  last B. R's own rows only R writes.
-* Across groups. R arrives at the entry barrier of a group after it has finished its previous chunk, whose last barrier
+* velocity of R. R reads it between C and D; P, its partner, writes the next one after it has passed D.
+* the state in R's slot, P's rows. R reads its slot in `load_state`, before its first A (its rows alone, which only R
+  writes), and P writes after its last B. In a part of one nobody writes.
+* Across groups. R arrives at the entry barrier of a group after it has finished its previous chunk, whose last barriers
   every member of that group passed into after its last push. So no member of the new group pushes while R still reads,
   and nobody from the old group pushes any more. Degree 1 pushes to nobody.
 * A pull. The source keeps its slot as it is until the puller is done: if it is a member of the puller's group, it
   stands at the entry barrier until then; if not, it does not touch the request again before it pulls in its turn,
   from a group that could not have started before this pull was done. The version is invalid from entry to the chunk's
-  end, so a pull can never see latents of two steps, nor those of a chunk that was aborted half-way.
-So two barriers a layer suffice, with one at entry and one a step for the latents. After an abort none of this holds:
-see barrier.py about the reset.
+  end, so a pull can never see a state that is half shared, nor that of a chunk that was aborted half-way. Fields that
+  never change may be pulled as soon as the source has the request at all.
+After an abort none of this holds: see barrier.py about the reset.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from tetrion.engine.parallel.barrier import PairwiseBarrier
-from tetrion.engine.parallel.group import GroupPlan, Shard, plan_group
-from tetrion.engine.parallel.shared_slab import SharedSlabs
-from tetrion.engine.parallel.words import INVALID_VERSION
-from tetrion.kernels.reference import attention, qk_norm_rope
+from tetrion.engine.parallel.group import BranchLayout, GroupPlan, GroupShape
+from tetrion.engine.shape import StepShape
+from tetrion.kernels.reference import EPS
 
 Rope = tuple[Tensor, Tensor]
-"""cos, sin of the local tokens (text first), [num_local, head_dim] each."""
+"""cos, sin of a whole sequence in canonical order: fp32 [rows, D / 2], one value for each pair (2i, 2i + 1)."""
 
 
 class Stream(NamedTuple):
-    """Consecutive local tokens with one set of weights. `qkv`: [n, 3, H, D] or [n, 3 * H * D]; norms: [D]."""
+    """Local rows with one set of weights.
+
+    `qkv`: [n, 3 · H · D], the padded local rows of `segments`, in canonical order. `q_norm`, `k_norm`: weights of
+    RMSNorm over a head, [D]; None: not normed.
+    """
 
     qkv: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
+    segments: tuple[int, ...]
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    has_rope: bool = True
+    epsilon: float = EPS
+
+
+class Chunk(NamedTuple):
+    """One device's part in a chunk of steps on the state in `slot`.
+
+    `plans`: of its part of `layout`, one for each branch that the part evaluates. `start_version`: what the state must
+    have before the first step, to be pulled from `source` (this device's own number: it is here); `end_version`: what
+    `finish` gives it.
+    """
+
+    shape: StepShape
+    layout: BranchLayout
+    plans: tuple[GroupPlan, ...]
+    slot: int
+    source: int
+    start_version: int
+    end_version: int
+
+
+class Group(Protocol):
+    """What all groups of one shape have in common on this device: attention within one pass over a sequence."""
+
+    shape: GroupShape
+
+    def load_rope(self, rope: Rope) -> None:
+        """From now on `attend` turns q and k by these."""
+
+    def attend(self, streams: Sequence[Stream]) -> Tensor:
+        """Attention of the streams' rows over all rows of their segments. Streams cover each segment once, in canonical
+        order; segments may be left out.
+
+        Returns [padded local rows of those segments, H · D] in the same order, valid until the next call.
+        """
+
+
+class Swap(Protocol):
+    """Partners' velocities of one number of rows."""
+
+    def push(self, velocity: Tensor) -> Tensor:
+        """Give the partner this member's velocity, [rows, width]; returns the partner's, valid until `done`."""
+
+    def done(self) -> None:
+        """What `push` returned has been read."""
 
 
 class Exchange(Protocol):
-    """One member's side of a group, for one chunk. See the module's docstring for the order of calls.
+    """One worker's end of all groups, for one model. See the module's docstring for the order of calls.
 
-    All waits raise Aborted when the engine gives the group up.
+    On a CPU all waits raise Aborted when the engine gives the group up; a GPU's outcome is known at the end.
     """
 
-    shard: Shard
+    device_id: int
 
-    @property
-    def degree(self) -> int: ...
+    def group(self, shape: GroupShape) -> Group: ...
 
-    @property
-    def rank(self) -> int: ...
+    def swap(self, num_rows: int, width: int) -> Swap: ...
 
-    def pull_state(self, source: int, slot: int, version: int) -> None:
-        """Wait until `slot` on device `source` has `version`, then copy its state into this device's slot."""
+    def rehearse(self) -> None:
+        """Until the next `bind`, passes signal nobody and touch no slot."""
 
-    def enter(self, slot: int) -> None:
-        """Wait for all members; from here on the slot's latents change."""
+    def bind(self, chunk: Chunk) -> None: ...
 
-    def attend(self, streams: Sequence[Stream], rope: Rope) -> Tensor:
-        """Attention of the local tokens over the whole sequence, after q/k RMSNorm and rotary embedding.
+    def pull_constants(self) -> None:
+        """Copy the fields that never change as soon as the source has the request, be it in the midst of a chunk."""
 
-        `streams`: local text and local image (double blocks), or both in one (single blocks). Returns
-        [num_local, H * D], text first, valid until the next call.
-        """
+    def pull_state(self) -> None:
+        """Wait until the source has the start version, copy the fields that change, check that it still has it."""
 
-    def share_latents(self, latents: Tensor, slot: int, version: int | None = None) -> None:
-        """Give every member this one's new latents [num_local_image, C]. `version`: after a chunk's last step."""
+    def enter(self) -> None: ...
 
+    def load_state(self, rows: Tensor) -> None:
+        """This member's rows of the state from its slot to the first of `rows`, fp32 [padded rows, width]."""
 
-class LocalExchange:
-    """Degree 1: nobody to talk to. Nothing is copied but latents into their slot."""
+    def share_state(self, rows: Tensor) -> None:
+        """Give every member of this part this one's rows of the state, in their slots."""
 
-    degree = 1
-    rank = 0
+    def finish(self) -> None: ...
 
-    def __init__(self, slabs: SharedSlabs, barrier: PairwiseBarrier, plan: GroupPlan) -> None:
-        assert plan.members == (slabs.device_id,), f"group {plan.members} is not device {slabs.device_id} alone"
-        self._slabs, self._barrier, self._plan = slabs, barrier, plan
-        self.shard = plan.shards[0]
+    def fields(self, slot: int, branch: int) -> Mapping[str, Tensor]:
+        """The model's fields in this device's own slot, whole: [max rows, width]."""
 
-    def pull_state(self, source: int, slot: int, version: int) -> None:
-        pull_state(self._slabs, self._barrier, self._plan, source, slot, version)
+    def publish(self, slot: int, version: int) -> None:
+        """Behind the writes of a request's first state: this device's slot holds `version`."""
 
-    def enter(self, slot: int) -> None:
-        self._barrier.check_abort()
-        self._slabs.slot(self._slabs.device_id, slot).version = INVALID_VERSION
+    def outcome(self) -> Callable[[], None]:
+        """To be called behind a command's work; what it returns raises Aborted or RuntimeError if that went wrong, once
+        the queue has come so far."""
 
-    def attend(self, streams: Sequence[Stream], rope: Rope) -> Tensor:
-        pieces = normed(streams, rope, self._plan.num_heads)
-        q, k, v = pieces[0] if len(pieces) == 1 else (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return attention(q, k, v).flatten(1)
+    def warm_up(self, degrees: Sequence[int]) -> None:
+        """Load whatever could hold up a peer if it were loaded later."""
 
-    def share_latents(self, latents: Tensor, slot: int, version: int | None = None) -> None:
-        state = self._slabs.slot(self._slabs.device_id, slot)
-        state.latents[: self._plan.num_image].copy_(latents)
-        self._barrier.check_abort()
-        if version is not None:
-            state.version = version
-
-
-class SharedExchange:
-    """Degree 2 and up over shared slabs. All views are made here, once a chunk."""
-
-    def __init__(self, slabs: SharedSlabs, barrier: PairwiseBarrier, plan: GroupPlan, head_dim: int) -> None:
-        assert plan.degree > 1, "one device alone exchanges nothing"
-        self._slabs, self._barrier, self._plan = slabs, barrier, plan
-        self.shard = shard = plan.shard_of(slabs.device_id)
-        self._text, self._image = (slice(r.start, r.stop) for r in plan.canonical_rows(shard))
-        self._peers = [_Peer(slabs, plan, peer, head_dim) for peer in in_push_order(plan, shard)]
-        self._qkv = slabs.qkv(shard.device_id, plan.num_tokens, len(shard.heads), head_dim)
-        self._output = slabs.output(shard.device_id, shard.num_tokens, plan.num_heads, head_dim).flatten(1)
-
-    @property
-    def degree(self) -> int:
-        return self._plan.degree
-
-    @property
-    def rank(self) -> int:
-        return self.shard.rank
-
-    def pull_state(self, source: int, slot: int, version: int) -> None:
-        pull_state(self._slabs, self._barrier, self._plan, source, slot, version)
-
-    def enter(self, slot: int) -> None:
-        self._wait_for_all()
-        self._slabs.slot(self.shard.device_id, slot).version = INVALID_VERSION
-
-    def attend(self, streams: Sequence[Stream], rope: Rope) -> Tensor:
-        self._push_qkv(normed(streams, rope, self._plan.num_heads))
-        self._wait_for_all()
-        self._push_output(attention(*self._qkv))
-        self._wait_for_all()
-        return self._output
-
-    def share_latents(self, latents: Tensor, slot: int, version: int | None = None) -> None:
-        rows = slice(self.shard.image.start, self.shard.image.stop)
-        for peer in self._peers:
-            self._slabs.slot(peer.shard.device_id, slot).latents[rows].copy_(latents)
-        self._wait_for_all()
-        if version is not None:
-            self._slabs.slot(self.shard.device_id, slot).version = version
-
-    def _push_qkv(self, pieces: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        num_text = len(self.shard.text)
-        if len(pieces) == 1:
-            text = tuple(part[:num_text] for part in pieces[0])
-            image = tuple(part[num_text:] for part in pieces[0])
-        else:
-            text, image = pieces
-        for peer in self._peers:
-            for region, text_part, image_part in zip(peer.qkv, text, image, strict=True):
-                region[self._text].copy_(text_part[:, peer.heads])
-                region[self._image].copy_(image_part[:, peer.heads])
-
-    def _push_output(self, output: Tensor) -> None:
-        """`output`: [all tokens, own heads, D]."""
-        own_heads = slice(self.shard.heads.start, self.shard.heads.stop)
-        for peer in self._peers:
-            num_text = len(peer.shard.text)
-            peer.output[:num_text, own_heads].copy_(output[peer.text])
-            peer.output[num_text:, own_heads].copy_(output[peer.image])
-
-    def _wait_for_all(self) -> None:
-        self._barrier.arrive_and_wait(self._plan.members)
-
-
-class _Peer:
-    """A member as the others see it (every member is its own peer too): where to push what."""
-
-    def __init__(self, slabs: SharedSlabs, plan: GroupPlan, shard: Shard, head_dim: int) -> None:
-        self.shard = shard
-        self.heads = slice(shard.heads.start, shard.heads.stop)
-        self.text, self.image = (slice(r.start, r.stop) for r in plan.canonical_rows(shard))
-        self.qkv = slabs.qkv(shard.device_id, plan.num_tokens, len(shard.heads), head_dim)
-        self.output = slabs.output(shard.device_id, shard.num_tokens, plan.num_heads, head_dim)
-
-
-def make_exchange(
-    slabs: SharedSlabs,
-    barrier: PairwiseBarrier,
-    members: tuple[int, ...],
-    num_text: int,
-    num_image: int,
-    num_heads: int,
-    head_dim: int,
-) -> Exchange:
-    """The exchange of this device in `members`. Raises ValueError if the group is too large (see `plan_group`)."""
-    plan = plan_group(members, num_text, num_image, num_heads)
-    layout = slabs.layout
-    assert num_text <= layout.max_text_tokens, f"{num_text} text tokens, at most {layout.max_text_tokens} fit"
-    assert num_image <= layout.max_image_tokens, f"{num_image} image tokens, at most {layout.max_image_tokens} fit"
-    if plan.degree == 1:
-        return LocalExchange(slabs, barrier, plan)
-    return SharedExchange(slabs, barrier, plan, head_dim)
-
-
-def normed(streams: Sequence[Stream], rope: Rope, num_heads: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """q, k, v of each stream, [n, H, D] each; `rope` holds the rows of all streams in their order."""
-    cos, sin = rope
-    rows = [len(stream.qkv) for stream in streams]
-    assert 1 <= len(streams) <= 2 and sum(rows) == len(cos), f"streams of {rows} tokens, rope of {len(cos)}"
-    parts = []
-    for stream, cos_part, sin_part in zip(streams, cos.split(rows), sin.split(rows), strict=True):
-        if len(stream.qkv):
-            parts.append(qk_norm_rope(*stream, cos_part, sin_part))
-        else:  # a member without text tokens
-            nothing = stream.qkv.new_empty(0, num_heads, cos.shape[1])
-            parts.append((nothing, nothing, nothing))
-    return parts
-
-
-def in_push_order(plan: GroupPlan, own: Shard) -> tuple[Shard, ...]:
-    """All members, starting with oneself, so that not everybody writes into the same slab at once."""
-    return plan.shards[own.rank :] + plan.shards[: own.rank]
-
-
-def pull_state(
-    slabs: SharedSlabs, barrier: PairwiseBarrier, plan: GroupPlan, source: int, slot: int, version: int
-) -> None:
-    """Copy a request's state from `source`'s slot to the same slot here, which then has `version` too.
-
-    If that is this device's own slot, only wait. The version is checked after copying, so that a slot which changed
-    meanwhile is noticed.
-
-    Raises Aborted, or RuntimeError if the source is already further than `version`.
-    """
-    barrier.wait_version(source, slot, version)
-    theirs, ours = slabs.slot(source, slot), slabs.slot(slabs.device_id, slot)
-    if source != slabs.device_id:
-        ours.version = INVALID_VERSION
-        ours.text[: plan.num_text].copy_(theirs.text[: plan.num_text])
-        ours.pooled.copy_(theirs.pooled)
-        ours.latents[: plan.num_image].copy_(theirs.latents[: plan.num_image])
-    if (found := theirs.version) != version:
-        raise RuntimeError(f"slot {slot} on device {source} has version {found:#x}, wanted {version:#x}")
-    if source != slabs.device_id:
-        ours.version = version
+    def reset(self) -> None:
+        """Forget all barriers and the abort. Waits for the device. On every device while all are idle."""

@@ -1,34 +1,62 @@
-"""The arithmetic of sequence parallelism as values: who holds which tokens and heads. No torch, no processes.
+"""The arithmetic of sequence parallelism as values: who holds which rows and heads, who evaluates which branch.
 
-A group is an ordered tuple of device ids; position = rank. Text tokens, image tokens and heads are each split over the
-ranks as evenly as possible, in order. *Canonical order* of a whole sequence is all text, then all image; a member's own
-*local* order is its text, then its image.
+No torch, no processes. A group is an ordered tuple of device ids; position = rank. A sequence is consecutive *segments*
+(text, image, reference; their order is the family's). Each segment and the heads are split over the ranks as evenly as
+possible, in order. *Canonical order* of a whole sequence is segment by segment; a member's own *local* order is its
+rows of each segment, in the same order.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
-    """What one member holds. `text` and `image` are ranges of token numbers in their own stream, `heads` of heads."""
+    """What one member holds: of each segment a range of its rows, and a range of heads."""
 
     device_id: int
     rank: int
-    text: range
-    image: range
+    rows: tuple[range, ...]
     heads: range
 
     @property
+    def num_rows(self) -> int:
+        return sum(len(part) for part in self.rows)
+
+
+class GroupShape(NamedTuple):
+    """All that one pass over a sequence depends on, on one member. `counts`: rows of each segment.
+
+    Uneven splits are padded: a member's local rows of a segment are ⌈count / degree⌉ whatever its rank, its own first.
+    `own_heads` varies by rank only where heads do not divide by the degree.
+    """
+
+    counts: tuple[int, ...]
+    degree: int
+    own_heads: int
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """Local rows of each segment, padding included."""
+        return tuple(-(-count // self.degree) for count in self.counts)
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.text) + len(self.image)
+        """Rows of the whole sequence."""
+        return sum(self.counts)
+
+    @property
+    def num_local(self) -> int:
+        """Rows of this member's hidden states, padding included."""
+        return sum(self.padded)
 
 
 class GroupPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """All members' shards, by rank."""
+    """All members' shards, by rank. `counts`: rows of each segment."""
 
-    num_text: int
-    num_image: int
+    counts: tuple[int, ...]
     num_heads: int
     shards: tuple[Shard, ...]
 
@@ -40,17 +68,52 @@ class GroupPlan(msgspec.Struct, frozen=True, kw_only=True):
     def members(self) -> tuple[int, ...]:
         return tuple(shard.device_id for shard in self.shards)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.num_text + self.num_image
-
     def shard_of(self, device_id: int) -> Shard:
         assert device_id in self.members, f"device {device_id} is not in group {self.members}"
         return self.shards[self.members.index(device_id)]
 
-    def canonical_rows(self, shard: Shard) -> tuple[range, range]:
-        """Rows of the shard's text and image tokens in canonical order."""
-        return shard.text, range(self.num_text + shard.image.start, self.num_text + shard.image.stop)
+    def shape_of(self, device_id: int) -> GroupShape:
+        return GroupShape(self.counts, self.degree, len(self.shard_of(device_id).heads))
+
+    def canonical_rows(self, shard: Shard) -> tuple[range, ...]:
+        """Rows of the shard's part of each segment in canonical order."""
+        starts = first_rows(self.counts)
+        return tuple(range(s + part.start, s + part.stop) for s, part in zip(starts, shard.rows, strict=True))
+
+
+class BranchLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """Who evaluates which guidance branch of a step.
+
+    *Apart*, if the number of members divides by that of branches: branch b on the b-th part of the group; members of
+    equal rank in their parts hold the same rows of the image and tell each other their velocities. Else *in turn*: the
+    whole group is one part, which evaluates all branches one after the other. Both give the same bits.
+    """
+
+    members: tuple[int, ...]
+    num_branches: int = 1
+
+    @property
+    def parts(self) -> tuple[tuple[int, ...], ...]:
+        """The members of each part, by rank."""
+        num_parts = self.num_branches if len(self.members) % self.num_branches == 0 else 1
+        size = len(self.members) // num_parts
+        return tuple(self.members[i : i + size] for i in range(0, len(self.members), size))
+
+    def part_of(self, device_id: int) -> tuple[int, ...]:
+        return self.parts[self._index(device_id)]
+
+    def branches_of(self, device_id: int) -> tuple[int, ...]:
+        """What the device's part evaluates, in this order."""
+        return tuple(range(self.num_branches)) if len(self.parts) == 1 else (self._index(device_id),)
+
+    def partners_of(self, device_id: int) -> tuple[int, ...]:
+        """The devices that hold the same rows of the image, by part, itself among them."""
+        rank = self.part_of(device_id).index(device_id)
+        return tuple(part[rank] for part in self.parts)
+
+    def _index(self, device_id: int) -> int:
+        assert device_id in self.members, f"device {device_id} is not in group {self.members}"
+        return next(i for i, part in enumerate(self.parts) if device_id in part)
 
 
 def split(count: int, parts: int) -> tuple[range, ...]:
@@ -61,26 +124,25 @@ def split(count: int, parts: int) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in pairwise(starts))
 
 
-def plan_group(members: tuple[int, ...], num_text: int, num_image: int, num_heads: int) -> GroupPlan:
-    """Raises ValueError if some member would get no head or no image token. A member may get no text token."""
+def first_rows(counts: Sequence[int]) -> tuple[int, ...]:
+    """Where each of consecutive segments of `counts` rows begins."""
+    return tuple(sum(counts[:i]) for i in range(len(counts)))
+
+
+def plan_group(members: tuple[int, ...], counts: Sequence[int], num_heads: int) -> GroupPlan:
+    """Raises ValueError if some member would get no head, or no row of the longest segment."""
     assert members and len(set(members)) == len(members), f"members {members} must be distinct"
     degree = len(members)
     if degree > num_heads:
         raise ValueError(f"degree {degree} is more than the model's {num_heads} heads")
-    if degree > num_image:
-        raise ValueError(f"degree {degree} is more than the picture's {num_image} image tokens")
-    splits = zip(members, split(num_text, degree), split(num_image, degree), split(num_heads, degree), strict=True)
+    if degree > max(counts):
+        raise ValueError(f"degree {degree} is more than the longest segment's {max(counts)} rows")
+    rows = list(zip(*(split(count, degree) for count in counts), strict=True))
     return GroupPlan(
-        num_text=num_text,
-        num_image=num_image,
+        counts=tuple(counts),
         num_heads=num_heads,
         shards=tuple(
-            Shard(device_id=device_id, rank=rank, text=text, image=image, heads=heads)
-            for rank, (device_id, text, image, heads) in enumerate(splits)
+            Shard(device_id=device_id, rank=rank, rows=rows[rank], heads=heads)
+            for rank, (device_id, heads) in enumerate(zip(members, split(num_heads, degree), strict=True))
         ),
     )
-
-
-def shard(members: tuple[int, ...], device_id: int, num_text: int, num_image: int, num_heads: int) -> Shard:
-    """The shard of `device_id` in the group `members`. Raises as `plan_group` does."""
-    return plan_group(members, num_text, num_image, num_heads).shard_of(device_id)

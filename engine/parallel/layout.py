@@ -4,21 +4,28 @@ Owns byte offsets and nothing else; knows no torch, no processes, no groups. A s
 
     ┌ counters   num_devices cache lines: word `s` is written by device `s` alone (barrier.py)
     ├ versions   num_slots cache lines: version, sequence and state of each slot, written by the slab's owner alone
-    ├ q, k, v    [text + image tokens, local heads, head_dim] each, in canonical token order: all text, then all image
-    ├ output     [local tokens, num_heads * head_dim]: attention output of this device's own tokens
-    └ slots      num_slots × { text [max_text_tokens, text_dim], pooled [pooled_dim], latents [max_image_tokens, C] }
+    ├ q, k, v    [rows of the sequence, local heads, head_dim] each, in canonical order
+    ├ output     [local rows, num_heads * head_dim]: attention output of this device's own rows
+    ├ velocity   [local rows of the stepped segment, channels]: what the partner in another guidance branch computed
+    └ slots      num_slots × one request's state: the fields that its model declares (ModelSpec.fields), one behind the
+                 other, each as large as the model's largest request makes it
 
 Counters are 32 bits wide, because a futex waits on 32-bit words; they wrap, and are compared so that this is harmless.
-Exchange regions are sized for degree 2, the widest shard that is ever exchanged; one device alone has none.
+Exchange regions are sized for degree 2, the widest shard that is ever exchanged; one device alone has none. Models that
+share a pool share all regions and slots, which are sized for the largest.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
-from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.model_spec import ModelSpec, SlotField
+from tetrion.engine.shape import StepShape
 
 CACHE_LINE = 64
 PAGE = 4096
-LATENTS_ITEMSIZE = 4
+FP32_BYTES = 4
 
 
 class ControlLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,21 +42,57 @@ class ControlLayout(msgspec.Struct, frozen=True, kw_only=True):
         return device * CACHE_LINE
 
 
+class Piece(NamedTuple):
+    """Consecutive bytes of a slot: where they begin in it, and how many."""
+
+    offset: int
+    num_bytes: int
+
+
+class FieldPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a field lies in a slot: [max_rows, width] at `offset`; another branch's `branch_bytes` behind it."""
+
+    field: SlotField
+    offset: int
+    max_rows: int
+    itemsize: int
+    branch_bytes: int
+
+    def piece(self, num_rows: int, branch: int = 0) -> Piece:
+        """The first rows of a branch's part."""
+        assert num_rows <= self.max_rows, f"{num_rows} rows of {self.field.name}, at most {self.max_rows} fit"
+        return Piece(self.offset + branch * self.branch_bytes, num_rows * self.field.width * self.itemsize)
+
+
+class SlotLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """A request's state in a slot, of one model."""
+
+    places: tuple[FieldPlace, ...]
+    num_bytes: int
+
+    def place(self, name: str) -> FieldPlace:
+        return next(place for place in self.places if place.field.name == name)
+
+    def pieces(self, shape: StepShape, *, changing: bool) -> tuple[Piece, ...]:
+        """What a request of `shape` has in it, of the fields that change or of all others."""
+        return tuple(
+            place.piece(shape.rows(place.field.rows, branch), branch)
+            for place in self.places
+            if place.field.changes is changing
+            for branch in range(shape.num_branches if place.field.per_branch else 1)
+        )
+
+
 class SlabLayout(msgspec.Struct, frozen=True, kw_only=True):
     """Byte offsets of one slab (all devices' slabs are alike). `*_bytes` of regions and slots are rounded up to pages.
 
-    `itemsize` is the size in bytes of one element of every tensor but the latents: 4 (fp32) or 2 (bf16). Latents are
-    fp32 always: they are summed over all steps.
+    `itemsize` is the size in bytes of one element of every tensor but the fields that are fp32 always: 4 (fp32) or 2
+    (bf16). `slots`: what a slot holds, by model.
     """
 
     num_devices: int
     num_slots: int
     itemsize: int
-    max_text_tokens: int
-    max_image_tokens: int
-    text_dim: int
-    pooled_dim: int
-    in_channels: int
     counters_offset: int
     versions_offset: int
     q_offset: int
@@ -58,10 +101,11 @@ class SlabLayout(msgspec.Struct, frozen=True, kw_only=True):
     exchange_bytes: int
     output_offset: int
     output_bytes: int
+    velocity_offset: int
+    velocity_bytes: int
     slots_offset: int
     slot_bytes: int
-    pooled_in_slot: int
-    latents_in_slot: int
+    slots: dict[str, SlotLayout]
     num_bytes: int
 
     def counter_offset(self, sender: int) -> int:
@@ -74,44 +118,35 @@ class SlabLayout(msgspec.Struct, frozen=True, kw_only=True):
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         return self.versions_offset + slot * CACHE_LINE
 
-    def text_offset(self, slot: int) -> int:
+    def slot_offset(self, slot: int) -> int:
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         return self.slots_offset + slot * self.slot_bytes
 
-    def pooled_offset(self, slot: int) -> int:
-        return self.text_offset(slot) + self.pooled_in_slot
 
-    def latents_offset(self, slot: int) -> int:
-        return self.text_offset(slot) + self.latents_in_slot
-
-
-def slab_layout(spec: ModelSpec, num_devices: int, num_slots: int, itemsize: int = 4) -> SlabLayout:
-    """The layout for a model. Raises ValueError for counts below 1 or an element size other than 2 or 4 bytes."""
+def slab_layout(specs: Sequence[ModelSpec], num_devices: int, num_slots: int, itemsize: int = 4) -> SlabLayout:
+    """The layout for models that share a pool. Raises ValueError for counts below 1 or an element size other than 2 or
+    4 bytes."""
     if num_devices < 1 or num_slots < 1:
         raise ValueError(f"a slab needs at least 1 device and 1 slot, got {num_devices} and {num_slots}")
     if itemsize not in (2, 4):
         raise ValueError(f"slab elements are 2 or 4 bytes wide, got {itemsize}")
-    num_text, num_image = spec.max_text_tokens, spec.max_image_tokens
-    tokens, heads, row = num_text + num_image, _half(spec.num_heads), spec.num_heads * spec.head_dim
-    shared = num_devices > 1
-    exchange_bytes = _align(tokens * heads * spec.head_dim * itemsize, PAGE) if shared else 0
-    output_bytes = _align((_half(num_text) + _half(num_image)) * row * itemsize, PAGE) if shared else 0
+    slots = {spec.name: _slot_layout(spec, itemsize) for spec in specs}
+    exchange_bytes = max(map(_exchange_elements, specs)) * itemsize if num_devices > 1 else 0
+    output_bytes = max(map(_output_elements, specs)) * itemsize if num_devices > 1 else 0
+    velocity_bytes = max(map(_velocity_elements, specs)) * itemsize if num_devices > 1 else 0
     versions_offset = num_devices * CACHE_LINE
     q_offset = _align(versions_offset + num_slots * CACHE_LINE, PAGE)
+    exchange_bytes, output_bytes, velocity_bytes = (
+        _align(num_bytes, PAGE) for num_bytes in (exchange_bytes, output_bytes, velocity_bytes)
+    )
     output_offset = q_offset + 3 * exchange_bytes
-    slots_offset = output_offset + output_bytes
-    pooled_in_slot = _align(num_text * spec.text_dim * itemsize, CACHE_LINE)
-    latents_in_slot = pooled_in_slot + _align(spec.pooled_dim * itemsize, CACHE_LINE)
-    slot_bytes = _align(latents_in_slot + num_image * spec.in_channels * LATENTS_ITEMSIZE, PAGE)
+    velocity_offset = output_offset + output_bytes
+    slots_offset = velocity_offset + velocity_bytes
+    slot_bytes = max(slot.num_bytes for slot in slots.values())
     return SlabLayout(
         num_devices=num_devices,
         num_slots=num_slots,
         itemsize=itemsize,
-        max_text_tokens=num_text,
-        max_image_tokens=num_image,
-        text_dim=spec.text_dim,
-        pooled_dim=spec.pooled_dim,
-        in_channels=spec.in_channels,
         counters_offset=0,
         versions_offset=versions_offset,
         q_offset=q_offset,
@@ -120,12 +155,43 @@ def slab_layout(spec: ModelSpec, num_devices: int, num_slots: int, itemsize: int
         exchange_bytes=exchange_bytes,
         output_offset=output_offset,
         output_bytes=output_bytes,
+        velocity_offset=velocity_offset,
+        velocity_bytes=velocity_bytes,
         slots_offset=slots_offset,
         slot_bytes=slot_bytes,
-        pooled_in_slot=pooled_in_slot,
-        latents_in_slot=latents_in_slot,
+        slots=slots,
         num_bytes=slots_offset + num_slots * slot_bytes,
     )
+
+
+def _slot_layout(spec: ModelSpec, itemsize: int) -> SlotLayout:
+    places: list[FieldPlace] = []
+    offset = 0
+    for field in spec.fields:
+        size = FP32_BYTES if field.fp32 else itemsize
+        max_rows = spec.max_rows(field.rows)
+        branch_bytes = _align(max_rows * field.width * size, CACHE_LINE)
+        places.append(
+            FieldPlace(field=field, offset=offset, max_rows=max_rows, itemsize=size, branch_bytes=branch_bytes)
+        )
+        offset += branch_bytes * (spec.max_branches if field.per_branch else 1)
+    return SlotLayout(places=tuple(places), num_bytes=_align(offset, PAGE))
+
+
+def _exchange_elements(spec: ModelSpec) -> int:
+    """Of each of q, k, v at degree 2."""
+    return sum(map(spec.max_rows, spec.segments)) * _half(spec.num_heads) * spec.head_dim
+
+
+def _output_elements(spec: ModelSpec) -> int:
+    """At degree 2: each segment is halved by itself."""
+    return sum(_half(spec.max_rows(segment)) for segment in spec.segments) * spec.num_heads * spec.head_dim
+
+
+def _velocity_elements(spec: ModelSpec) -> int:
+    """Two branches on two devices have all rows each."""
+    latents = next(field for field in spec.fields if field.changes)
+    return spec.max_rows(latents.rows) * latents.width if spec.max_branches > 1 else 0
 
 
 def _align(num_bytes: int, unit: int) -> int:

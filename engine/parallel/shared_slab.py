@@ -8,33 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tetrion.engine.parallel.layout import SlabLayout
+from tetrion.engine.parallel.layout import Piece, SlabLayout
 from tetrion.engine.parallel.words import SlotVersion, Waiter, platform_waiter
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
-
-
-class SlotState:
-    """A request's state in one slot of one slab.
-
-    `text`: prompt embeddings [max_text_tokens, text_dim]; `pooled`: [pooled_dim]; `latents`: [max_image_tokens, C],
-    all packed image tokens, fp32. Rows beyond the request's own counts are left over from others.
-    """
-
-    def __init__(self, text: Tensor, pooled: Tensor, latents: Tensor, version: SlotVersion) -> None:
-        self.text = text
-        self.pooled = pooled
-        self.latents = latents
-        self._version = version
-
-    @property
-    def version(self) -> int:
-        return self._version.load()
-
-    @version.setter
-    def version(self, value: int) -> None:
-        """Write it after the tensors, and only on the device that owns the slab."""
-        self._version.store(value)
 
 
 class SharedSlabs:
@@ -56,29 +33,44 @@ class SharedSlabs:
         self._buffers = [buffer.cast("B") for buffer in buffers]
         self._waiter = platform_waiter() if waiter is None else waiter
 
-    def slot(self, device: int, slot: int) -> SlotState:
-        layout = self.layout
-        latents_shape = (layout.max_image_tokens, layout.in_channels)
-        return SlotState(
-            text=self._view(device, layout.text_offset(slot), (layout.max_text_tokens, layout.text_dim)),
-            pooled=self._view(device, layout.pooled_offset(slot), (layout.pooled_dim,)),
-            latents=self._view(device, layout.latents_offset(slot), latents_shape, torch.float32),
-            version=SlotVersion(self._buffers[device], layout.version_offset(slot), self._waiter),
-        )
+    def fields(self, device: int, model: str, slot: int, branch: int = 0) -> dict[str, Tensor]:
+        """A request's state, by field: [max rows, width] of a branch. Rows beyond the request's own are left over."""
+        start = self.layout.slot_offset(slot)
+        tensors = {}
+        for place in self.layout.slots[model].places:
+            piece = place.piece(place.max_rows, branch if place.field.per_branch else 0)
+            shape, dtype = (place.max_rows, place.field.width), torch.float32 if place.field.fp32 else self.dtype
+            tensors[place.field.name] = self._view(device, start + piece.offset, shape, dtype)
+        return tensors
 
-    def qkv(self, device: int, num_tokens: int, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The exchange regions of `device`: q, k, v of its heads for all tokens, [num_tokens, num_heads, head_dim]."""
-        shape = (num_tokens, num_heads, head_dim)
+    def version(self, device: int, slot: int) -> SlotVersion:
+        """To be written after the tensors, and only on the device that owns the slab."""
+        return SlotVersion(self._buffers[device], self.layout.version_offset(slot), self._waiter)
+
+    def copy(self, piece: Piece, slot: int, source: int) -> None:
+        """A piece of the slot on `source` to the same place on this device."""
+        start = self.layout.slot_offset(slot) + piece.offset
+        where = slice(start, start + piece.num_bytes)
+        self._buffers[self.device_id][where] = self._buffers[source][where]
+
+    def qkv(self, device: int, num_rows: int, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The exchange regions of `device`: q, k, v of its heads for all rows, [num_rows, num_heads, head_dim]."""
+        shape = (num_rows, num_heads, head_dim)
         self._check_fits(shape, self.layout.exchange_bytes)
         offsets = self.layout.q_offset, self.layout.k_offset, self.layout.v_offset
         q, k, v = (self._view(device, offset, shape) for offset in offsets)
         return q, k, v
 
-    def output(self, device: int, num_tokens: int, num_heads: int, head_dim: int) -> Tensor:
-        """The output region of `device`: all heads of its own tokens, [num_tokens, num_heads, head_dim]."""
-        shape = (num_tokens, num_heads, head_dim)
+    def output(self, device: int, num_rows: int, num_heads: int, head_dim: int) -> Tensor:
+        """The output region of `device`: all heads of its own rows, [num_rows, num_heads, head_dim]."""
+        shape = (num_rows, num_heads, head_dim)
         self._check_fits(shape, self.layout.output_bytes)
         return self._view(device, self.layout.output_offset, shape)
+
+    def velocity(self, device: int, num_rows: int, width: int) -> Tensor:
+        """The velocity region of `device`: [num_rows, width]."""
+        self._check_fits((num_rows, width), self.layout.velocity_bytes)
+        return self._view(device, self.layout.velocity_offset, (num_rows, width))
 
     def _view(self, device: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         count, dtype = torch.Size(shape).numel(), dtype or self.dtype

@@ -1,0 +1,252 @@
+"""The exchange of CPU workers: shared memory and blocking barriers. What it does, and why it is safe: exchange.py.
+
+Every call has done its work when it returns; waits raise Aborted when the engine gives the group up.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.parallel.barrier import PairwiseBarrier
+from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
+from tetrion.engine.parallel.group import GroupPlan, GroupShape, Shard
+from tetrion.engine.parallel.shared_slab import SharedSlabs
+from tetrion.engine.parallel.words import INVALID_VERSION
+from tetrion.kernels.reference import attention, qk_norm_rope
+
+Qkv = tuple[Tensor, Tensor, Tensor]
+
+
+class CpuExchange:
+    """One worker's end of all groups, for one model."""
+
+    def __init__(self, slabs: SharedSlabs, barrier: PairwiseBarrier, spec: ModelSpec) -> None:
+        self.device_id = slabs.device_id
+        self._slabs, self._barrier, self._spec = slabs, barrier, spec
+        self._slot_layout = slabs.layout.slots[spec.name]
+        self._groups: dict[GroupShape, CpuGroup] = {}
+        self._swaps: dict[tuple[int, int], CpuSwap] = {}
+        self._chunk: Chunk | None = None
+
+    def group(self, shape: GroupShape) -> "CpuGroup":
+        if shape not in self._groups:
+            self._groups[shape] = CpuGroup(self._slabs, self._barrier, self._spec, shape)
+        return self._groups[shape]
+
+    def swap(self, num_rows: int, width: int) -> "CpuSwap":
+        if (num_rows, width) not in self._swaps:
+            self._swaps[num_rows, width] = swap = CpuSwap(self._slabs, self._barrier, num_rows, width)
+            if self._chunk is not None:
+                swap.bind(self._chunk.layout.partners_of(self.device_id))
+        return self._swaps[num_rows, width]
+
+    def rehearse(self) -> None:
+        self._chunk = None
+        for group in self._groups.values():
+            group.bind(None)
+        for swap in self._swaps.values():
+            swap.bind((self.device_id,))
+
+    def bind(self, chunk: Chunk) -> None:
+        self._chunk = chunk
+        for plan in chunk.plans:
+            self.group(plan.shape_of(self.device_id)).bind(plan)
+        partners = chunk.layout.partners_of(self.device_id)
+        for swap in self._swaps.values():
+            swap.bind(partners)
+
+    def pull_constants(self) -> None:
+        """With the state, since a waiting CPU worker has nothing better to do."""
+
+    def pull_state(self) -> None:
+        chunk = self._bound
+        slot, source, wanted = chunk.slot, chunk.source, chunk.start_version
+        self._barrier.wait_version(source, slot, wanted)
+        theirs, ours = self._slabs.version(source, slot), self._slabs.version(self.device_id, slot)
+        if source != self.device_id:
+            ours.store(INVALID_VERSION)
+            for changing in (False, True):
+                for piece in self._slot_layout.pieces(chunk.shape, changing=changing):
+                    self._slabs.copy(piece, slot, source)
+        if (found := theirs.load()) != wanted:
+            raise RuntimeError(f"slot {slot} on device {source} has version {found:#x}, wanted {wanted:#x}")
+        if source != self.device_id:
+            ours.store(wanted)
+
+    def enter(self) -> None:
+        self._barrier.arrive_and_wait(self._bound.layout.members)
+        self._slabs.version(self.device_id, self._bound.slot).store(INVALID_VERSION)
+
+    def load_state(self, rows: Tensor) -> None:
+        own = self._own_rows
+        rows[: len(own)].copy_(self._state(self.device_id)[own.start : own.stop])
+        rows[len(own) :].zero_()
+
+    def share_state(self, rows: Tensor) -> None:
+        own, members = self._own_rows, self._bound.layout.part_of(self.device_id)
+        for member in (self.device_id, *(member for member in members if member != self.device_id)):
+            self._state(member)[own.start : own.stop].copy_(rows[: len(own)])
+        self._barrier.arrive_and_wait(members)
+
+    def finish(self) -> None:
+        self._slabs.version(self.device_id, self._bound.slot).store(self._bound.end_version)
+
+    def fields(self, slot: int, branch: int) -> Mapping[str, Tensor]:
+        return self._slabs.fields(self.device_id, self._spec.name, slot, branch)
+
+    def publish(self, slot: int, version: int) -> None:
+        self._slabs.version(self.device_id, slot).store(version)
+
+    def outcome(self) -> Callable[[], None]:
+        return lambda: None
+
+    def warm_up(self, degrees: Sequence[int]) -> None:
+        pass
+
+    def reset(self) -> None:
+        self._barrier.reset()
+
+    @property
+    def _bound(self) -> Chunk:
+        assert self._chunk is not None, "no chunk is bound"
+        return self._chunk
+
+    @property
+    def _own_rows(self) -> range:
+        """Of the stepped segment, which is the same in all branches."""
+        return self._bound.plans[0].shard_of(self.device_id).rows[self._spec.stepped]
+
+    def _state(self, device: int) -> Tensor:
+        """The field that changes, in the slot on `device`."""
+        fields = self._slabs.fields(device, self._spec.name, self._bound.slot)
+        return next(fields[field.name] for field in self._spec.fields if field.changes)
+
+
+class CpuGroup:
+    """Groups of one shape. Until it is bound it is rehearsed: it talks to nobody, and results mean nothing."""
+
+    def __init__(self, slabs: SharedSlabs, barrier: PairwiseBarrier, spec: ModelSpec, shape: GroupShape) -> None:
+        self.shape = shape
+        self._slabs, self._barrier = slabs, barrier
+        self._num_heads, self._head_dim = spec.num_heads, spec.head_dim
+        self._plan: GroupPlan | None = None
+        self._rope: Rope | None = None
+        self._local_rope: list[Rope] = []
+
+    def bind(self, plan: GroupPlan | None) -> None:
+        self._plan = plan
+        self._turn()
+
+    def load_rope(self, rope: Rope) -> None:
+        self._rope = rope
+        self._turn()
+
+    def attend(self, streams: Sequence[Stream]) -> Tensor:
+        over = [segment for stream in streams for segment in stream.segments]
+        pieces = [self._pieces(stream) for stream in streams]
+        local = [part for parts in pieces for part in parts]
+        if self.shape.degree == 1:
+            q, k, v = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*local, strict=True))
+            return attention(q, k, v).flatten(1)
+        if self._plan is None:
+            return local[0][0].new_zeros(sum(self.shape.padded[s] for s in over), self._num_heads * self._head_dim)
+        own = self._plan.shard_of(self._slabs.device_id)
+        self._push_qkv(over, local, own)
+        self._wait_for_all()
+        num_rows = sum(self.shape.counts[segment] for segment in over)
+        output = attention(*self._slabs.qkv(own.device_id, num_rows, len(own.heads), self._head_dim))
+        self._push_output(over, output, own)
+        self._wait_for_all()
+        return self._output(own.device_id, over).flatten(1)
+
+    def _pieces(self, stream: Stream) -> list[Qkv]:
+        """q, k, v of each of the stream's segments, [padded rows, H, D] each, normed and turned."""
+        qkv = stream.qkv.unflatten(1, (3, self._num_heads, self._head_dim))
+        rows = [self.shape.padded[segment] for segment in stream.segments]
+        assert len(qkv) == sum(rows), f"{len(qkv)} rows for segments {stream.segments} of {self.shape}"
+        rope = None
+        if stream.has_rope and self._local_rope:
+            tables = zip(*(self._local_rope[segment] for segment in stream.segments), strict=True)
+            cos, sin = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in tables)
+            rope = cos, sin
+        parts = qk_norm_rope(qkv, stream.q_norm, stream.k_norm, rope, stream.epsilon)
+        return list(zip(*(part.split(rows) for part in parts), strict=True))
+
+    def _turn(self) -> None:
+        """Take this member's rows out of the rotary tables, with each value twice, padded."""
+        if self._rope is None:
+            return
+        plan = self._plan
+        if plan is None:
+            starts = [(0, count) for count in self.shape.padded]
+        else:
+            canonical = plan.canonical_rows(plan.shard_of(self._slabs.device_id))
+            starts = [(part.start, len(part)) for part in canonical]
+        self._local_rope = []
+        for (start, count), padded in zip(starts, self.shape.padded, strict=True):
+            tables = []
+            for table in self._rope:
+                local = table.new_zeros(padded, 2 * table.shape[1])
+                local[:count] = table[start : start + count].repeat_interleave(2, dim=1)
+                tables.append(local)
+            self._local_rope.append((tables[0], tables[1]))
+
+    def _push_qkv(self, over: Sequence[int], local: Sequence[Qkv], own: Shard) -> None:
+        num_rows = sum(self.shape.counts[segment] for segment in over)
+        for peer in self._in_push_order(own):
+            regions = self._slabs.qkv(peer.device_id, num_rows, len(peer.heads), self._head_dim)
+            heads, start = slice(peer.heads.start, peer.heads.stop), 0
+            for segment, parts in zip(over, local, strict=True):
+                rows = own.rows[segment]
+                for region, part in zip(regions, parts, strict=True):
+                    region[start + rows.start : start + rows.stop].copy_(part[: len(rows), heads])
+                start += self.shape.counts[segment]
+
+    def _push_output(self, over: Sequence[int], output: Tensor, own: Shard) -> None:
+        """`output`: [all rows of those segments, own heads, D]."""
+        heads = slice(own.heads.start, own.heads.stop)
+        for peer in self._in_push_order(own):
+            region, start, row = self._output(peer.device_id, over), 0, 0
+            for segment in over:
+                rows = peer.rows[segment]
+                region[row : row + len(rows), heads].copy_(output[start + rows.start : start + rows.stop])
+                start, row = start + self.shape.counts[segment], row + self.shape.padded[segment]
+
+    def _output(self, device: int, over: Sequence[int]) -> Tensor:
+        num_rows = sum(self.shape.padded[segment] for segment in over)
+        return self._slabs.output(device, num_rows, self._num_heads, self._head_dim)
+
+    def _in_push_order(self, own: Shard) -> tuple[Shard, ...]:
+        """All members, starting with oneself, so that not everybody writes into the same slab at once."""
+        assert self._plan is not None
+        return self._plan.shards[own.rank :] + self._plan.shards[: own.rank]
+
+    def _wait_for_all(self) -> None:
+        assert self._plan is not None
+        self._barrier.arrive_and_wait(self._plan.members)
+
+
+class CpuSwap:
+    """Velocities of partners, one of whom is this device."""
+
+    def __init__(self, slabs: SharedSlabs, barrier: PairwiseBarrier, num_rows: int, width: int) -> None:
+        self._slabs, self._barrier = slabs, barrier
+        self._num_rows, self._width = num_rows, width
+        self._partners: tuple[int, ...] = (slabs.device_id,)
+
+    def bind(self, partners: tuple[int, ...]) -> None:
+        self._partners = partners
+
+    def push(self, velocity: Tensor) -> Tensor:
+        for partner in set(self._partners) - {self._slabs.device_id}:
+            self._region(partner).copy_(velocity)
+        self._barrier.arrive_and_wait(self._partners)
+        return self._region(self._slabs.device_id)
+
+    def done(self) -> None:
+        self._barrier.arrive_and_wait(self._partners)
+
+    def _region(self, device: int) -> Tensor:
+        return self._slabs.velocity(device, self._num_rows, self._width)
