@@ -6,6 +6,7 @@ from tetrion.engine.messages import CopyLatents, Decode, Denoise, EncodePrompt, 
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.request_table import Request
+from tetrion.engine.shape import Params, StepShape
 
 
 def command_for(
@@ -30,24 +31,32 @@ def command_for(
             return decode_command(request, command_id, assignment.members[0], image_slot)
 
 
-def encode_command(request: Request, command_id: int) -> EncodePrompt:
+def params_of(request: Request) -> Params:
     width, height = request.size
+    unit = 16
+    return Params(
+        model="shapes",
+        shape=StepShape(width=width, height=height, image=(width // unit) * (height // unit), text=(64,)),
+        num_steps=request.num_steps,
+        guidance=request.params.guidance or 0.0,
+        seed=request.params.seed or 0,
+    )
+
+
+def encode_command(request: Request, command_id: int) -> EncodePrompt:
     assert request.params.seed is not None
     return EncodePrompt(
         command_id=command_id,
         request_id=request.request_id,
         state_id=request.state_id,
         slot=request.slot,
+        params=params_of(request),
         prompt=request.params.prompt,
-        width=width,
-        height=height,
-        seed=request.params.seed,
     )
 
 
 def denoise_command(request: Request, command_id: int, round_id: int, assignment: Assignment) -> Denoise:
     """The chunk that follows everything already dispatched for the request."""
-    width, height = request.size
     assert request.params.guidance is not None
     return Denoise(
         command_id=command_id,
@@ -60,15 +69,11 @@ def denoise_command(request: Request, command_id: int, round_id: int, assignment
         source=request.planned_holders[0],
         step_index=request.planned_step_index,
         chunk_steps=assignment.chunk_steps,
-        num_steps=request.num_steps,
-        width=width,
-        height=height,
-        guidance=request.params.guidance,
+        params=params_of(request),
     )
 
 
 def decode_command(request: Request, command_id: int, device_id: int, image_slot: int) -> Decode:
-    width, height = request.size
     holders = request.planned_holders
     return Decode(
         command_id=command_id,
@@ -76,9 +81,7 @@ def decode_command(request: Request, command_id: int, device_id: int, image_slot
         state_id=request.state_id,
         slot=request.slot,
         source=device_id if device_id in holders else holders[0],
-        num_steps=request.num_steps,
-        width=width,
-        height=height,
+        params=params_of(request),
         image_slot=image_slot,
     )
 
@@ -87,18 +90,18 @@ def predict_s(command: GroupCommand, profile: Profile) -> float:
     """Seconds the command will take once its devices are free."""
     match command:
         case EncodePrompt():
-            return profile.encode_s(command.width, command.height)
+            return profile.encode_s(command.params.shape.width, command.params.shape.height)
         case Denoise():
-            return command.chunk_steps * profile.step_s(command.width, command.height, len(command.members))
+            return command.chunk_steps * profile.step_s(command.params.shape.width, command.params.shape.height, len(command.members))
         case Decode():
-            return profile.decode_s(command.width, command.height)
+            return profile.decode_s(command.params.shape.width, command.params.shape.height)
         case CopyLatents():
             return 0.0
 
 
 def predict_j(command: GroupCommand, profile: Profile) -> float:
     """Joules the command will take over all of its members, as far as the profile knows or estimates them."""
-    cost = profile.cost(command.width, command.height)
+    cost = profile.cost(command.params.shape.width, command.params.shape.height)
     match command:
         case EncodePrompt():
             return cost.encode_j or 0.0

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tetrion.engine.commands import decode_command, denoise_command, encode_command
+from tetrion.engine.commands import decode_command, denoise_command, encode_command, params_of
 from tetrion.engine.executor import WorkerLost, WorkerReady
 from tetrion.engine.messages import CopyLatents, Decoded, Denoised, Encoded, Event, Failed, GroupCommand, LatentsCopied
 from tetrion.engine.model_spec import ModelSpec
@@ -106,15 +106,13 @@ class Probe:
 
     async def latents(self, request: Request) -> npt.NDArray[np.float32]:
         """fp32 [tokens, channels], as the first of the request's members holds them."""
-        width, height = request.size
         with self._image_slot() as image_slot:
             copy = CopyLatents(
                 command_id=next(self._ids),
                 request_id=request.request_id,
                 state_id=request.state_id,
                 slot=request.slot,
-                width=width,
-                height=height,
+                params=params_of(request),
                 image_slot=image_slot,
             )
             (copied,) = await self._run([(copy, request.planned_holders[:1])])

@@ -38,3 +38,14 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True):
     def counts(self, segments: tuple[str, ...], branch: int = 0) -> tuple[int, ...]:
         """Rows of each of a family's segments, in its canonical order."""
         return tuple(self.rows(segment, branch) for segment in segments)
+
+
+class Params(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a resolved request that its computation depends on but its texts."""
+
+    model: str
+    shape: StepShape
+    num_steps: int
+    guidance: float
+    seed: int
+    true_cfg_scale: float = 1.0

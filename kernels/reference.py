@@ -37,25 +37,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    epsilon: float = EPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of q and k over D, then FLUX's rotary embedding: pairs (2i, 2i+1) turned by one angle.
+    """RMSNorm of q and k over D, then the rotary embedding: pairs (2i, 2i+1) turned by one angle. Either may be left out.
 
-    qkv: [n, 3, H, D] or [n, 3·H·D]; q_norm, k_norm: [D]; cos, sin: [n, D], each value twice (diffusers' layout).
+    qkv: [n, 3, H, D]; q_norm, k_norm: [D]; rope: cos, sin, [n, D] each, each value twice (diffusers' layout).
     Returns q, k, v, each [n, H, D]; v is a view of qkv.
     """
-    head_dim = q_norm.shape[0]
-    q, k, v = qkv.view(qkv.shape[0], 3, -1, head_dim).unbind(1)
-    cos_n1D, sin_n1D = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _norm_rope(q, q_norm, cos_n1D, sin_n1D), _norm_rope(k, k_norm, cos_n1D, sin_n1D), v
+    q, k, v = qkv.unbind(1)
+    q, k = (x if weight is None else F.rms_norm(x, weight.shape, weight, epsilon) for x, weight in ((q, q_norm), (k, k_norm)))
+    return (q, k, v) if rope is None else (_turned(q, rope), _turned(k, rope), v)
 
 
-def _norm_rope(x_nHD: Tensor, weight: Tensor, cos_n1D: Tensor, sin_n1D: Tensor) -> Tensor:
-    x_nHD = F.rms_norm(x_nHD, weight.shape, weight, EPS)
-    pairs_nHd = torch.view_as_complex(x_nHD.view(*x_nHD.shape[:-1], -1, 2))
+def _turned(x_nHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos_n1D, sin_n1D = (table.unsqueeze(1) for table in rope)
+    pairs_nHd = torch.view_as_complex(x_nHD.reshape(*x_nHD.shape[:-1], -1, 2))
     # i · (a + bi) = −b + ai, exactly; a complex product with cos + i sin would round differently in loop tails.
     turned_nHD = torch.view_as_real(pairs_nHd * 1j).flatten(-2)
-    return x_nHD.mul_(cos_n1D).add_(turned_nHD.mul_(sin_n1D))
+    return (x_nHD * cos_n1D).add_(turned_nHD.mul_(sin_n1D))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -86,6 +89,28 @@ def residual_modulate(branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]
         total = x if gate is None or y is None else gated_residual(x, gate, y)
         pairs.append((total, modulate(total, shift, scale)))
     return pairs
+
+
+def guided_step(
+    state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: float
+) -> Tensor:
+    """A linear solver's step: each new row of the state is a sum over the old ones and the velocity, in this order.
+
+    state: fp32 [n, K·C], K rows of C side by side. velocities: [n, C] each, of the prompt and, with guidance, of the
+    negative prompt: v₁ + guidance · (v₀ − v₁). coefficients: fp32 [K, K + 1], the velocity's last. All in fp32.
+    """
+    velocity = velocities[0].float()
+    if len(velocities) == 2:
+        negative = velocities[1].float()
+        velocity = negative + guidance * (velocity - negative)
+    old = state.unflatten(1, (len(coefficients), -1))
+    rows = []
+    for weights in coefficients.tolist():
+        total = weights[0] * old[:, 0]
+        for weight, row in zip(weights[1:-1], old.unbind(1)[1:], strict=True):
+            total = total + weight * row
+        rows.append(total + weights[-1] * velocity)
+    return torch.cat(rows, dim=1)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -197,8 +197,8 @@ class EnergyAccount:
         quantum = Quantum(
             start_s=started_s,
             end_s=ended_s,
-            share=Share(command.request_id, phase, (command.width, command.height)),
-            weight=self._num_tokens(command.width, command.height) * passes / len(sent.members),
+            share=Share(command.request_id, phase, (command.params.shape.width, command.params.shape.height)),
+            weight=self._num_tokens(command.params.shape.width, command.params.shape.height) * passes / len(sent.members),
             model_j=None if sent.model_j is None else sent.model_j / len(sent.members),
         )
         spent = self._spent.get(command.request_id)

@@ -13,7 +13,7 @@ def command_j(command: GroupCommand, profile: Profile) -> float | None:
     """Joules of a command over all of its members."""
     if isinstance(command, CopyLatents):
         return None
-    cost = _known(profile, command.width, command.height)
+    cost = _known(profile, command.params.shape.width, command.params.shape.height)
     if cost is None:
         return None
     match command:

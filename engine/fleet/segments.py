@@ -33,7 +33,7 @@ class Segments:
         self._model = spec
         self._load_format = config.load_format
         self._num_threads = threads_per_worker(config, num)
-        self._layout = slab_layout(spec, num, config.max_inflight, ITEMSIZE[kind])
+        self._layout = slab_layout([spec], num, config.max_inflight, ITEMSIZE[kind])
         with contextlib.ExitStack() as undo:
             self._slab_fds = [_anonymous_file(undo, f"slab-{device.device_id}") for device in devices]
             if self.slabs_in_host_memory:
@@ -67,7 +67,7 @@ class Segments:
         return WorkerSpec(
             device=device,
             num_threads=self._num_threads,
-            model=self._model,
+            models=(self._model,),
             load_format=self._load_format,
             layout=self._layout,
             channel=channel,

@@ -13,66 +13,69 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.loading import build_module
-from tetrion.engine.sampling.flow_match import unpack_latents
+from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
+from tetrion.engine.shape import StepShape
 from tetrion.kernels.reference import silu
 
-UNUSED_PREFIXES = ("encoder.", "quant_conv.")
-"""Parts of the VAE that only turn pictures into latents."""
-
-
 class Autoencoder:
-    """The decoding half of an AutoencoderKL."""
+    """The codec of families whose tokens are 2 × 2 latent pixels of an AutoencoderKL: noise, and its decoding half."""
+
+    UNUSED_PREFIXES = ("encoder.", "quant_conv.")
+    """Parts of the VAE that only turn pictures into latents."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         """folder: the checkpoint's `vae/`. Raises CheckpointError for missing tensors or an unsupported class."""
         config = _read_config(folder)
-        if 4 * config["latent_channels"] != spec.in_channels:
+        width = next(field.width for field in spec.fields if field.changes)
+        if 4 * config["latent_channels"] != width:
             raise CheckpointError(
                 f"model: {str(folder)!r} has {config['latent_channels']} latent channels, four times as many must equal"
-                f" the transformer's in_channels {spec.in_channels}"
+                f" the {width} channels of the transformer's tokens"
             )
         self.whole_pixels = math.inf
         """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
-        self._size_multiple = spec.size_multiple
+        self._size_multiple, self._num_channels = spec.size_multiple, config["latent_channels"]
         self._scaling_factor = float(config.get("scaling_factor") or 1.0)
         self._shift_factor = float(config.get("shift_factor") or 0.0)
-        self._vae = build_module(_builder(config), tensors, str(folder), unused=UNUSED_PREFIXES)
+        self._vae = build_module(_builder(config), tensors, str(folder), unused=self.UNUSED_PREFIXES)
         weight = self._vae.decoder.conv_in.weight
         self._device, self._dtype = weight.device, weight.dtype
         if self._device.type == "cpu":
             _make_thread_exact(self._vae)
 
-    @property
-    def decoder(self) -> Decoder:
-        """The library's module, for those who make it faster where it runs."""
-        return self._vae.decoder
+    @staticmethod
+    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+        """Of all tensors that the config means."""
+        return module_shapes(_builder(_read_config(folder)))
+
+    def fuse(self) -> None:
+        from tetrion.engine.models.fused_decoder import fuse  # which needs Triton
+
+        fuse(self._vae.decoder)
+
+    def noise(self, seed: int, shape: StepShape) -> Tensor:
+        """As `models.family.LatentCodec`: drawn as latent pixels [channels, height, width], then packed."""
+        rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
+        generator = torch.Generator("cpu").manual_seed(seed)
+        size = (1, self._num_channels, 2 * rows, 2 * columns)
+        return pack_latents(torch.randn(size, generator=generator, dtype=torch.float32)[0])
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, width: int, height: int) -> Tensor:
-        """latents: packed [tokens, in_channels], fp32, of a `width` × `height` picture -> uint8 RGB [height, width, 3].
-
-        On the weights' device, without waiting for it.
-        """
-        rows, columns = height // self._size_multiple, width // self._size_multiple
-        if latents.shape[0] != rows * columns:
-            raise ValueError(f"latents: {width}x{height} pixels need {rows * columns} tokens, got {latents.shape[0]}")
+    def decode(self, latents: Tensor, shape: StepShape) -> Tensor:
+        """As `models.family.LatentCodec`; without waiting for the device."""
+        rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
         latents_1CHW = unpack_latents(latents, rows, columns).unsqueeze(0)
         latents_1CHW = latents_1CHW / self._scaling_factor + self._shift_factor
-        decode = self._vae.tiled_decode if width * height > self.whole_pixels else self._vae.decode
+        is_whole = shape.width * shape.height <= self.whole_pixels
+        decode = self._vae.decode if is_whole else self._vae.tiled_decode
         picture_CHW = decode(latents_1CHW.to(self._dtype), return_dict=False)[0][0]
         picture_HWC = (picture_CHW.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
         return (picture_HWC * 255).round().to(torch.uint8).contiguous()
-
-
-def vae_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that `vae/config.json` means."""
-    return module_shapes(_builder(_read_config(folder)))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

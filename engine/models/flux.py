@@ -8,13 +8,11 @@ Shapes: n tokens of this member (n_txt + n_img), C hidden size, S steps, V modul
 """
 
 import functools
-import itertools
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated
 
 import msgspec
 import torch
@@ -22,33 +20,39 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from msgspec import Meta
 from torch import Tensor
 
-from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.config import LoadFormat
+from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.models.autoencoder import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
-from tetrion.engine.models.loading import Part
-from tetrion.engine.models.ops import Linear, Ops, ReferenceOps
-from tetrion.engine.parallel.exchange import Stream
-from tetrion.kernels.reference import Branch
+from tetrion.engine.models.encoders import ClipEncoder, T5Encoder, one_thread
+from tetrion.engine.models.family import Attend, Constant, Model, Tokens
+from tetrion.engine.models.layers import (
+    TIME_CHANNELS,
+    Embedder,
+    Sum,
+    WeightsPlan,
+    linear_of,
+    normed,
+    take,
+    timestep_embedding,
+)
+from tetrion.engine.models.loading import Component, component_tensors
+from tetrion.engine.models.ops import Linear, Ops
+from tetrion.engine.models.sources import component_files, whole
+from tetrion.engine.parallel.exchange import Rope, Stream
+from tetrion.engine.sampling.flow_match import euler_schedule
+from tetrion.engine.shape import Params, StepShape
 
 ROPE_THETA = 10_000.0
 MLP_RATIO = 4
-TIME_CHANNELS = 256
 VECTORS_PER_STREAM = 6
 VECTORS_PER_SINGLE = 3
 VECTORS_AT_END = 2
 _Count = Annotated[int, Meta(ge=0, le=1000)]
 _Size = Annotated[int, Meta(ge=1, le=1_000_000)]
 
-Rope = tuple[Tensor, Tensor]
-"""cos, sin: [n, head_dim] each, text tokens first."""
-
-
-class Attend(Protocol):
-    """Attention over the whole sequence for this member's tokens: two streams (text, image) or one (text then image).
-
-    Applies q/k RMSNorm and rotary embedding. Returns [n_txt + n_img, C].
-    """
-
-    def __call__(self, streams: Sequence[Stream], rope: Rope) -> Tensor: ...
+TEXT, IMAGE = 0, 1
+"""Segments, in canonical order."""
 
 
 class FluxConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,14 +106,6 @@ def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Embedder:
-    """Two linear layers with SiLU between."""
-
-    in_layer: Linear
-    out_layer: Linear
-
-
-@dataclass(frozen=True, slots=True)
 class StreamBlock:
     """One stream (text or image) of a double block. `qkv`: [3·C, C]."""
 
@@ -153,29 +149,21 @@ class FluxWeights:
     final: Linear
 
 
-def weights_plan(config: FluxConfig) -> dict[str, Part]:
-    """Name in the image -> tensors of a diffusers checkpoint: q, k, v fused, all modulation projections fused."""
-    C, plan = config.hidden_size, dict[str, Part]()
-
-    def add(name: str, sources: Sequence[str], num_out: int, num_in: int) -> None:
-        plan[f"{name}.weight"] = Part(tuple(f"{source}.weight" for source in sources), (num_out, num_in))
-        plan[f"{name}.bias"] = Part(tuple(f"{source}.bias" for source in sources), (num_out,))
-
-    def add_embedder(name: str, source: str, num_in: int) -> None:
-        add(f"{name}.in_layer", [f"{source}.linear_1"], C, num_in)
-        add(f"{name}.out_layer", [f"{source}.linear_2"], C, C)
+def weights_plan(config: FluxConfig) -> WeightsPlan:
+    """Name in a worker's memory -> tensors of a diffusers checkpoint: q, k, v fused, all modulation projections fused."""
+    C, plan = config.hidden_size, WeightsPlan()
 
     def add_qkv(name: str, projections: Sequence[str], norms: Sequence[str]) -> None:
-        add(f"{name}.qkv", projections, 3 * C, C)
+        plan.linear(f"{name}.qkv", projections, 3 * C, C)
         for norm, source in zip(("q_norm", "k_norm"), norms, strict=True):
-            plan[f"{name}.{norm}"] = Part((f"{source}.weight",), (config.attention_head_dim,))
+            plan.vector(f"{name}.{norm}", f"{source}.weight", config.attention_head_dim)
 
-    add("image_in", ["x_embedder"], C, config.in_channels)
-    add("text_in", ["context_embedder"], C, config.joint_attention_dim)
-    add_embedder("time_in", "time_text_embed.timestep_embedder", TIME_CHANNELS)
-    add_embedder("pooled_in", "time_text_embed.text_embedder", config.pooled_projection_dim)
+    plan.linear("image_in", ["x_embedder"], C, config.in_channels)
+    plan.linear("text_in", ["context_embedder"], C, config.joint_attention_dim)
+    plan.embedder("time_in", "time_text_embed.timestep_embedder", TIME_CHANNELS, C)
+    plan.embedder("pooled_in", "time_text_embed.text_embedder", config.pooled_projection_dim, C)
     if config.guidance_embeds:
-        add_embedder("guidance_in", "time_text_embed.guidance_embedder", TIME_CHANNELS)
+        plan.embedder("guidance_in", "time_text_embed.guidance_embedder", TIME_CHANNELS, C)
     modulation: list[str] = []
     for i in range(config.num_layers):
         ours, block = f"double.{i}", f"transformer_blocks.{i}"
@@ -190,32 +178,27 @@ def weights_plan(config: FluxConfig) -> dict[str, Part]:
             [f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"],
             [f"{attn}.norm_q", f"{attn}.norm_k"],
         )
-        add(f"{ours}.text.out", [f"{attn}.to_add_out"], C, C)
-        add(f"{ours}.image.out", [f"{attn}.to_out.0"], C, C)
+        plan.linear(f"{ours}.text.out", [f"{attn}.to_add_out"], C, C)
+        plan.linear(f"{ours}.image.out", [f"{attn}.to_out.0"], C, C)
         for stream, mlp in (("text", "ff_context"), ("image", "ff")):
-            add(f"{ours}.{stream}.mlp_in", [f"{block}.{mlp}.net.0.proj"], MLP_RATIO * C, C)
-            add(f"{ours}.{stream}.mlp_out", [f"{block}.{mlp}.net.2"], C, MLP_RATIO * C)
+            plan.linear(f"{ours}.{stream}.mlp_in", [f"{block}.{mlp}.net.0.proj"], MLP_RATIO * C, C)
+            plan.linear(f"{ours}.{stream}.mlp_out", [f"{block}.{mlp}.net.2"], C, MLP_RATIO * C)
         modulation += [f"{block}.norm1_context.linear", f"{block}.norm1.linear"]
     for i in range(config.num_single_layers):
         ours, block = f"single.{i}", f"single_transformer_blocks.{i}"
         attn = f"{block}.attn"
         add_qkv(ours, [f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"], [f"{attn}.norm_q", f"{attn}.norm_k"])
-        add(f"{ours}.mlp_in", [f"{block}.proj_mlp"], MLP_RATIO * C, C)
-        add(f"{ours}.out", [f"{block}.proj_out"], C, (1 + MLP_RATIO) * C)
+        plan.linear(f"{ours}.mlp_in", [f"{block}.proj_mlp"], MLP_RATIO * C, C)
+        plan.linear(f"{ours}.out", [f"{block}.proj_out"], C, (1 + MLP_RATIO) * C)
         modulation.append(f"{block}.norm.linear")
-    add("modulation", [*modulation, "norm_out.linear"], config.num_vectors * C, C)
-    add("final", ["proj_out"], config.in_channels, C)
+    plan.linear("modulation", [*modulation, "norm_out.linear"], config.num_vectors * C, C)
+    plan.linear("final", ["proj_out"], config.in_channels, C)
     return plan
 
 
 def build_weights(config: FluxConfig, tensors: Mapping[str, Tensor]) -> FluxWeights:
     """Arrange tensors named as in `weights_plan`. No copies."""
-
-    def layer(name: str) -> Linear:
-        return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-
-    def embedder(name: str) -> Embedder:
-        return Embedder(layer(f"{name}.in_layer"), layer(f"{name}.out_layer"))
+    layer = functools.partial(linear_of, tensors)
 
     def stream(name: str) -> StreamBlock:
         return StreamBlock(
@@ -239,9 +222,9 @@ def build_weights(config: FluxConfig, tensors: Mapping[str, Tensor]) -> FluxWeig
     return FluxWeights(
         image_in=layer("image_in"),
         text_in=layer("text_in"),
-        time_in=embedder("time_in"),
-        guidance_in=embedder("guidance_in") if config.guidance_embeds else None,
-        pooled_in=embedder("pooled_in"),
+        time_in=Embedder.of(tensors, "time_in"),
+        guidance_in=Embedder.of(tensors, "guidance_in") if config.guidance_embeds else None,
+        pooled_in=Embedder.of(tensors, "pooled_in"),
         modulation=layer("modulation"),
         double_blocks=tuple(
             DoubleBlock(text=stream(f"double.{i}.text"), image=stream(f"double.{i}.image"))
@@ -260,32 +243,20 @@ def modulations(ops: Ops, weights: FluxWeights, timesteps: Tensor, guidance: flo
     """
     dtype = pooled.dtype
     # FluxPipeline divides by 1000 and the transformer multiplies again, which is not the identity in fp32.
-    conditioning = _embed(ops, weights.time_in, timestep_embedding(timesteps / 1000 * 1000).to(dtype))
+    conditioning = weights.time_in(ops, timestep_embedding(timesteps / 1000 * 1000).to(dtype))
     if weights.guidance_in is not None:
         guidance_1 = torch.full((1,), guidance, dtype=torch.float32, device=timesteps.device) * 1000
-        conditioning = conditioning + _embed(ops, weights.guidance_in, timestep_embedding(guidance_1).to(dtype))
-    conditioning = conditioning + _embed(ops, weights.pooled_in, pooled.unsqueeze(0))
+        conditioning = conditioning + weights.guidance_in(ops, timestep_embedding(guidance_1).to(dtype))
+    conditioning = conditioning + weights.pooled_in(ops, pooled.unsqueeze(0))
     hidden_size = conditioning.shape[-1]
     return ops.linear(ops.silu(conditioning), weights.modulation).view(len(timesteps), -1, hidden_size)
 
 
-def _embed(ops: Ops, embedder: Embedder, x: Tensor) -> Tensor:
-    return ops.linear(ops.silu(ops.linear(x, embedder.in_layer)), embedder.out_layer)
-
-
-def timestep_embedding(values: Tensor) -> Tensor:
-    """Sinusoidal embedding [S] -> [S, 256], cosines first (arXiv:2006.11239, as FLUX uses it)."""
-    half = TIME_CHANNELS // 2
-    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float().unsqueeze(1) * torch.exp(exponents).unsqueeze(0)
-    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-
-
 def rope(height: int, width: int, num_text: int, axes_dims: Sequence[int], theta: float = ROPE_THETA) -> Rope:
-    """Rotary tables of a whole sequence: cos, sin [num_text + height · width, head_dim]; sizes in tokens.
+    """Rotary tables of a whole sequence: cos, sin [num_text + height · width, head_dim / 2]; sizes in tokens.
 
-    Positions are (0, row, column) for image tokens and (0, 0, 0) for text. Angles in fp64, tables in fp32, each value
-    twice (pairs of channels turn together).
+    Positions are (0, row, column) for image tokens and (0, 0, 0) for text. Angles in fp64, tables in fp32, one value for
+    each pair of channels that turn together.
     """
     grid = torch.zeros(height, width, len(axes_dims), dtype=torch.float64)
     grid[..., 1] += torch.arange(height)[:, None]
@@ -298,7 +269,7 @@ def rope(height: int, width: int, num_text: int, axes_dims: Sequence[int], theta
         ],
         dim=1,
     )
-    return angles.cos().repeat_interleave(2, dim=1).float(), angles.sin().repeat_interleave(2, dim=1).float()
+    return angles.cos().float(), angles.sin().float()
 
 
 def project_text(ops: Ops, weights: FluxWeights, prompt_embeds: Tensor) -> Tensor:
@@ -306,39 +277,25 @@ def project_text(ops: Ops, weights: FluxWeights, prompt_embeds: Tensor) -> Tenso
     return ops.linear(prompt_embeds, weights.text_in)
 
 
-class Sum(NamedTuple):
-    """A stream's hidden states between two blocks, x + gate · y: the next block adds, in one pass with its norm."""
-
-    x: Tensor
-    gate: Tensor | None = None
-    y: Tensor | None = None
-
-    def branch(self, shift: Tensor, scale: Tensor) -> Branch:
-        return Branch(self.x, shift, scale, self.gate, self.y)
-
-    def rows_from(self, first: int) -> "Sum":
-        return Sum(self.x[first:], self.gate, None if self.y is None else self.y[first:])
-
-
 def step(
-    ops: Ops, weights: FluxWeights, latents: Tensor, text: Tensor, modulation: Tensor, rope: Rope, attend: Attend
+    ops: Ops, weights: FluxWeights, latents: Tensor, text: Tensor, vectors: Tensor, attend: Attend
 ) -> Tensor:
     """Velocity [n_img, in_channels] at one step, for this member's tokens.
 
-    latents: [n_img, in_channels]; text: [n_txt, C] from `project_text`; modulation: [V, C], the step's row of
-    `modulations`, or [S, V, C], all of it, where `ops` knows the step; rope: what `attend` wants.
+    latents: [n_img, in_channels]; text: [n_txt, C] from `project_text`; vectors: the step's row of `modulations`, or
+    all of it, where `ops` knows the step.
     """
-    vectors = iter(modulation.unbind(-2))
+    rows = iter(vectors.unbind(-2))
     streams = [Sum(text), Sum(ops.linear(latents, weights.image_in))]
     for block in weights.double_blocks:
-        text_vectors, image_vectors = _take(vectors, VECTORS_PER_STREAM), _take(vectors, VECTORS_PER_STREAM)
-        streams = _double_block(ops, block, streams, (text_vectors, image_vectors), rope, attend)
+        text_vectors, image_vectors = take(rows, VECTORS_PER_STREAM), take(rows, VECTORS_PER_STREAM)
+        streams = _double_block(ops, block, streams, (text_vectors, image_vectors), attend)
     for single in weights.single_blocks:
-        streams = [_single_block(ops, single, streams, _take(vectors, VECTORS_PER_SINGLE), rope, attend)]
-    scale, shift = _take(vectors, VECTORS_AT_END)
+        streams = [_single_block(ops, single, streams, take(rows, VECTORS_PER_SINGLE), attend)]
+    scale, shift = take(rows, VECTORS_AT_END)
     image = streams[1] if len(streams) == 2 else streams[0].rows_from(len(text))
-    ((_, normed),) = ops.residual_modulate([image.branch(shift, scale)])
-    return ops.narrow_linear(normed, weights.final)
+    ((_, modulated),) = ops.residual_modulate([image.branch(shift, scale)])
+    return ops.narrow_linear(modulated, weights.final)
 
 
 def _double_block(
@@ -346,68 +303,119 @@ def _double_block(
     block: DoubleBlock,
     streams: Sequence[Sum],
     vectors: tuple[Sequence[Tensor], Sequence[Tensor]],
-    rope: Rope,
     attend: Attend,
 ) -> list[Sum]:
     """`streams`, `vectors`: text's and image's."""
     layers = block.text, block.image
-    xs, normed = _normed(ops, streams, [(v[0], v[1]) for v in vectors])
+    xs, modulated = normed(ops, streams, [(v[0], v[1]) for v in vectors])
     attended = attend(
-        [Stream(ops.linear(n, layer.qkv), layer.q_norm, layer.k_norm) for n, layer in zip(normed, layers, strict=True)],
-        rope,
+        [
+            Stream(ops.linear(n, layer.qkv), (segment,), layer.q_norm, layer.k_norm)
+            for n, layer, segment in zip(modulated, layers, (TEXT, IMAGE), strict=True)
+        ]
     ).split([len(x) for x in xs])
     outs = [ops.linear(part, layer.out) for part, layer in zip(attended, layers, strict=True)]
     sums = [Sum(x, v[2], out) for x, v, out in zip(xs, vectors, outs, strict=True)]
-    xs, normed = _normed(ops, sums, [(v[3], v[4]) for v in vectors])
+    xs, modulated = normed(ops, sums, [(v[3], v[4]) for v in vectors])
     outs = [
-        ops.linear(ops.gelu_linear(n, layer.mlp_in), layer.mlp_out) for n, layer in zip(normed, layers, strict=True)
+        ops.linear(ops.gelu_linear(n, layer.mlp_in), layer.mlp_out) for n, layer in zip(modulated, layers, strict=True)
     ]
     return [Sum(x, v[5], out) for x, v, out in zip(xs, vectors, outs, strict=True)]
 
 
 def _single_block(
-    ops: Ops, block: SingleBlock, streams: Sequence[Sum], vectors: Sequence[Tensor], rope: Rope, attend: Attend
+    ops: Ops, block: SingleBlock, streams: Sequence[Sum], vectors: Sequence[Tensor], attend: Attend
 ) -> Sum:
     """`streams`: text's and image's, or both in one, as all blocks but the first have it."""
     shift, scale, gate = vectors
-    x, normed = (
+    x, modulated = (
         parts[0] if len(parts) == 1 else torch.cat(parts)
-        for parts in _normed(ops, streams, [(shift, scale)] * len(streams))
+        for parts in normed(ops, streams, [(shift, scale)] * len(streams))
     )
-    attended = attend([Stream(ops.linear(normed, block.qkv), block.q_norm, block.k_norm)], rope)
-    return Sum(x, gate, ops.joined_linear(attended, ops.gelu_linear(normed, block.mlp_in), block.out))
-
-
-def _normed(
-    ops: Ops, streams: Sequence[Sum], shifts_scales: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Each stream's sum, and that modulated."""
-    pairs = ops.residual_modulate([s.branch(*vectors) for s, vectors in zip(streams, shifts_scales, strict=True)])
-    return [x for x, _ in pairs], [normed for _, normed in pairs]
-
-
-def _take(vectors: Iterator[Tensor], count: int) -> tuple[Tensor, ...]:
-    return tuple(itertools.islice(vectors, count))
+    attended = attend([Stream(ops.linear(modulated, block.qkv), (TEXT, IMAGE), block.q_norm, block.k_norm)])
+    return Sum(x, gate, ops.joined_linear(attended, ops.gelu_linear(modulated, block.mlp_in), block.out))
 
 
 class FluxTransformer:
-    """Config, weights and operators together with the rotary tables of recent shapes: what a worker's runner calls."""
+    """The network of `models.family.Network`: config, weights and operators together."""
 
-    def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor], ops: Ops | None = None) -> None:
-        self.config = config
+    def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor], ops: Ops, size_multiple: int) -> None:
+        """`size_multiple`: pixels of an image token's side."""
+        self.config, self._unit = config, size_multiple
         self.weights = build_weights(config, tensors)
-        self.ops = ReferenceOps() if ops is None else ops
-        self._rope = functools.lru_cache(maxsize=32)(rope)
+        self.ops = ops
+        self.num_vectors, self.hidden_size, self.out_channels = config.num_vectors, config.hidden_size, config.in_channels
 
-    def rope(self, height: int, width: int, num_text: int) -> Rope:
-        """`rope` for this model, cached; sizes in tokens."""
-        return self._rope(height, width, num_text, self.config.axes_dims_rope)
+    def vectors(self, fields: Mapping[str, Tensor], times: Tensor, params: Params) -> Tensor:
+        return modulations(self.ops, self.weights, times, params.guidance, fields["pooled"][0])
 
-    def modulations(self, timesteps: Tensor, guidance: float, pooled: Tensor) -> Tensor:
-        return modulations(self.ops, self.weights, timesteps, guidance, pooled)
+    def constants(self, fields: Mapping[str, Tensor], shape: StepShape, branch: int) -> Mapping[str, Constant]:
+        return {"text": Constant(fields["text"][: shape.text[branch]], TEXT)}
 
-    def project_text(self, prompt_embeds: Tensor) -> Tensor:
-        return project_text(self.ops, self.weights, prompt_embeds)
+    def rope(self, shape: StepShape, branch: int) -> Rope:
+        rows, columns = shape.height // self._unit, shape.width // self._unit
+        return rope(rows, columns, shape.text[branch], self.config.axes_dims_rope)
 
-    def step(self, latents: Tensor, text: Tensor, modulation: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        return step(self.ops, self.weights, latents, text, modulation, rope, attend)
+    def step(self, latents: Tensor, constants: Mapping[str, Tensor], vectors: Tensor, attend: Attend) -> Tensor:
+        return step(self.ops, self.weights, latents, constants["text"], vectors, attend)
+
+
+class FluxText:
+    """CLIP's pooled vector and T5's rows, projected to what the blocks take."""
+
+    def __init__(self, clip: ClipEncoder, t5: T5Encoder, network: FluxTransformer) -> None:
+        self._clip, self._t5, self._network = clip, t5, network
+
+    def tokens(self, prompt: str) -> Tokens:
+        return Tokens((self._clip.ids(prompt), self._t5.ids(prompt)), self._t5.num_tokens(prompt))
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[Tensor]) -> dict[str, Tensor]:
+        clip_ids, t5_ids = ids
+        with one_thread():
+            pooled, embeds = self._clip.pooled(clip_ids), self._t5.rows(t5_ids)
+        return {"text": project_text(self._network.ops, self._network.weights, embeds), "pooled": pooled.unsqueeze(0)}
+
+
+def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]:
+    path = Path(spec.path)
+    config = read_config(path / "transformer" / "config.json")
+    files = component_files(
+        path,
+        load_format,
+        {
+            "text_encoder": ClipEncoder.shapes,
+            "text_encoder_2": T5Encoder.shapes,
+            "vae": Autoencoder.shapes,
+            "transformer": transformer_shapes,
+        },
+    )
+    return {
+        "text_encoder": whole(files["text_encoder"]),
+        "text_encoder_2": whole(files["text_encoder_2"]),
+        "vae": whole(files["vae"], without=Autoencoder.UNUSED_PREFIXES),
+        "transformer": Component(files["transformer"], weights_plan(config)),
+    }
+
+
+def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Model:
+    path = Path(spec.path)
+    parts = {name: component_tensors(tensors, name) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")}
+    network = FluxTransformer(
+        read_config(path / "transformer" / "config.json"), parts["transformer"], ops, spec.size_multiple
+    )
+    clip = ClipEncoder(path / "text_encoder", path / "tokenizer", parts["text_encoder"], load_format)
+    clip.check_width(network.config.pooled_projection_dim)
+    t5 = T5Encoder(
+        path / "text_encoder_2", path / "tokenizer_2", parts["text_encoder_2"], load_format, spec.max_text_tokens
+    )
+    t5.check_width(network.config.joint_attention_dim)
+    return Model(
+        spec=spec,
+        network=network,
+        text=FluxText(clip, t5, network),
+        codec=Autoencoder(path / "vae", parts["vae"], spec),
+        schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image),
+        guidance_factor=lambda params: params.true_cfg_scale,
+        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )

@@ -27,8 +27,8 @@ class Linear:
 class Ops(Protocol):
     """x, y and results: [n, …] rows of tokens; C their width.
 
-    Vectors (shift, scale, gate) are columns of a modulation table's last dimension: [C] of one step, or [S, C] of all
-    steps where the implementation itself knows which step it is at.
+    Vectors (shift, scale, gate) are columns of a modulation table's last dimension, [S, C] of all steps: the
+    implementation itself knows which step it is at.
     """
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
@@ -48,9 +48,17 @@ class Ops(Protocol):
     def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
         """(x + gate · y, LayerNorm of that · (1 + scale) + shift) of one or two streams. y may be overwritten."""
 
+    def guided_step(
+        self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
+    ) -> Tensor:
+        """See `reference.guided_step`; coefficients [S, K, K + 1] and guidance [S] are tables of all steps."""
+
 
 class ReferenceOps:
-    """Plain PyTorch with vectors of one step."""
+    """Plain PyTorch, where work is done when it is called. `step`: int32 [1], the row of all tables."""
+
+    def __init__(self, step: Tensor) -> None:
+        self._step = step
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         return reference.linear(x, layer.weight, layer.bias)
@@ -68,4 +76,16 @@ class ReferenceOps:
         return reference.silu(x)
 
     def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
-        return reference.residual_modulate(branches)
+        s = int(self._step)
+        return reference.residual_modulate(
+            [
+                Branch(b.x, b.shift[s], b.scale[s], None if b.gate is None else b.gate[s], b.y)
+                for b in branches
+            ]
+        )
+
+    def guided_step(
+        self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
+    ) -> Tensor:
+        s = int(self._step)
+        return reference.guided_step(state, velocities, coefficients[s], float(guidance[s]))

@@ -1,151 +1,71 @@
-"""Architecture name -> how its pipeline is loaded. The one place that knows which models exist.
+"""Family name -> how its models are loaded on a worker.
 
-Owns the way from a checkpoint folder to a `Pipeline`, over weights that all CPU workers share or over a device's own.
-Worker-only: importing it takes seconds. A new architecture is one entry in `ARCHITECTURES`.
+Owns the way from checkpoint folders to `Model`s, over weights that all CPU workers share or over a device's own.
+Worker-only: importing it takes seconds. A new family is one line of `engine/families/registry.py`.
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import NamedTuple
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.model_spec import COMPONENTS_WITH_WEIGHTS, CheckpointError, ModelSpec
-from tetrion.engine.models.autoencoder import UNUSED_PREFIXES, Autoencoder, vae_shapes
-from tetrion.engine.models.dummy import DummyFiles
-from tetrion.engine.models.flux import FluxTransformer, read_config, transformer_shapes, weights_plan
-from tetrion.engine.models.loading import (
-    Component,
-    ComponentFiles,
-    Part,
-    TensorFiles,
-    attach,
-    component_tensors,
-    load_to_device,
-    publish,
-)
-from tetrion.engine.models.ops import Ops, ReferenceOps
-from tetrion.engine.models.text_encoders import PromptEmbedding, TextEncoders, text_encoder_shapes
+from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.models.family import FamilyModule, Model
+from tetrion.engine.models.loading import Component, attach, component_tensors, load_to_device, publish
+from tetrion.engine.models.ops import Ops
+
+FAMILIES = ("flux",)
 
 
-class Pipeline:
-    """A loaded model: text encoders, transformer, decoder, all over one set of weights."""
+def load_shared(
+    specs: Sequence[ModelSpec], fd: int, publish_weights: bool, load_format: LoadFormat, ops: Ops
+) -> list[Model]:
+    """The models of `specs` over the shared weights segment `fd`, fp32, for a CPU worker.
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        flux: FluxTransformer,
-        text_encoders: TextEncoders,
-        autoencoder: Autoencoder,
-        weights_bytes: int,
-    ) -> None:
-        self.spec = spec
-        self.flux = flux
-        self.weights_bytes = weights_bytes
-        self.text_encoders = text_encoders
-        self.autoencoder = autoencoder
-
-    def encode(self, prompt: str) -> PromptEmbedding:
-        return self.text_encoders.encode(prompt)
-
-    def decode(self, latents: Tensor, width: int, height: int) -> Tensor:
-        """Packed latents [tokens, in_channels], fp32 -> uint8 RGB [height, width, 3], on the model's device."""
-        return self.autoencoder.decode(latents, width, height)
-
-
-class Architecture(NamedTuple):
-    """`components`: what is to be loaded, by component. `build`: a pipeline over loaded `component/name` tensors."""
-
-    components: Callable[[ModelSpec, LoadFormat], Mapping[str, Component]]
-    build: Callable[[ModelSpec, LoadFormat, Mapping[str, Tensor], Ops], Pipeline]
-
-
-def load_pipeline(spec: ModelSpec, fd: int, publish_weights: bool, load_format: LoadFormat = "safetensors") -> Pipeline:
-    """Load the model of `spec` over the shared weights segment `fd`, fp32, for a CPU worker.
-
-    The one worker with `publish_weights` reads the checkpoint and fills the segment (which may be empty: it is sized
+    The one worker with `publish_weights` reads the checkpoints and fills the segment (which may be empty: it is sized
     here); the others map what it wrote. Raises CheckpointError, or SharedMemoryError if the segment cannot be filled.
     """
-    architecture = _architecture(spec)
     if publish_weights:
-        publish(fd, architecture.components(spec, load_format))
-    return architecture.build(spec, load_format, attach(fd), ReferenceOps())
+        components = {(spec, name): part for spec in specs for name, part in components_of(spec, load_format).items()}
+        publish(fd, {f"{spec.name}/{name}": part for (spec, name), part in components.items()})
+    tensors = attach(fd)
+    return [
+        family_module(spec).build(spec, load_format, component_tensors(tensors, spec.name), ops) for spec in specs
+    ]
 
 
-def load_device_pipeline(
+def load_on_device(
     spec: ModelSpec,
     load_format: LoadFormat,
     components: Mapping[str, Component],
     device: torch.device,
     dtype: torch.dtype,
     ops: Ops,
-) -> Pipeline:
-    """Load the `model_components` of `spec` into the memory of `device`.
+) -> Model:
+    """Load the `components_of` a spec into the memory of `device`.
 
     Raises CheckpointError, or the device's out-of-memory.
     """
-    return _architecture(spec).build(spec, load_format, load_to_device(components, device, dtype), ops)
+    tensors: dict[str, Tensor] = load_to_device(components, device, dtype)
+    return family_module(spec).build(spec, load_format, tensors, ops)
 
 
-def model_components(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, Component]:
+def components_of(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, Component]:
     """All that would be loaded, by component. Raises CheckpointError."""
-    return _architecture(spec).components(spec, load_format)
+    return family_module(spec).components(spec, load_format)
 
 
-def _architecture(spec: ModelSpec) -> Architecture:
-    if spec.architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+def import_families() -> None:
+    """All of them, so that workers that are forked later have them."""
+    for name in FAMILIES:
+        importlib.import_module(f"tetrion.engine.models.{name}")
+
+
+def family_module(spec: ModelSpec) -> FamilyModule:
+    if spec.architecture not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise CheckpointError(f"model: architecture {spec.architecture!r} is not supported (supported: {known})")
-    return ARCHITECTURES[spec.architecture]
-
-
-def _flux_components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]:
-    path = Path(spec.path)
-    files = _dummy_files(path) if load_format == "dummy" else _checkpoint_files(path)
-    components = {name: _whole(files[name]) for name in ("text_encoder", "text_encoder_2")}
-    components["vae"] = _whole(files["vae"], without=UNUSED_PREFIXES)
-    plan = weights_plan(read_config(path / "transformer" / "config.json"))
-    components["transformer"] = Component(files["transformer"], plan)
-    return components
-
-
-def _build_flux(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Pipeline:
-    path = Path(spec.path)
-    return Pipeline(
-        spec=spec,
-        flux=FluxTransformer(
-            read_config(path / "transformer" / "config.json"), component_tensors(tensors, "transformer"), ops
-        ),
-        text_encoders=TextEncoders(
-            component_tensors(tensors, "text_encoder"),
-            component_tensors(tensors, "text_encoder_2"),
-            spec,
-            load_format,
-        ),
-        autoencoder=Autoencoder(path / "vae", component_tensors(tensors, "vae"), spec),
-        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-    )
-
-
-def _checkpoint_files(path: Path) -> dict[str, TensorFiles]:
-    return {name: ComponentFiles(path / name) for name in COMPONENTS_WITH_WEIGHTS}
-
-
-def _dummy_files(path: Path) -> dict[str, TensorFiles]:
-    clip, t5 = text_encoder_shapes(path)
-    shapes = {
-        "text_encoder": clip,
-        "text_encoder_2": t5,
-        "vae": vae_shapes(path / "vae"),
-        "transformer": transformer_shapes(path / "transformer"),
-    }
-    return {name: DummyFiles(path / name, shapes[name]) for name in COMPONENTS_WITH_WEIGHTS}
-
-
-def _whole(files: TensorFiles, without: tuple[str, ...] = ()) -> Component:
-    return Component(files, {name: Part((name,)) for name in files.names if not name.startswith(without or ("\0",))})
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {"flux": Architecture(_flux_components, _build_flux)}
+    return cast(FamilyModule, importlib.import_module(f"tetrion.engine.models.{spec.architecture}"))

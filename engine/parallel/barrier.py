@@ -88,6 +88,12 @@ class PairwiseBarrier:
         self.check_abort()
         self._wait_until(version.sequence, lambda _: reaches(version.load(), at_least))
 
+    def wait_state(self, device: int, slot: int, version: int) -> None:
+        """Return once `slot` on `device` holds the state of `version`, after any number of steps. Raises Aborted."""
+        theirs = SlotVersion(self._buffers[device], self._layout.version_offset(slot), self._waiter)
+        self.check_abort()
+        self._wait_until(theirs.sequence, lambda _: theirs.load_state() == version >> 32)
+
     def check_abort(self) -> None:
         """Raises Aborted if the engine has set this device's abort word."""
         if self._abort.is_set(self.device_id):

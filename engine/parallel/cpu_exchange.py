@@ -58,22 +58,22 @@ class CpuExchange:
             swap.bind(partners)
 
     def pull_constants(self) -> None:
-        """With the state, since a waiting CPU worker has nothing better to do."""
+        chunk = self._bound
+        if chunk.source != self.device_id:
+            self._slabs.version(self.device_id, chunk.slot).store(INVALID_VERSION)
+            self._barrier.wait_state(chunk.source, chunk.slot, chunk.start_version)
+            self._pull(chunk, changing=False)
 
     def pull_state(self) -> None:
         chunk = self._bound
         slot, source, wanted = chunk.slot, chunk.source, chunk.start_version
         self._barrier.wait_version(source, slot, wanted)
-        theirs, ours = self._slabs.version(source, slot), self._slabs.version(self.device_id, slot)
         if source != self.device_id:
-            ours.store(INVALID_VERSION)
-            for changing in (False, True):
-                for piece in self._slot_layout.pieces(chunk.shape, changing=changing):
-                    self._slabs.copy(piece, slot, source)
-        if (found := theirs.load()) != wanted:
+            self._pull(chunk, changing=True)
+        if (found := self._slabs.version(source, slot).load()) != wanted:
             raise RuntimeError(f"slot {slot} on device {source} has version {found:#x}, wanted {wanted:#x}")
         if source != self.device_id:
-            ours.store(wanted)
+            self._slabs.version(self.device_id, slot).store(wanted)
 
     def enter(self) -> None:
         self._barrier.arrive_and_wait(self._bound.layout.members)
@@ -107,6 +107,10 @@ class CpuExchange:
 
     def reset(self) -> None:
         self._barrier.reset()
+
+    def _pull(self, chunk: Chunk, *, changing: bool) -> None:
+        for piece in self._slot_layout.pieces(chunk.shape, changing=changing):
+            self._slabs.copy(piece, chunk.slot, chunk.source)
 
     @property
     def _bound(self) -> Chunk:

@@ -131,20 +131,28 @@ class SlotVersion:
 
     Value: see `slot_version`; INVALID_VERSION: the slot holds nothing that may be read.
     The 32-bit sequence beside it changes at every store, after the version, and is what waiters block on: the version's
-    own low half need not change when another request takes the slot.
+    own low half need not change when another request takes the slot. The state's number, 16 bytes on, stays while steps
+    go on: what never changes of a state may be read as soon as it is there.
     """
 
     def __init__(self, buffer: memoryview, offset: int, waiter: Waiter) -> None:
         self._view = buffer.cast("B")[offset : offset + 8].cast("Q")
+        self._state = buffer.cast("B")[offset + 16 : offset + 24].cast("Q")
         self.sequence = SharedWord(buffer, offset + 8)
         self._waiter = waiter
 
     def load(self) -> int:
         return self._view[0]
 
+    def load_state(self) -> int:
+        """The number of the state, whose steps may be going on."""
+        return self._state[0]
+
     def store(self, value: int) -> None:
         self._waiter.fence(self.sequence)
         self._view[0] = value
+        if value != INVALID_VERSION:
+            self._state[0] = value >> 32
         self._waiter.fence(self.sequence)
         self.sequence.store(self.sequence.load() + 1)
         self._waiter.wake(self.sequence)

@@ -1,18 +1,26 @@
-"""Flow-match Euler sampling as diffusers' FluxPipeline does it: noise levels, starting noise, the Euler step.
+"""Flow-match sampling as diffusers does it: noise levels, solvers as tables of coefficients, packed latents.
 
 Owns the arithmetic between a scheduler config and the latents; knows nothing of models, groups or requests.
 Sources: diffusers' FlowMatchEulerDiscreteScheduler and FluxPipeline; arXiv:2403.03206.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
+from tetrion.engine.model_spec import SchedulerSpec
+
+
+class Schedule(NamedTuple):
+    """A linear solver of S steps. times: fp32 [S], what the network is told of each. coefficients: fp32 [S, K, K + 1]:
+    each of the K new rows of state behind a token is a sum over the old ones and the velocity, in this order."""
+
+    times: Tensor
+    coefficients: Tensor
 
 
 def sigmas(scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int) -> NDArray[np.float32]:
@@ -44,21 +52,12 @@ def _resolution_shift(scheduler: SchedulerSpec, num_image_tokens: int) -> float:
     return num_image_tokens * slope + (scheduler.base_shift - slope * scheduler.base_image_seq_len)
 
 
-def euler_step(latents: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """latents + (sigma_next − sigma) · velocity, in fp32; the levels are float32 values of `sigmas(...)`."""
-    delta = float(np.float32(sigma_next) - np.float32(sigma))
-    return latents + delta * velocity
-
-
-def initial_noise(seed: int, width: int, height: int, spec: ModelSpec) -> Tensor:
-    """Starting latents of a picture of `width` × `height` pixels: packed [tokens, in_channels], fp32.
-
-    Drawn by a CPU generator whatever the device, so that a seed means the same picture everywhere.
-    """
-    rows, columns = 2 * (height // spec.size_multiple), 2 * (width // spec.size_multiple)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    noise_CHW = torch.randn((1, spec.in_channels // 4, rows, columns), generator=generator, dtype=torch.float32)[0]
-    return pack_latents(noise_CHW)
+def euler_schedule(scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int) -> Schedule:
+    """Euler's method: each step adds the change of the noise level times the velocity, in fp32."""
+    levels = sigmas(scheduler, num_steps, num_image_tokens)
+    coefficients = torch.ones(num_steps, 1, 2)
+    coefficients[:, 0, 1] = torch.from_numpy(np.diff(levels))
+    return Schedule(torch.from_numpy(timesteps(scheduler, levels)), coefficients)
 
 
 def pack_latents(latents_CHW: Tensor) -> Tensor:

@@ -64,9 +64,11 @@ def run(spec: WorkerSpec) -> None:
 
 
 def run_on_cpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Send) -> None:
+    from tetrion.engine.worker.cpu import AtOnce, CpuBackend
     from tetrion.engine.worker.runner import Runner
 
-    runner, device_id = Runner(spec), spec.device.device_id
+    device_id = spec.device.device_id
+    runner = Runner(spec, CpuBackend(spec), AtOnce(send))
     send(Started(device_id=device_id, pid=os.getpid()))
     serve(runner, device_id, receive, send)
 
@@ -74,14 +76,16 @@ def run_on_cpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Se
 def run_on_gpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Send) -> None:
     """All events go through the completions' thread. A GPU that failed for good takes its worker with it."""
     from tetrion.engine.worker.completions import Completions
-    from tetrion.engine.worker.device_runner import DeviceRunner
+    from tetrion.engine.worker.gpu import GpuBackend
+    from tetrion.engine.worker.runner import Runner
     from tetrion.engine.worker.work_queue import CudaQueue
 
     device_id = spec.device.device_id
     queue = CudaQueue(spec.device.index)
     completions = Completions(device_id, send, on_broken=lambda: os._exit(1), on_start=queue.attach_thread)
-    runner = DeviceRunner(spec, queue, completions)
-    completions.send(Started(device_id=device_id, pid=os.getpid(), slab=runner.slab))
+    backend = GpuBackend(spec, queue)
+    runner = Runner(spec, backend, completions)
+    completions.send(Started(device_id=device_id, pid=os.getpid(), slab=backend.slab))
     serve(runner, device_id, receive, completions.send)
     completions.close()
 

@@ -22,7 +22,8 @@ from typing import NoReturn
 
 import msgspec
 
-import tetrion.engine.worker.runner  # noqa: F401  all that a CPU worker imports
+import tetrion.engine.worker.cpu  # noqa: F401  what a CPU worker imports, but for its model's family
+from tetrion.engine.models.registry import import_families
 from tetrion.engine.worker.entry import run
 from tetrion.engine.worker.spec import Exited, Forked, ForkRequest
 
@@ -114,6 +115,7 @@ def move_descriptors(fds: Sequence[int], numbers: Sequence[int]) -> None:
 
 
 def main() -> None:
+    import_families()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # a collection writes to objects, and so would copy the pages that all workers share

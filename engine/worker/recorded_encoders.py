@@ -3,41 +3,51 @@
 Owns the ids' place on the device, which the recording reads. Everything is enqueued.
 """
 
+import functools
 import logging
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tetrion.engine.models.text_encoders import PromptEmbedding, TextEncoders
+from tetrion.engine.models.family import TextEncoding
 from tetrion.engine.worker.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
+CACHED_PROMPTS = 64
+
+
+class Embedding(NamedTuple):
+    """A prompt's fields of a slot, on the device, and how many tokens it has of its own."""
+
+    fields: Mapping[str, Tensor]
+    num_tokens: int
 
 
 class RecordedEncoders:
-    def __init__(self, encoders: TextEncoders, queue: WorkQueue) -> None:
+    """`embedding`: of recent prompts; everything is enqueued."""
+
+    def __init__(self, encoders: TextEncoding, queue: WorkQueue) -> None:
         """Runs the encoders once and records them; where they can't be recorded, they go on running unrecorded."""
         self._encoders, self._queue = encoders, queue
-        tokens = encoders.tokens("")
-        self._clip_ids, self._t5_ids = (torch.empty_like(ids, device=queue.device) for ids in (tokens.clip, tokens.t5))
-        self._result: tuple[Tensor, Tensor] | None = None
+        self._ids = tuple(torch.empty_like(ids, device=queue.device) for ids in encoders.tokens("").ids)
+        self._result: dict[str, Tensor] = {}
         self._work = self._embed
-        self.encode("")
+        self.embedding = functools.lru_cache(CACHED_PROMPTS)(self._encode)
+        self._encode("")
         queue.drain()
         try:
             self._work = queue.record(self._embed)
         except RuntimeError as error:
             logger.warning("the text encoders are not recorded, encoding is slower: %s", error)
 
-    def encode(self, prompt: str) -> PromptEmbedding:
-        """As `TextEncoders.encode`, without waiting for the device."""
+    def _encode(self, prompt: str) -> Embedding:
         tokens = self._encoders.tokens(prompt)
-        self._clip_ids.copy_(self._queue.to_device(tokens.clip))
-        self._t5_ids.copy_(self._queue.to_device(tokens.t5))
+        for place, ids in zip(self._ids, tokens.ids, strict=True):
+            place.copy_(self._queue.to_device(ids))
         self._work()
-        assert self._result is not None
-        embeds, pooled = self._result
-        return PromptEmbedding(embeds=embeds.clone(), pooled=pooled.clone(), num_tokens=tokens.num_tokens)
+        return Embedding({name: tensor.clone() for name, tensor in self._result.items()}, tokens.num_tokens)
 
     def _embed(self) -> None:
-        self._result = self._encoders.embed(self._clip_ids, self._t5_ids)
+        self._result = self._encoders.embed(self._ids)

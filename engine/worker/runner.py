@@ -1,177 +1,218 @@
-"""What each command does on one device. Owns the model, the slab views and this worker's end of the barriers.
+"""What each command does on one device: everything is enqueued on the device's queue and answered when it is done.
 
-Commands are self-contained: what is kept between them (modulation tables, projected text) is derived from the request's
-state in its slot and may be dropped at any time.
+Owns the models with their denoisers, this worker's ends of the exchange and of the image slab. Nothing here waits for a
+GPU but loading and resetting; marks between a command's parts tell later when each was passed. What a CPU and a GPU do
+differently is the backend's. Commands are self-contained: what is kept between them (vectors, embeddings) may be dropped
+at any time.
 """
 
-import functools
-import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from tetrion.engine.messages import (
     BarriersReset,
     CopyLatents,
     Decode,
-    Decoded,
     Denoise,
-    Denoised,
-    Encoded,
     EncodePrompt,
-    LatentsCopied,
+    Event,
+    GroupCommand,
     Loaded,
     LoadWeights,
     MapPeers,
+    PeerSlab,
     PeersMapped,
     ResetBarriers,
     UnmapPeers,
 )
-from tetrion.engine.models.registry import Pipeline, load_pipeline
-from tetrion.engine.parallel.barrier import PairwiseBarrier
-from tetrion.engine.parallel.exchange import Exchange, make_exchange
-from tetrion.engine.parallel.layout import ControlLayout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.models.family import Model
+from tetrion.engine.parallel.exchange import Exchange
 from tetrion.engine.parallel.words import slot_version
-from tetrion.engine.sampling.flow_match import euler_step, initial_noise, sigmas, timesteps
 from tetrion.engine.transport.image_slab import ImageSlab
-from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker import answers
+from tetrion.engine.worker.denoiser import Denoiser, State
+from tetrion.engine.worker.recorded_encoders import RecordedEncoders
 from tetrion.engine.worker.spec import WorkerSpec
+from tetrion.engine.worker.work_queue import Mark, WorkQueue
 
-CACHED_REQUESTS = 8
+Finish = Callable[[], Event]
+
+
+class Completions(Protocol):
+    def add(self, command: GroupCommand, finish: Finish) -> None:
+        """`finish` waits for the command's work and makes the answer, which is then sent, in order."""
+
+
+class Backend(Protocol):
+    """What one kind of device does in its own way."""
+
+    queue: WorkQueue
+
+    @property
+    def slab(self) -> PeerSlab | None:
+        """What peers map; None where they have it already."""
+
+    def load(self, publish: bool) -> list[Model]:
+        """Raises ValueError with the numbers if the models do not fit."""
+
+    def exchange(self, spec: ModelSpec) -> Exchange: ...
+
+    def denoiser(self, model: Model, exchange: Exchange) -> Denoiser: ...
+
+    def map_peers(self, command: MapPeers) -> tuple[tuple[int, ...], str]: ...
+
+    def unmap_peers(self, command: UnmapPeers) -> tuple[int, ...]: ...
+
+    def reset(self) -> None:
+        """Forget all barriers and the abort."""
+
+
+class Resident(NamedTuple):
+    """A model with all that works on it."""
+
+    model: Model
+    exchange: Exchange
+    denoiser: Denoiser
+    encoders: RecordedEncoders
+
+    @property
+    def latents(self) -> str:
+        """The field that steps change."""
+        return next(field.name for field in self.model.spec.fields if field.changes)
 
 
 class Runner:
-    def __init__(self, spec: WorkerSpec) -> None:
-        """Map everything that the engine shares. The model comes with `load`."""
-        self._spec = spec
-        self._model = spec.model
+    def __init__(self, spec: WorkerSpec, backend: Backend, completions: Completions) -> None:
+        """The models come with `load`."""
+        self._spec, self._backend, self._queue, self._completions = spec, backend, backend.queue, completions
         self.device_id = spec.device.device_id
-        layout, num_devices = spec.layout, spec.layout.num_devices
-        slabs = [SharedSegment.attach(fd, layout.num_bytes).view for fd in spec.slab_fds]
-        control = SharedSegment.attach(spec.control_fd, ControlLayout(num_devices=num_devices).num_bytes).view
-        self._slabs = SharedSlabs(layout, self.device_id, slabs)
-        self._barrier = PairwiseBarrier(layout, self.device_id, slabs, control)
         self._images = ImageSlab.attach(
             spec.image_slab_fd, num_slots=spec.num_image_slots, slot_bytes=spec.image_slot_bytes
         )
-        self._pipeline: Pipeline | None = None
-        self._modulations = functools.lru_cache(CACHED_REQUESTS)(self._compute_modulations)
-        self._text = functools.lru_cache(CACHED_REQUESTS)(self._project_text)
+        self._residents: dict[str, Resident] = {}
 
-    @property
-    def pipeline(self) -> Pipeline:
-        assert self._pipeline is not None, "the engine loads the model before anything else"
-        return self._pipeline
+    # Answered at once ---------------------------------------------------------------------------------------------
 
-    def load(self, command: LoadWeights) -> Loaded:
-        self._pipeline = load_pipeline(self._model, self._spec.weights_fd, command.publish, self._spec.load_format)
-        return Loaded(
-            command_id=command.command_id,
-            device_id=self.device_id,
-            weights_bytes=self._pipeline.weights_bytes,
-        )
+    def load(self, command: LoadWeights) -> Event:
+        for model in self._backend.load(command.publish):
+            exchange = self._backend.exchange(model.spec)
+            denoiser = self._backend.denoiser(model, exchange)
+            encoders = RecordedEncoders(model.text, self._queue)
+            self._residents[model.spec.name] = Resident(model, exchange, denoiser, encoders)
+            exchange.warm_up(model.spec.legal_degrees(self._spec.layout.num_devices))
+        weights_bytes = sum(resident.model.weights_bytes for resident in self._residents.values())
+        return Loaded(command_id=command.command_id, device_id=self.device_id, weights_bytes=weights_bytes)
 
-    def reset_barriers(self, command: ResetBarriers) -> BarriersReset:
-        self._barrier.reset()
+    def map_peers(self, command: MapPeers) -> Event:
+        self._queue.drain()  # mappings change only while nothing runs that might use them
+        mapped, reason = self._backend.map_peers(command)
+        return PeersMapped(command_id=command.command_id, device_id=self.device_id, mapped=mapped, reason=reason)
+
+    def unmap_peers(self, command: UnmapPeers) -> Event:
+        self._queue.drain()
+        mapped = self._backend.unmap_peers(command)
+        return PeersMapped(command_id=command.command_id, device_id=self.device_id, mapped=mapped, reason="")
+
+    def reset_barriers(self, command: ResetBarriers) -> Event:
+        self._backend.reset()
         return BarriersReset(command_id=command.command_id, device_id=self.device_id)
 
-    def map_peers(self, command: MapPeers) -> PeersMapped:
-        raise AssertionError("CPU workers have all slabs mapped from the start")
+    # Answered when the device is done -----------------------------------------------------------------------------
 
-    def unmap_peers(self, command: UnmapPeers) -> PeersMapped:
-        raise AssertionError("CPU workers keep all slabs mapped")
+    def encode(self, command: EncodePrompt) -> None:
+        it, params = self._residents[command.params.model], command.params
+        prompts = (command.prompt, command.negative_prompt)[: params.shape.num_branches]
+        started = self._queue.mark()
+        embeddings = [it.encoders.embedding(prompt) for prompt in prompts]
+        for branch, embedding in enumerate(embeddings):
+            _fill(it.exchange.fields(command.slot, branch), embedding.fields)
+        noise = self._queue.to_device(it.model.codec.noise(params.seed, params.shape))
+        _fill(it.exchange.fields(command.slot, 0), {it.latents: noise})
+        it.exchange.publish(command.slot, slot_version(command.state_id, 0))
+        check, ended = it.exchange.outcome(), self._queue.mark()
 
-    def encode(self, command: EncodePrompt) -> Encoded:
-        started_s = time.monotonic()
-        embedding = self.pipeline.encode(command.prompt)
-        noise = initial_noise(command.seed, command.width, command.height, self._model)
-        state = self._slabs.slot(self.device_id, command.slot)
-        state.text.copy_(embedding.embeds)
-        state.pooled.copy_(embedding.pooled)
-        state.latents[: len(noise)].copy_(noise)
-        state.version = slot_version(command.state_id, 0)
-        return answers.encoded(command, self.device_id, started_s, time.monotonic(), embedding.num_tokens)
+        def finish() -> Event:
+            _passed(ended, check)
+            num_tokens = embeddings[0].num_tokens
+            return answers.encoded(command, self.device_id, started.time_s(), ended.time_s(), num_tokens)
 
-    def denoise(self, command: Denoise) -> Denoised:
-        started_s = time.monotonic()
-        exchange = self._exchange(command.members, command.width, command.height)
+        self._completions.add(command, finish)
+
+    def denoise(self, command: Denoise) -> None:
+        it, params, state = self._residents[command.params.model], command.params, _state(command)
+        steps = range(command.step_index, command.step_index + command.chunk_steps)
         source = self.device_id if self.device_id in command.holders else command.source
-        exchange.pull_state(source, command.slot, slot_version(command.state_id, command.step_index))
-        exchange.enter(command.slot)
-        waited_s = time.monotonic() - started_s
-        self._run_steps(command, exchange)
-        return answers.denoised(command, self.device_id, started_s, time.monotonic(), waited_s)
+        versions = (slot_version(command.state_id, steps.start), slot_version(command.state_id, steps.stop))
+        chunk = it.denoiser.chunk(params.shape, command.members, state, source, versions)
+        it.denoiser.record(chunk)
+        started = self._queue.mark()
+        it.exchange.bind(chunk)
+        if source != self.device_id:
+            it.exchange.pull_constants()
+        it.denoiser.prepare(chunk, state, params, steps.start)
+        it.exchange.pull_state()
+        it.exchange.enter()
+        entered = self._queue.mark()
+        it.denoiser.run(chunk, state, params, steps)
+        it.exchange.finish()
+        check, ended = it.exchange.outcome(), self._queue.mark()
 
-    def decode(self, command: Decode) -> Decoded:
-        exchange = self._exchange((self.device_id,), command.width, command.height)
-        exchange.pull_state(command.source, command.slot, slot_version(command.state_id, command.num_steps))
-        started_s = time.monotonic()
-        latents = self._latents(command.slot, command.width, command.height)
-        picture = self.pipeline.decode(latents, command.width, command.height)
-        self._images.write(command.image_slot, picture.numpy())
-        return answers.decoded(command, self.device_id, started_s, time.monotonic())
+        def finish() -> Event:
+            _passed(ended, check)
+            waited_s = entered.time_s() - started.time_s()
+            return answers.denoised(command, self.device_id, started.time_s(), ended.time_s(), waited_s)
 
-    def copy_latents(self, command: CopyLatents) -> LatentsCopied:
-        latents = self._latents(command.slot, command.width, command.height)
-        self._images.write(command.image_slot, latents.float().numpy())
-        return answers.latents_copied(command, self.device_id, tuple(latents.shape))
+        self._completions.add(command, finish)
 
-    def _run_steps(self, command: Denoise, exchange: Exchange) -> None:
-        """All steps of a chunk on this member's tokens."""
-        flux, shard = self.pipeline.flux, exchange.shard
-        state_id, slot = command.state_id, command.slot
-        levels = self._levels(command)
-        modulations = self._modulations(
-            state_id, slot, command.num_steps, command.width, command.height, command.guidance
+    def decode(self, command: Decode) -> None:
+        it, params = self._residents[command.params.model], command.params
+        version = slot_version(command.state_id, params.num_steps)
+        alone = (self.device_id,)
+        it.exchange.bind(
+            it.denoiser.chunk(params.shape, alone, _state(command), command.source, (version, version))
         )
-        text = self._text(state_id, slot, shard.text)
-        rope = self._rope(command, exchange)
-        latents = self._latents(slot, command.width, command.height)[shard.image.start : shard.image.stop].clone()
-        last = command.step_index + command.chunk_steps - 1
-        for step_index in range(command.step_index, last + 1):
-            velocity = flux.step(latents, text, modulations[step_index], rope, exchange.attend)
-            latents = euler_step(latents, velocity, levels[step_index], levels[step_index + 1])
-            version = slot_version(state_id, step_index + 1) if step_index == last else None
-            exchange.share_latents(latents, slot, version)
+        it.exchange.pull_state()
+        started = self._queue.mark()
+        latents = self._latents(it, command)
+        picture = self._queue.to_host(it.model.codec.decode(latents, params.shape))
+        check, ended = it.exchange.outcome(), self._queue.mark()
 
-    def _exchange(self, members: tuple[int, ...], width: int, height: int) -> Exchange:
-        model = self._model
-        num_image = model.num_image_tokens(width, height)
-        return make_exchange(
-            self._slabs, self._barrier, members, model.max_text_tokens, num_image, model.num_heads, model.head_dim
-        )
+        def finish() -> Event:
+            _passed(ended, check)
+            self._images.write(command.image_slot, picture.numpy())
+            return answers.decoded(command, self.device_id, started.time_s(), ended.time_s())
 
-    def _latents(self, slot: int, width: int, height: int) -> Tensor:
-        """The request's latents in this device's slot: [tokens, in_channels]."""
-        return self._slabs.slot(self.device_id, slot).latents[: self._model.num_image_tokens(width, height)]
+        self._completions.add(command, finish)
 
-    def _levels(self, command: Denoise) -> list[float]:
-        """Noise level before each step and after the last."""
-        num_image = self._model.num_image_tokens(command.width, command.height)
-        return sigmas(self._model.scheduler, command.num_steps, num_image).tolist()
+    def copy_latents(self, command: CopyLatents) -> None:
+        latents = self._queue.to_host(self._latents(self._residents[command.params.model], command))
+        copied = self._queue.mark()
 
-    def _rope(self, command: Denoise, exchange: Exchange) -> tuple[Tensor, Tensor]:
-        """Rotary tables of this member's tokens, text first."""
-        unit, num_text = self._model.size_multiple, self._model.max_text_tokens
-        text, image = exchange.shard.text, exchange.shard.image
-        tables = self.pipeline.flux.rope(command.height // unit, command.width // unit, num_text)
-        cos, sin = (
-            torch.cat([table[text.start : text.stop], table[num_text + image.start : num_text + image.stop]])
-            for table in tables
-        )
-        return cos, sin
+        def finish() -> Event:
+            copied.wait()
+            self._images.write(command.image_slot, latents.numpy())
+            return answers.latents_copied(command, self.device_id, tuple(latents.shape))
 
-    def _compute_modulations(
-        self, state_id: int, slot: int, num_steps: int, width: int, height: int, guidance: float
-    ) -> Tensor:
-        """Modulation vectors of all steps: [num_steps, V, C]. `state_id` is there for the cache."""
-        model = self._model
-        levels = sigmas(model.scheduler, num_steps, model.num_image_tokens(width, height))
-        times = torch.from_numpy(timesteps(model.scheduler, levels))
-        return self.pipeline.flux.modulations(times, guidance, self._slabs.slot(self.device_id, slot).pooled)
+        self._completions.add(command, finish)
 
-    def _project_text(self, state_id: int, slot: int, text: range) -> Tensor:
-        """This member's text tokens: [n, C]. `state_id` is there for the cache."""
-        return self.pipeline.flux.project_text(self._slabs.slot(self.device_id, slot).text[text.start : text.stop])
+    def _latents(self, it: Resident, command: Decode | CopyLatents) -> Tensor:
+        """The state in this device's slot: fp32 [image rows, width]."""
+        return it.exchange.fields(command.slot, 0)[it.latents][: command.params.shape.image]
+
+
+def _fill(fields: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        fields[name][: len(value)].copy_(value)
+
+
+def _state(command: Denoise | Decode) -> State:
+    return State(command.state_id, command.slot)
+
+
+def _passed(ended: Mark, check: Callable[[], None]) -> None:
+    """Wait for a command's end. Raises what went wrong."""
+    ended.wait()
+    check()

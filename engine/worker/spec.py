@@ -15,7 +15,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     device: DeviceSpec
     num_threads: int
-    model: ModelSpec
+    models: tuple[ModelSpec, ...]
     load_format: LoadFormat
     layout: SlabLayout
     channel: ChannelSpec

@@ -39,7 +39,7 @@ class WorkQueue(Protocol):
         """Marks the point behind all that has been enqueued."""
 
     def record(self, work: Work) -> Work:
-        """What enqueues `work` each time it is called. `work` must have run before: recording may not run it."""
+        """What enqueues `work` each time it is called. Recording may enqueue it once, or not at all."""
 
     def to_host(self, tensor: Tensor) -> Tensor:
         """Enqueue a copy; the result is valid once a later mark has passed."""
@@ -71,12 +71,14 @@ class CudaQueue:
         return CudaMark(self._new_event(), self._clock)
 
     def record(self, work: Work) -> Work:
-        """A CUDA graph of `work`. All graphs share one memory pool: only one of them runs at a time.
+        """A CUDA graph of `work`, which is run first: that loads kernels and makes the libraries choose theirs, none of
+        which can be recorded. All graphs share one memory pool: only one of them runs at a time.
 
         Not by `torch.cuda.graph`, which frees memory and waits for the device. Another thread waits on events
         meanwhile, hence `thread_local`; and it gives pinned memory back, for which torch records an event on the stream
         that used it, hence a stream that is used for nothing else.
         """
+        work()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

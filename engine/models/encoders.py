@@ -1,0 +1,173 @@
+"""Text encoders as families use them: library modules over given weights, on those weights' device, and their tokenizers.
+
+Worker-only: importing it takes seconds.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+from transformers.models.t5.configuration_t5 import T5Config
+from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
+from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+from tetrion.engine.config import LoadFormat
+from tetrion.engine.model_spec import CheckpointError, has_tokenizer
+from tetrion.engine.models.dummy import HashTokenizer, module_shapes
+from tetrion.engine.models.loading import build_module
+from tetrion.engine.models.tokenizers import LibraryTokenizer, Tokenizer
+
+ConfigT = TypeVar("ConfigT", CLIPTextConfig, T5Config)
+CLIP_PREFIX = "text_model."
+T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
+
+
+class ClipEncoder:
+    """CLIP's text model over given weights. Its prompts are always as long as its tokenizer says."""
+
+    def __init__(
+        self, folder: Path, tokenizer: Path, tensors: Mapping[str, Tensor], load_format: LoadFormat = "safetensors"
+    ) -> None:
+        """Raises CheckpointError if the config, the tokenizer or a tensor is missing."""
+        self._folder = folder
+        self._model = _build_clip(folder, tensors)
+        self._tokenizer, self._num_ids = _clip_tokenizer(folder, tokenizer, load_format)
+
+    @staticmethod
+    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+        """Of all tensors that the config means. Raises CheckpointError if it is missing."""
+        config = _load_config(CLIPTextConfig, folder)
+        return module_shapes(lambda: CLIPTextModel(config))
+
+    def check_width(self, expected: int) -> None:
+        """Raises CheckpointError unless this is what the transformer takes."""
+        _check_width(self._folder, self._model.config.hidden_size, expected)
+
+    def ids(self, prompt: str) -> Tensor:
+        """[1, CLIP's length] on the host."""
+        return torch.tensor([self._tokenizer.ids(prompt, self._num_ids)])
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        """[hidden size]."""
+        return self._model(ids).pooler_output[0]
+
+
+class T5Encoder:
+    """T5's encoder over given weights: prompts are padded to `num_ids`, without an attention mask."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Path,
+        tensors: Mapping[str, Tensor],
+        load_format: LoadFormat = "safetensors",
+        num_ids: int = 512,
+    ) -> None:
+        """Raises CheckpointError if the config, the tokenizer or a tensor is missing."""
+        self._folder, self._num_ids = folder, num_ids
+        self._model = _build_t5(folder, tensors)
+        self._tokenizer = _t5_tokenizer(folder, tokenizer, load_format)
+
+    @staticmethod
+    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+        """Of all tensors that the config means. Raises CheckpointError if it is missing."""
+        config = _load_config(T5Config, folder)
+        return module_shapes(lambda: T5EncoderModel(config))
+
+    def check_width(self, expected: int) -> None:
+        """Raises CheckpointError unless this is what the transformer takes."""
+        _check_width(self._folder, self._model.config.d_model, expected)
+
+    def ids(self, prompt: str) -> Tensor:
+        """[1, num_ids] on the host."""
+        return torch.tensor([self._tokenizer.ids(prompt, self._num_ids)])
+
+    def num_tokens(self, prompt: str) -> int:
+        """The prompt's own with the end mark, before padding or truncation."""
+        return self._tokenizer.num_tokens(prompt)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """[num_ids, width]."""
+        return self._model(ids)[0][0]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The GEMMs of a narrow encoder round differently with more, and encoding is a small share of a picture's work."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _clip_tokenizer(folder: Path, tokenizer: Path, load_format: LoadFormat) -> tuple[Tokenizer, int]:
+    """The tokenizer, and how many tokens CLIP always gets."""
+    if load_format == "dummy" and not has_tokenizer(tokenizer):
+        config = _load_config(CLIPTextConfig, folder)
+        end = config.vocab_size - 1
+        return HashTokenizer(config.vocab_size, end=end, start=end - 1, padding=end), config.max_position_embeddings
+    loaded = LibraryTokenizer(CLIPTokenizer, tokenizer)
+    return loaded, loaded.model_max_length
+
+
+def _t5_tokenizer(folder: Path, tokenizer: Path, load_format: LoadFormat) -> Tokenizer:
+    if load_format == "dummy" and not has_tokenizer(tokenizer):
+        return HashTokenizer(_load_config(T5Config, folder).vocab_size, end=1)
+    return LibraryTokenizer(T5Tokenizer, tokenizer)
+
+
+def _load_config(kind: type[ConfigT], folder: Path) -> ConfigT:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.__name__}: {error}") from None
+
+
+def _check_width(folder: Path, width: int, expected: int) -> None:
+    if width != expected:
+        raise CheckpointError(f"model: {str(folder)!r} gives vectors of {width}, the transformer takes {expected}")
+
+
+def _build_clip(folder: Path, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
+    config = _load_config(CLIPTextConfig, folder)
+    tensors = {name.removeprefix(CLIP_PREFIX): tensor for name, tensor in tensors.items()}
+    clip = build_module(lambda: CLIPTextModel(config), _with_module_prefix(CLIPTextModel, config, tensors), str(folder))
+    for module in clip.modules():
+        if hasattr(module, "position_ids"):  # a buffer that no checkpoint stores, so still on the meta device
+            positions = torch.arange(config.max_position_embeddings, device=clip.device)
+            module.position_ids = positions.expand((1, -1))
+    return clip
+
+
+def _with_module_prefix(
+    kind: type[CLIPTextModel], config: CLIPTextConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """CLIPTextModel called its tensors `text_model.…` until transformers 5; checkpoints have either."""
+    with torch.device("meta"):
+        names = kind(config).state_dict()
+    prefix = CLIP_PREFIX if any(name.startswith(CLIP_PREFIX) for name in names) else ""
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _build_t5(folder: Path, tensors: Mapping[str, Tensor]) -> T5EncoderModel:
+    config = _load_config(T5Config, folder)
+    tensors = dict(tensors)
+    for name, other in (T5_EMBEDDINGS, T5_EMBEDDINGS[::-1]):  # one table under two names; checkpoints have either
+        if name not in tensors and other in tensors:
+            tensors[name] = tensors[other]
+    t5 = build_module(lambda: T5EncoderModel(config), tensors, str(folder))
+    layers = (module for module in t5.modules() if isinstance(module, T5Attention))
+    first = next(layer for layer in layers if layer.has_relative_attention_bias)  # its bias serves all layers
+    strided_bias = first.compute_bias
+    # PyTorch's fused attention takes no mask whose last dimension is strided, as this bias is: attention falls back
+    # to whole matrices in fp32, half of a prompt's time (and later libraries copy the bias for each layer)
+    first.compute_bias = lambda *given, **named: strided_bias(*given, **named).contiguous()  # type: ignore[method-assign]
+    return t5

@@ -1,0 +1,257 @@
+"""Denoising steps of one model, recorded once a shape and replayed for any request, any members and any step.
+
+Owns what recorded work reads: the step counter, the tables that it indexes, a branch's constants, the rows of the state
+that this member steps, each at one place in the device's memory that is filled before a chunk. A step is a *pass* over
+the sequence for each guidance branch, then a *tail*: branches put together, the solver's step. Knows no commands; what
+peers do is the exchange's.
+"""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tetrion.engine.models.family import Constant, Model
+from tetrion.engine.models.ops import Ops
+from tetrion.engine.parallel.exchange import Chunk, Exchange, Group
+from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
+from tetrion.engine.shape import Params, StepShape
+from tetrion.engine.worker.work_queue import Work, WorkQueue
+
+TABLE_STEPS = 32
+"""Rows of the tables. Those of a request with more steps are made, and its chunks run, in parts."""
+MAX_PASSES = 128
+CACHED_TABLES = 8
+CACHED_SCHEDULES = 64
+CACHED_ROPES = 32
+
+
+class State(NamedTuple):
+    """A request's state as a device names it."""
+
+    state_id: int
+    slot: int
+
+
+class StepTables:
+    """What all recorded work of a model has in common.
+
+    `step`: int32 [1], the row that the next step uses; each step ends by adding 1. `coefficients`: fp32
+    [TABLE_STEPS, K, K + 1]. `guidance`: fp32 [TABLE_STEPS]. `vectors`: of each branch, [TABLE_STEPS, V, C].
+    """
+
+    def __init__(self, step: Tensor, num_state_rows: int, num_vectors: int, width: int, dtype: torch.dtype) -> None:
+        device = step.device
+        self.step = step
+        self.coefficients = torch.zeros(TABLE_STEPS, num_state_rows, num_state_rows + 1, device=device)
+        self.guidance = torch.zeros(TABLE_STEPS, device=device)
+        self._vectors: dict[int, Tensor] = {}
+        self._new = functools.partial(torch.zeros, TABLE_STEPS, num_vectors, width, dtype=dtype, device=device)
+
+    def vectors(self, branch: int) -> Tensor:
+        if branch not in self._vectors:
+            self._vectors[branch] = self._new()
+        return self._vectors[branch]
+
+    def load(self, coefficients: Tensor, guidance: float, vectors: Mapping[int, Tensor]) -> None:
+        """Enqueue: the next steps have these; at most TABLE_STEPS rows."""
+        count = len(coefficients)
+        self.coefficients[:count].copy_(coefficients)
+        self.guidance.fill_(guidance)
+        for branch, rows in vectors.items():
+            assert len(rows) == count, f"{len(rows)} rows of vectors for {count} steps"
+            self.vectors(branch)[:count].copy_(rows)
+        self.step.zero_()
+
+
+class Rows:
+    """A member's image rows, as many as any rank has of a shape: `state` fp32 [n, K · channels], `velocity`: of each
+    branch, [n, out_channels]."""
+
+    def __init__(self, num_rows: int, width: int, out_channels: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.state = torch.zeros(num_rows, width, dtype=torch.float32, device=device)
+        self._velocity: dict[int, Tensor] = {}
+        self._new = functools.partial(torch.zeros, num_rows, out_channels, dtype=dtype, device=device)
+
+    def velocity(self, branch: int) -> Tensor:
+        if branch not in self._velocity:
+            self._velocity[branch] = self._new()
+        return self._velocity[branch]
+
+
+class Pass:
+    """One recorded evaluation of the network for a branch. Before replays: bind the exchange, `load`."""
+
+    def __init__(self, denoiser: "Denoiser", group: Group, branch: int, constants: Mapping[str, Constant]) -> None:
+        """constants: of any request of the shape; their shapes count."""
+        self._group, self._branch, self._shape = group, branch, group.shape
+        self._constants = {name: self._buffer(constant) for name, constant in constants.items()}
+        self._size: StepShape | None = None
+        self._denoiser = denoiser
+        self.replay: Work = denoiser.queue.record(self._run)
+
+    def load(self, shape: StepShape, constants: Mapping[str, Constant], rows: tuple[range, ...]) -> None:
+        """Enqueue: from now on for a request with these; `rows`: this member's of each segment."""
+        for name, (tensor, segment) in constants.items():
+            if segment is not None:
+                tensor = tensor[rows[segment].start : rows[segment].stop]
+            self._constants[name][: len(tensor)].copy_(tensor)
+        if shape != self._size:
+            rope = self._denoiser.rope(shape, self._branch)
+            if rope is not None:
+                self._group.load_rope(rope)
+            self._size = shape
+
+    def _buffer(self, constant: Constant) -> Tensor:
+        tensor, segment = constant
+        num_rows = len(tensor) if segment is None else self._shape.padded[segment]
+        return tensor.new_zeros(num_rows, *tensor.shape[1:])
+
+    def _run(self) -> None:
+        denoiser = self._denoiser
+        rows = denoiser.rows(self._shape)
+        latents = rows.state[:, : denoiser.channels].to(denoiser.dtype)
+        vectors = denoiser.tables.vectors(self._branch)
+        velocity = denoiser.model.network.step(latents, self._constants, vectors, self._group.attend)
+        rows.velocity(self._branch).copy_(velocity)
+
+
+class Denoiser:
+    """Runs chunks of a model's steps on one device. `step`: the counter that `ops` looks at."""
+
+    def __init__(self, model: Model, ops: Ops, exchange: Exchange, queue: WorkQueue, step: Tensor, dtype: torch.dtype) -> None:
+        spec, network = model.spec, model.network
+        changing = next(field for field in spec.fields if field.changes)
+        self.model, self.queue, self.dtype = model, queue, dtype
+        self.channels = network.out_channels
+        self._num_state_rows = changing.width // network.out_channels
+        self._width = changing.width
+        self.tables = StepTables(step, self._num_state_rows, network.num_vectors, network.hidden_size, dtype)
+        self._ops, self._exchange = ops, exchange
+        self._passes: OrderedDict[tuple[GroupShape, int], Pass] = OrderedDict()
+        self._tails: dict[tuple[int, tuple[int, ...], int], Work] = {}
+        self._rows: dict[int, Rows] = {}
+        self._vectors = functools.lru_cache(CACHED_TABLES)(self._compute_vectors)
+        self._schedule = functools.lru_cache(CACHED_SCHEDULES)(model.schedule)
+        self._coefficients = functools.lru_cache(CACHED_SCHEDULES)(self._compute_coefficients)
+        self.rope = functools.lru_cache(CACHED_ROPES)(model.network.rope)
+
+    def chunk(
+        self, shape: StepShape, members: tuple[int, ...], state: State, source: int, versions: tuple[int, int]
+    ) -> Chunk:
+        """This device's part in a chunk of the group `members`. `versions`: before the first step, after the last."""
+        spec, me = self.model.spec, self._exchange.device_id
+        layout = BranchLayout(members=members, num_branches=shape.num_branches)
+        part = layout.part_of(me)
+        plans = tuple(
+            plan_group(part, shape.counts(spec.segments, branch), spec.num_heads) for branch in layout.branches_of(me)
+        )
+        return Chunk(shape, layout, plans, state.slot, source, *versions)
+
+    def rows(self, shape: GroupShape) -> Rows:
+        """Of the segment that is stepped."""
+        num_rows = shape.padded[self.model.spec.stepped]
+        if num_rows not in self._rows:
+            size = self._width, self.model.network.out_channels
+            self._rows[num_rows] = Rows(num_rows, *size, self.dtype, self.queue.device)
+        return self._rows[num_rows]
+
+    def prepare(self, chunk: Chunk, state: State, params: Params, first_step: int) -> None:
+        """Enqueue what a request needs once, if it is not there: the first steps' vectors, from fields that are in its
+        slot as soon as the request is there at all."""
+        for branch in chunk.layout.branches_of(self._exchange.device_id):
+            self._vectors(state, params, branch, first_step // TABLE_STEPS)
+
+    def run(self, chunk: Chunk, state: State, params: Params, steps: range) -> None:
+        """Enqueue: the bound chunk's steps, from this member's rows of the state in its slot to all members' slots."""
+        me = self._exchange.device_id
+        branches = chunk.layout.branches_of(me)
+        passes = [self._passes[plan.shape_of(me), b] for plan, b in zip(chunk.plans, branches, strict=True)]
+        for recorded, plan, branch in zip(passes, chunk.plans, branches, strict=True):
+            recorded.load(chunk.shape, self._constants(chunk.shape, state.slot, branch), plan.shard_of(me).rows)
+        rows = self.rows(chunk.plans[0].shape_of(me))
+        tail = self._tails[self._tail_key(chunk)]
+        self._exchange.load_state(rows.state)
+        for part in table_parts(steps):
+            self._load_tables(state, params, branches, part)
+            for _ in part:
+                for recorded in passes:
+                    recorded.replay()
+                tail()
+        self._exchange.share_state(rows.state)
+
+    def record(self, chunk: Chunk) -> None:
+        """Record what the chunk's steps need and is new; before the chunk is bound, since it signals no other device."""
+        me = self._exchange.device_id
+        branches = chunk.layout.branches_of(me)
+        keys = [(plan.shape_of(me), branch) for plan, branch in zip(chunk.plans, branches, strict=True)]
+        if not all(key in self._passes for key in keys) or self._tail_key(chunk) not in self._tails:
+            self._exchange.rehearse()
+        for key in keys:
+            if key not in self._passes:
+                self._record_pass(*key, self._constants(chunk.shape, chunk.slot, key[1]))
+            self._passes.move_to_end(key)
+        if (tail := self._tail_key(chunk)) not in self._tails:
+            self._tails[tail] = self._record_tail(self.rows(keys[0][0]), branches, chunk.shape.num_branches)
+
+    def _record_pass(self, shape: GroupShape, branch: int, constants: Mapping[str, Constant]) -> None:
+        if len(self._passes) == MAX_PASSES:
+            self.queue.drain()
+            self._passes.popitem(last=False)
+        self._passes[shape, branch] = Pass(self, self._exchange.group(shape), branch, constants)
+
+    def _record_tail(self, rows: Rows, branches: tuple[int, ...], num_branches: int) -> Work:
+        """What ends a step: `branches` are those that were evaluated here, of `num_branches`."""
+        apart = len(branches) < num_branches
+        swap = self._exchange.swap(len(rows.state), self.model.network.out_channels) if apart else None
+
+        def tail() -> None:
+            velocities = [rows.velocity(branch) for branch in branches]
+            if swap is not None:
+                velocities.insert(1 - branches[0], swap.push(velocities[0]))
+            tables = self.tables
+            rows.state.copy_(self._ops.guided_step(rows.state, velocities, tables.coefficients, tables.guidance))
+            if swap is not None:
+                swap.done()
+            tables.step.add_(1)
+
+        recorded = self.queue.record(tail)
+        self.tables.step.zero_()
+        return recorded
+
+    def _tail_key(self, chunk: Chunk) -> tuple[int, tuple[int, ...], int]:
+        me = self._exchange.device_id
+        num_rows = chunk.plans[0].shape_of(me).padded[self.model.spec.stepped]
+        return num_rows, chunk.layout.branches_of(me), chunk.shape.num_branches
+
+    def _constants(self, shape: StepShape, slot: int, branch: int) -> Mapping[str, Constant]:
+        return self.model.network.constants(self._exchange.fields(slot, branch), shape, branch)
+
+    def _load_tables(self, state: State, params: Params, branches: tuple[int, ...], steps: range) -> None:
+        """Enqueue: the next replays are `steps`, all of one part of TABLE_STEPS steps."""
+        part = steps.start // TABLE_STEPS
+        rows = slice(steps.start - part * TABLE_STEPS, steps.stop - part * TABLE_STEPS)
+        vectors = {branch: self._vectors(state, params, branch, part)[rows] for branch in branches}
+        coefficients = self._coefficients(params.num_steps, params.shape)[steps.start : steps.stop]
+        self.tables.load(coefficients, self.model.guidance_factor(params), vectors)
+
+    def _compute_coefficients(self, num_steps: int, shape: StepShape) -> Tensor:
+        return self.queue.to_device(self._schedule(num_steps, shape).coefficients)
+
+    def _compute_vectors(self, state: State, params: Params, branch: int, part: int) -> Tensor:
+        """Modulation vectors of a part's steps: [k, V, C]. `state` says whose."""
+        times = self._schedule(params.num_steps, params.shape).times[part * TABLE_STEPS : (part + 1) * TABLE_STEPS]
+        fields = self._exchange.fields(state.slot, branch)
+        return self.model.network.vectors(fields, self.queue.to_device(times), params)
+
+
+def table_parts(steps: range) -> Iterator[range]:
+    """`steps` cut where a table of TABLE_STEPS steps ends."""
+    start = steps.start
+    while start < steps.stop:
+        end = min(steps.stop, start - start % TABLE_STEPS + TABLE_STEPS)
+        yield range(start, end)
+        start = end

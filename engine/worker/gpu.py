@@ -1,0 +1,64 @@
+"""A GPU worker's backend: its own copy of the weights, a slab that peers map, work that is enqueued."""
+
+import torch
+
+from tetrion.engine.messages import MapPeers, PeerSlab, UnmapPeers
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.models.device_ops import DeviceOps
+from tetrion.engine.models.family import Model
+from tetrion.engine.models.memory_budget import memory_budget
+from tetrion.engine.models.registry import components_of, load_on_device
+from tetrion.engine.parallel.device_exchange import DeviceExchange, SharedResources
+from tetrion.engine.parallel.device_memory import DeviceMemory
+from tetrion.engine.parallel.exchange import Exchange
+from tetrion.engine.worker.denoiser import Denoiser
+from tetrion.engine.worker.spec import WorkerSpec
+from tetrion.engine.worker.work_queue import WorkQueue
+
+
+class GpuBackend:
+    def __init__(self, spec: WorkerSpec, queue: WorkQueue) -> None:
+        """Take the slab, map what the engine shares."""
+        self.queue, self._spec = queue, spec
+        self._memory = DeviceMemory(spec.layout, spec.device.device_id, queue.device, spec.slab_fds, spec.control_fd)
+        self._slabs = self._memory.slabs
+        self._shared = SharedResources(self._slabs, self._memory.abort, self._memory.clear_abort, spec.models)
+        self._step = torch.zeros(1, dtype=torch.int32, device=queue.device)
+        self._ops = DeviceOps(self._step)
+
+    @property
+    def slab(self) -> PeerSlab | None:
+        return self._memory.description if self.queue.device.type == "cuda" else None
+
+    def load(self, publish: bool) -> list[Model]:
+        device, spec = self.queue.device, self._spec
+        components = {model.name: components_of(model, spec.load_format) for model in spec.models}
+        budget = memory_budget(spec.models, components, spec.layout)
+        if device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+            budget = budget.fitted(free_bytes + budget.slab_bytes, spec.device.name)  # the slab is already taken
+        models = []
+        for model_spec in spec.models:
+            parts = components[model_spec.name]
+            model = load_on_device(model_spec, spec.load_format, parts, device, self._slabs.dtype, self._ops)
+            model.codec.whole_pixels = budget.whole_pixels
+            if device.type == "cuda":
+                model.codec.fuse()
+            models.append(model)
+        return models
+
+    def exchange(self, spec: ModelSpec) -> Exchange:
+        return DeviceExchange(self._shared, spec, self.queue.to_host)
+
+    def denoiser(self, model: Model, exchange: Exchange) -> Denoiser:
+        return Denoiser(model, self._ops, exchange, self.queue, self._step, self._slabs.dtype)
+
+    def map_peers(self, command: MapPeers) -> tuple[tuple[int, ...], str]:
+        return self._memory.map_peers(command.slabs, host_memory=command.host_memory)
+
+    def unmap_peers(self, command: UnmapPeers) -> tuple[int, ...]:
+        self._memory.unmap_peers(command.device_ids)
+        return self._slabs.mapped
+
+    def reset(self) -> None:
+        self._shared.reset()
