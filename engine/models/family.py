@@ -108,5 +108,8 @@ class FamilyModule(Protocol):
     def components(self, spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, Component]:
         """All that is to be loaded. Raises CheckpointError."""
 
+    def network(self, spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops) -> Network:
+        """Over the loaded tensors of the component `transformer`, or over meta tensors of their shapes."""
+
     def build(self, spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Model:
         """A model over loaded `component/name` tensors. No copies."""

@@ -398,22 +398,25 @@ def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]
     }
 
 
+def network(spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops) -> FluxTransformer:
+    config = read_config(Path(spec.path) / "transformer" / "config.json")
+    return FluxTransformer(config, tensors, ops, spec.size_multiple)
+
+
 def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Model:
     path = Path(spec.path)
     parts = {name: component_tensors(tensors, name) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")}
-    network = FluxTransformer(
-        read_config(path / "transformer" / "config.json"), parts["transformer"], ops, spec.size_multiple
-    )
+    transformer = network(spec, parts["transformer"], ops)
     clip = ClipEncoder(path / "text_encoder", path / "tokenizer", parts["text_encoder"], load_format)
-    clip.check_width(network.config.pooled_projection_dim)
+    clip.check_width(transformer.config.pooled_projection_dim)
     t5 = T5Encoder(
         path / "text_encoder_2", path / "tokenizer_2", parts["text_encoder_2"], load_format, spec.max_text_tokens
     )
-    t5.check_width(network.config.joint_attention_dim)
+    t5.check_width(transformer.config.joint_attention_dim)
     return Model(
         spec=spec,
-        network=network,
-        text=FluxText(clip, t5, network),
+        network=transformer,
+        text=FluxText(clip, t5, transformer),
         codec=Autoencoder(path / "vae", parts["vae"], spec),
         schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image),
         guidance_factor=lambda params: params.true_cfg_scale,

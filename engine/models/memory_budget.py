@@ -4,18 +4,19 @@ Owns the figures and the refusal; allocates nothing and asks no device.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.loading import Component, planned_shapes
+from tetrion.engine.models.recording import Gemm, step_operators
 from tetrion.engine.parallel.layout import SlabLayout
 
 EXCHANGE_SCRATCH = 3
 """Tensors of q, k, v that a device keeps for itself (device_exchange.py)."""
-STEP_WIDTHS = 14
-"""Tensors as wide as the hidden size that are alive at a step's widest point (a block's MLP at degree 1)."""
+STEP_GEMMS = 3
+"""What is alive at a step's widest point, in inputs and outputs of its widest GEMM (a block's MLP at degree 1)."""
 DECODE_CHANNELS = 5 * 256
 """Channels of full-size feature maps alive at the decoder's widest point."""
 TILED_PIXELS = 1536 * 1024
@@ -58,22 +59,34 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def memory_budget(spec: ModelSpec, components: Mapping[str, Component], layout: SlabLayout) -> MemoryBudget:
-    """Of a device that decodes all pictures whole. Weights and activations have the slab's element size. Raises
-    CheckpointError for missing tensors."""
+def memory_budget(
+    specs: Sequence[ModelSpec], components: Mapping[str, Mapping[str, Component]], layout: SlabLayout
+) -> MemoryBudget:
+    """Of a device that has all of `specs` and decodes all pictures whole. `components`: by model. Weights and
+    activations have the slab's element size. Raises CheckpointError for missing tensors."""
     itemsize = layout.itemsize
-    weights = {name: 0 for name in components}
-    for key, shape in planned_shapes(components).items():
-        weights[key.partition("/")[0]] += math.prod(shape) * itemsize
-    widest = (spec.max_text_tokens + spec.max_image_tokens) * spec.num_heads * spec.head_dim * itemsize
+    weights = {}
+    for spec in specs:
+        for key, shape in planned_shapes(components[spec.name]).items():
+            name = key.partition("/")[0] if len(specs) == 1 else f"{spec.name}/{key.partition('/')[0]}"
+            weights[name] = weights.get(name, 0) + math.prod(shape) * itemsize
+    widest = max(sum(map(spec.max_rows, spec.segments)) * spec.hidden_size for spec in specs) * itemsize
+    whole_pixels = max(spec.max_size for spec in specs) ** 2
     return MemoryBudget(
-        model=spec.name,
+        model=", ".join(spec.name for spec in specs),
         weights_bytes=weights,
         slab_bytes=layout.num_bytes + EXCHANGE_SCRATCH * widest,
-        step_bytes=STEP_WIDTHS * widest,
-        decode_bytes=DECODE_CHANNELS * spec.max_size**2 * itemsize,
-        whole_pixels=spec.max_size**2,
+        step_bytes=max(map(_step_elements, specs)) * itemsize,
+        decode_bytes=DECODE_CHANNELS * whole_pixels * itemsize,
+        whole_pixels=whole_pixels,
     )
+
+
+def _step_elements(spec: ModelSpec) -> int:
+    """Activations of the largest picture's step at degree 1."""
+    operators = step_operators(spec, spec.shape(spec.max_size, spec.max_size), degree=1)
+    gemms = [operator for operator in operators if isinstance(operator, Gemm)]
+    return STEP_GEMMS * max(gemm.rows * (gemm.inputs + gemm.outputs) for gemm in gemms)
 
 
 def _gb(num_bytes: int) -> str:

@@ -150,10 +150,9 @@ class StepBench:
             await floor.close()
 
     async def _start_floor(self) -> LineProcess:
-        config = Path(self._spec.path) / "transformer" / "config.json"
-        first = self._devices[0]
+        first, spec = self._devices[0], msgspec.json.encode(self._spec).decode()
         name = first.name if first.kind == "cuda" else "cpu"
-        return await LineProcess.start("tetrion.entrypoints.bench.floor", str(config), name)
+        return await LineProcess.start("tetrion.entrypoints.bench.floor", spec, name)
 
     def _add_point(self, size: Size, degree: int, timed: Row, reason: str) -> None:
         floor_ms, ms = timed.pop("floor_ms"), timed.pop("ms")

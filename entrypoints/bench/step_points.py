@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import combinations_with_replacement, pairwise
 from typing import Any, NamedTuple, cast
 
+import msgspec
 import numpy as np
 
 from tetrion.engine.config import EngineConfig
@@ -72,8 +73,8 @@ async def time_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: in
 
 
 async def _prepare_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: int) -> None:
-    tokens = {"num_text": spec.max_text_tokens, "num_image": spec.num_image_tokens(*size)}
-    await floor.ask({**tokens, "degree": degree}, FLOOR_TIMEOUT_S)
+    shape = msgspec.to_builtins(spec.shape(*size))
+    await floor.ask({"shape": shape, "degree": degree}, FLOOR_TIMEOUT_S)
 
 
 async def _floor_ms(floor: LineProcess, seconds: float) -> list[float]:

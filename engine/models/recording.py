@@ -1,0 +1,110 @@
+"""What a step computes, found by running a family's own forward pass on shapes alone: every GEMM and attention, in order.
+
+Owns the operators and attention that record; knows no family. The step's library floor, its FLOPs and what it takes of
+a device's memory all come from here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tetrion.engine.config import LoadFormat
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.models.loading import planned_shapes
+from tetrion.engine.models.ops import Linear
+from tetrion.engine.models.registry import family_module
+from tetrion.engine.parallel.exchange import Stream
+from tetrion.engine.parallel.group import GroupShape
+from tetrion.engine.shape import StepShape
+from tetrion.kernels.reference import Branch
+
+
+class Gemm(NamedTuple):
+    """[rows, inputs] @ [outputs, inputs]^T, with or without a bias."""
+
+    rows: int
+    inputs: int
+    outputs: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inputs * self.outputs
+
+
+class Attention(NamedTuple):
+    tokens: int
+    heads: int
+    head_dim: int
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.tokens**2 * self.heads * self.head_dim
+
+
+Operator = Gemm | Attention
+
+
+def step_operators(spec: ModelSpec, shape: StepShape, degree: int, branch: int = 0) -> list[Operator]:
+    """What the device with most rows and heads computes in one pass of a branch at `degree`. Modulation vectors are no
+    part of it."""
+    most_heads = -(-spec.num_heads // degree)
+    group = GroupShape(shape.counts(spec.segments, branch), degree, most_heads)
+    recorder = Recorder(spec, group)
+    network = family_module(spec).network(spec, _meta_weights(spec), recorder)
+    fields = {field.name: _meta(shape.rows(field.rows, branch), field.width) for field in spec.fields}
+    constants = {
+        name: tensor if segment is None else _meta(group.padded[segment], *tensor.shape[1:])
+        for name, (tensor, segment) in network.constants(fields, shape, branch).items()
+    }
+    latents = _meta(group.padded[spec.stepped], network.out_channels)
+    network.step(latents, constants, _meta(1, network.num_vectors, network.hidden_size), recorder.attend)
+    return recorder.operators
+
+
+class Recorder:
+    """`models.ops.Ops` and `models.family.Attend` of one member on meta tensors."""
+
+    def __init__(self, spec: ModelSpec, shape: GroupShape) -> None:
+        self.operators: list[Operator] = []
+        self._spec, self._shape = spec, shape
+
+    def attend(self, streams: Sequence[Stream]) -> Tensor:
+        over = [segment for stream in streams for segment in stream.segments]
+        tokens = sum(self._shape.counts[segment] for segment in over)
+        self.operators.append(Attention(tokens, self._shape.own_heads, self._spec.head_dim))
+        return _meta(sum(self._shape.padded[segment] for segment in over), self._spec.hidden_size)
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        outputs, inputs = layer.weight.shape
+        self.operators.append(Gemm(len(x), inputs, outputs))
+        return _meta(len(x), outputs)
+
+    gelu_linear = narrow_linear = linear
+
+    def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
+        return self.linear(left, layer)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return x
+
+    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+        return [(branch.x, torch.empty_like(branch.x)) for branch in branches]
+
+    def guided_step(
+        self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
+    ) -> Tensor:
+        return state
+
+
+def _meta_weights(spec: ModelSpec) -> Mapping[str, Tensor]:
+    """The network's, by name; its configuration suffices."""
+    load_format: LoadFormat = "dummy"
+    component = family_module(spec).components(spec, load_format)["transformer"]
+    shapes = planned_shapes({"transformer": component})
+    return {name.partition("/")[2]: _meta(*shape) for name, shape in shapes.items()}
+
+
+def _meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
