@@ -1,80 +1,142 @@
-"""Offsets: nothing overlaps, everything is aligned, every shard fits."""
+"""Offsets: nothing overlaps, everything is aligned, every request and every shard fits."""
 
 from itertools import pairwise
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.engine.parallel.toy_models import SPECS
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
-from tetrion.engine.parallel.group import plan_group
+from tetrion.engine.parallel.group import BranchLayout, plan_group
 from tetrion.engine.parallel.layout import CACHE_LINE, PAGE, ControlLayout, SlabLayout, slab_layout
+from tetrion.engine.shape import StepShape
 
-specs = st.builds(
+flux_specs = st.builds(
     ModelSpec,
-    name=st.just(""), path=st.just(""), architecture=st.just("flux"), num_heads=st.integers(1, 40),
+    name=st.just("flux"), path=st.just(""), architecture=st.just("flux"), num_heads=st.integers(1, 40),
     head_dim=st.sampled_from([8, 32, 128]), in_channels=st.sampled_from([4, 16, 64]), text_dim=st.integers(1, 4096),
     pooled_dim=st.integers(1, 768), guidance_embeds=st.just(False), vae_scale_factor=st.just(8),
     scheduler=st.just(SchedulerSpec()), num_steps=st.just(4), guidance=st.just(0.0),
     max_text_tokens=st.integers(1, 512), min_size=st.just(16), max_size=st.integers(8, 128).map(lambda n: 16 * n),
-    default_width=st.just(128), default_height=st.just(128),
+    default_width=st.just(128), default_height=st.just(128), max_branches=st.integers(1, 2),
 )  # fmt: skip
+spec_lists = st.tuples(flux_specs, st.lists(st.sampled_from(sorted(SPECS)), unique=True)).map(
+    lambda drawn: [drawn[0], *(SPECS[name] for name in drawn[1])]
+)
+itemsizes = st.sampled_from([2, 4])
 
 
-@given(spec=specs, num_devices=st.integers(1, 8), num_slots=st.integers(1, 9), itemsize=st.sampled_from([2, 4]))
-def test_parts_do_not_overlap(spec: ModelSpec, num_devices: int, num_slots: int, itemsize: int) -> None:
-    layout = slab_layout(spec, num_devices, num_slots, itemsize)
-    parts = sorted(all_parts(layout))
-    assert parts[0][0] == 0 and parts[-1][1] <= layout.num_bytes
-    assert all(stop <= start for (_, stop), (start, _) in pairwise(parts))
-    assert all(start % CACHE_LINE == 0 for start, _ in parts)
-    paged = layout.q_offset, layout.k_offset, layout.v_offset, layout.output_offset, layout.num_bytes
-    assert all(offset % PAGE == 0 for offset in (*paged, *map(layout.text_offset, range(num_slots))))
+@st.composite
+def shapes_of(draw: st.DrawFn, spec: ModelSpec) -> StepShape:
+    """Any request that the model takes."""
+    num_branches = draw(st.integers(1, spec.max_branches))
+    text = st.tuples(*[st.integers(0, spec.max_rows("text"))] * num_branches)
+    image, reference = (st.integers(least, spec.max_rows(kind)) for least, kind in ((1, "image"), (0, "reference")))
+    return StepShape(width=0, height=0, image=draw(image), text=draw(text), reference=draw(reference))
 
 
-def all_parts(layout: SlabLayout) -> list[tuple[int, int]]:
-    """Start and stop of everything in a slab that has a length."""
-    slots, width = range(layout.num_slots), layout.itemsize
+@given(specs=spec_lists, num_devices=st.integers(1, 8), num_slots=st.integers(1, 9), itemsize=itemsizes)
+def test_parts_of_a_slab_do_not_overlap(
+    specs: list[ModelSpec], num_devices: int, num_slots: int, itemsize: int
+) -> None:
+    layout = slab_layout(specs, num_devices, num_slots, itemsize)
+    slots = range(layout.num_slots)
     sized = [(layout.counter_offset(d), CACHE_LINE) for d in range(layout.num_devices)]
     sized += [(layout.version_offset(slot), CACHE_LINE) for slot in slots]
     sized += [(offset, layout.exchange_bytes) for offset in (layout.q_offset, layout.k_offset, layout.v_offset)]
-    sized += [(layout.output_offset, layout.output_bytes)]
-    sized += [(layout.text_offset(slot), layout.max_text_tokens * layout.text_dim * width) for slot in slots]
-    sized += [(layout.pooled_offset(slot), layout.pooled_dim * width) for slot in slots]
-    sized += [(layout.latents_offset(slot), layout.max_image_tokens * layout.in_channels * 4) for slot in slots]
-    return [(offset, offset + size) for offset, size in sized if size]
+    sized += [(layout.output_offset, layout.output_bytes), (layout.velocity_offset, layout.velocity_bytes)]
+    sized += [(layout.slot_offset(slot), layout.slot_bytes) for slot in slots]
+    parts = sorted((offset, offset + size) for offset, size in sized if size)
+    assert parts[0][0] == 0 and parts[-1][1] == layout.num_bytes
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(parts))
+    assert all(start % CACHE_LINE == 0 for start, _ in parts)
+    paged = layout.q_offset, layout.k_offset, layout.v_offset, layout.output_offset, layout.velocity_offset
+    assert all(offset % PAGE == 0 for offset in (*paged, layout.num_bytes, *map(layout.slot_offset, slots)))
 
 
-@given(spec=specs, degree=st.integers(2, 8), itemsize=st.sampled_from([2, 4]))
-def test_every_shard_fits(spec: ModelSpec, degree: int, itemsize: int) -> None:
-    layout = slab_layout(spec, 8, 1, itemsize)
-    degree = min(degree, spec.num_heads)
-    if degree < 2:
-        return
-    plan = plan_group(tuple(range(degree)), spec.max_text_tokens, spec.max_image_tokens, spec.num_heads)
-    for shard in plan.shards:
-        assert plan.num_tokens * len(shard.heads) * spec.head_dim * itemsize <= layout.exchange_bytes
-        assert shard.num_tokens * spec.num_heads * spec.head_dim * itemsize <= layout.output_bytes
+@given(specs=spec_lists, itemsize=itemsizes)
+def test_fields_of_a_slot_do_not_overlap(specs: list[ModelSpec], itemsize: int) -> None:
+    layout = slab_layout(specs, 2, 1, itemsize)
+    for spec in specs:
+        slot = layout.slots[spec.name]
+        pieces = [
+            slot.place(field.name).piece(spec.max_rows(field.rows), branch)
+            for field in spec.fields
+            for branch in range(spec.max_branches if field.per_branch else 1)
+        ]
+        assert all(a.offset + a.num_bytes <= b.offset for a, b in pairwise(pieces))
+        assert all(piece.offset % CACHE_LINE == 0 for piece in pieces)
+        assert pieces[-1].offset + pieces[-1].num_bytes <= slot.num_bytes <= layout.slot_bytes
 
 
-def test_layout_travels_as_json(spec: ModelSpec) -> None:
-    layout = slab_layout(spec, 3, 5)
+@given(data=st.data(), specs=spec_lists, itemsize=itemsizes)
+def test_pieces_are_exactly_the_requests_rows(data: st.DataObject, specs: list[ModelSpec], itemsize: int) -> None:
+    spec = data.draw(st.sampled_from(specs))
+    shape, slot = data.draw(shapes_of(spec)), slab_layout(specs, 2, 1, itemsize).slots[spec.name]
+    constants, changing = slot.pieces(shape, changing=False), slot.pieces(shape, changing=True)
+    expected = {False: set(), True: set()}
+    for field in spec.fields:
+        for branch in range(shape.num_branches if field.per_branch else 1):
+            width = field.width * (4 if field.fp32 else itemsize)
+            place = slot.place(field.name)
+            start = place.offset + branch * place.branch_bytes
+            expected[field.changes].add((start, shape.rows(field.rows, branch) * width))
+    assert set(constants) == expected[False] and set(changing) == expected[True]
+    touched = sorted((offset, offset + size) for offset, size in (*constants, *changing) if size)
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(touched)), "a piece lies in another's bytes"
+    assert not touched or touched[-1][1] <= slot.num_bytes
+
+
+@given(data=st.data(), specs=spec_lists, degree=st.integers(2, 8), itemsize=itemsizes)
+def test_regions_suffice_for_every_shard_of_every_request(
+    data: st.DataObject, specs: list[ModelSpec], degree: int, itemsize: int
+) -> None:
+    layout = slab_layout(specs, 8, 1, itemsize)
+    spec = data.draw(st.sampled_from(specs))
+    shape = data.draw(shapes_of(spec))
+    branches = BranchLayout(members=tuple(range(degree)), num_branches=shape.num_branches)
+    latents = next(field for field in spec.fields if field.changes)
+    for part in branches.parts:
+        for branch in branches.branches_of(part[0]):
+            counts = shape.counts(spec.segments, branch)
+            assume(len(part) <= min(spec.num_heads, max(counts)))
+            plan = plan_group(part, counts, spec.num_heads)
+            for device in part:
+                own = plan.shape_of(device)
+                if own.degree > 1:
+                    exchanged = own.num_tokens * own.own_heads * spec.head_dim * itemsize
+                    assert exchanged <= layout.exchange_bytes
+                    assert own.num_local * spec.num_heads * spec.head_dim * itemsize <= layout.output_bytes
+                if len(branches.parts) > 1:
+                    assert own.padded[spec.stepped] * latents.width * itemsize <= layout.velocity_bytes
+
+
+def test_a_layout_travels_as_json() -> None:
+    layout = slab_layout(tuple(SPECS.values()), 3, 5)
     assert msgspec.json.decode(msgspec.json.encode(layout), type=SlabLayout) == layout
 
 
 def test_one_device_has_no_exchange_regions(spec: ModelSpec) -> None:
-    layout = slab_layout(spec, 1, 1)
-    assert layout.exchange_bytes == layout.output_bytes == 0
+    layout = slab_layout([spec], 1, 1)
+    assert layout.exchange_bytes == layout.output_bytes == layout.velocity_bytes == 0
+
+
+def test_models_without_guidance_branches_have_no_velocity_region(spec: ModelSpec) -> None:
+    assert slab_layout([msgspec.structs.replace(spec, max_branches=1)], 2, 1).velocity_bytes == 0
 
 
 def test_bad_counts_are_errors_with_numbers(spec: ModelSpec) -> None:
     with pytest.raises(ValueError, match="got 0 and 4"):
-        slab_layout(spec, 0, 4)
+        slab_layout([spec], 0, 4)
     with pytest.raises(ValueError, match="got 8"):
-        slab_layout(spec, 1, 1, itemsize=8)
+        slab_layout([spec], 1, 1, itemsize=8)
+    layout = slab_layout([spec], 1, 4)
     with pytest.raises(AssertionError, match="slot 4 of 4"):
-        slab_layout(spec, 1, 4).text_offset(4)
+        layout.slot_offset(4)
+    with pytest.raises(AssertionError, match="14 rows of text, at most 13 fit"):
+        layout.slots[spec.name].place("text").piece(14)
 
 
 def test_control_words_have_a_cache_line_each() -> None:

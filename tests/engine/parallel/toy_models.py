@@ -1,0 +1,136 @@
+"""Models of the exchange's tests: what a slab must know of them, and a network without weights whose rows are exact.
+
+Programs of this folder import it too, so it knows nothing of the tests.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tetrion.engine.model_spec import ModelSpec, SchedulerSpec, SlotField
+from tetrion.engine.parallel.exchange import Rope, Stream
+from tetrion.engine.parallel.group import GroupPlan
+from tetrion.engine.shape import StepShape
+
+HEAD_DIM, CHANNELS, STATE_ROWS, TEXT_DIM, POOLED_DIM = 8, 8, 2, 12, 10
+MAX_ROWS = {"text": 13, "image": 100, "reference": 20, "one": 1}
+
+
+class ToySpec(ModelSpec, frozen=True, kw_only=True):
+    """A model with any segments, whose solver keeps two rows of state behind each token."""
+
+    order: tuple[str, ...]
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        return self.order
+
+    @property
+    def fields(self) -> tuple[SlotField, ...]:
+        constants = (
+            SlotField(name="text", rows="text", width=TEXT_DIM, per_branch=True),
+            SlotField(name="pooled", rows="one", width=POOLED_DIM, per_branch=True),
+            SlotField(name="reference", rows="reference", width=CHANNELS),
+        )
+        state = SlotField(name="latents", rows="image", width=STATE_ROWS * CHANNELS, fp32=True, changes=True)
+        return (*constants[: 3 if "reference" in self.order else 2], state)
+
+    def max_rows(self, kind: str) -> int:
+        return MAX_ROWS[kind]
+
+
+def toy_spec(name: str, order: tuple[str, ...], num_heads: int) -> ToySpec:
+    return ToySpec(
+        name=name, path="", architecture="toy", num_heads=num_heads, head_dim=HEAD_DIM, in_channels=CHANNELS,
+        text_dim=TEXT_DIM, pooled_dim=POOLED_DIM, guidance_embeds=False, vae_scale_factor=8,
+        scheduler=SchedulerSpec(), num_steps=4, guidance=0.0, max_text_tokens=13, min_size=16, max_size=160,
+        default_width=160, default_height=160, order=order,
+    )  # fmt: skip
+
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        toy_spec("two segments", ("text", "image"), num_heads=6),
+        toy_spec("image first", ("image", "text"), num_heads=4),
+        toy_spec("three segments", ("text", "image", "reference"), num_heads=5),
+    )
+}
+"""They share the pool: regions and slots are as large as the largest of them needs."""
+
+
+class ToyNetwork:
+    """A pass over the sequence for one branch and one step, for one member. Element-wise but for attention."""
+
+    def __init__(self, spec: ToySpec, shape: StepShape, plan: GroupPlan, device_id: int, branch: int) -> None:
+        self._spec, self._branch = spec, branch
+        self._shard, self._counts = plan.shard_of(device_id), plan.counts
+        self._canonical = plan.canonical_rows(self._shard)
+        self._padded = plan.shape_of(device_id).padded
+        self._width = spec.num_heads * spec.head_dim
+
+    def rope(self) -> Rope:
+        """Of the whole sequence."""
+        generator = torch.Generator().manual_seed(sum(self._counts))
+        angles = torch.randn(sum(self._counts), self._spec.head_dim // 2, generator=generator)
+        return angles.cos(), angles.sin()
+
+    def velocity(
+        self,
+        step: int,
+        fields: Mapping[str, Tensor],
+        latents: Tensor,
+        attend: Callable[[Sequence[Stream]], Tensor],
+    ) -> Tensor:
+        """Of the padded rows `latents` [n, CHANNELS]; `fields`: of the branch, whole."""
+        generator = torch.Generator().manual_seed(1000 * step + self._branch)
+        biases = self._local(torch.randn(sum(self._counts), 3 * self._width, generator=generator))
+        norms = 1 + 0.1 * torch.randn(2, len(biases), HEAD_DIM, generator=generator)
+        hidden = [
+            pad(latents if kind == "image" else self._own(index, fields[kind]), self._padded[index], self._width)
+            for index, kind in enumerate(self._spec.segments)
+        ]
+        for streams in self._layers():
+            qkvs = []
+            for i, (segments, has_norm, has_rope) in enumerate(streams):
+                qkv = torch.cat([biases[s] + hidden[s].repeat(1, 3) for s in segments])
+                own_norms = norms[:, i] if has_norm else (None, None)
+                qkvs.append(Stream(qkv, segments, *own_norms, has_rope=has_rope))
+            over = [s for segments, _, _ in streams for s in segments]
+            for s, part in zip(over, attend(qkvs).split([self._padded[s] for s in over]), strict=True):
+                hidden[s] = 0.5 * hidden[s] + part
+        return hidden[self._spec.stepped][:, :CHANNELS] + 0.01 * fields["pooled"][0, 0]
+
+    def _layers(self) -> list[list[tuple[tuple[int, ...], bool, bool]]]:
+        """Streams of each call: segments, whether q and k are normed, whether they are turned."""
+        everything = tuple(range(len(self._spec.segments)))
+        first, *rest = everything
+        return [
+            [((s,), True, True) for s in everything],
+            [((self._spec.stepped,), False, True)],
+            [(everything, True, True)],
+            [((first,), True, False), (tuple(rest), False, True)],
+        ]
+
+    def _own(self, segment: int, tensor: Tensor) -> Tensor:
+        rows = self._shard.rows[segment]
+        return tensor[rows.start : rows.stop]
+
+    def _local(self, tensor: Tensor) -> list[Tensor]:
+        """This member's padded rows of a table in canonical order."""
+        return [
+            pad(tensor[rows.start : rows.stop], padded, tensor.shape[1])
+            for rows, padded in zip(self._canonical, self._padded, strict=True)
+        ]
+
+
+def solver_step(state: Tensor, velocities: Sequence[Tensor]) -> Tensor:
+    """Guides, then steps two rows of state a token."""
+    velocity = velocities[0] if len(velocities) == 1 else velocities[1] + 3 * (velocities[0] - velocities[1])
+    new, old = state.split(CHANNELS, dim=1)
+    return torch.cat([0.9 * new + 0.05 * old + 0.1 * velocity, new - 0.3 * velocity], dim=1)
+
+
+def pad(x: Tensor, num_rows: int, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[1], 0, num_rows - len(x)))
