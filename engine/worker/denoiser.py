@@ -9,21 +9,24 @@ peers do is the exchange's.
 import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
+import msgspec
 import torch
 from torch import Tensor
 
 from tetrion.engine.models.family import Constant, Model
 from tetrion.engine.models.ops import Ops
-from tetrion.engine.parallel.exchange import Chunk, Exchange, Group
+from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Rope
 from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
 from tetrion.engine.shape import Params, StepShape
 from tetrion.engine.worker.work_queue import Work, WorkQueue
 
 TABLE_STEPS = 32
 """Rows of the tables. Those of a request with more steps are made, and its chunks run, in parts."""
-MAX_PASSES = 128
+MAX_RECORDED = 128
+"""Passes, and as many tails."""
 CACHED_TABLES = 8
 CACHED_SCHEDULES = 64
 CACHED_ROPES = 32
@@ -87,10 +90,9 @@ class Pass:
 
     def __init__(self, denoiser: "Denoiser", group: Group, branch: int, constants: Mapping[str, Constant]) -> None:
         """constants: of any request of the shape; their shapes count."""
-        self._group, self._branch, self._shape = group, branch, group.shape
+        self._denoiser, self._group, self._branch = denoiser, group, branch
+        self._rows = denoiser.rows(group.shape)
         self._constants = {name: self._buffer(constant) for name, constant in constants.items()}
-        self._size: StepShape | None = None
-        self._denoiser = denoiser
         self.replay: Work = denoiser.queue.record(self._run)
 
     def load(self, shape: StepShape, constants: Mapping[str, Constant], rows: tuple[range, ...]) -> None:
@@ -99,24 +101,26 @@ class Pass:
             if segment is not None:
                 tensor = tensor[rows[segment].start : rows[segment].stop]
             self._constants[name][: len(tensor)].copy_(tensor)
-        if shape != self._size:
-            rope = self._denoiser.rope(shape, self._branch)
-            if rope is not None:
-                self._group.load_rope(rope)
-            self._size = shape
+        self._denoiser.load_rope(self._group, shape, self._branch)
 
     def _buffer(self, constant: Constant) -> Tensor:
         tensor, segment = constant
-        num_rows = len(tensor) if segment is None else self._shape.padded[segment]
+        num_rows = len(tensor) if segment is None else self._group.shape.padded[segment]
         return tensor.new_zeros(num_rows, *tensor.shape[1:])
 
     def _run(self) -> None:
         denoiser = self._denoiser
-        rows = denoiser.rows(self._shape)
-        latents = rows.state[:, : denoiser.channels].to(denoiser.dtype)
+        latents = self._rows.state[:, : denoiser.channels].to(denoiser.dtype)
         vectors = denoiser.tables.vectors(self._branch)
         velocity = denoiser.model.network.step(latents, self._constants, vectors, self._group.attend)
-        rows.velocity(self._branch).copy_(velocity)
+        self._rows.velocity(self._branch).copy_(velocity)
+
+
+class Tail(NamedTuple):
+    """A recorded end of a step, and the rows that it steps, which live as long as what was recorded over them."""
+
+    replay: Work
+    rows: Rows
 
 
 class Denoiser:
@@ -132,12 +136,13 @@ class Denoiser:
         self.tables = StepTables(step, self._num_state_rows, network.num_vectors, network.hidden_size, dtype)
         self._ops, self._exchange = ops, exchange
         self._passes: OrderedDict[tuple[GroupShape, int], Pass] = OrderedDict()
-        self._tails: dict[tuple[int, tuple[int, ...], int], Work] = {}
-        self._rows: dict[int, Rows] = {}
+        self._tails: OrderedDict[tuple[int, tuple[int, ...], int], Tail] = OrderedDict()
+        self._rows: WeakValueDictionary[int, Rows] = WeakValueDictionary()
         self._vectors = functools.lru_cache(CACHED_TABLES)(self._compute_vectors)
         self._schedule = functools.lru_cache(CACHED_SCHEDULES)(model.schedule)
         self._coefficients = functools.lru_cache(CACHED_SCHEDULES)(self._compute_coefficients)
-        self.rope = functools.lru_cache(CACHED_ROPES)(model.network.rope)
+        self._rope = functools.lru_cache(CACHED_ROPES)(model.network.rope)
+        self._loaded_ropes: dict[GroupShape, Rope] = {}
 
     def chunk(
         self, shape: StepShape, members: tuple[int, ...], state: State, source: int, versions: tuple[int, int]
@@ -154,10 +159,19 @@ class Denoiser:
     def rows(self, shape: GroupShape) -> Rows:
         """Of the segment that is stepped."""
         num_rows = shape.padded[self.model.spec.stepped]
-        if num_rows not in self._rows:
+        rows = self._rows.get(num_rows)
+        if rows is None:
             size = self._width, self.model.network.out_channels
-            self._rows[num_rows] = Rows(num_rows, *size, self.dtype, self.queue.device)
-        return self._rows[num_rows]
+            self._rows[num_rows] = rows = Rows(num_rows, *size, self.dtype, self.queue.device)
+        return rows
+
+    def load_rope(self, group: Group, shape: StepShape, branch: int) -> None:
+        """Enqueue: the group, which passes of several branches and sizes may have in common, turns by this one's."""
+        own_text = shape.text[branch : branch + 1]
+        rope = self._rope(msgspec.structs.replace(shape, text=own_text), 0)
+        if rope is not None and rope is not self._loaded_ropes.get(group.shape):
+            group.load_rope(rope)
+            self._loaded_ropes[group.shape] = rope
 
     def prepare(self, chunk: Chunk, state: State, params: Params, first_step: int) -> None:
         """Enqueue what a request needs once, if it is not there: the first steps' vectors, from fields that are in its
@@ -172,8 +186,7 @@ class Denoiser:
         passes = [self._passes[plan.shape_of(me), b] for plan, b in zip(chunk.plans, branches, strict=True)]
         for recorded, plan, branch in zip(passes, chunk.plans, branches, strict=True):
             recorded.load(chunk.shape, self._constants(chunk.shape, state.slot, branch), plan.shard_of(me).rows)
-        rows = self.rows(chunk.plans[0].shape_of(me))
-        tail = self._tails[self._tail_key(chunk)]
+        tail, rows = self._tails[self._tail_key(chunk)]
         self._exchange.load_state(rows.state)
         for part in table_parts(steps):
             self._load_tables(state, params, branches, part)
@@ -187,23 +200,29 @@ class Denoiser:
         """Record what the chunk's steps need and is new; before the chunk is bound, since it signals no other device."""
         me = self._exchange.device_id
         branches = chunk.layout.branches_of(me)
-        keys = [(plan.shape_of(me), branch) for plan, branch in zip(chunk.plans, branches, strict=True)]
-        if not all(key in self._passes for key in keys) or self._tail_key(chunk) not in self._tails:
+        passes = [(plan.shape_of(me), branch) for plan, branch in zip(chunk.plans, branches, strict=True)]
+        tail = self._tail_key(chunk)
+        if not all(key in self._passes for key in passes) or tail not in self._tails:
             self._exchange.rehearse()
-        for key in keys:
-            if key not in self._passes:
-                self._record_pass(*key, self._constants(chunk.shape, chunk.slot, key[1]))
-            self._passes.move_to_end(key)
-        if (tail := self._tail_key(chunk)) not in self._tails:
-            self._tails[tail] = self._record_tail(self.rows(keys[0][0]), branches, chunk.shape.num_branches)
+            self.tables.step.zero_()  # whatever a chunk left there may lie behind the tables' last row
+        for shape, branch in passes:
+            if (shape, branch) not in self._passes:
+                self._make_room(self._passes)
+                constants = self._constants(chunk.shape, chunk.slot, branch)
+                self._passes[shape, branch] = Pass(self, self._exchange.group(shape), branch, constants)
+            self._passes.move_to_end((shape, branch))
+        if tail not in self._tails:
+            self._make_room(self._tails)
+            self._tails[tail] = self._record_tail(self.rows(passes[0][0]), branches, chunk.shape.num_branches)
+        self._tails.move_to_end(tail)
 
-    def _record_pass(self, shape: GroupShape, branch: int, constants: Mapping[str, Constant]) -> None:
-        if len(self._passes) == MAX_PASSES:
+    def _make_room(self, recorded: OrderedDict[Any, Any]) -> None:
+        """The least recently used goes when there are too many."""
+        if len(recorded) == MAX_RECORDED:
             self.queue.drain()
-            self._passes.popitem(last=False)
-        self._passes[shape, branch] = Pass(self, self._exchange.group(shape), branch, constants)
+            recorded.popitem(last=False)
 
-    def _record_tail(self, rows: Rows, branches: tuple[int, ...], num_branches: int) -> Work:
+    def _record_tail(self, rows: Rows, branches: tuple[int, ...], num_branches: int) -> Tail:
         """What ends a step: `branches` are those that were evaluated here, of `num_branches`."""
         apart = len(branches) < num_branches
         swap = self._exchange.swap(len(rows.state), self.model.network.out_channels) if apart else None
@@ -218,9 +237,7 @@ class Denoiser:
                 swap.done()
             tables.step.add_(1)
 
-        recorded = self.queue.record(tail)
-        self.tables.step.zero_()
-        return recorded
+        return Tail(self.queue.record(tail), rows)
 
     def _tail_key(self, chunk: Chunk) -> tuple[int, tuple[int, ...], int]:
         me = self._exchange.device_id

@@ -1,8 +1,8 @@
-"""A tiny model of random weights, and GPU workers without a GPU: kernels interpreted, work done when it is enqueued."""
+"""A tiny model of random weights, and workers of both kinds in this process."""
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import pytest
@@ -12,10 +12,14 @@ from tetrion.engine.config import DeviceSpec
 from tetrion.engine.messages import Command, Event
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
+from tetrion.engine.shape import Params
 from tetrion.engine.transport.channel import ChannelSpec, RingSpec
 from tetrion.engine.transport.image_slab import ImageSlab
 from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from tetrion.engine.worker.runner import Backend
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "model_index.json": {"_class_name": "FluxPipeline"},
@@ -64,7 +68,7 @@ class Memory:
 
     def __init__(self, model: ModelSpec, num_devices: int, itemsize: int = 4) -> None:
         self.model, self.num_devices = model, num_devices
-        self.layout = slab_layout(model, num_devices, num_slots=2, itemsize=itemsize)
+        self.layout = slab_layout([model], num_devices, num_slots=2, itemsize=itemsize)
         control = ControlLayout(num_devices=num_devices).num_bytes
         self.control = SharedSegment.create("control", control)
         self._slabs = [SharedSegment.create("slab", self.layout.num_bytes) for _ in range(num_devices)]
@@ -75,7 +79,7 @@ class Memory:
         return WorkerSpec(
             device=DeviceSpec(device_id=device_id, kind="cpu", index=device_id),
             num_threads=1,
-            model=self.model,
+            models=(self.model,),
             load_format="dummy",
             layout=self.layout,
             channel=ChannelSpec(commands=nothing, events=nothing),
@@ -90,23 +94,57 @@ class Memory:
         )
 
 
-def answers_of(spec: WorkerSpec, commands: Iterable[Command]) -> list[Event]:
-    """A GPU worker's answers to `commands`, in order."""
-    from tetrion.engine.worker.completions import Completions
-    from tetrion.engine.worker.device_runner import DeviceRunner
-    from tetrion.engine.worker.entry import execute
+BackendKind = Literal["cpu", "gpu"]
+"""`gpu`: a GPU worker's code with work done when it is enqueued, its kernels interpreted."""
+
+
+def has_gpu_exchange() -> bool:
+    """Whether a GPU worker's backend can be imported at all."""
+    try:
+        from tetrion.engine.worker.gpu import GpuBackend  # noqa: F401
+    except ImportError:
+        return False
+    return not torch.cuda.is_available()
+
+
+def make_backend(kind: BackendKind, spec: WorkerSpec) -> "Backend":
+    if kind == "cpu":
+        from tetrion.engine.worker.cpu import CpuBackend
+
+        return CpuBackend(spec)
+    from tetrion.engine.worker.gpu import GpuBackend
     from tetrion.engine.worker.work_queue import ImmediateQueue
+
+    return GpuBackend(spec, ImmediateQueue())
+
+
+def answers_of(kind: BackendKind, spec: WorkerSpec, commands: Iterable[Command]) -> list[Event]:
+    """A worker's answers to `commands`, in order."""
+    from tetrion.engine.worker.completions import Completions
+    from tetrion.engine.worker.entry import execute
+    from tetrion.engine.worker.runner import Runner
 
     answers: list[Event] = []
     completions = Completions(spec.device.device_id, answers.append, on_broken=lambda: None)
     with torch.no_grad():
-        runner = DeviceRunner(spec, ImmediateQueue(), completions)
+        runner = Runner(spec, make_backend(kind, spec), completions)
         for command in commands:
             event = execute(runner, command, spec.device.device_id)
             if event is not None:
                 completions.send(event)
     completions.close()
     return answers
+
+
+def request_params(spec: ModelSpec, num_steps: int, size: tuple[int, int] = (20, 8), num_branches: int = 1) -> Params:
+    return Params(
+        model=spec.name,
+        shape=spec.shape(*size, num_branches),
+        num_steps=num_steps,
+        guidance=2.5,
+        seed=3,
+        true_cfg_scale=4.0,
+    )
 
 
 @pytest.fixture
