@@ -27,11 +27,10 @@ def reproducible() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_qk_norm_rope_equals_diffusers(flat) -> None:
+def test_qk_norm_rope_equals_diffusers() -> None:
     qkv, q_norm, k_norm = torch.randn(50, 3, NUM_HEADS, HEAD_DIM), torch.rand(HEAD_DIM), torch.rand(HEAD_DIM)
     cos, sin = _rope(50)
-    q, k, v = reference.qk_norm_rope(qkv.flatten(1) if flat else qkv, q_norm, k_norm, cos, sin)
+    q, k, v = reference.qk_norm_rope(qkv, q_norm, k_norm, (cos, sin))
     for ours, theirs, weight in ((q, qkv[:, 0], q_norm), (k, qkv[:, 1], k_norm)):
         norm = RMSNorm(HEAD_DIM, eps=1e-6)
         norm.weight.data = weight
@@ -41,10 +40,71 @@ def test_qk_norm_rope_equals_diffusers(flat) -> None:
 
 
 def test_qk_norm_rope_leaves_its_input_alone() -> None:
-    qkv, cos, sin = torch.randn(4, 3 * HIDDEN), *_rope(4)
+    qkv, rope = torch.randn(4, 3, NUM_HEADS, HEAD_DIM), _rope(4)
     before = qkv.clone()
-    reference.qk_norm_rope(qkv, torch.rand(HEAD_DIM), torch.rand(HEAD_DIM), cos, sin)
+    reference.qk_norm_rope(qkv, torch.rand(HEAD_DIM), torch.rand(HEAD_DIM), rope)
+    reference.qk_norm_rope(qkv, None, None, rope)
     assert torch.equal(qkv, before)
+
+
+def test_qk_norm_rope_leaves_out_what_is_not_given() -> None:
+    qkv, norm, (cos, sin) = torch.randn(50, 3, NUM_HEADS, HEAD_DIM), torch.rand(HEAD_DIM), _rope(50)
+    for part, given in enumerate(zip(reference.qk_norm_rope(qkv, None, None, None), qkv.unbind(1), strict=True)):
+        assert torch.equal(*given), f"part {part}: nothing is to be done"
+    q, k, _ = reference.qk_norm_rope(qkv, norm, None, None)
+    torch.testing.assert_close(q, F.rms_norm(qkv[:, 0], (HEAD_DIM,), norm, 1e-6))
+    assert torch.equal(k, qkv[:, 1]), "only q has a norm"
+    q, k, _ = reference.qk_norm_rope(qkv, None, None, (cos, sin))
+    for ours, plain in ((q, qkv[:, 0]), (k, qkv[:, 1])):
+        torch.testing.assert_close(ours, apply_rotary_emb(plain[None], (cos, sin), sequence_dim=1)[0])
+    both = reference.qk_norm_rope(qkv, norm, norm, (cos, sin))[0]
+    normed = reference.qk_norm_rope(qkv, norm, norm, None)[0].unsqueeze(1).expand(-1, 3, -1, -1)
+    assert torch.equal(reference.qk_norm_rope(normed, None, None, (cos, sin))[0], both)
+
+
+def test_qk_norm_rope_takes_an_epsilon() -> None:
+    qkv, norm = 1e-3 * torch.randn(5, 3, NUM_HEADS, HEAD_DIM), torch.rand(HEAD_DIM)
+    for epsilon in (1e-6, 1e-5):
+        q, _, _ = reference.qk_norm_rope(qkv, norm, norm, None, epsilon)
+        root = (qkv[:, 0].square().mean(-1, keepdim=True) + epsilon).sqrt()
+        torch.testing.assert_close(q, qkv[:, 0] / root * norm)
+
+
+def test_qk_norm_rope_of_no_rows_is_no_rows() -> None:
+    norm = torch.rand(HEAD_DIM)
+    parts = reference.qk_norm_rope(torch.randn(0, 3, NUM_HEADS, HEAD_DIM), norm, norm, _rope(0))
+    assert [part.shape for part in parts] == [(0, NUM_HEADS, HEAD_DIM)] * 3
+
+
+def test_a_step_of_a_multistep_solver_is_the_loop_written_out() -> None:
+    """A table like UniPC's: four rows of state a token, of which new ones are sums over old ones and the velocity."""
+    num_rows, channels, num_steps = 4, 6, 5
+    tables = torch.randn(num_steps, num_rows, num_rows + 1)
+    state, velocities = torch.randn(50, num_rows * channels), torch.randn(num_steps, 50, channels)
+    expected = list(state.split(channels, dim=1))
+    for table, velocity in zip(tables, velocities, strict=True):
+        new = []
+        for row in range(num_rows):
+            total = table[row, 0] * expected[0]
+            for old in range(1, num_rows):
+                total = total + table[row, old] * expected[old]
+            new.append(total + table[row, num_rows] * velocity)
+        expected = new
+        state = reference.guided_step(state, [velocity], table, 1.0)
+    assert torch.equal(state, torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.5])
+def test_guidance_goes_from_the_negative_prompts_velocity_towards_the_prompts(dtype, guidance) -> None:
+    state, velocity, negative = torch.randn(50, 8), torch.randn(50, 8).to(dtype), torch.randn(50, 8).to(dtype)
+    coefficients = torch.tensor([[1.0, -0.25]])
+    result = reference.guided_step(state, [velocity, negative], coefficients, guidance)
+    guided = negative.double() + guidance * (velocity.double() - negative.double())
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), state.double() - 0.25 * guided, rtol=1e-6, atol=1e-6)
+    if guidance == 0.0:
+        assert torch.equal(result, reference.guided_step(state, [negative], coefficients, guidance))
 
 
 def test_modulate_and_gate_equal_diffusers() -> None:
@@ -87,12 +147,15 @@ def test_linear_is_row_and_thread_exact(num_in, num_out) -> None:
     _assert_exact(lambda rows: (reference.linear(x[rows].clone(), weight, bias),))
 
 
-@pytest.mark.parametrize("name", ["qk_norm_rope", "modulate", "gated_residual", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("name", ["qk_norm_rope", "rope_alone", "modulate", "gated_residual", "guided_step", "gelu_tanh", "silu"])
 def test_operator_is_row_and_thread_exact(name) -> None:
     x, y, wide = torch.randn(ROWS, HIDDEN), torch.randn(ROWS, HIDDEN), torch.randn(ROWS, 4 * HIDDEN)
     vector, other, norm, (cos, sin) = torch.randn(HIDDEN), torch.randn(HIDDEN), torch.rand(HEAD_DIM), _rope(ROWS)
+    qkv, table = wide[:, : 3 * HIDDEN].unflatten(1, (3, NUM_HEADS, HEAD_DIM)), torch.randn(4, 5)
     operators: dict[str, Callable[[slice], tuple[Tensor, ...]]] = {
-        "qk_norm_rope": lambda r: reference.qk_norm_rope(wide[r, : 3 * HIDDEN], norm, norm, cos[r], sin[r]),
+        "qk_norm_rope": lambda r: reference.qk_norm_rope(qkv[r], norm, norm, (cos[r], sin[r])),
+        "rope_alone": lambda r: reference.qk_norm_rope(qkv[r], None, None, (cos[r], sin[r])),
+        "guided_step": lambda r: (reference.guided_step(x[r], [y[r, :96], y[r, 96:192]], table, 3.5),),
         "modulate": lambda r: (reference.modulate(x[r], vector, other),),
         "gated_residual": lambda r: (reference.gated_residual(x[r], vector, y[r]),),
         "gelu_tanh": lambda r: (reference.gelu_tanh(wide[r]),),

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from tetrion.engine.model_spec import read_model_spec
-from tetrion.engine.models.registry import Pipeline, load_pipeline
-from tetrion.engine.parallel.exchange import Stream
-from tetrion.engine.sampling.flow_match import euler_step, initial_noise, sigmas, timesteps
-from tetrion.kernels.reference import attention, qk_norm_rope
+from tetrion.engine.models.ops import ReferenceOps
+from tetrion.engine.models.registry import load_shared
+from tetrion.engine.parallel.exchange import Rope, Stream
+from tetrion.engine.shape import Params
+from tetrion.kernels.reference import attention, guided_step, qk_norm_rope
 
 T5_DIM, CLIP_DIM = 24, 20
 MakeCheckpoint = Callable[..., Path]
@@ -48,56 +49,82 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     return make
 
 
+class Loaded:
+    """A model over plain operators. `step`: the counter that they look at."""
+
+    def __init__(self, path: Path, fd: int, *, publish_weights: bool = True) -> None:
+        self.step = torch.zeros(1, dtype=torch.int32)
+        spec = read_model_spec(path)
+        (self.model,) = load_shared([spec], fd, publish_weights, "safetensors", ReferenceOps(self.step))
+        self.spec, self.network, self.codec = spec, self.model.network, self.model.codec
+
+    def embed(self, prompt: str) -> dict[str, Tensor]:
+        return self.model.text.embed(self.model.text.tokens(prompt).ids)
+
+    def velocity(self, latents: Tensor, constants: dict[str, Tensor], vectors: Tensor, step: int, attend: Any) -> Tensor:
+        self.step.fill_(step)
+        return self.network.step(latents, constants, vectors, attend)
+
+    def generate(
+        self, prompt: str, width: int, height: int, seed: int, num_steps: int, guidance: float = 3.5
+    ) -> tuple[Tensor, np.ndarray]:
+        """The whole model at degree 1: latents and picture."""
+        shape = self.spec.shape(width, height)
+        params = Params(model=self.spec.name, shape=shape, num_steps=num_steps, guidance=guidance, seed=seed)
+        fields, (times, coefficients) = self.embed(prompt), self.model.schedule(num_steps, shape)
+        vectors = self.network.vectors(fields, times, params)
+        constants = {name: c.tensor for name, c in self.network.constants(fields, shape, 0).items()}
+        state, attend = self.codec.noise(seed, shape), LocalAttention(self.network.rope(shape, 0), shape.counts(self.spec.segments))
+        for i in range(num_steps):
+            velocity = self.velocity(state, constants, vectors, i, attend)
+            state = guided_step(state, [velocity], coefficients[i], 1.0)
+        return state, self.codec.decode(state, shape).numpy()
+
+
+class LocalAttention:
+    """One device's: `attend` over whole segments of `counts` rows."""
+
+    def __init__(self, rope: Rope | None, counts: Sequence[int]) -> None:
+        self._rope, self._counts = rope, counts
+        self.calls: list[list[Stream]] = []
+
+    def __call__(self, streams: Sequence[Stream]) -> Tensor:
+        self.calls.append(list(streams))
+        head_dim = next(len(s.q_norm) for s in streams if s.q_norm is not None)
+        parts = [
+            qk_norm_rope(
+                stream.qkv.unflatten(1, (3, -1, head_dim)), stream.q_norm, stream.k_norm, self._turns(stream), stream.epsilon
+            )
+            for stream in streams
+        ]
+        q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
+        return attention(q, k, v).flatten(1)
+
+    def _turns(self, stream: Stream) -> Rope | None:
+        if self._rope is None or not stream.has_rope:
+            return None
+        cos, sin = (
+            torch.cat([table.split(list(self._counts))[s] for s in stream.segments]).repeat_interleave(2, dim=1)
+            for table in self._rope
+        )
+        return cos, sin
+
+
+LoadFolder = Callable[[Path], Loaded]
+
+
 @pytest.fixture
-def load() -> Iterator[Callable[[Path], Pipeline]]:
+def load() -> Iterator[LoadFolder]:
     """Loads a checkpoint folder through a shared segment of its own."""
     fds: list[int] = []
 
-    def load_folder(path: Path) -> Pipeline:
+    def load_folder(path: Path) -> Loaded:
         fds.append(os.memfd_create("test-weights"))
-        return load_pipeline(read_model_spec(path), fds[-1], publish_weights=True)
+        return Loaded(path, fds[-1])
 
     yield load_folder
     for fd in fds:
         os.close(fd)
-
-
-@pytest.fixture
-def generate() -> Callable[..., tuple[Tensor, np.ndarray]]:
-    return _generate
-
-
-@pytest.fixture
-def attend_locally() -> Callable[[Sequence[Stream], tuple[Tensor, Tensor]], Tensor]:
-    return _attend
-
-
-def _generate(
-    pipeline: Pipeline, prompt: str, width: int, height: int, seed: int, num_steps: int, guidance: float = 3.5
-) -> tuple[Tensor, np.ndarray]:
-    """The whole pipeline at degree 1: latents and picture."""
-    spec, flux = pipeline.spec, pipeline.flux
-    prompt_embedding = pipeline.encode(prompt)
-    levels = sigmas(spec.scheduler, num_steps, spec.num_image_tokens(width, height))
-    steps = torch.from_numpy(timesteps(spec.scheduler, levels))
-    tables = flux.modulations(steps, guidance, prompt_embedding.pooled)
-    text = flux.project_text(prompt_embedding.embeds)
-    rope = flux.rope(height // spec.size_multiple, width // spec.size_multiple, len(text))
-    latents = initial_noise(seed, width, height, spec)
-    for i in range(num_steps):
-        velocity = flux.step(latents, text, tables[i], rope, _attend)
-        latents = euler_step(latents, velocity, levels[i], levels[i + 1])
-    return latents, pipeline.decode(latents, width, height).numpy()
-
-
-def _attend(streams: Sequence[Stream], rope: tuple[Tensor, Tensor]) -> Tensor:
-    rows = [len(stream.qkv) for stream in streams]
-    parts = [
-        qk_norm_rope(stream.qkv, stream.q_norm, stream.k_norm, cos, sin)
-        for stream, cos, sin in zip(streams, rope[0].split(rows), rope[1].split(rows), strict=True)
-    ]
-    q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
-    return attention(q, k, v).flatten(1)
 
 
 def _save_checkpoint(path: Path, guidance_embeds: bool, dynamic_shift: bool, max_text_tokens: int) -> None:

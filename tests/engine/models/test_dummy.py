@@ -10,10 +10,10 @@ from torch import nn
 
 from tetrion.engine.model_spec import CheckpointError, read_model_spec
 from tetrion.engine.models.dummy import DummyFiles, HashTokenizer, module_shapes
-from tetrion.engine.models.loading import load_to_device, planned_shapes
+from tetrion.engine.models.encoders import ClipEncoder, T5Encoder
+from tetrion.engine.models.loading import component_tensors, load_to_device, planned_shapes
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.models.registry import model_components
-from tetrion.engine.models.text_encoders import TextEncoders
+from tetrion.engine.models.registry import components_of
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def test_tied_parameters_are_one_tensor() -> None:
 
 def test_flux1_dev_has_its_real_size() -> None:
     spec = read_model_spec(resolve_model("flux1-dev"), "dummy")
-    counts = dict.fromkeys(components := model_components(spec, "dummy"), 0)
+    counts = dict.fromkeys(components := components_of(spec, "dummy"), 0)
     for key, shape in planned_shapes(components).items():
         counts[key.partition("/")[0]] += math.prod(shape)
     assert counts["transformer"] == 11_901_408_320  # black-forest-labs/FLUX.1-dev
@@ -63,7 +63,7 @@ def test_configs_alone_need_dummy_weights() -> None:
 def test_fused_tensors_hold_the_checkpoints(make_checkpoint) -> None:
     """What diffusers would load under its names, in the fused layout."""
     path = make_checkpoint()
-    components = model_components(read_model_spec(path), "dummy")
+    components = components_of(read_model_spec(path), "dummy")
     tensors = load_to_device(components, CPU, torch.float32)
     files = components["transformer"].files
     parts = [files.read(f"transformer_blocks.1.attn.to_{x}.weight", CPU).float() for x in "qkv"]
@@ -73,9 +73,9 @@ def test_fused_tensors_hold_the_checkpoints(make_checkpoint) -> None:
 
 def test_a_checkpoint_straight_to_a_device_equals_the_shared_image(make_checkpoint, load) -> None:
     path = make_checkpoint(guidance_embeds=True)
-    components = model_components(read_model_spec(path), "safetensors")
+    components = components_of(read_model_spec(path), "safetensors")
     tensors = load_to_device(components, CPU, torch.bfloat16)
-    weights = load(path).flux.weights
+    weights = load(path).network.weights
     assert torch.equal(tensors["transformer/modulation.weight"], weights.modulation.weight.bfloat16())
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
 
@@ -90,22 +90,20 @@ def test_token_ids() -> None:
     assert tokenizer.num_tokens("red red blue") == 5
 
 
-def test_encoders_without_tokenizer_files(make_checkpoint, tmp_path, load) -> None:
+def test_encoders_without_tokenizer_files(make_checkpoint, tmp_path) -> None:
     path = make_checkpoint()
-    spec = read_model_spec(path)
-    folder = tmp_path / "bare"
     for name in ("text_encoder", "text_encoder_2"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_bytes((path / name / "config.json").read_bytes())
-    spec = type(spec)(**{name: getattr(spec, name) for name in spec.__struct_fields__} | {"path": str(folder)})
-    tensors = load_to_device(model_components(read_model_spec(path), "dummy"), CPU, torch.float32)
-    named = [
-        {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
-        for name in ("text_encoder", "text_encoder_2")
-    ]
-    encoders = TextEncoders(*named, spec, "dummy")
-    one, other = encoders.encode("a red circle"), encoders.encode("a blue circle")
-    assert one.embeds.shape == (32, 24) and one.pooled.shape == (20,) and one.num_tokens == 4
-    assert not torch.equal(one.embeds, other.embeds) and one.embeds.isfinite().all()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((path / name / "config.json").read_bytes())
+    tensors = load_to_device(components_of(read_model_spec(path), "dummy"), CPU, torch.float32)
+    clip, t5 = (component_tensors(tensors, name) for name in ("text_encoder", "text_encoder_2"))
+    folders = (tmp_path / "text_encoder", tmp_path / "tokenizer"), (tmp_path / "text_encoder_2", tmp_path / "tokenizer_2")
+    pooling, rows = ClipEncoder(*folders[0], clip, "dummy"), T5Encoder(*folders[1], t5, "dummy", 32)
+    one, other = (rows.rows(rows.ids(f"a {colour} circle")) for colour in ("red", "blue"))
+    assert one.shape == (32, 24) and rows.num_tokens("a red circle") == 4
+    assert not torch.equal(one, other) and one.isfinite().all()
+    assert pooling.pooled(pooling.ids("a red circle")).shape == (20,)
     with pytest.raises(CheckpointError, match="holds no usable"):
-        TextEncoders(*named, spec, "safetensors")
+        ClipEncoder(*folders[0], clip)
+    with pytest.raises(CheckpointError, match="holds no usable"):
+        T5Encoder(*folders[1], t5)

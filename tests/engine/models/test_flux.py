@@ -1,8 +1,8 @@
 """The transformer against diffusers' FluxTransformer2DModel, and its tokens split over simulated members."""
 
-import itertools
+import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -10,25 +10,31 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from tests.engine.models.conftest import LocalAttention
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.models.flux import FluxTransformer, read_config, rope
+from tetrion.engine.models.family import Attend
+from tetrion.engine.models.flux import FluxTransformer, project_text, read_config, rope
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.parallel.exchange import Stream
+from tetrion.engine.parallel.exchange import Rope, Stream
+from tetrion.engine.parallel.group import GroupPlan, Shard, plan_group
+from tetrion.engine.shape import Params, StepShape
 from tetrion.kernels.reference import attention, qk_norm_rope
 
 
 @pytest.mark.parametrize("guidance_embeds", [False, True])
-def test_step_equals_diffusers(make_checkpoint, load, attend_locally, guidance_embeds) -> None:
+def test_a_step_equals_diffusers(make_checkpoint, load, guidance_embeds) -> None:
     path = make_checkpoint(guidance_embeds=guidance_embeds)
-    flux = load(path).flux
+    loaded = load(path)
     theirs = FluxTransformer2DModel.from_pretrained(path / "transformer").eval()
     num_text, height, width = 9, 6, 5
-    latents, embeds, pooled, timesteps = _inputs(flux, num_text, height * width)
-    tables = flux.modulations(timesteps, 2.5, pooled)
+    latents, embeds, pooled, timesteps = inputs_of(loaded.network, num_text, height * width)
+    shape = StepShape(width=16 * width, height=16 * height, image=height * width, text=(num_text,))
+    ropes = rope(height, width, num_text, loaded.network.config.axes_dims_rope)
+    vectors = loaded.network.vectors({"pooled": pooled[None]}, timesteps, params_of(shape))
+    text = project_text(loaded.network.ops, loaded.network.weights, embeds)
     for i, timestep in enumerate(timesteps):
-        velocity = flux.step(
-            latents, flux.project_text(embeds), tables[i], flux.rope(height, width, num_text), attend_locally
-        )
+        attend = LocalAttention(ropes, (num_text, height * width))
+        velocity = loaded.velocity(latents, {"text": text}, vectors, i, attend)
         expected = theirs(
             hidden_states=latents[None],
             encoder_hidden_states=embeds[None],
@@ -39,6 +45,22 @@ def test_step_equals_diffusers(make_checkpoint, load, attend_locally, guidance_e
             txt_ids=torch.zeros(num_text, 3),
         ).sample[0]
         torch.testing.assert_close(velocity, expected, rtol=1e-5, atol=2e-6)
+        assert len(attend.calls) == 4 and {s.segments for s in attend.calls[0]} == {(0,), (1,)}
+
+
+def test_the_rope_of_a_shape_has_its_rows_and_columns(make_checkpoint, load) -> None:
+    network, shape = load(make_checkpoint()).network, StepShape(width=20, height=8, image=10, text=(3, 7))
+    for branch, num_text in enumerate(shape.text):
+        expected = rope(2, 5, num_text, network.config.axes_dims_rope)
+        assert all(map(torch.equal, network.rope(shape, branch), expected))
+
+
+def test_constants_are_the_branchs_own_text_rows(make_checkpoint, load) -> None:
+    network, shape = load(make_checkpoint()).network, StepShape(width=20, height=8, image=10, text=(3, 7))
+    text = torch.randn(32, network.hidden_size)
+    for branch, num_text in enumerate(shape.text):
+        (name, constant), = network.constants({"text": text}, shape, branch).items()
+        assert (name, constant.segment) == ("text", 0) and torch.equal(constant.tensor, text[:num_text])
 
 
 @pytest.mark.parametrize("axes_dims", [(8, 12, 12), (16, 56, 56)])
@@ -48,21 +70,29 @@ def test_rope_equals_diffusers(axes_dims) -> None:
     ids = torch.cat([torch.zeros(7, 3), _image_ids(12, 20)])
     expected = FluxPosEmbed(theta=10000, axes_dim=list(axes_dims))(ids)
     for ours, theirs in zip(rope(12, 20, 7, axes_dims), expected, strict=True):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours.repeat_interleave(2, dim=1), theirs)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 7)])
 @pytest.mark.parametrize("degree", [2, 3, 4, 6])
-def test_members_of_a_group_compute_the_same_bits(load, attend_locally, degree, height, width) -> None:
-    flux = load(resolve_model("shapes")).flux
-    num_text = 64
-    latents, embeds, pooled, timesteps = _inputs(flux, num_text, height * width)
-    modulation, tables = flux.modulations(timesteps, 0.0, pooled)[0], flux.rope(height, width, num_text)
-    whole = flux.step(latents, flux.project_text(embeds), modulation, tables, attend_locally)
+def test_members_of_a_group_compute_the_same_bits(load, degree, height, width) -> None:
+    loaded = load(resolve_model("shapes"))
+    network, spec, num_text = loaded.network, loaded.spec, 64
+    latents, embeds, pooled, timesteps = inputs_of(network, num_text, height * width)
+    shape = StepShape(width=16 * width, height=16 * height, image=height * width, text=(num_text,))
+    vectors = network.vectors({"pooled": pooled[None]}, timesteps, params_of(shape))
+    tables, text = rope(height, width, num_text, network.config.axes_dims_rope), project_text(network.ops, network.weights, embeds)
+    whole = loaded.velocity(latents, {"text": text}, vectors, 0, LocalAttention(tables, shape.counts(spec.segments)))
+    plan = plan_group(tuple(range(degree)), shape.counts(spec.segments), spec.num_heads)
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
-        group = SimulatedGroup(degree, num_text, height * width, flux.config.num_attention_heads)
-        assert torch.equal(group.step(flux, latents, embeds, modulation, tables), whole), f"{num_threads} threads"
+        group = SimulatedGroup(plan, tables)
+
+        def step(shard: Shard, attend: Attend, vectors: Tensor = vectors) -> Tensor:
+            text_rows, image_rows = (slice(rows.start, rows.stop) for rows in shard.rows)
+            return network.step(latents[image_rows].clone(), {"text": text[text_rows]}, vectors, attend)
+
+        assert torch.equal(group.run(step), whole), f"{num_threads} threads"
 
 
 @pytest.mark.parametrize(
@@ -83,64 +113,58 @@ def test_unsupported_config(make_checkpoint, tmp_path, change, message) -> None:
 
 
 class SimulatedGroup:
-    """Members as threads of this process; `attend` gathers all tokens, each member attends for its own heads."""
+    """Members as threads of this process; `attend` gathers all rows, each member attends for its own heads."""
 
-    def __init__(self, degree: int, num_text: int, num_image: int, num_heads: int) -> None:
-        self.degree, self.num_text = degree, num_text
-        self.text, self.image, self.heads = (_split(n, degree) for n in (num_text, num_image, num_heads))
-        self.barrier = threading.Barrier(degree, timeout=60)
-        self.qkv: list[list[tuple[Tensor, ...]]] = [[] for _ in range(degree)]
-        self.outputs: list[Tensor] = [torch.empty(0)] * degree
-        self.velocities: list[Tensor] = [torch.empty(0)] * degree
+    def __init__(self, plan: GroupPlan, tables: Rope) -> None:
+        self.plan, self.tables = plan, tables
+        self.barrier = threading.Barrier(plan.degree, timeout=60)
+        self.parts: dict[int, list[tuple[Tensor, ...]]] = {}
+        self.outputs: dict[int, Tensor] = {}
 
-    def step(
-        self, flux: FluxTransformer, latents: Tensor, embeds: Tensor, modulation: Tensor, tables: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        def member(rank: int) -> None:
-            text, image = self.text[rank], self.image[rank]
-            image_rows = slice(self.num_text + image.start, self.num_text + image.stop)
-            local = tuple(torch.cat([table[text], table[image_rows]]) for table in tables)
+    def run(self, step: Callable[[Shard, Attend], Tensor]) -> Tensor:
+        """All members' rows of the last segment."""
+        results: dict[int, Tensor] = {}
+
+        def member(shard: Shard) -> None:
             with torch.no_grad():
-                projected = flux.project_text(embeds[text])
-                self.velocities[rank] = flux.step(
-                    latents[image].clone(), projected, modulation, local, lambda s, r: self.attend(rank, s, r)
-                )
+                results[shard.rank] = step(shard, functools.partial(self.attend, shard))
 
-        threads = [threading.Thread(target=member, args=(rank,)) for rank in range(self.degree)]
+        threads = [threading.Thread(target=member, args=(shard,)) for shard in self.plan.shards]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return torch.cat(self.velocities)
+        return torch.cat([results[shard.rank] for shard in self.plan.shards])
 
-    def attend(self, rank: int, streams: Sequence[Stream], local_rope: tuple[Tensor, Tensor]) -> Tensor:
-        num_local_text = self.text[rank].stop - self.text[rank].start
-        rows = [len(stream.qkv) for stream in streams]
-        parts = [
-            qk_norm_rope(stream.qkv, stream.q_norm, stream.k_norm, cos, sin)
-            for stream, cos, sin in zip(streams, local_rope[0].split(rows), local_rope[1].split(rows), strict=True)
-        ]
-        joined = [torch.cat(part) for part in zip(*parts, strict=True)]
-        self.qkv[rank] = [(part[:num_local_text], part[num_local_text:]) for part in joined]
+    def attend(self, shard: Shard, streams: Sequence[Stream]) -> Tensor:
+        canonical = self.plan.canonical_rows(shard)
+        local: list[tuple[Tensor, ...]] = []
+        for stream in streams:
+            rows = torch.tensor([row for segment in stream.segments for row in canonical[segment]])
+            cos, sin = (table[rows].repeat_interleave(2, dim=1) for table in self.tables)
+            qkv = stream.qkv.unflatten(1, (3, self.plan.num_heads, -1))
+            parts = qk_norm_rope(qkv, stream.q_norm, stream.k_norm, (cos, sin))
+            sizes = [len(canonical[segment]) for segment in stream.segments]
+            local += zip(*(part.split(sizes) for part in parts), strict=True)
+        self.parts[shard.rank] = local
         self.barrier.wait()
-        heads = self.heads[rank]
+        heads = slice(shard.heads.start, shard.heads.stop)
         q, k, v = (
-            torch.cat([m[i][0][:, heads] for m in self.qkv] + [m[i][1][:, heads] for m in self.qkv]) for i in range(3)
+            torch.cat([self.parts[r][s][i][:, heads] for s in range(len(local)) for r in range(self.plan.degree)])
+            for i in range(3)
         )
-        self.outputs[rank] = attention(q, k, v)
+        self.outputs[shard.rank] = attention(q, k, v)
         self.barrier.wait()
-        output = torch.cat(self.outputs, dim=1).flatten(1)
+        output = torch.cat([self.outputs[r] for r in range(self.plan.degree)], dim=1).flatten(1)
         self.barrier.wait()
-        image = output[self.num_text :]
-        return torch.cat([output[: self.num_text][self.text[rank]], image[self.image[rank]]])
+        return torch.cat([output[rows.start : rows.stop] for rows in canonical])
 
 
-def _split(n: int, parts: int) -> list[slice]:
-    edges = [i * n // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+def params_of(shape: StepShape) -> Params:
+    return Params(model="tiny", shape=shape, num_steps=3, guidance=2.5, seed=0)
 
 
-def _inputs(flux: FluxTransformer, num_text: int, num_image: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs_of(flux: FluxTransformer, num_text: int, num_image: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_image)
     config = flux.config
     return (

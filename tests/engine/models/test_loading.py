@@ -14,9 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.engine.models.conftest import Loaded
 from tetrion.engine.model_spec import CheckpointError, read_model_spec
 from tetrion.engine.models.loading import Component, ComponentFiles, Part, attach, component_tensors, publish
-from tetrion.engine.models.registry import load_pipeline
+from tetrion.engine.models.ops import ReferenceOps
+from tetrion.engine.models.registry import load_shared
 from tetrion.engine.transport.segment import SharedMemoryError
 
 CHILD = """
@@ -113,11 +115,22 @@ def test_no_room_for_the_segment(tmp_path, fd, monkeypatch) -> None:
 
 
 def test_second_worker_maps_what_the_first_wrote(make_checkpoint, fd) -> None:
-    spec = read_model_spec(make_checkpoint())
-    first, second = load_pipeline(spec, fd, publish_weights=True), load_pipeline(spec, fd, publish_weights=False)
-    assert first.weights_bytes == second.weights_bytes > 0
-    one, other = first.encode("red circle"), second.encode("red circle")
-    assert torch.equal(one.embeds, other.embeds) and torch.equal(one.pooled, other.pooled)
+    path = make_checkpoint()
+    first, second = Loaded(path, fd), Loaded(path, fd, publish_weights=False)
+    assert first.model.weights_bytes == second.model.weights_bytes > 0
+    one, other = first.embed("red circle"), second.embed("red circle")
+    assert set(one) == {"text", "pooled"} and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_models_share_a_segment_under_their_names(make_checkpoint, fd) -> None:
+    specs = [
+        msgspec.structs.replace(read_model_spec(make_checkpoint(guidance_embeds=embeds)), name=f"guidance {embeds}")
+        for embeds in (True, False)
+    ]
+    models = load_shared(specs, fd, True, "safetensors", ReferenceOps(torch.zeros(1, dtype=torch.int32)))
+    assert [model.spec.name for model in models] == [spec.name for spec in specs]
+    assert (models[0].network.weights.guidance_in is None) is False and models[1].network.weights.guidance_in is None
+    assert models[0].weights_bytes > models[1].weights_bytes
 
 
 def test_missing_shard(broken, fd) -> None:
@@ -164,8 +177,7 @@ def test_missing_module_tensor(broken, fd, folder, file, tensor) -> None:
 def test_clip_tensors_under_their_older_names(broken, make_checkpoint, fd, load) -> None:
     path = broken / "text_encoder/model.safetensors"
     save_file({f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(path).items()}, path)
-    pooled = load_pipeline(read_model_spec(broken), fd, publish_weights=True).encode("red").pooled
-    assert torch.equal(pooled, load(make_checkpoint()).encode("red").pooled)
+    assert torch.equal(Loaded(broken, fd).embed("red")["pooled"], load(make_checkpoint()).embed("red")["pooled"])
 
 
 def test_shape_that_the_config_does_not_mean(broken, fd) -> None:
@@ -188,7 +200,7 @@ def test_shape_that_the_config_does_not_mean(broken, fd) -> None:
             {"hidden_size": 10},
             "encoder' gives vectors of 10, the transformer takes 20",
         ),
-        ("vae/config.json", {"latent_channels": 8}, "vae' has 8 latent channels, .* in_channels 16"),
+        ("vae/config.json", {"latent_channels": 8}, "vae' has 8 latent channels, .* must equal the 16 channels"),
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "vae 'AutoencoderTiny' is not supported"),
     ],
 )
@@ -207,7 +219,7 @@ def test_damaged_tokenizer(broken, fd) -> None:
 def test_wrong_architecture(make_checkpoint, fd) -> None:
     spec = msgspec.structs.replace(read_model_spec(make_checkpoint()), architecture="sd3")
     with pytest.raises(CheckpointError, match="architecture 'sd3' is not supported \\(supported: flux\\)"):
-        load_pipeline(spec, fd, publish_weights=True)
+        load_shared([spec], fd, True, "safetensors", ReferenceOps(torch.zeros(1, dtype=torch.int32)))
 
 
 def _component(folder: Path, tensors: dict[str, torch.Tensor]) -> ComponentFiles:
@@ -224,4 +236,4 @@ def _drop_from_index(folder: Path, tensor: str) -> None:
 
 def _assert_error(path: Path, fd: int, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load_pipeline(read_model_spec(path), fd, publish_weights=True)
+        Loaded(path, fd)

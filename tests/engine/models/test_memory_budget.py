@@ -1,11 +1,12 @@
 """What a model takes, and its refusal with the numbers."""
 
+import msgspec
 import pytest
 
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.models.memory_budget import TILED_PIXELS, memory_budget
-from tetrion.engine.models.registry import model_components
+from tetrion.engine.models.memory_budget import TILED_PIXELS, MemoryBudget, memory_budget
+from tetrion.engine.models.registry import components_of
 from tetrion.engine.parallel.layout import slab_layout
 
 
@@ -14,8 +15,13 @@ def flux() -> ModelSpec:
     return read_model_spec(resolve_model("flux1-dev"), "dummy")
 
 
+def budget_of(*specs: ModelSpec) -> MemoryBudget:
+    components = {spec.name: components_of(spec, "dummy") for spec in specs}
+    return memory_budget(specs, components, slab_layout(specs, 4, 64, itemsize=2))
+
+
 def test_flux_in_bf16(flux: ModelSpec) -> None:
-    budget = memory_budget(flux, model_components(flux, "dummy"), slab_layout(flux, 4, 64, itemsize=2))
+    budget = budget_of(flux)
     assert sum(budget.weights_bytes.values()) == pytest.approx(33.7e9, rel=0.01)
     assert budget.weights_bytes["transformer"] == 2 * 11_901_408_320
     assert 0.9e9 < budget.slab_bytes < 1.2e9
@@ -24,7 +30,7 @@ def test_flux_in_bf16(flux: ModelSpec) -> None:
 
 
 def test_large_pictures_are_decoded_in_tiles_where_memory_is_short(flux: ModelSpec) -> None:
-    budget = memory_budget(flux, model_components(flux, "dummy"), slab_layout(flux, 4, 64, itemsize=2))
+    budget = budget_of(flux)
     tiled = budget.fitted(budget.num_bytes - 1, "cuda:0")
     assert budget.whole_pixels == 2048 * 2048 and tiled.whole_pixels == TILED_PIXELS
     assert 3e9 < tiled.decode_bytes < 8e9 and tiled.step_bytes == budget.step_bytes
@@ -32,7 +38,16 @@ def test_large_pictures_are_decoded_in_tiles_where_memory_is_short(flux: ModelSp
 
 
 def test_too_little_memory_is_refused_with_the_numbers(flux: ModelSpec) -> None:
-    budget = memory_budget(flux, model_components(flux, "dummy"), slab_layout(flux, 4, 64, itemsize=2))
+    budget = budget_of(flux)
     numbers = r"devices: cuda:1 has 24.0 GB of memory free, .* takes 4\d.\d GB: weights 33.7 GB \(.*transformer 23.8"
     with pytest.raises(ValueError, match=numbers):
         budget.fitted(24_000_000_000, "cuda:1")
+
+
+def test_models_that_share_a_device_add_their_weights_but_not_their_working_memory(flux: ModelSpec) -> None:
+    other = msgspec.structs.replace(flux, name="other", max_size=1024)
+    one, both = budget_of(flux), budget_of(flux, other)
+    assert both.model == "FLUX.1-dev, other"
+    assert sum(both.weights_bytes.values()) == 2 * sum(one.weights_bytes.values())
+    assert both.weights_bytes["other/transformer"] == one.weights_bytes["transformer"]
+    assert (both.slab_bytes, both.step_bytes, both.decode_bytes) == (one.slab_bytes, one.step_bytes, one.decode_bytes)

@@ -7,21 +7,17 @@ import select
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import msgspec
+import numpy as np
 import pytest
-from torch import Tensor
 
-from tests.engine.parallel.toy_models import SPECS
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
 from tetrion.engine.parallel.layout import ControlLayout, SlabLayout, slab_layout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
-from tetrion.engine.parallel.words import AbortWords, SharedWord, platform_waiter
-from tetrion.engine.shape import StepShape
+from tetrion.engine.parallel.words import AbortWords
 
 NUM_DEVICES = 4
 
@@ -116,24 +112,18 @@ class Fleet:
     def version(self, device: int, slot: int) -> int:
         return self.buffers[device].cast("Q")[self.layout.version_offset(slot) // 8]
 
-    def state(self, device: int, model: str, slot: int, shape: StepShape) -> dict[str, Tensor]:
-        """All fields of a slot with the rows of a request of `shape`, as they lie in the slab now; branches apart."""
-        slabs = SharedSlabs(self.layout, device, self.buffers)
-        return {
-            f"{field.name} {branch}": slabs.fields(device, model, slot, branch)[field.name][
-                : shape.rows(field.rows, branch)
-            ].clone()
-            for field in SPECS[model].fields
-            for branch in range(shape.num_branches if field.per_branch else 1)
-        }
+    def state(self, device: int, slot: int, num_text: int, num_image: int) -> tuple[np.ndarray, ...]:
+        """Text, pooled and latents of a slot, as they lie in the slab now."""
+        layout, buffer = self.layout, self.buffers[device]
 
-    def wait_for_arrival(self, device: int, peer: int, count: int) -> None:
-        """Return once `device` has arrived at its barrier number `count` with `peer` since the last reset."""
-        word, waiter = SharedWord(self.buffers[peer], self.layout.counter_offset(device)), platform_waiter()
-        until_s = time.monotonic() + self.answer_timeout_s
-        while (seen := word.load()) < count:
-            assert time.monotonic() < until_s, f"device {device} has arrived {seen} times of {count}"
-            waiter.wait(word, seen, 1.0)
+        def view(offset: int, *shape: int) -> np.ndarray:
+            return np.frombuffer(buffer, np.float32, int(np.prod(shape)), offset).reshape(shape).copy()
+
+        return (
+            view(layout.text_offset(slot), num_text, layout.text_dim),
+            view(layout.pooled_offset(slot), layout.pooled_dim),
+            view(layout.latents_offset(slot), num_image, layout.in_channels),
+        )
 
     def stop(self) -> None:
         for process in self._processes.values():
@@ -167,7 +157,7 @@ def tiny_spec(num_heads: int = 6) -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def shared_fleet() -> Iterator[Fleet]:
-    fleet = Fleet(slab_layout(tuple(SPECS.values()), NUM_DEVICES, num_slots=4))
+    fleet = Fleet(slab_layout(tiny_spec(), NUM_DEVICES, num_slots=4))
     yield fleet
     fleet.stop()
 

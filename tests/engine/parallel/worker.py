@@ -16,19 +16,15 @@ from typing import Any
 
 import msgspec
 import torch
-from toy_models import CHANNELS, SPECS, ToyNetwork, solver_step
+from torch import Tensor
 
 from tetrion.engine.parallel.barrier import Aborted, PairwiseBarrier
-from tetrion.engine.parallel.cpu_exchange import CpuExchange
-from tetrion.engine.parallel.exchange import Chunk
-from tetrion.engine.parallel.group import BranchLayout, plan_group
+from tetrion.engine.parallel.exchange import Exchange, Stream, make_exchange
 from tetrion.engine.parallel.layout import SlabLayout
 from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import SleepWaiter, platform_waiter, slot_version
-from tetrion.engine.shape import StepShape
 
-TICKETS = "two segments"
-"""Whose first slot's field `pooled` holds tickets."""
+HEAD_DIM = 8
 
 
 class Device:
@@ -42,7 +38,6 @@ class Device:
         waiter = SleepWaiter() if kind == "sleep" else platform_waiter()
         self.slabs = SharedSlabs(self.layout, self.device_id, self.buffers, waiter=waiter)
         self.barrier = PairwiseBarrier(self.layout, self.device_id, self.buffers, self.control, waiter=waiter)
-        self.exchanges = {name: CpuExchange(self.slabs, self.barrier, spec) for name, spec in SPECS.items()}
 
     def op_reset(self) -> None:
         self.barrier.reset()
@@ -52,10 +47,9 @@ class Device:
 
     def op_barrier(self, members: list[int], ticket: int = 0) -> list[int]:
         """Hand in a ticket in our own slab, meet the others, return the tickets then found in their slabs."""
-        tickets = {member: self.slabs.fields(member, TICKETS, 0)["pooled"][0] for member in members}
-        tickets[self.device_id][0] = ticket
+        self.slabs.slot(self.device_id, 0).pooled[0] = ticket
         self.barrier.arrive_and_wait(members)
-        return [int(tickets[member][0]) for member in members]
+        return [int(self.slabs.slot(member, 0).pooled[0]) for member in members]
 
     def op_time_barriers(self, members: list[int], count: int) -> list[int]:
         ended_ns = [time.perf_counter_ns()]
@@ -65,37 +59,28 @@ class Device:
         return [after - before for before, after in pairwise(ended_ns)]
 
     def op_set_version(self, slot: int, state_id: int, step_index: int) -> None:
-        self.slabs.version(self.device_id, slot).store(slot_version(state_id, step_index))
+        self.slabs.slot(self.device_id, slot).version = slot_version(state_id, step_index)
 
     def op_wait_version(self, device: int, slot: int, state_id: int, step_index: int) -> list[int]:
         self.barrier.wait_version(device, slot, slot_version(state_id, step_index))
-        return list(divmod(self.slabs.version(device, slot).load(), 1 << 32))
+        return list(divmod(self.slabs.slot(device, slot).version, 1 << 32))
 
-    def op_encode(self, model: str, shape: dict[str, Any], slot: int, state_id: int) -> None:
-        exchange, size = self.exchanges[model], msgspec.convert(shape, StepShape)
-        for branch in range(size.num_branches):
-            generator = torch.Generator().manual_seed(1000 * size.text[branch] + size.image + branch)
-            for field in SPECS[model].fields:
-                if field.per_branch or branch == 0:
-                    rows = exchange.fields(slot, branch)[field.name][: size.rows(field.rows, branch)]
-                    rows.copy_(torch.randn(rows.shape, generator=generator))
-        exchange.publish(slot, slot_version(state_id, 0))
+    def op_encode(self, slot: int, state_id: int, num_text: int, num_image: int) -> None:
+        state, generator = (
+            self.slabs.slot(self.device_id, slot),
+            torch.Generator().manual_seed(1000 * num_text + num_image),
+        )
+        state.text[:num_text].normal_(generator=generator)
+        state.pooled.normal_(generator=generator)
+        state.latents[:num_image].normal_(generator=generator)
+        state.version = slot_version(state_id, 0)
 
-    def op_pull(
-        self, model: str, shape: dict[str, Any], source: int, slot: int, state_id: int, step_index: int, what: list[str]
-    ) -> None:
-        exchange = self.exchanges[model]
-        version = slot_version(state_id, step_index)
-        exchange.bind(self._chunk(model, shape, [self.device_id], slot, source, (version, version)))
-        if "constants" in what:
-            exchange.pull_constants()
-        if "state" in what:
-            exchange.pull_state()
+    def op_pull(self, source: int, slot: int, state_id: int, step_index: int, num_text: int, num_image: int) -> None:
+        exchange = make_exchange(self.slabs, self.barrier, (self.device_id,), num_text, num_image, 1, HEAD_DIM)
+        exchange.pull_state(source, slot, slot_version(state_id, step_index))
 
     def op_denoise(
         self,
-        model: str,
-        shape: dict[str, Any],
         members: list[int],
         holders: list[int],
         source: int,
@@ -103,63 +88,59 @@ class Device:
         state_id: int,
         step_index: int,
         chunk_steps: int,
+        num_text: int,
+        num_image: int,
+        num_heads: int,
         delay_s: float = 0.0,
     ) -> None:
         time.sleep(delay_s)
-        exchange, steps = self.exchanges[model], range(step_index, step_index + chunk_steps)
-        is_newcomer = self.device_id not in holders
-        versions = slot_version(state_id, steps.start), slot_version(state_id, steps.stop)
-        chunk = self._chunk(model, shape, members, slot, source if is_newcomer else self.device_id, versions)
-        exchange.bind(chunk)
-        if is_newcomer:
-            exchange.pull_constants()
-        exchange.pull_state()
-        exchange.enter()
-        self._run(exchange, model, chunk, steps)
-        exchange.finish()
+        exchange = make_exchange(self.slabs, self.barrier, tuple(members), num_text, num_image, num_heads, HEAD_DIM)
+        if self.device_id not in holders:
+            exchange.pull_state(source, slot, slot_version(state_id, step_index))
+        exchange.enter(slot)
+        state = self.slabs.slot(self.device_id, slot)
+        text = slice(exchange.shard.text.start, exchange.shard.text.stop)
+        image = slice(exchange.shard.image.start, exchange.shard.image.stop)
+        last = step_index + chunk_steps
+        for step in range(step_index, last):
+            table = Table(step, num_text, num_image, num_heads)
+            hidden = toy_step(exchange, table, state.text[text], state.latents[image])
+            latents = 0.9 * state.latents[image] + 0.1 * hidden[:, : self.layout.in_channels] + 0.01 * state.pooled[0]
+            exchange.share_latents(latents, slot, slot_version(state_id, step + 1) if step + 1 == last else None)
 
-    def _run(self, exchange: CpuExchange, model: str, chunk: Chunk, steps: range) -> None:
-        spec, branches = SPECS[model], chunk.layout.branches_of(self.device_id)
-        networks = [
-            ToyNetwork(spec, chunk.shape, plan, self.device_id, branch)
-            for plan, branch in zip(chunk.plans, branches, strict=True)
-        ]
-        groups = [exchange.group(plan.shape_of(self.device_id)) for plan in chunk.plans]
-        padded_rows = groups[0].shape.padded[spec.stepped]
-        state = torch.full((padded_rows, 2 * CHANNELS), torch.nan)
-        exchange.load_state(state)
-        for step in steps:
-            velocities = []
-            for branch, group, network in zip(branches, groups, networks, strict=True):
-                group.load_rope(network.rope())
-                fields = exchange.fields(chunk.slot, branch)
-                velocities.append(network.velocity(step, fields, state[:, :CHANNELS], group.attend))
-            if len(branches) < chunk.shape.num_branches:
-                swap = exchange.swap(padded_rows, CHANNELS)
-                velocities.insert(1 - branches[0], swap.push(velocities[0]))
-                state = solver_step(state, velocities)
-                swap.done()
-            else:
-                state = solver_step(state, velocities)
-        exchange.share_state(state)
 
-    def _chunk(
-        self,
-        model: str,
-        shape: dict[str, Any],
-        members: list[int],
-        slot: int,
-        source: int,
-        versions: tuple[int, int],
-    ) -> Chunk:
-        spec, size = SPECS[model], msgspec.convert(shape, StepShape)
-        layout = BranchLayout(members=tuple(members), num_branches=size.num_branches)
-        part = layout.part_of(self.device_id)
-        plans = tuple(
-            plan_group(part, size.counts(spec.segments, branch), spec.num_heads)
-            for branch in layout.branches_of(self.device_id)
-        )
-        return Chunk(size, layout, plans, slot, source, *versions)
+class Table:
+    """What a model would have as weights: the same on every device. Only elementwise, so that rows stay exact."""
+
+    def __init__(self, step: int, num_text: int, num_image: int, num_heads: int) -> None:
+        generator = torch.Generator().manual_seed(1000 + step)
+        self.width = num_heads * HEAD_DIM
+        self.bias = torch.randn(num_text + num_image, 3 * self.width, generator=generator)
+        self.norms = 1 + 0.1 * torch.randn(4, HEAD_DIM, generator=generator)
+        angles = torch.randn(num_text + num_image, HEAD_DIM // 2, generator=generator).repeat_interleave(2, dim=1)
+        self.cos, self.sin = angles.cos(), angles.sin()
+        self.num_text = num_text
+
+
+def toy_step(exchange: Exchange, table: Table, text: Tensor, latents: Tensor) -> Tensor:
+    """Two double blocks, then two single blocks, of local tokens; returns the image tokens [n, H * D]."""
+    text_rows, image_rows = exchange.shard.text, exchange.shard.image
+    rows = torch.tensor([*text_rows, *(table.num_text + row for row in image_rows)])
+    bias, rope = table.bias[rows], (table.cos[rows], table.sin[rows])
+    hidden = torch.cat([pad(text, table.width), pad(latents, table.width)])
+    for layer in range(4):
+        qkv = bias + hidden.repeat(1, 3)
+        if layer < 2:
+            parts = qkv.split([len(text_rows), len(image_rows)])
+            streams = [Stream(part, table.norms[2 * i], table.norms[2 * i + 1]) for i, part in enumerate(parts)]
+        else:
+            streams = [Stream(qkv.unflatten(1, (3, -1, HEAD_DIM)), table.norms[0], table.norms[1])]
+        hidden = 0.5 * hidden + exchange.attend(streams, rope)
+    return hidden[len(text_rows) :]
+
+
+def pad(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
 
 def answer(device: Any, operations: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,23 +1,16 @@
-"""Noise levels, starting noise and the Euler step against diffusers."""
+"""Noise levels and solvers as tables against diffusers and against loops written out."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetrion.engine.model_spec import SchedulerSpec, read_model_spec
-from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.sampling.flow_match import (
-    euler_step,
-    initial_noise,
-    pack_latents,
-    sigmas,
-    timesteps,
-    unpack_latents,
-)
+from tetrion.engine.model_spec import SchedulerSpec
+from tetrion.engine.sampling.flow_match import euler_schedule, pack_latents, sigmas, timesteps, unpack_latents
+from tetrion.kernels.reference import guided_step
 
 SCHEDULERS = [
     SchedulerSpec(use_dynamic_shifting=True, shift=3.0),
@@ -41,24 +34,30 @@ def test_equals_diffusers_scheduler(scheduler, num_steps, num_image_tokens, seed
     assert levels.dtype == np.float32 and levels.shape == (num_steps + 1,) and levels[-1] == 0
     assert np.array_equal(levels, theirs.sigmas.numpy())
     assert np.array_equal(timesteps(scheduler, levels), theirs.timesteps.numpy())
+    times, coefficients = euler_schedule(scheduler, num_steps, num_image_tokens)
+    assert times.dtype == coefficients.dtype == torch.float32 and coefficients.shape == (num_steps, 1, 2)
+    assert torch.equal(times, theirs.timesteps)
     latents = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
     velocity = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed + 1))
     for i, timestep in enumerate(theirs.timesteps[:3]):
         expected = theirs.step(velocity, timestep, latents, return_dict=False)[0]
-        assert torch.equal(euler_step(latents, velocity, levels[i], levels[i + 1]), expected)
+        assert torch.equal(guided_step(latents, [velocity], coefficients[i], 1.0), expected)
         latents = expected
 
 
-@pytest.mark.parametrize(("width", "height"), [(256, 256), (128, 512), (144, 208)])
-def test_noise_equals_diffusers(width, height) -> None:
-    spec = read_model_spec(resolve_model("shapes"))
-    noise = initial_noise(2**63 + 5, width, height, spec)
-    channels, rows, columns = spec.in_channels // 4, height // 8, width // 8
-    drawn = torch.randn(1, channels, rows, columns, generator=torch.Generator("cpu").manual_seed(2**63 + 5))
-    expected = FluxPipeline._pack_latents(drawn, 1, channels, rows, columns)[0]
-    assert noise.shape == (spec.num_image_tokens(width, height), spec.in_channels)
-    assert torch.equal(noise, expected)
-    assert not torch.equal(noise, initial_noise(6, width, height, spec))
+@given(num_steps=st.integers(1, 60), num_image_tokens=st.integers(1, 16384), seed=st.integers(0, 1000))
+def test_a_row_of_the_euler_schedule_adds_the_levels_change_times_the_velocity(
+    num_steps: int, num_image_tokens: int, seed: int
+) -> None:
+    """To the bit: latents + (next level − level) · velocity, all in fp32."""
+    levels = sigmas(SCHEDULERS[0], num_steps, num_image_tokens)
+    coefficients = euler_schedule(SCHEDULERS[0], num_steps, num_image_tokens).coefficients
+    generator = torch.Generator().manual_seed(seed)
+    latents, velocity = torch.randn(2, 7, 12, generator=generator)
+    for i in range(num_steps):
+        expected = latents + float(levels[i + 1] - levels[i]) * velocity
+        latents = guided_step(latents, [velocity], coefficients[i], 1.0)
+        assert torch.equal(latents, expected)
 
 
 def test_unpack_inverts_pack() -> None:
@@ -68,7 +67,7 @@ def test_unpack_inverts_pack() -> None:
     assert torch.equal(unpack_latents(packed, 5, 3), latents)
 
 
-def test_bad_schedules() -> None:
+def test_bad_schedules_are_errors_with_what_was_given() -> None:
     with pytest.raises(ValueError, match="num_steps: must be at least 1, got 0"):
         sigmas(SCHEDULERS[0], 0, 64)
     with pytest.raises(ValueError, match="time_shift_type: expected exponential or linear, got 'cubic'"):

@@ -1,53 +1,60 @@
-"""The floor counts every GEMM and attention of a step, no more, and its process answers."""
+"""The floor runs every GEMM and attention of a step, no more, and its process answers."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-
+import msgspec
 import pytest
 import torch
 
-from tetrion.entrypoints.bench.floor import Attention, Floor, Gemm, step_operators
+from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.models.recording import Attention, Gemm, step_operators
+from tetrion.engine.shape import StepShape
+from tetrion.entrypoints.bench import floor as floor_module
+from tetrion.entrypoints.bench.floor import Floor
 from tetrion.entrypoints.bench.line_process import LineProcess, ProcessFailed
 
-FLUX = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19, "num_single_layers": 38}
-TINY = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 1, "num_single_layers": 2}
+SHAPE = StepShape(width=128, height=144, image=72, text=(64,))
 
 
-@pytest.mark.parametrize(("px", "tflop"), [(256, 10.3), (512, 21.5), (1024, 74.4), (2048, 418)])
-def test_a_step_of_flux_has_the_known_flops(px: int, tflop: float) -> None:
-    operators = step_operators(FLUX, 512, (px // 16) ** 2, 1)
-    assert sum(operator.flops for operator in operators) / 1e12 == pytest.approx(tflop, rel=0.03)
-    assert sum(isinstance(operator, Attention) for operator in operators) == 57
+@pytest.fixture(scope="module")
+def spec() -> ModelSpec:
+    return read_model_spec(resolve_model("shapes"))
 
 
-def test_a_group_shares_tokens_and_heads_rounded_up() -> None:
-    operators = step_operators(TINY, 10, 21, 3)
-    assert set(operators) >= {Gemm(7, 32, 96), Gemm(4, 32, 96), Attention(31, 2, 8), Gemm(11, 160, 32)}
-    assert {operator.rows for operator in operators if isinstance(operator, Gemm)} == {7, 4, 11}
+def test_it_runs_the_operators_of_a_step_in_order(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Gemm | Attention] = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        assert len(bias) == len(weight)
+        found.append(Gemm(len(x), weight.shape[1], len(weight)))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        assert q.shape == k.shape == v.shape
+        found.append(Attention(q.shape[2], q.shape[1], q.shape[3]))
+
+    monkeypatch.setattr(floor_module.F, "linear", linear)
+    monkeypatch.setattr(floor_module, "_attend", attend)
+    floor = Floor(spec, torch.device("cpu"))
+    floor.prepare(SHAPE, 3)
+    floor.run(0.0)
+    assert found == step_operators(spec, SHAPE, 3)
 
 
-def test_as_many_rows_as_outputs() -> None:
-    """Activations and weights of one shape are still tensors of their own."""
-    floor = Floor(TINY, torch.device("cpu"))
-    floor.prepare(8, 32, 1)
+def test_as_many_rows_as_outputs_are_tensors_of_their_own(spec: ModelSpec) -> None:
+    """Activations and weights of one shape differ in number."""
+    rows = spec.hidden_size
+    floor = Floor(spec, torch.device("cpu"))
+    floor.prepare(StepShape(width=0, height=0, image=rows, text=(64,)), 1)
     assert floor.run(0.0)
 
 
-@pytest.fixture
-def config_file(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(TINY))
-    yield path
-
-
-async def test_its_process_times_one_shape_after_the_other(config_file: Path) -> None:
-    floor = await LineProcess.start("tetrion.entrypoints.bench.floor", str(config_file), "cpu")
+async def test_its_process_times_one_shape_after_the_other(spec: ModelSpec) -> None:
+    given = msgspec.json.encode(spec).decode()
+    floor = await LineProcess.start("tetrion.entrypoints.bench.floor", given, "cpu")
     try:
         with pytest.raises(ProcessFailed, match="prepare a shape first"):
             await floor.ask({"seconds": 0.01}, 100)
         for degree in (1, 2):
-            await floor.ask({"num_text": 8, "num_image": 16, "degree": degree}, 100)
+            await floor.ask({"shape": msgspec.to_builtins(SHAPE), "degree": degree}, 100)
             times = (await floor.ask({"seconds": 0.02}, 100))["ms"]
             assert times and min(times) > 0
     finally:

@@ -1,0 +1,42 @@
+"""Noise and decoding of the codec whose tokens are 2 × 2 latent pixels."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.shape import StepShape
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (128, 512), (144, 208)])
+def test_noise_equals_diffusers(load, width, height) -> None:
+    loaded = load(resolve_model("shapes"))
+    spec, shape, seed = loaded.spec, loaded.spec.shape(width, height), 2**63 + 5
+    noise = loaded.codec.noise(seed, shape)
+    channels, rows, columns = spec.in_channels // 4, height // 8, width // 8
+    drawn = torch.randn(1, channels, rows, columns, generator=torch.Generator("cpu").manual_seed(seed))
+    expected = FluxPipeline._pack_latents(drawn, 1, channels, rows, columns)[0]
+    assert noise.dtype == torch.float32 and noise.shape == (shape.image, spec.in_channels)
+    assert torch.equal(noise, expected)
+    assert not torch.equal(noise, loaded.codec.noise(6, shape))
+
+
+def test_noise_does_not_depend_on_the_text(load) -> None:
+    codec = load(resolve_model("shapes")).codec
+    one, other = (StepShape(width=128, height=128, image=64, text=text) for text in ((64,), (64, 3)))
+    assert torch.equal(codec.noise(1, one), codec.noise(1, other))
+
+
+def test_an_image_beyond_the_limit_is_decoded_in_tiles_that_show_little(load) -> None:
+    loaded = load(resolve_model("shapes"))
+    shape = loaded.spec.shape(320, 256)
+    latents = loaded.codec.noise(1, shape)
+    whole = loaded.codec.decode(latents, shape)
+    assert whole.shape == (256, 320, 3) and whole.dtype == torch.uint8
+    loaded.codec.whole_pixels = 320 * 256 - 1
+    tiled = loaded.codec.decode(latents, shape)
+    assert tiled.shape == whole.shape
+    assert np.abs(tiled.numpy().astype(int) - whole.numpy()).mean() < 8
+    loaded.codec.whole_pixels = 320 * 256
+    assert torch.equal(loaded.codec.decode(latents, shape), whole)

@@ -1,0 +1,43 @@
+"""Four CPU workers with models of any segments that share the pool."""
+
+import mmap
+import time
+
+from torch import Tensor
+
+from tests.engine.parallel.conftest import NUM_DEVICES, Fleet, anonymous_file
+from tests.engine.parallel.toy_models import SPECS
+from tetrion.engine.parallel.layout import slab_layout
+from tetrion.engine.parallel.shared_slab import SharedSlabs
+from tetrion.engine.parallel.words import SharedWord, platform_waiter
+from tetrion.engine.shape import StepShape
+
+
+class SegmentsFleet(Fleet):
+    program = "segments_worker.py"
+
+    def __init__(self) -> None:
+        specs = tuple(SPECS.values())
+        self.layout, self.spec = slab_layout(specs, NUM_DEVICES, num_slots=4), specs[0]
+        self._slab_fds = [anonymous_file(self.layout.num_bytes) for _ in range(NUM_DEVICES)]
+        self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in self._slab_fds]
+        self._start_all()
+
+    def state(self, device: int, model: str, slot: int, shape: StepShape) -> dict[str, Tensor]:
+        """All fields of a slot with the rows of a request of `shape`, as they lie in the slab now; branches apart."""
+        slabs = SharedSlabs(self.layout, device, self.buffers)
+        return {
+            f"{field.name} {branch}": slabs.fields(device, model, slot, branch)[field.name][
+                : shape.rows(field.rows, branch)
+            ].clone()
+            for field in SPECS[model].fields
+            for branch in range(shape.num_branches if field.per_branch else 1)
+        }
+
+    def wait_for_arrival(self, device: int, peer: int, count: int) -> None:
+        """Return once `device` has arrived at its barrier number `count` with `peer` since the last reset."""
+        word, waiter = SharedWord(self.buffers[peer], self.layout.counter_offset(device)), platform_waiter()
+        until_s = time.monotonic() + self.answer_timeout_s
+        while (seen := word.load()) < count:
+            assert time.monotonic() < until_s, f"device {device} has arrived {seen} times of {count}"
+            waiter.wait(word, seen, 1.0)
