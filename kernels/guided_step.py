@@ -64,7 +64,7 @@ def _check(
     assert coefficients.dtype == guidance.dtype == torch.float32 and step.dtype == torch.int32, "tables' types"
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _kernel(
     state,
     velocity,

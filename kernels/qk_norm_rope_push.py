@@ -187,10 +187,9 @@ def _kernel(
     heads = end_head - first_head
     live = is_live(chunk, status)
     slab = slab_pointer(bases, member_of(chunk, peer), qkv_0.dtype.element_ty)
-    q_region, k_region, v_region = slab + q_offset, slab + k_offset, slab + v_offset
     if block < block_1:
         _push(
-            qkv_0, q_norm_0, k_norm_0, stride_0, cos, sin, table, q_region, k_region, v_region, rope_stride,
+            qkv_0, q_norm_0, k_norm_0, stride_0, cos, sin, table, slab, q_offset, k_offset, v_offset, rope_stride,
             rope_pair_stride, block, rank, first_head, heads, live, 0, SEGMENT_0, HAS_ROPE_0, EPSILON_0, DEGREE,
             NUM_HEADS, HEAD_DIM, ROWS,
         )  # fmt: skip
@@ -198,7 +197,7 @@ def _kernel(
         if qkv_1 is not None:
             target_row = segment_count(table, SEGMENT_0, DEGREE)
             _push(
-                qkv_1, q_norm_1, k_norm_1, stride_1, cos, sin, table, q_region, k_region, v_region, rope_stride,
+                qkv_1, q_norm_1, k_norm_1, stride_1, cos, sin, table, slab, q_offset, k_offset, v_offset, rope_stride,
                 rope_pair_stride, block - block_1, rank, first_head, heads, live, target_row, SEGMENT_1, HAS_ROPE_1,
                 EPSILON_1, DEGREE, NUM_HEADS, HEAD_DIM, ROWS,
             )  # fmt: skip
@@ -206,7 +205,7 @@ def _kernel(
         if qkv_2 is not None:
             target_row = segment_count(table, SEGMENT_0, DEGREE) + segment_count(table, SEGMENT_1, DEGREE)
             _push(
-                qkv_2, q_norm_2, k_norm_2, stride_2, cos, sin, table, q_region, k_region, v_region, rope_stride,
+                qkv_2, q_norm_2, k_norm_2, stride_2, cos, sin, table, slab, q_offset, k_offset, v_offset, rope_stride,
                 rope_pair_stride, block - block_2, rank, first_head, heads, live, target_row, SEGMENT_2, HAS_ROPE_2,
                 EPSILON_2, DEGREE, NUM_HEADS, HEAD_DIM, ROWS,
             )  # fmt: skip
@@ -221,9 +220,10 @@ def _push(
     cos,
     sin,
     table,
-    q_region,
-    k_region,
-    v_region,
+    slab,
+    q_offset,
+    k_offset,
+    v_offset,
     rope_stride,
     rope_pair_stride,
     block,
@@ -266,9 +266,9 @@ def _push(
         k_RD = _turned(k_RD, cos_Rd, sin_Rd, ROWS, HEAD_DIM)
 
     target_RD = (((target_row + start) * heads + pair_R) * HEAD_DIM)[:, None] + dim_D[None, :]
-    tl.store(q_region + target_RD, q_RD.to(dtype), mask=inside_R1)
-    tl.store(k_region + target_RD, k_RD.to(dtype), mask=inside_R1)
-    tl.store(v_region + target_RD, v_RD, mask=inside_R1)
+    tl.store(slab + q_offset + target_RD, q_RD.to(dtype), mask=inside_R1)
+    tl.store(slab + k_offset + target_RD, k_RD.to(dtype), mask=inside_R1)
+    tl.store(slab + v_offset + target_RD, v_RD, mask=inside_R1)
 
 
 @triton.jit

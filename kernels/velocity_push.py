@@ -38,7 +38,7 @@ def velocity_push(
         )
 
 
-@triton.jit(do_not_specialize=["me", "count"])
+@triton.jit(do_not_specialize=["me"])
 def _kernel(velocity, partners, chunk, status, bases, me, offset, count, SIZE: tl.constexpr):
     first, second = tl.load(partners), tl.load(partners + 1)
     partner = tl.where(first == me, second, first)
