@@ -1,10 +1,10 @@
-"""Which attention runs: cuDNN's or our Triton kernel, by a measured table.
+"""Which attention runs, cuDNN's or our Triton kernel: the operator's choice, or by what was measured.
 
-Owns the choice. It may depend on token count, head dim and dtype, and on nothing else: a choice by the number of heads
+Owns the choice. Left to itself it depends on head dim and dtype, and on nothing else: a choice by the number of heads
 would let the degree show in a picture's bits (the two round differently).
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,39 +13,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tetrion.kernels.attention import attention
 
-Backend = Literal["cudnn", "triton"]
-HALF_PRECISION = (torch.bfloat16, torch.float16)
-NO_LIMIT = 1 << 31
+Choice = Literal["auto", "triton", "cudnn"]
+Backend = Literal["triton", "cudnn"]
+CUDNN_DTYPES = (torch.bfloat16, torch.float16)
+CUDNN_HEAD_DIMS = (32, 64, 128)
+"""Where cuDNN was measured, and at every length the faster one (H100, 512 to 16,896 tokens)."""
 
 
-class Row(NamedTuple):
-    """`backend` serves 16-bit elements of `head_dim` up to `max_tokens`."""
-
-    head_dim: int
-    max_tokens: int
-    backend: Backend
-
-
-TABLE = (
-    Row(128, NO_LIMIT, "cudnn"),
-    Row(64, NO_LIMIT, "cudnn"),
-    Row(32, NO_LIMIT, "cudnn"),
-)
-"""Until a GPU's own figures say otherwise: cuDNN was the faster one at every shape measured on an H100."""
+def backend_for(choice: Choice, head_dim: int, dtype: torch.dtype, device_type: str) -> Backend:
+    """Raises ValueError if cuDNN is wanted for what it cannot do: fp32, or a device without CUDA."""
+    can = device_type == "cuda" and dtype in CUDNN_DTYPES
+    if choice == "cudnn" and not can:
+        raise ValueError(f"attention: cudnn needs 16-bit elements on a GPU, not {dtype} on {device_type}")
+    if choice == "auto":
+        return "cudnn" if can and head_dim in CUDNN_HEAD_DIMS else "triton"
+    return choice
 
 
-def backend_for(num_tokens: int, head_dim: int, dtype: torch.dtype, device_type: str) -> Backend:
-    """What serves a shape. Our kernel takes fp32, and everything that is not on a GPU (Triton's interpreter)."""
-    if device_type != "cuda" or dtype not in HALF_PRECISION:
-        return "triton"
-    rows = [row for row in TABLE if row.head_dim == head_dim and num_tokens <= row.max_tokens]
-    return min(rows, key=lambda row: row.max_tokens).backend if rows else "triton"
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, choice: Choice = "auto") -> Tensor:
     """softmax(q kᵀ / √D) v per head: [L, h, D] each, as `attention` takes them, and so the result (D contiguous)."""
-    num_tokens, _, head_dim = q.shape
-    if backend_for(num_tokens, head_dim, q.dtype, q.device.type) == "triton":
+    if backend_for(choice, q.shape[2], q.dtype, q.device.type) == "triton":
         return attention(q, k, v)
     q_1hLD, k_1hLD, v_1hLD = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

@@ -17,7 +17,7 @@ A counter has one writer, so slabs may also lie in host memory, where a GPU's re
 others.
 
 An abort sets `status`; from then on every barrier of this device returns at once and tells nobody anything, so a graph
-in flight drains. It also takes all tokens from the table, so that pushes still to come store nothing: a peer may be at
+in flight drains. Pushes still to come look at it too and store nothing (`is_live` in chunk_words.py): a peer may be at
 work for another request by then. Whatever is computed must not be used. Before the next group the survivors zero their
 counters, `expected` and `status` while all are idle.
 """
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tetrion.kernels.group_table import device_of, disarm, num_words, own_rank, slab_pointer
+from tetrion.kernels.group_table import slab_pointer
 
 CACHE_LINE = 64
 ABORT_INTERVAL = 256
@@ -35,37 +35,38 @@ ABORTED = 1
 
 
 def barrier(
-    table: Tensor,
+    members: Tensor,
     bases: Tensor,
     expected: Tensor,
     abort: Tensor,
     status: Tensor,
     *,
-    degree: int,
+    device_id: int,
     counters_offset: int = 0,
 ) -> None:
-    """Enqueue a barrier of the group. Any two devices must run the groups that contain both in the same order.
+    """Enqueue a barrier of a group. Any two devices must run the groups that contain both in the same order.
 
-    table: the group, see group_table.py; its members decide who is waited for. An abort empties its token ranges.
+    members: who is waited for, by device id, each once; filled up with this device itself, whose number is `device_id`,
+        to a power of two. int32, one of chunk_words.py's lists.
     bases: address of each device's slab by device id; int64.
     expected: barriers begun with each device; int32 by device id, on this device.
     abort: int32 [1] in pinned host memory; non-zero ends every wait.
-    status: int32 [1] on this device; becomes ABORTED.
+    status: int32 on this device; its first word becomes ABORTED.
     counters_offset: of the counters in every slab, in bytes; sender s has the word at `counters_offset + 64 s`.
     """
-    assert table.dtype == expected.dtype == abort.dtype == status.dtype == torch.int32, "words are int32"
-    assert len(table) >= num_words(degree), f"{len(table)} words for degree {degree}"
+    assert members.dtype == expected.dtype == abort.dtype == status.dtype == torch.int32, "words are int32"
+    assert len(members) == triton.next_power_of_2(len(members)), f"{len(members)} lanes are no power of two"
     assert bases.dtype == torch.int64 and len(bases) == len(expected), f"{len(bases)} slabs, {len(expected)} counts"
     assert counters_offset % CACHE_LINE == 0, f"counters at {counters_offset} are not aligned"
     _kernel[(1,)](
-        table,
+        members,
         bases,
         expected,
         abort,
         status,
+        device_id,
         counters_offset // 4,
-        DEGREE=degree,
-        LANES=triton.next_power_of_2(degree),
+        LANES=len(members),
         WORDS_APART=CACHE_LINE // 4,
         INTERVAL=ABORT_INTERVAL,
         ABORTED_STATUS=ABORTED,
@@ -74,27 +75,24 @@ def barrier(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["me", "counters"])
 def _kernel(
-    table,
+    members,
     bases,
     expected,
     abort,
     status,
+    me,
     counters,
-    DEGREE: tl.constexpr,
     LANES: tl.constexpr,
     WORDS_APART: tl.constexpr,
     INTERVAL: tl.constexpr,
     ABORTED_STATUS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    aborted = tl.load(status)
-    if aborted == 0:
-        lane_P = tl.arange(0, LANES)
-        device_P = tl.load(table + 1 + lane_P, mask=lane_P < DEGREE, other=0)
-        me = device_of(table, own_rank(table))
-        other_P = (lane_P < DEGREE) & (device_P != me)
+    if tl.load(status) == 0:
+        device_P = tl.load(members + tl.arange(0, LANES))
+        other_P = device_P != me
         want_P = tl.load(expected + device_P, mask=other_P, other=0) + 1
         tl.store(expected + device_P, want_P, mask=other_P)
         theirs_P = tl.load(bases + device_P, mask=other_P, other=0).to(tl.pointer_type(tl.int32))
@@ -110,12 +108,9 @@ def _kernel(
             if looks % INTERVAL == 0:  # noqa: SIM102 - here `and` would read the host's word at every look
                 if tl.load(abort, volatile=True) != 0:
                     tl.store(status, ABORTED_STATUS)
-                    aborted += 1
                     missing = 0
         if not INTERPRETED:
             system_fence(looks)
-    if aborted != 0:
-        disarm(table, DEGREE)
 
 
 @triton.jit

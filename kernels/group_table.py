@@ -1,15 +1,13 @@
-"""Who is in a sequence-parallel group and what each member holds, as words in device memory.
+"""What each member of a sequence-parallel group holds, as words in device memory.
 
-Owns the order of the words; knows no pointers and no tensors but its own. Kernels read the table when they run, so one
-CUDA graph serves any members of a degree, and either member of an uneven split: refresh the words before the replay.
+Owns the order of the words; knows no pointers and no tensors but its own. A table is of one sequence, one degree and
+one number of heads, and the same for any members: who they are is in the chunk's words (chunk_words.py). A sequence has
+up to MAX_SEGMENTS segments in canonical order; those that it lacks have no rows.
 
 int32 words of a group of degree G; `starts[i]` is where member i's range begins, `starts[G]` where the last one ends:
 
-    0            rank of the device that holds this table
-    1            members       [G]      device ids by rank
-    1 + G        text starts   [G + 1]  token numbers in the text stream
-    2 + 2G       image starts  [G + 1]  token numbers in the image stream
-    3 + 3G       head starts   [G + 1]
+    s (G + 1)               starts of segment s  [G + 1]  row numbers in the segment
+    MAX_SEGMENTS (G + 1)    head starts          [G + 1]
 """
 
 from collections.abc import Sequence
@@ -18,18 +16,19 @@ from itertools import pairwise
 import triton
 import triton.language as tl
 
+MAX_SEGMENTS: tl.constexpr = tl.constexpr(3)
+
 
 def num_words(degree: int) -> int:
-    return 4 * degree + 4
+    return (MAX_SEGMENTS.value + 1) * (degree + 1)
 
 
-def group_words(
-    rank: int, members: Sequence[int], text: Sequence[range], image: Sequence[range], heads: Sequence[range]
-) -> list[int]:
-    """The table's words. `text`, `image`, `heads`: each member's range, by rank; consecutive and from 0."""
-    degree = len(members)
-    assert 0 <= rank < degree, f"rank {rank} in a group of {degree}"
-    return [rank, *members, *(start for ranges in (text, image, heads) for start in _starts(ranges, degree))]
+def group_words(segments: Sequence[Sequence[range]], heads: Sequence[range]) -> list[int]:
+    """The table's words. Each of `segments`, and `heads`: each member's range, by rank; consecutive and from 0."""
+    degree, absent = len(heads), MAX_SEGMENTS.value - len(segments)
+    assert degree and absent >= 0, f"{len(segments)} segments, {degree} members"
+    lists = [*segments, *[[range(0)] * degree] * absent, heads]
+    return [start for ranges in lists for start in _starts(ranges, degree)]
 
 
 def _starts(ranges: Sequence[range], degree: int) -> list[int]:
@@ -39,44 +38,30 @@ def _starts(ranges: Sequence[range], degree: int) -> list[int]:
 
 
 @triton.jit
-def own_rank(table):
-    return tl.load(table)
-
-
-@triton.jit
-def device_of(table, rank):
-    return tl.load(table + 1 + rank)
-
-
-@triton.jit
-def text_range(table, rank, DEGREE: tl.constexpr):
-    """First text token of a rank, and one past its last."""
-    starts = table + 1 + DEGREE + rank
+def segment_range(table, segment, rank, DEGREE: tl.constexpr):
+    """First row of a segment that a rank holds, and one past its last."""
+    starts = table + segment * (DEGREE + 1) + rank
     return tl.load(starts), tl.load(starts + 1)
 
 
 @triton.jit
-def image_range(table, rank, DEGREE: tl.constexpr):
-    starts = table + 2 + 2 * DEGREE + rank
-    return tl.load(starts), tl.load(starts + 1)
+def segment_count(table, segment, DEGREE: tl.constexpr):
+    """Rows of a segment, of all ranks."""
+    return tl.load(table + segment * (DEGREE + 1) + DEGREE)
+
+
+@triton.jit
+def rows_before(table, SEGMENT: tl.constexpr, DEGREE: tl.constexpr):
+    """Canonical row at which a segment begins in the whole sequence."""
+    row = 0
+    for earlier in tl.static_range(SEGMENT):
+        row += segment_count(table, earlier, DEGREE)
+    return row
 
 
 @triton.jit
 def head_range(table, rank, DEGREE: tl.constexpr):
-    starts = table + 3 + 3 * DEGREE + rank
-    return tl.load(starts), tl.load(starts + 1)
-
-
-@triton.jit
-def num_text_tokens(table, DEGREE: tl.constexpr):
-    return tl.load(table + 1 + 2 * DEGREE)
-
-
-@triton.jit
-def disarm(table, DEGREE: tl.constexpr):
-    """Leave nobody any token: whatever reads the table from now on stores nothing anywhere."""
-    for word in tl.static_range(1 + DEGREE, 3 + 3 * DEGREE):
-        tl.store(table + word, 0)
+    return segment_range(table, MAX_SEGMENTS, rank, DEGREE)
 
 
 @triton.jit

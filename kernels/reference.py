@@ -55,7 +55,7 @@ def qk_norm_rope(
 
 def _turned(x_nHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos_n1D, sin_n1D = (table.unsqueeze(1) for table in rope)
-    pairs_nHd = torch.view_as_complex(x_nHD.reshape(*x_nHD.shape[:-1], x_nHD.shape[-1] // 2, 2))
+    pairs_nHd = torch.view_as_complex(x_nHD.unflatten(-1, (-1, 2)))
     # i · (a + bi) = −b + ai, exactly; a complex product with cos + i sin would round differently in loop tails.
     turned_nHD = torch.view_as_real(pairs_nHd * 1j).flatten(-2)
     return (x_nHD * cos_n1D).add_(turned_nHD.mul_(sin_n1D))

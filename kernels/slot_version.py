@@ -5,7 +5,8 @@ program, read the chunk's words (chunk_words.py) and work on `status`, two int32
 
     0   not 0: counters or states of this device cannot be trusted any more; every kernel of the exchange returns at
         once until the device is reset. ABORTED, or WRONG_VERSION in a group (whose other members wait in vain)
-    1   the chunk's own outcome: not 0 if its source was already further than the version it wanted
+    1   the chunk's own outcome: not 0 if its source was already further than the version it wanted; until the next
+        chunk nothing is stored that others see
 
 Only the slab's owner writes a version, with a release at system scope, so whoever reads it may read the state. The
 sequence word beside a version is for processes that sleep; nobody sleeps here. The third word of a slot says whose
@@ -18,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrion.kernels.barrier import ABORT_INTERVAL, ABORTED, CACHE_LINE, system_fence
-from tetrion.kernels.chunk_words import NUM_CHUNK_WORDS, end_version, slot_of, source_of, start_version
-from tetrion.kernels.group_table import device_of, disarm, own_rank, slab_pointer
+from tetrion.kernels.chunk_words import HEADER_WORDS, end_version, slot_of, source_of, start_version
+from tetrion.kernels.group_table import slab_pointer
 
 WRONG_VERSION = 2
 STATE_WORD: tl.constexpr = tl.constexpr(2)
@@ -28,19 +29,19 @@ NUM_STATUS_WORDS = 2
 
 
 class SlotVersions:
-    """The kernels with what they all work on. `table`: only its holder is read, any degree's will do."""
+    """The kernels with what they all work on."""
 
     def __init__(
-        self, table: Tensor, chunk: Tensor, bases: Tensor, abort: Tensor, status: Tensor, versions_offset: int
+        self, chunk: Tensor, bases: Tensor, abort: Tensor, status: Tensor, *, device_id: int, versions_offset: int
     ) -> None:
-        """table, bases, abort: as in barrier.py. chunk: int32 [NUM_CHUNK_WORDS]. status: int32 [NUM_STATUS_WORDS].
+        """bases, abort, device_id: as in barrier.py. chunk: see chunk_words.py. status: int32 [NUM_STATUS_WORDS].
 
         versions_offset: of the versions in every slab, in bytes; slot s has its own at `versions_offset + 64 s`.
         """
-        assert table.dtype == chunk.dtype == abort.dtype == status.dtype == torch.int32, "words are int32"
-        assert len(chunk) == NUM_CHUNK_WORDS and len(status) == NUM_STATUS_WORDS, f"{len(chunk)}, {len(status)} words"
+        assert chunk.dtype == abort.dtype == status.dtype == torch.int32, "words are int32"
+        assert len(chunk) >= HEADER_WORDS and len(status) == NUM_STATUS_WORDS, f"{len(chunk)}, {len(status)} words"
         assert bases.dtype == torch.int64 and versions_offset % CACHE_LINE == 0, f"versions at {versions_offset}"
-        self._arguments = (table, chunk, bases, abort, status, versions_offset // 8)
+        self._arguments = (chunk, bases, abort, status, device_id, versions_offset // 8)
 
     def wait(self) -> None:
         """Enqueue: wait until the source's slot has reached the start version. This device's own is invalid then."""
@@ -70,12 +71,9 @@ class SlotVersions:
             *self._arguments, LONGS_APART=CACHE_LINE // 8, WRONG=WRONG_VERSION, IN_GROUP=in_group, num_warps=1
         )
 
-    def invalidate(self, *, degree: int) -> None:
-        """Enqueue, once all members have arrived: the slot is about to change. If anything went wrong it is not: the
-        table, which is of `degree`, loses its tokens."""
-        _invalidate[(1,)](
-            *self._arguments, LONGS_APART=CACHE_LINE // 8, ABORTED_STATUS=ABORTED, DEGREE=degree, num_warps=1
-        )
+    def invalidate(self) -> None:
+        """Enqueue, once all members have arrived: the slot is about to change. If anything went wrong it is not."""
+        _invalidate[(1,)](*self._arguments, LONGS_APART=CACHE_LINE // 8, ABORTED_STATUS=ABORTED, num_warps=1)
 
     def publish(self) -> None:
         """Enqueue, after all writes to the slot: it has the end version, unless something went wrong."""
@@ -94,13 +92,13 @@ def _publish_version(bases, device, versions, slot, version, LONGS_APART: tl.con
     tl.atomic_xchg(ours, version, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["versions"])
+@triton.jit(do_not_specialize=["me", "versions"])
 def _wait_for_state(
-    table,
     chunk,
     bases,
     abort,
     status,
+    me,
     versions,
     LONGS_APART: tl.constexpr,
     INTERVAL: tl.constexpr,
@@ -123,13 +121,13 @@ def _wait_for_state(
             system_fence(looks)
 
 
-@triton.jit(do_not_specialize=["versions"])
+@triton.jit(do_not_specialize=["me", "versions"])
 def _wait(
-    table,
     chunk,
     bases,
     abort,
     status,
+    me,
     versions,
     LONGS_APART: tl.constexpr,
     INTERVAL: tl.constexpr,
@@ -141,7 +139,6 @@ def _wait(
     if (tl.load(status) == 0) & (wanted != 0):
         slot = slot_of(chunk)
         source = source_of(chunk)
-        me = device_of(table, own_rank(table))
         theirs = _version_pointer(bases, source, versions, slot, LONGS_APART)
         waiting = 1
         looks = 0
@@ -160,13 +157,13 @@ def _wait(
             tl.store(_version_pointer(bases, me, versions, slot, LONGS_APART), 0)
 
 
-@triton.jit(do_not_specialize=["versions"])
+@triton.jit(do_not_specialize=["me", "versions"])
 def _confirm(
-    table,
     chunk,
     bases,
     abort,
     status,
+    me,
     versions,
     LONGS_APART: tl.constexpr,
     WRONG: tl.constexpr,
@@ -176,7 +173,6 @@ def _confirm(
     if (tl.load(status) == 0) & (wanted != 0):
         slot = slot_of(chunk)
         source = source_of(chunk)
-        me = device_of(table, own_rank(table))
         if tl.load(_version_pointer(bases, source, versions, slot, LONGS_APART), volatile=True) != wanted:
             tl.store(status + 1, WRONG)
             if IN_GROUP:
@@ -185,35 +181,28 @@ def _confirm(
             _publish_version(bases, me, versions, slot, wanted, LONGS_APART)
 
 
-@triton.jit(do_not_specialize=["versions"])
+@triton.jit(do_not_specialize=["me", "versions"])
 def _invalidate(
-    table,
     chunk,
     bases,
     abort,
     status,
+    me,
     versions,
     LONGS_APART: tl.constexpr,
     ABORTED_STATUS: tl.constexpr,
-    DEGREE: tl.constexpr,
 ):
-    wrong = tl.load(status) | tl.load(status + 1)
-    if wrong == 0:
+    if (tl.load(status) | tl.load(status + 1)) == 0:
         if tl.load(abort, volatile=True) != 0:
             tl.store(status, ABORTED_STATUS)
-            wrong += 1
         elif end_version(chunk) != 0:
-            me = device_of(table, own_rank(table))
             tl.store(_version_pointer(bases, me, versions, slot_of(chunk), LONGS_APART), 0)
-    if wrong != 0:
-        disarm(table, DEGREE)
 
 
-@triton.jit(do_not_specialize=["versions"])
-def _publish(table, chunk, bases, abort, status, versions, LONGS_APART: tl.constexpr, ABORTED_STATUS: tl.constexpr):
+@triton.jit(do_not_specialize=["me", "versions"])
+def _publish(chunk, bases, abort, status, me, versions, LONGS_APART: tl.constexpr, ABORTED_STATUS: tl.constexpr):
     if (tl.load(status) == 0) & (tl.load(status + 1) == 0):
         if tl.load(abort, volatile=True) != 0:
             tl.store(status, ABORTED_STATUS)
         elif end_version(chunk) != 0:
-            me = device_of(table, own_rank(table))
             _publish_version(bases, me, versions, slot_of(chunk), end_version(chunk), LONGS_APART)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tetrion.engine.models.ops import Linear
 from tetrion.kernels.gelu import gelu
+from tetrion.kernels.guided_step import guided_step
 from tetrion.kernels.reference import Branch
 from tetrion.kernels.residual_modulate import residual_modulate
 
@@ -56,6 +57,11 @@ class DeviceOps:
     def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
         """The sum takes y's place."""
         return residual_modulate(branches, step=self._step)
+
+    def guided_step(
+        self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
+    ) -> Tensor:
+        return guided_step(state, velocities, coefficients, guidance, self._step)
 
 
 def _padded(x: Tensor, num_rows: int = MIN_ROWS) -> Tensor:

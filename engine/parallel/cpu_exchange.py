@@ -102,7 +102,7 @@ class CpuExchange:
     def outcome(self) -> Callable[[], None]:
         return lambda: None
 
-    def warm_up(self, degrees: Sequence[int]) -> None:
+    def warm_up(self) -> None:
         pass
 
     def reset(self) -> None:

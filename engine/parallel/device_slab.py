@@ -5,22 +5,12 @@ Owns the shapes of what lies in a slab, and the table of addresses; knows neithe
 tensor over another GPU's memory would make torch open a context there.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from tetrion.engine.parallel.layout import CACHE_LINE, SlabLayout
 from tetrion.engine.parallel.raw_memory import tensor_at
 from tetrion.engine.parallel.shared_slab import DTYPES
-
-
-class DeviceSlot(NamedTuple):
-    """A request's state in one slot of this device: shapes as in `SlotState`. Kernels write its version."""
-
-    text: Tensor
-    pooled: Tensor
-    latents: Tensor
 
 
 class DeviceSlabs:
@@ -42,29 +32,34 @@ class DeviceSlabs:
         self._addresses[device] = address
         self.bases[device] = address
 
-    def slot(self, device: int, slot: int) -> DeviceSlot:
-        layout = self.layout
-        return DeviceSlot(
-            text=self._view(device, layout.text_offset(slot), (layout.max_text_tokens, layout.text_dim), self.dtype),
-            pooled=self._view(device, layout.pooled_offset(slot), (layout.pooled_dim,), self.dtype),
-            latents=self._view(
-                device, layout.latents_offset(slot), (layout.max_image_tokens, layout.in_channels), torch.float32
-            ),
-        )
+    def fields(self, device: int, model: str, slot: int, branch: int = 0) -> dict[str, Tensor]:
+        """A request's state, by field: [max rows, width] of a branch. Rows beyond the request's own are left over."""
+        start = self.layout.slot_offset(slot)
+        tensors = {}
+        for place in self.layout.slots[model].places:
+            piece = place.piece(place.max_rows, branch if place.field.per_branch else 0)
+            shape, dtype = (place.max_rows, place.field.width), torch.float32 if place.field.fp32 else self.dtype
+            tensors[place.field.name] = self._view(device, start + piece.offset, shape, dtype)
+        return tensors
 
-    def qkv(self, device: int, num_tokens: int, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The exchange regions: q, k, v of the device's heads for all tokens, [num_tokens, num_heads, head_dim]."""
-        shape, layout = (num_tokens, num_heads, head_dim), self.layout
+    def qkv(self, device: int, num_rows: int, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The exchange regions: q, k, v of the device's heads for all rows, [num_rows, num_heads, head_dim]."""
+        shape, layout = (num_rows, num_heads, head_dim), self.layout
         self._check_fits(shape, layout.exchange_bytes)
         offsets = layout.q_offset, layout.k_offset, layout.v_offset
         q, k, v = (self._view(device, offset, shape, self.dtype) for offset in offsets)
         return q, k, v
 
-    def output(self, device: int, num_tokens: int, num_heads: int, head_dim: int) -> Tensor:
-        """The output region: all heads of the device's own tokens, [num_tokens, num_heads, head_dim]."""
-        shape = (num_tokens, num_heads, head_dim)
+    def output(self, device: int, num_rows: int, num_heads: int, head_dim: int) -> Tensor:
+        """The output region: all heads of the device's own rows, [num_rows, num_heads, head_dim]."""
+        shape = (num_rows, num_heads, head_dim)
         self._check_fits(shape, self.layout.output_bytes)
         return self._view(device, self.layout.output_offset, shape, self.dtype)
+
+    def velocity(self, device: int, num_rows: int, width: int) -> Tensor:
+        """The velocity region: [num_rows, width]."""
+        self._check_fits((num_rows, width), self.layout.velocity_bytes)
+        return self._view(device, self.layout.velocity_offset, (num_rows, width), self.dtype)
 
     def counters(self) -> Tensor:
         """The barrier counters in this device's slab, int32 [num_devices, words of a cache line]."""

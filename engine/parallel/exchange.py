@@ -154,8 +154,8 @@ class Exchange(Protocol):
         """To be called behind a command's work; what it returns raises Aborted or RuntimeError if that went wrong, once
         the queue has come so far."""
 
-    def warm_up(self, degrees: Sequence[int]) -> None:
-        """Load whatever could hold up a peer if it were loaded later."""
+    def warm_up(self) -> None:
+        """Load whatever around a chunk's steps could hold up a peer if it were loaded later."""
 
     def reset(self) -> None:
         """Forget all barriers and the abort. Waits for the device. On every device while all are idle."""

@@ -102,7 +102,7 @@ class Runner:
             denoiser = self._backend.denoiser(model, exchange)
             encoders = RecordedEncoders(model.text, self._queue)
             self._residents[model.spec.name] = Resident(model, exchange, denoiser, encoders)
-            exchange.warm_up(model.spec.legal_degrees(self._spec.layout.num_devices))
+            exchange.warm_up()
         weights_bytes = sum(resident.model.weights_bytes for resident in self._residents.values())
         return Loaded(command_id=command.command_id, device_id=self.device_id, weights_bytes=weights_bytes)
 

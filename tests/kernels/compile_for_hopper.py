@@ -20,12 +20,16 @@ from tetrion.kernels import (
     barrier,
     gelu,
     group_norm_silu,
-    latents_push,
+    guided_step,
     output_push,
     qk_norm_rope_push,
     residual_modulate,
     slot_version,
+    state_place,
     state_pull,
+    state_push,
+    state_read,
+    velocity_push,
 )
 from tetrion.kernels.attention_tiles import TILES
 
@@ -38,15 +42,17 @@ INSTRUCTIONS = {
     "tensor_copy": r"cp\.async\.bulk\.tensor",
     "system_release": r"(?:atom|red)\.(?:\S*sys\S*release|\S*release\S*sys)",
     "system_fence": r"fence\.acq_rel\.sys",
+    "multiply_add": r"fma\.rn\.f32",
 }
 FLUX = {"NUM_HEADS": 24, "HEAD_DIM": 128, "DEGREE": 4}
 POINTERS = {"table": "*i32", "bases": "*i64", "expected": "*i32", "status": "*i32", "step": "*i32"}
-POINTERS |= {"abort": "*i32", "chunk": "*i32", "latents": "*fp32"}
+POINTERS |= {"abort": "*i32", "chunk": "*i32", "members": "*i32", "partners": "*i32"}
 POINTERS |= {"partials": "*fp32", "statistics": "*fp32", "epsilon": "fp32", "weight": "*bf16", "bias": "*bf16"}
-POINTERS |= {"cos": "*fp32", "sin": "*fp32", "log_sum_exp": "*fp32"}
-NORMS = ("text_q_norm", "text_k_norm", "image_q_norm", "image_k_norm")
+POINTERS |= dict.fromkeys(("cos", "sin", "log_sum_exp", "rows", "state", "coefficients", "guidance"), "*fp32")
+PIECE = ("qkv", "q_norm", "k_norm")
 BRANCH = ("x", "y", "shift", "scale", "gate")
-TENSORS = ("x", "out", "output", "normed", "text_qkv", "image_qkv", *NORMS)
+TENSORS = ("x", "out", "output", "normed", "velocity", "negative")
+TENSORS += tuple(f"{name}_{i}" for i in range(3) for name in PIECE)
 TENSORS += tuple(f"{which}_{name}" for which in ("first", "last") for name in BRANCH)
 POINTERS |= dict.fromkeys(TENSORS, "*bf16")
 
@@ -86,17 +92,27 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    push = {"ROWS": qk_norm_rope_push.TILE_ELEMENTS // 128, "EPSILON": 1e-6, "rope_pair_stride": 1} | FLUX
-    meet = {"DEGREE": 4, "LANES": 4, "WORDS_APART": 16, "INTERVAL": 256, "ABORTED_STATUS": 1, "INTERPRETED": False}
-    latents = {"DEGREE": 4, "CHANNELS": 64, "SIZE": latents_push.BLOCK}
+    push = {"ROWS": qk_norm_rope_push.TILE_ELEMENTS // 128, "rope_pair_stride": 1} | FLUX
+    push |= {f"EPSILON_{i}": 1e-6 for i in range(3)}
+    joint = push | {f"SEGMENT_{i}": i for i in range(3)} | {f"HAS_ROPE_{i}": True for i in range(3)}
+    flux = joint | {f"{name}_2": None for name in PIECE}
+    plain = joint | {f"{name}_{i}": None for i in range(3) for name in PIECE[1:]}
+    plain |= {f"HAS_ROPE_{i}": False for i in range(3)} | {"cos": None, "sin": None, "HEAD_DIM": 64, "ROWS": 64}
+    output = {"ROWS": output_push.TILE_ELEMENTS // 128} | {f"SEGMENT_{i}": i for i in range(3)} | FLUX
+    meet = {"LANES": 4, "WORDS_APART": 16, "INTERVAL": 256, "ABORTED_STATUS": 1, "INTERPRETED": False}
+    state = {"WIDTH": 64, "SIZE": state_place.BLOCK}
+    step = {"NUM_ROWS": 1, "CHANNELS": 64, "SIZE": guided_step.BLOCK}
+    fp32 = {"out": "*fp32"}
     versions = {"LONGS_APART": 8, "ABORTED_STATUS": 1}
     waits = versions | {"INTERVAL": 256, "INTERPRETED": False}
     confirm = {"LONGS_APART": 8, "WRONG": 2, "IN_GROUP": True}
     maps = {"WIDTH": 512, "GROUPS": 32, "BLOCK": group_norm_silu.TILE // 512}
     join = {"GROUPS": 32, "PROGRAMS": group_norm_silu.MAX_PROGRAMS}
     results = {
-        "qk_norm_rope_push": compiled(qk_norm_rope_push, push, num_warps=4),
-        "output_push": compiled(output_push, {"ROWS": output_push.TILE_ELEMENTS // 128} | FLUX, num_warps=4),
+        "qk_norm_rope_push": compiled(qk_norm_rope_push, flux, num_warps=4),
+        "qk_norm_rope_push of 3": compiled(qk_norm_rope_push, joint, num_warps=4),
+        "qk_norm_rope_push of copies": compiled(qk_norm_rope_push, plain, num_warps=4),
+        "output_push": compiled(output_push, output, num_warps=4),
         "residual_modulate": compiled(residual_modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6}, num_warps=8),
         "gelu": compiled(gelu, {"WIDTH": 12288, "COLUMNS": 1024, "SLOPE": gelu.TWICE}, num_warps=4),
         "group_norm_partial": compiled(group_norm_silu._partial_statistics, maps, num_warps=group_norm_silu.NUM_WARPS),
@@ -104,12 +120,15 @@ def main() -> None:
         "group_norm_silu": compiled(group_norm_silu._norm_silu, maps, num_warps=group_norm_silu.NUM_WARPS),
         "barrier": compiled(barrier, meet, num_warps=1),
         "state_pull": compiled(state_pull, {"SHORTS": 8, "BLOCK": 8 * state_pull.BLOCK_UNITS}, num_warps=4),
-        "latents_read": compiled(latents_push._read, latents, {"out": "*fp32"}, num_warps=4),
-        "latents_push": compiled(latents_push._push, latents, num_warps=4),
+        "state_read": compiled(state_read, state, fp32, num_warps=4),
+        "state_push": compiled(state_push, state, num_warps=4),
+        "velocity_push": compiled(velocity_push, {"SIZE": velocity_push.BLOCK}, num_warps=4),
+        "euler_step": compiled(guided_step, step | {"negative": None}, fp32, num_warps=4),
+        "guided_step": compiled(guided_step, step | {"NUM_ROWS": 4, "CHANNELS": 16}, fp32, num_warps=4),
         "wait_version": compiled(slot_version._wait, waits, num_warps=1),
         "wait_for_state": compiled(slot_version._wait_for_state, waits, num_warps=1),
         "confirm_version": compiled(slot_version._confirm, confirm, num_warps=1),
-        "invalidate_version": compiled(slot_version._invalidate, versions | {"DEGREE": 4}, num_warps=1),
+        "invalidate_version": compiled(slot_version._invalidate, versions, num_warps=1),
         "publish_version": compiled(slot_version._publish, versions, num_warps=1),
     }
     for row in (row for row in TILES if row.itemsize == 2):

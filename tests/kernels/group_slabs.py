@@ -1,49 +1,46 @@
 """Several devices' slabs in one process, laid out and filled as the engine's groups would."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from tests.engine.specs import make_spec
-from tetrion.engine.parallel.group import GroupPlan, plan_group
-from tetrion.engine.parallel.layout import slab_layout
+from tetrion.engine.parallel.group import GroupPlan, Shard
+from tetrion.kernels.chunk_words import chunk_words, lanes_for
 from tetrion.kernels.group_table import group_words
+from tetrion.kernels.slot_version import NUM_STATUS_WORDS
 
 POISON = 0xFF  # a NaN in every dtype used here
+PAGE = 4096
 
 
 class GroupSlabs:
-    """`slabs[d]`: bytes of device d's slab, poisoned; `bases`: their addresses."""
+    """`slabs[d]`: bytes of device d's slab [q | k | v | output], poisoned; `bases`: their addresses."""
 
     def __init__(self, plan: GroupPlan, head_dim: int, dtype: torch.dtype) -> None:
         self.plan, self.head_dim, self.dtype = plan, head_dim, dtype
-        spec = make_spec(
-            num_heads=plan.num_heads,
-            head_dim=head_dim,
-            max_text_tokens=max(plan.num_text, 1),
-            max_size=128,
-            default_width=128,
-            default_height=128,
-        )
-        num_devices = max(max(plan.members) + 1, 2)
-        self.layout = slab_layout(spec, num_devices, 1, dtype.itemsize)
-        # A group of one writes regions of all heads, which the layout of shared slabs has no room for: twice the bytes.
-        size = self.layout.num_bytes + 4 * self.layout.exchange_bytes
-        self.slabs = [torch.full((size,), POISON, dtype=torch.uint8) for _ in range(num_devices)]
+        num_devices = max(plan.members) + 1
+        num_rows = sum(plan.counts) + plan.degree * len(plan.counts)
+        region = -(-num_rows * plan.num_heads * head_dim * dtype.itemsize // PAGE) * PAGE
+        self.slabs = [torch.full((4 * region,), POISON, dtype=torch.uint8) for _ in range(num_devices)]
         self.bases = torch.tensor([slab.data_ptr() for slab in self.slabs], dtype=torch.int64)
-        step = self.layout.exchange_bytes * (2 if plan.degree == 1 else 1)
-        first = self.layout.q_offset
-        self.offsets = (first, first + step, first + 2 * step)
-        self.output_offset = first + 3 * step
+        self.offsets, self.output_offset = (0, region, 2 * region), 3 * region
+        heads = [shard.heads for shard in plan.shards]
+        segments = [[shard.rows[s] for shard in plan.shards] for s in range(len(plan.counts))]
+        self.table = torch.tensor(group_words(segments, heads), dtype=torch.int32)
+        self.status = torch.zeros(NUM_STATUS_WORDS, dtype=torch.int32)
 
-    def table(self, rank: int) -> Tensor:
-        shards = self.plan.shards
-        ranges = [[getattr(shard, name) for shard in shards] for name in ("text", "image", "heads")]
-        return torch.tensor(group_words(rank, self.plan.members, *ranges), dtype=torch.int32)
+    def words(self, rank: int) -> Tensor:
+        me, part = self.plan.members[rank], self.plan.members
+        lanes = lanes_for(max(part) + 1)
+        who = {"part": part, "rows": range(0), "everyone": part, "partners": (me,)}
+        words = chunk_words(me, lanes, slot=0, source=me, start_version=0, end_version=0, **who)
+        return torch.tensor(words, dtype=torch.int32)
 
-    def take_qkv(self, rank: int) -> list[Tensor]:
-        """Copies of the member's q, k, v regions, [all tokens, own heads, D]; the regions are poisoned again."""
+    def take_qkv(self, rank: int, over: Sequence[int]) -> list[Tensor]:
+        """Copies of the member's q, k, v regions, [all rows of those segments, own heads, D]; poisoned again."""
         shard = self.plan.shards[rank]
-        shape = (self.plan.num_tokens, len(shard.heads), self.head_dim)
+        shape = (sum(self.plan.counts[s] for s in over), len(shard.heads), self.head_dim)
         return [self._take(shard.device_id, offset, shape) for offset in self.offsets]
 
     def take_output(self, rank: int, num_rows: int) -> Tensor:
@@ -64,5 +61,11 @@ class GroupSlabs:
         return taken
 
 
-def make_plan(members: tuple[int, ...], num_text: int, num_image: int, num_heads: int) -> GroupPlan:
-    return plan_group(members, num_text, num_image, num_heads)
+def rows_in(plan: GroupPlan, shard: Shard, over: Sequence[int]) -> list[slice]:
+    """The shard's rows of each of `over`, in canonical order of those segments alone."""
+    slices, first = [], 0
+    for segment in over:
+        rows = shard.rows[segment]
+        slices.append(slice(first + rows.start, first + rows.stop))
+        first += plan.counts[segment]
+    return slices

@@ -1,4 +1,4 @@
-"""The choice of attention depends on tokens, head dim and dtype; whatever is chosen is attention."""
+"""The choice of attention is the operator's, or depends on head dim and dtype; whatever is chosen is attention."""
 
 import inspect
 
@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.kernels.tolerance import assert_close
-from tetrion.kernels import attention_backend, reference
-from tetrion.kernels.attention_backend import TABLE, attend, backend_for
+from tetrion.kernels import reference
+from tetrion.kernels.attention_backend import CUDNN_HEAD_DIMS, attend, backend_for
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
@@ -30,19 +30,26 @@ def test_bits_do_not_depend_on_the_number_of_heads(device, num_tokens) -> None:
         assert torch.equal(attend(*(x[:, heads].contiguous() for x in (q, k, v))), whole[:, heads])
 
 
-def test_the_table_serves_every_length_of_its_head_dims() -> None:
+def test_any_number_of_rows_and_heads_is_served_by_ours(device, dtype) -> None:
+    for num_rows, num_heads, head_dim in ((1, 1, 32), (7, 5, 64), (130, 2, 128)):
+        qkv = [torch.randn(num_rows, num_heads, head_dim).to(dtype) for _ in range(3)]
+        assert_close(attend(*qkv, "triton"), reference.attention(*(x.float() for x in qkv)))
+
+
+def test_left_to_itself_the_choice_is_what_was_measured() -> None:
     assert "heads" not in str(inspect.signature(backend_for))
-    for row in TABLE:
-        for num_tokens in (1, row.max_tokens):
-            assert backend_for(num_tokens, row.head_dim, torch.bfloat16, "cuda") in ("cudnn", "triton")
-
-
-def test_a_longer_sequence_takes_the_next_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = (attention_backend.Row(64, 4096, "cudnn"), attention_backend.Row(64, 512, "triton"))
-    monkeypatch.setattr(attention_backend, "TABLE", rows)
-    chosen = [backend_for(n, 64, torch.float16, "cuda") for n in (1, 512, 513, 4096, 4097)]
-    assert chosen == ["triton", "triton", "cudnn", "cudnn", "triton"]
+    for dtype in (torch.bfloat16, torch.float16):
+        chosen = {dim: backend_for("auto", dim, dtype, "cuda") for dim in (32, 64, 96, 128, 256)}
+        assert chosen == {dim: "cudnn" if dim in CUDNN_HEAD_DIMS else "triton" for dim in chosen}
 
 
 def test_only_ours_takes_fp32_and_runs_off_the_gpu() -> None:
-    assert backend_for(512, 64, torch.float32, "cuda") == backend_for(512, 64, torch.bfloat16, "cpu") == "triton"
+    for dtype, device_type in ((torch.float32, "cuda"), (torch.bfloat16, "cpu")):
+        assert backend_for("auto", 64, dtype, device_type) == "triton"
+        with pytest.raises(ValueError, match="attention: cudnn needs 16-bit"):
+            backend_for("cudnn", 64, dtype, device_type)
+
+
+def test_the_operator_decides() -> None:
+    assert backend_for("triton", 64, torch.bfloat16, "cuda") == "triton"
+    assert backend_for("cudnn", 256, torch.bfloat16, "cuda") == "cudnn"

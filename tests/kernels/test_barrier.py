@@ -15,7 +15,6 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tetrion.kernels.barrier import ABORT_INTERVAL, ABORTED, CACHE_LINE, barrier
-from tetrion.kernels.group_table import group_words
 
 NUM_DEVICES = 4
 WORD = CACHE_LINE // 4
@@ -41,18 +40,17 @@ class Fleet:
     def counter(self, receiver: int, sender: int) -> Tensor:
         return self.slabs[receiver, FIRST_COUNTER + sender * WORD]
 
-    def table(self, me: int, members: Sequence[int]) -> Tensor:
-        parts = [range(rank, rank + 1) for rank in range(len(members))]
-        return torch.tensor(group_words(members.index(me), members, parts, parts, parts), dtype=torch.int32)
+    def lanes(self, me: int, members: Sequence[int]) -> Tensor:
+        return torch.tensor([*members, *[me] * (NUM_DEVICES - len(members))], dtype=torch.int32)
 
-    def barrier(self, me: int, members: Sequence[int], table: Tensor | None = None) -> None:
+    def barrier(self, me: int, members: Sequence[int], lanes: Tensor | None = None) -> None:
         barrier(
-            self.table(me, members) if table is None else table,
+            self.lanes(me, members) if lanes is None else lanes,
             self.bases,
             self.expected[me],
             self.abort[me],
             self.status[me],
-            degree=len(members),
+            device_id=me,
             counters_offset=COUNTERS_OFFSET,
         )
 
@@ -128,16 +126,6 @@ def test_abort_ends_the_wait_and_all_that_follow(fleet: Fleet) -> None:
     assert fleet.expected[0].tolist() == [0, 1, 1, 0]
 
 
-@pytest.mark.parametrize("aborted_before", [False, True])
-def test_an_aborted_group_has_no_tokens_left_to_push(fleet: Fleet, aborted_before: bool) -> None:
-    table = fleet.table(0, (2, 0, 1))
-    fleet.abort[0] = 1
-    fleet.status[0] = int(aborted_before)
-    before = table.tolist()
-    fleet.barrier(0, (2, 0, 1), table)
-    assert table.tolist() == before[:4] + [0] * 8 + before[12:]
-
-
 def test_an_abort_word_does_not_stop_what_need_not_wait(fleet: Fleet) -> None:
     """The host's word is slow to read: it is looked at only after ABORT_INTERVAL looks at the counters."""
     assert ABORT_INTERVAL > 1
@@ -165,7 +153,7 @@ def test_nobody_passes_before_all_have_arrived(fleet: Fleet) -> None:
             if not fleet.on_gpu:
                 time.sleep(0.02 * ((me + index) % 3))
             this = rounds[me][index]
-            fleet.barrier(me, members, this.table)
+            fleet.barrier(me, members, this.lanes)
             fleet.seen[me, index] = (fleet.values[this.members] >= this.least).all()
 
     if fleet.on_gpu:
@@ -191,7 +179,7 @@ class Round:
         group = SCHEDULES[me][index]
         occurrence = SCHEDULES[me][:index].count(group)
         meetings = [[i for i, other in enumerate(SCHEDULES[member]) if other == group] for member in group]
-        self.table = fleet.table(me, group)
+        self.lanes = fleet.lanes(me, group)
         self.members = torch.tensor(group)
         self.least = torch.tensor([indices[occurrence] + 1 for indices in meetings], dtype=torch.int32)
 

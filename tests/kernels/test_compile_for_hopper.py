@@ -30,14 +30,27 @@ def test_nothing_spills_and_everything_fits(kernels: dict[str, Any]) -> None:
         assert kernel["shared"] <= SHARED_MEMORY_BYTES, f"{name}: {kernel['shared']} bytes of shared memory"
 
 
-WIDE = ["qk_norm_rope_push", "output_push", "residual_modulate", "gelu", "group_norm_silu"]
-WIDE += ["state_pull", "latents_read", "latents_push"]
+WIDE = ["qk_norm_rope_push", "qk_norm_rope_push of 3", "qk_norm_rope_push of copies", "output_push"]
+WIDE += ["residual_modulate", "gelu", "group_norm_silu", "state_pull", "state_read", "state_push", "velocity_push"]
+WIDE += ["euler_step", "guided_step"]
 
 
 @pytest.mark.parametrize("name", WIDE)
 def test_all_stores_are_16_bytes_wide(kernels: dict[str, Any], name: str) -> None:
     ptx = kernels[name]["ptx"]
     assert ptx["store"] == ptx["wide_store"] > 0, f"{name}: {ptx}"
+
+
+def test_pushing_two_segments_takes_no_more_registers_than_a_quarter_of_a_processor_allows(
+    kernels: dict[str, Any],
+) -> None:
+    """Of 65,536; programs of 128 threads, four at a time: what it took when two segments were all it knew."""
+    assert kernels["qk_norm_rope_push"]["registers"] <= 128
+
+
+def test_eulers_step_is_one_multiply_add(kernels: dict[str, Any]) -> None:
+    """Of each of a thread's 8 elements: so its bits are those that the arithmetic of one line has."""
+    assert kernels["euler_step"]["ptx"]["multiply_add"] == 8
 
 
 def test_attention_uses_tensor_cores_and_tensor_copies(kernels: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""Every member pushes; every slab must hold the whole sequence's q, k, v of its heads in canonical order."""
+"""Every member pushes; every slab must hold q, k, v of all rows, for its heads, in canonical order of the segments."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -6,107 +9,171 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.kernels.group_slabs import GroupSlabs, make_plan
+from tests.kernels.group_slabs import GroupSlabs
 from tests.kernels.tolerance import assert_close, poisoned
-from tetrion.engine.parallel.group import Shard
+from tetrion.engine.parallel.group import GroupPlan, Shard, first_rows, plan_group
 from tetrion.kernels import reference
-from tetrion.kernels.qk_norm_rope_push import StreamTensors, qk_norm_rope_push
+from tetrion.kernels.qk_norm_rope_push import Piece, qk_norm_rope_push
 
 GROUPS = [
-    ((0,), 13, 40, 4, 64),
-    ((1, 0), 8, 64, 4, 128),
-    ((2, 0, 1), 7, 29, 7, 32),
-    ((0, 3, 1, 2), 2, 30, 6, 32),  # two members without text
-    ((1, 3), 0, 21, 5, 32),
+    ((0,), (13, 40), 4, 64),
+    ((1, 0), (8, 64), 4, 128),
+    ((2, 0, 1), (7, 29), 7, 32),
+    ((0, 3, 1, 2), (2, 30), 6, 32),  # two members without rows of the first segment
+    ((1, 3), (0, 21), 5, 32),
+    ((1, 0, 2), (5, 24, 9), 5, 64),
+    ((3, 1), (21,), 3, 64),
+    ((2, 1, 0, 3), (17, 0, 3), 6, 128),
 ]
 
 
-class Sequence:
-    """A whole sequence's projections, text first, and norm weights of both streams."""
+class Weights(NamedTuple):
+    """Of one segment."""
 
-    def __init__(self, num_text: int, num_image: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        num_tokens = num_text + num_image
-        self.num_text, self.num_heads, self.head_dim = num_text, num_heads, head_dim
-        self.qkv = torch.randn(num_tokens, 3 * num_heads * head_dim).to(dtype)
-        self.norms = [(torch.rand(head_dim) + 0.5).to(dtype) for _ in range(4)]
-        angles = torch.randn(num_tokens, head_dim // 2) * 3
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    has_rope: bool
+    epsilon: float
+
+
+class Projections:
+    """A whole sequence's projections, segment by segment, with weights of their own."""
+
+    def __init__(self, plan: GroupPlan, head_dim: int, dtype: torch.dtype) -> None:
+        self.plan, self.head_dim, self.dtype = plan, head_dim, dtype
+        width = 3 * plan.num_heads * head_dim
+        self.qkv = [torch.randn(count, width).to(dtype) for count in plan.counts]
+        self.weights = [Weights(self._norm(), self._norm(), True, 1e-6) for _ in plan.counts]
+        angles = torch.randn(sum(plan.counts), head_dim // 2) * 3
         self.rope = angles.cos(), angles.sin()
 
-    def streams(self, shard: Shard, padding: int = 0) -> tuple[StreamTensors, StreamTensors]:
+    def _norm(self) -> Tensor:
+        return (torch.rand(self.head_dim) + 0.5).to(self.dtype)
+
+    def pieces(self, shard: Shard, over: Sequence[int], padding: int) -> list[Piece]:
         """The member's rows as slices of wider rows, followed by rows of NaN."""
-        text, image = self.qkv[: self.num_text], self.qkv[self.num_text :]
-        parts = []
-        for stream, rows in ((text, shard.text), (image, shard.image)):
-            wide = poisoned(len(rows) + padding, stream.shape[1] + 64, dtype=stream.dtype)
-            wide[: len(rows), : stream.shape[1]] = stream[rows.start : rows.stop]
-            parts.append(wide[:, : stream.shape[1]])
-        return (parts[0], self.norms[0], self.norms[1]), (parts[1], self.norms[2], self.norms[3])
+        pieces = []
+        for segment in over:
+            rows, whole = shard.rows[segment], self.qkv[segment]
+            wide = poisoned(len(rows) + padding, whole.shape[1] + 64, dtype=whole.dtype)
+            wide[: len(rows), : whole.shape[1]] = whole[rows.start : rows.stop]
+            pieces.append(Piece(wide[:, : whole.shape[1]], segment, *self.weights[segment]))
+        return pieces
 
-    def expected(self) -> list[Tensor]:
-        """q, k, v of all tokens and heads, fp32."""
-        cos, sin = (x.repeat_interleave(2, dim=1) for x in self.rope)
-        halves = []
-        for rows, first in ((slice(0, self.num_text), 0), (slice(self.num_text, None), 2)):
-            q_norm, k_norm = self.norms[first].float(), self.norms[first + 1].float()
-            if len(self.qkv[rows]):
-                halves.append(reference.qk_norm_rope(self.qkv[rows].float(), q_norm, k_norm, cos[rows], sin[rows]))
-        return [torch.cat(parts) for parts in zip(*halves, strict=True)]
+    def push(self, slabs: GroupSlabs, over: Sequence[int], padding: int = 0) -> None:
+        for shard in self.plan.shards:
+            qk_norm_rope_push(
+                self.pieces(shard, over, padding),
+                self.rope,
+                slabs.table,
+                slabs.words(shard.rank),
+                slabs.status,
+                slabs.bases,
+                slabs.offsets,
+                degree=self.plan.degree,
+                num_heads=self.plan.num_heads,
+                head_dim=self.head_dim,
+            )
+
+    def expected(self, over: Sequence[int]) -> list[Tensor]:
+        """q, k, v of all rows and heads, fp32."""
+        starts, parts = first_rows(self.plan.counts), []
+        for segment in over:
+            q_norm, k_norm, has_rope, epsilon = self.weights[segment]
+            rows = slice(starts[segment], starts[segment] + self.plan.counts[segment])
+            rope = tuple(x[rows].repeat_interleave(2, dim=1) for x in self.rope) if has_rope else None
+            norms = (None if norm is None else norm.float() for norm in (q_norm, k_norm))
+            qkv = self.qkv[segment].float().unflatten(1, (3, self.plan.num_heads, self.head_dim))
+            if len(qkv):
+                parts.append(reference.qk_norm_rope(qkv, *norms, rope, epsilon))
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
-def _push(sequence: Sequence, slabs: GroupSlabs, padding: int = 0) -> None:
-    for shard in slabs.plan.shards:
-        qk_norm_rope_push(
-            *sequence.streams(shard, padding),
-            sequence.rope,
-            slabs.table(shard.rank),
-            slabs.bases,
-            slabs.offsets,
-            degree=slabs.plan.degree,
-            num_heads=sequence.num_heads,
-        )
-
-
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize(("members", "num_text", "num_image", "num_heads", "head_dim"), GROUPS)
-def test_slabs_hold_what_the_reference_computes(
-    device, dtype, members, num_text, num_image, num_heads, head_dim, padding
-) -> None:
-    sequence = Sequence(num_text, num_image, num_heads, head_dim, dtype)
-    slabs = GroupSlabs(make_plan(members, num_text, num_image, num_heads), head_dim, dtype)
-    _push(sequence, slabs, padding)
-    q, k, v = sequence.expected()
-    for shard in slabs.plan.shards:
+def check(sequence: Projections, over: Sequence[int], padding: int = 0) -> None:
+    plan = sequence.plan
+    slabs = GroupSlabs(plan, sequence.head_dim, sequence.dtype)
+    sequence.push(slabs, over, padding)
+    q, k, v = sequence.expected(over)
+    for shard in plan.shards:
         heads = slice(shard.heads.start, shard.heads.stop)
-        pushed_q, pushed_k, pushed_v = slabs.take_qkv(shard.rank)
+        pushed_q, pushed_k, pushed_v = slabs.take_qkv(shard.rank, over)
         assert_close(pushed_q, q[:, heads])
         assert_close(pushed_k, k[:, heads])
         assert torch.equal(pushed_v.float(), v[:, heads])
     slabs.assert_untouched()
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize(("members", "counts", "num_heads", "head_dim"), GROUPS)
+def test_slabs_hold_what_the_reference_computes(device, dtype, members, counts, num_heads, head_dim, padding) -> None:
+    plan = plan_group(members, counts, num_heads)
+    check(Projections(plan, head_dim, dtype), range(len(counts)), padding)
+
+
+@pytest.mark.parametrize("over", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_attention_over_some_segments_turns_rows_by_their_place_in_the_whole(device, over) -> None:
+    check(Projections(plan_group((1, 2, 0), (5, 22, 8), 5), 64, torch.float32), over, 2)
+
+
+def test_norms_rope_and_epsilon_are_each_segments_own(device, dtype) -> None:
+    sequence = Projections(plan_group((1, 0), (5, 22, 8), 5), 64, dtype)
+    q_norm, k_norm = torch.rand(2, 64).to(dtype)
+    kinds = [Weights(None, None, False, 1e-6), Weights(q_norm, None, True, 0.5), Weights(None, k_norm, False, 1e-5)]
+    for turn in range(3):
+        sequence.weights = kinds[turn:] + kinds[:turn]
+        check(sequence, (0, 1, 2))
+    check(sequence, (0, 2))
+
+
+def test_without_norm_and_rope_bits_are_copied(device, dtype) -> None:
+    plan = plan_group((0,), (5, 22), 3)
+    sequence, slabs = Projections(plan, 32, dtype), GroupSlabs(plan, 32, dtype)
+    sequence.weights = [Weights(None, None, False, 1e-6)] * 2
+    sequence.push(slabs, (0, 1))
+    whole = torch.cat(sequence.qkv).unflatten(1, (3, 3, 32))
+    for pushed, part in zip(slabs.take_qkv(0, (0, 1)), whole.unbind(1), strict=True):
+        assert torch.equal(pushed, part)
+
+
 def test_bits_do_not_depend_on_the_group(device, dtype) -> None:
-    sequence = Sequence(9, 50, 6, 64, dtype)
-    alone = GroupSlabs(make_plan((0,), 9, 50, 6), 64, dtype)
-    _push(sequence, alone)
-    whole = alone.take_qkv(0)
+    alone = plan_group((0,), (9, 50), 6)
+    sequence, slabs = Projections(alone, 64, dtype), GroupSlabs(alone, 64, dtype)
+    sequence.push(slabs, (0, 1))
+    whole = slabs.take_qkv(0, (0, 1))
     for members in ((0, 1), (2, 1, 0), (3, 0, 1, 2)):
-        slabs = GroupSlabs(make_plan(members, 9, 50, 6), 64, dtype)
-        _push(sequence, slabs)
-        for shard in slabs.plan.shards:
-            for part, all_heads in zip(slabs.take_qkv(shard.rank), whole, strict=True):
+        sequence.plan = plan = plan_group(members, (9, 50), 6)
+        slabs = GroupSlabs(plan, 64, dtype)
+        sequence.push(slabs, (0, 1))
+        for shard in plan.shards:
+            for part, all_heads in zip(slabs.take_qkv(shard.rank, (0, 1)), whole, strict=True):
                 assert torch.equal(part, all_heads[:, shard.heads.start : shard.heads.stop])
 
 
-def test_strided_rope_and_both_streams_in_one_tensor(device, dtype) -> None:
+def test_strided_rope_and_all_segments_in_one_tensor(device, dtype) -> None:
     """Single blocks: one projection, text rows first; diffusers' tables hold each angle twice."""
-    sequence = Sequence(6, 20, 4, 32, dtype)
-    cos, sin = (x.repeat_interleave(2, dim=1)[:, ::2] for x in sequence.rope)
-    q_norm, k_norm = sequence.norms[:2]
-    sequence.norms = [q_norm, k_norm, q_norm, k_norm]
-    slabs = GroupSlabs(make_plan((1,), 6, 20, 4), 32, dtype)
-    projection = sequence.qkv.view(26, 3, 4, 32)
-    text, image = (projection[:6], q_norm, k_norm), (projection[6:], q_norm, k_norm)
-    qk_norm_rope_push(text, image, (cos, sin), slabs.table(0), slabs.bases, slabs.offsets, degree=1, num_heads=4)
-    for pushed, expected in zip(slabs.take_qkv(0), sequence.expected(), strict=True):
+    plan = plan_group((1,), (6, 20), 4)
+    sequence, slabs = Projections(plan, 32, dtype), GroupSlabs(plan, 32, dtype)
+    sequence.weights = [sequence.weights[0]] * 2
+    rope = tuple(x.repeat_interleave(2, dim=1)[:, ::2] for x in sequence.rope)
+    parts = torch.cat(sequence.qkv).split([6, 20])
+    pieces = [Piece(part, segment, *sequence.weights[0]) for segment, part in enumerate(parts)]
+    words = (slabs.table, slabs.words(0), slabs.status, slabs.bases, slabs.offsets)
+    qk_norm_rope_push(pieces, rope, *words, degree=1, num_heads=4, head_dim=32)
+    for pushed, expected in zip(slabs.take_qkv(0, (0, 1)), sequence.expected((0, 1)), strict=True):
         assert_close(pushed, expected)
     slabs.assert_untouched()
+
+
+@pytest.mark.parametrize("word", [0, 1])
+def test_nothing_is_stored_once_something_went_wrong(device, word) -> None:
+    plan = plan_group((1, 0), (6, 20), 4)
+    slabs = GroupSlabs(plan, 32, torch.float32)
+    slabs.status[word] = 1
+    Projections(plan, 32, torch.float32).push(slabs, (0, 1))
+    slabs.assert_untouched()
+
+
+def test_segments_out_of_order_are_refused(device) -> None:
+    plan = plan_group((0,), (6, 20), 4)
+    with pytest.raises(AssertionError, match="segments"):
+        Projections(plan, 32, torch.float32).push(GroupSlabs(plan, 32, torch.float32), (1, 0))

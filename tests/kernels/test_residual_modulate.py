@@ -36,7 +36,7 @@ def check(results: list[tuple[Tensor, Tensor]], branches: list[Branch]) -> None:
 
 
 @pytest.mark.parametrize("adds", [True, False])
-@pytest.mark.parametrize(("rows", "width"), [((1,), 32), ((7, 5), 384), ((2, 3), 3072)])
+@pytest.mark.parametrize(("rows", "width"), [((1,), 32), ((7, 5), 384), ((2, 3), 1536), ((3, 2), 2432), ((2, 3), 3072)])
 def test_residual_modulate(device, dtype, rows, width, adds) -> None:
     branches = [branch(n, width, dtype, adds=adds) for n in rows]
     given = [copy_of(b) for b in branches]
@@ -79,3 +79,13 @@ def test_a_table_without_a_step_is_refused(device) -> None:
     x, table = torch.randn(2, 32), torch.randn(4, 32)
     with pytest.raises(AssertionError, match="no step"):
         residual_modulate([Branch(x, table, table)])
+
+
+def test_one_stream_may_be_normed_twice(device, dtype) -> None:
+    """As before two attentions: the same x under other vectors, in another call; only the first adds to it."""
+    first, (_, shift, scale, _, _) = branch(5, 96, dtype), branch(5, 96, dtype)
+    ((total, normed),) = residual_modulate([copy_of(first)])
+    before = total.clone()
+    ((same, other),) = residual_modulate([Branch(total, shift, scale)])
+    assert same is total and torch.equal(total, before)
+    check([(total, normed), (total, other)], [first, Branch(before, shift, scale)])

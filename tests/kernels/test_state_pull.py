@@ -1,49 +1,52 @@
-"""A state is copied whole, from the slot and the device that the words name, and only if they want one."""
+"""Pieces of a state are copied from the slot and the device that the words name, and only if they want a version."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.kernels.slot_slabs import POISON, SlotSlabs, chunk
+from tests.kernels.slot_slabs import POISON, SPEC, SlotSlabs, chunk
+from tetrion.engine.shape import StepShape
 from tetrion.kernels.state_pull import UNIT_BYTES, state_pull
 
+ME, SOURCE = 2, 3
 VERSION = 7 << 32 | 1
+SHAPE = StepShape(width=96, height=80, image=30, text=(7, 2))
+Pieces = list[tuple[int, int]]
 
 
-def _pull(slabs: SlotSlabs, words: torch.Tensor, sizes: tuple[int, int, int]) -> list[tuple[int, int]]:
+def _pull(slabs: SlotSlabs, words: torch.Tensor, pieces: Pieces) -> None:
     layout = slabs.layout
-    pieces = list(zip((0, layout.pooled_in_slot, layout.latents_in_slot), sizes, strict=True))
     slots = {"slots_offset": layout.slots_offset, "slot_bytes": layout.slot_bytes}
-    state_pull(slabs.table((1, 2), 2), words, slabs.bases, slabs.status, tuple(pieces), **slots)
-    return pieces
+    state_pull(pieces, words, slabs.status, slabs.bases, device_id=ME, **slots)
+
+
+def _pieces_of(slabs: SlotSlabs, changing: bool) -> Pieces:
+    return list(slabs.layout.slots[SPEC.name].pieces(SHAPE, changing=changing))
 
 
 @pytest.mark.parametrize("slot", [0, 2])
-@pytest.mark.parametrize("sizes", [(280, 64, 2880), (0, 64, 64), (360, 2, 4096), (16, 64, 17 * 64)])
-def test_all_pieces_are_copied_and_nothing_else(device, slot, sizes) -> None:
+@pytest.mark.parametrize("pieces", ["constant", "changing", [(0, 280), (512, 0), (1024, 17 * 640)], [(16, 2)], []])
+def test_all_pieces_are_copied_and_nothing_else(device, slot, pieces) -> None:
     slabs = SlotSlabs()
-    start, stop = slabs.layout.text_offset(slot), slabs.layout.text_offset(slot) + slabs.layout.slot_bytes
-    slabs.slabs[3][start:stop] = theirs = torch.randint(0, POISON, (stop - start,), dtype=torch.uint8)
-    source = slabs.slabs[3].clone()
-    pieces = _pull(slabs, chunk(slot, source=3, start_version=VERSION), sizes)
-    ours = slabs.slabs[2][start:stop]
+    pieces = _pieces_of(slabs, pieces == "changing") if isinstance(pieces, str) else pieces
+    ours, theirs = slabs.slot(ME, slot), slabs.slot(SOURCE, slot)
+    theirs.copy_(torch.randint(0, POISON, theirs.shape, dtype=torch.uint8))
+    source = slabs.slabs[SOURCE].clone()
+    _pull(slabs, chunk(ME, slot, source=SOURCE, start_version=VERSION), pieces)
     for first, size in pieces:
         assert torch.equal(ours[first : first + size], theirs[first : first + size])
         ours[first : first + -(-size // UNIT_BYTES) * UNIT_BYTES] = POISON
-    slabs.version(2, 0).fill_(slabs.version(0, 0).item())
-    assert torch.equal(slabs.slabs[2], slabs.slabs[0]), "a store beside the pieces"
-    assert torch.equal(slabs.slabs[3], source), "the source changed"
+    assert torch.equal(slabs.slabs[ME], slabs.slabs[0]), "a store beside the pieces"
+    assert torch.equal(slabs.slabs[SOURCE], source), "the source changed"
 
 
 @pytest.mark.parametrize("case", ["own state", "no version wanted", "broken"])
 def test_nothing_is_copied(device, case) -> None:
     slabs = SlotSlabs()
-    slabs.slabs[3].fill_(1)
+    slabs.slabs[SOURCE].fill_(1)
     if case == "broken":
         slabs.status[0] = 1
-    words = chunk(
-        0, source=2 if case == "own state" else 3, start_version=0 if case == "no version wanted" else VERSION
-    )
-    _pull(slabs, words, (280, 64, 2880))
-    assert torch.equal(slabs.slabs[2], slabs.slabs[0])
+    source, wanted = ME if case == "own state" else SOURCE, 0 if case == "no version wanted" else VERSION
+    _pull(slabs, chunk(ME, 0, source=source, start_version=wanted), _pieces_of(slabs, False))
+    assert torch.equal(slabs.slabs[ME], slabs.slabs[0])

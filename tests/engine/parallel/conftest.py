@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import msgspec
-import numpy as np
 import pytest
 
 from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
@@ -29,8 +28,8 @@ class Fleet:
     answer_timeout_s = 120.0
     more_to_start: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, layout: SlabLayout) -> None:
-        self.layout = layout
+    def __init__(self, layout: SlabLayout, spec: ModelSpec) -> None:
+        self.layout, self.spec = layout, spec
         self._slab_fds = [anonymous_file(layout.num_bytes) for _ in range(layout.num_devices)]
         self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in self._slab_fds]
         self._start_all()
@@ -49,6 +48,7 @@ class Fleet:
     def start(self, device: int) -> None:
         start = {
             "layout": msgspec.to_builtins(self.layout),
+            "spec": msgspec.to_builtins(self.spec),
             "device_id": device,
             "parent": os.getpid(),
             "slab_fds": self._slab_fds,
@@ -112,19 +112,6 @@ class Fleet:
     def version(self, device: int, slot: int) -> int:
         return self.buffers[device].cast("Q")[self.layout.version_offset(slot) // 8]
 
-    def state(self, device: int, slot: int, num_text: int, num_image: int) -> tuple[np.ndarray, ...]:
-        """Text, pooled and latents of a slot, as they lie in the slab now."""
-        layout, buffer = self.layout, self.buffers[device]
-
-        def view(offset: int, *shape: int) -> np.ndarray:
-            return np.frombuffer(buffer, np.float32, int(np.prod(shape)), offset).reshape(shape).copy()
-
-        return (
-            view(layout.text_offset(slot), num_text, layout.text_dim),
-            view(layout.pooled_offset(slot), layout.pooled_dim),
-            view(layout.latents_offset(slot), num_image, layout.in_channels),
-        )
-
     def stop(self) -> None:
         for process in self._processes.values():
             process.kill()
@@ -147,7 +134,7 @@ def anonymous_file(num_bytes: int) -> int:
 
 
 def tiny_spec(num_heads: int = 6) -> ModelSpec:
-    """At most 13 text tokens and 100 image tokens; 6 heads of 8."""
+    """At most 13 text rows a branch and 100 image rows; 6 heads of 8."""
     return ModelSpec(
         name="tiny", path="", architecture="flux", num_heads=num_heads, head_dim=8, in_channels=16, text_dim=12,
         pooled_dim=10, guidance_embeds=False, vae_scale_factor=8, scheduler=SchedulerSpec(), num_steps=4, guidance=0.0,
@@ -157,7 +144,7 @@ def tiny_spec(num_heads: int = 6) -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def shared_fleet() -> Iterator[Fleet]:
-    fleet = Fleet(slab_layout(tiny_spec(), NUM_DEVICES, num_slots=4))
+    fleet = Fleet(slab_layout([tiny_spec()], NUM_DEVICES, num_slots=4), tiny_spec())
     yield fleet
     fleet.stop()
 

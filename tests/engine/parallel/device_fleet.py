@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from tests.engine.parallel.conftest import Fleet, anonymous_file, tiny_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import SlabLayout, slab_layout
 from tetrion.engine.transport.segment import reserve
 
@@ -18,12 +19,10 @@ class DeviceFleet(Fleet):
 
     program = "device_worker.py"
     answer_timeout_s = 120.0
-    more_to_start: ClassVar[dict[str, Any]] = {
-        "device": "cuda" if ON_GPU else "cpu", "num_heads": NUM_HEADS, "head_dim": HEAD_DIM,
-    }  # fmt: skip
+    more_to_start: ClassVar[dict[str, Any]] = {"device": "cuda" if ON_GPU else "cpu"}
 
     def __init__(self, num_devices: int, *, host_memory: bool, itemsize: int = 2) -> None:
-        self.layout = device_layout(num_devices, itemsize)
+        self.layout, self.spec = device_layout(num_devices, itemsize), device_spec()
         self.host_memory = host_memory
         self._slab_fds = [anonymous_file(0) for _ in range(num_devices)]
         if host_memory:
@@ -68,7 +67,10 @@ class DeviceFleet(Fleet):
             os.close(fd)
 
 
+def device_spec() -> ModelSpec:
+    """At most 13 text and 100 image rows; heads that do not divide evenly."""
+    return msgspec.structs.replace(tiny_spec(num_heads=NUM_HEADS), head_dim=HEAD_DIM)
+
+
 def device_layout(num_devices: int, itemsize: int) -> SlabLayout:
-    """13 text tokens and 100 image tokens at most, 4 slots; heads that do not divide evenly."""
-    spec = msgspec.structs.replace(tiny_spec(num_heads=NUM_HEADS), head_dim=HEAD_DIM)
-    return slab_layout(spec, num_devices, num_slots=4, itemsize=itemsize)
+    return slab_layout([device_spec()], num_devices, num_slots=4, itemsize=itemsize)

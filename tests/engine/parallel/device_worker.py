@@ -6,87 +6,45 @@ Like worker.py, whose loop it uses. Its neighbours are found because programs of
 import base64
 import ctypes
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import torch
-from device_toy import Toy, first_state
+from toy import Toy, Work, step_shape
 from worker import serve
 
 from tetrion.engine.messages import PeerSlab
-from tetrion.engine.parallel.device_exchange import (
-    DeviceExchange,
-    DeviceGroup,
-    GroupShape,
-    group_shape,
-    raise_for_status,
-)
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.parallel.device_exchange import DeviceExchange, SharedResources
 from tetrion.engine.parallel.device_memory import DeviceMemory
-from tetrion.engine.parallel.group import GroupPlan, plan_group
 from tetrion.engine.parallel.layout import SlabLayout
-from tetrion.engine.parallel.words import slot_version
+from tetrion.kernels.guided_step import guided_step
 
 
-class Step:
-    """The static buffers of one shape, and its graph once captured."""
-
-    def __init__(self, exchange: DeviceExchange, shape: GroupShape) -> None:
-        slabs = exchange.slabs
-        self._exchange, self._shape = exchange, shape
-        self.group: DeviceGroup = exchange.group(shape)
-        width = exchange.num_heads * exchange.head_dim
-        toy = Toy(shape.num_text, shape.num_image, exchange.num_heads, exchange.head_dim, slabs.dtype)
-        self._toy = toy.to(slabs.device)
-        self._text = torch.zeros(shape.padded_text, width, dtype=slabs.dtype, device=slabs.device)
-        self._pooled = torch.zeros(1, dtype=slabs.dtype, device=slabs.device)
-        self._bias = torch.zeros(shape.num_local, 3 * width, dtype=slabs.dtype, device=slabs.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def capture(self) -> None:
-        """Rehearse, then capture. Nobody else takes part."""
-        if self._graph is None:
-            self.group.rehearse()
-            self.run()
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self.run()
-
-    def load(self, plan: GroupPlan, slot: int) -> None:
-        """This member's part of the request, once the slot holds it."""
-        slabs, shard = self._exchange.slabs, plan.shard_of(self._exchange.slabs.device_id)
-        state, layout = slabs.slot(slabs.device_id, slot), slabs.layout
-        self._text[: len(shard.text), : layout.text_dim] = state.text[shard.text.start : shard.text.stop]
-        self._pooled.copy_(state.pooled[:1])
-        text, image = plan.canonical_rows(shard)
-        self._bias[: len(text)] = self._toy.bias[text.start : text.stop]
-        first = self._shape.padded_text
-        self._bias[first : first + len(image)] = self._toy.bias[image.start : image.stop]
-
-    def run(self) -> None:
-        latents = self.group.local_latents()
-        rope = self._toy.cos, self._toy.sin
-        new = self._toy.step(latents, self._text, self._pooled, self._bias, rope, self.group.attend)
-        self.group.share_latents(new)
-
-    def __call__(self) -> None:
-        if self._graph is None:
-            self.run()
-        else:
-            self._graph.replay()
+def record(work: Work) -> Work:
+    """A graph of the work where there are graphs. Nobody else takes part in the rehearsal."""
+    if not torch.cuda.is_available():
+        return work
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 class DeviceWorker:
     def __init__(self, start: dict[str, Any]) -> None:
         self.layout, self.device_id = msgspec.convert(start["layout"], SlabLayout), start["device_id"]
+        self.spec = msgspec.convert(start["spec"], ModelSpec)
         self.device = torch.device(start["device"])
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.device_id % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.memory = DeviceMemory(self.layout, self.device_id, self.device, start["slab_fds"], start["control_fd"])
-        self.num_heads, self.head_dim = start["num_heads"], start["head_dim"]
-        self.exchange: DeviceExchange | None = None
-        self.steps: dict[GroupShape, Step] = {}
+        self._shared: SharedResources | None = None
+        self._toy: Toy | None = None
 
     def op_describe(self) -> dict[str, Any]:
         slab = self.memory.description
@@ -98,31 +56,24 @@ class DeviceWorker:
             for s in slabs
         ]
         mapped, reason = self.memory.map_peers(peers, host_memory=host_memory)
-        if self.exchange is None:
-            self.exchange = DeviceExchange(
-                self.memory.slabs, self.memory.abort, self.memory.clear_abort, self.num_heads, self.head_dim
-            )
-            self.exchange.warm_up(range(1, len(mapped) + 1))
+        if self._shared is None:
+            slabs = self.memory.slabs
+            self._shared = SharedResources(slabs, self.memory.abort, self.memory.clear_abort, [self.spec])
+            exchange = DeviceExchange(self._shared, self.spec, lambda tensor: tensor.cpu())
+            exchange.warm_up()
+            self._toy = Toy(exchange, self.spec, guided_step, slabs.dtype, self.device, record)
         return [list(mapped), reason]
 
     def op_unmap(self, devices: list[int]) -> list[int]:
         self.memory.unmap_peers(devices)
         return list(self.memory.slabs.mapped)
 
-    def op_encode(self, slot: int, state_id: int, num_text: int, num_image: int) -> None:
-        assert self.exchange is not None
-        state = self.memory.slabs.slot(self.device_id, slot)
-        text, pooled, latents = first_state(self.layout, num_text, num_image, state_id)
-        state.text[:num_text].copy_(text)
-        state.pooled.copy_(pooled)
-        state.latents[:num_image].copy_(latents)
-        self.exchange.publish(slot, slot_version(state_id, 0))
+    def op_encode(self, slot: int, state_id: int, text: list[int], image: int) -> None:
+        self.toy.encode(slot, state_id, step_shape(text, image))
 
-    def op_pull(self, source: int, slot: int, state_id: int, step_index: int, num_text: int, num_image: int) -> None:
-        assert self.exchange is not None
-        plan, group = self.exchange.alone(num_text, num_image)
-        group.bind(plan, slot, source=source, start_version=slot_version(state_id, step_index), end_version=0)
-        group.pull_state()
+    def op_pull(self, source: int, slot: int, state_id: int, step_index: int, text: list[int], image: int) -> None:
+        steps, shape = range(step_index, step_index), step_shape(text, image)
+        self.toy.pull(self.toy.chunk(shape, (self.device_id,), slot, state_id, source, steps))
 
     def op_denoise(
         self,
@@ -133,50 +84,40 @@ class DeviceWorker:
         state_id: int,
         step_index: int,
         chunk_steps: int,
-        num_text: int,
-        num_image: int,
+        text: list[int],
+        image: int,
         delay_s: float = 0.0,
     ) -> None:
-        assert self.exchange is not None
         time.sleep(delay_s)
-        plan = plan_group(tuple(members), num_text, num_image, self.num_heads)
-        shape = group_shape(plan, self.device_id)
-        if shape not in self.steps:
-            self.steps[shape] = Step(self.exchange, shape)
-        step = self.steps[shape]
-        if self.device.type == "cuda":
-            step.capture()
-        versions = [slot_version(state_id, index) for index in (step_index, step_index + chunk_steps)]
+        steps, shape = range(step_index, step_index + chunk_steps), step_shape(text, image)
         source = self.device_id if self.device_id in holders else source
-        step.group.bind(plan, slot, source=source, start_version=versions[0], end_version=versions[1])
-        if source != self.device_id:
-            step.group.pull_pooled()
-        step.group.pull_state()
-        step.group.enter()
-        step.load(plan, slot)
-        for _ in range(chunk_steps):
-            step()
-        step.group.finish()
+        self.toy.denoise(self.toy.chunk(shape, members, slot, state_id, source, steps), steps)
 
     def op_check(self) -> None:
-        assert self.exchange is not None
-        raise_for_status(self.exchange.status.tolist())
+        self.toy.exchange.outcome()()
 
     def op_reset(self) -> None:
-        assert self.exchange is not None
-        self.exchange.reset()
+        self.toy.exchange.reset()
 
     def op_counts(self) -> list[int]:
         """How often this device has begun a barrier with each other since the last reset."""
-        assert self.exchange is not None
-        return self.exchange.expected.tolist()
+        return self.shared.expected.tolist()
 
     def op_version(self, slot: int) -> int:
         return int.from_bytes(self._own_bytes(self.layout.version_offset(slot), 8), "little")
 
-    def op_state(self, slot: int, num_text: int, num_image: int) -> list[Any]:
-        text, pooled, latents = self.memory.slabs.slot(self.device_id, slot)
-        return [part.float().tolist() for part in (text[:num_text], pooled, latents[:num_image])]
+    def op_state(self, slot: int, text: Sequence[int], image: int) -> list[Any]:
+        return [part.tolist() for part in self.toy.state(slot, step_shape(text, image))]
+
+    @property
+    def toy(self) -> Toy:
+        assert self._toy is not None, "slabs are not mapped"
+        return self._toy
+
+    @property
+    def shared(self) -> SharedResources:
+        assert self._shared is not None, "slabs are not mapped"
+        return self._shared
 
     def _own_bytes(self, offset: int, size: int) -> bytes:
         address = int(self.memory.slabs.bases[self.device_id]) + offset

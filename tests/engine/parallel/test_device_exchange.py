@@ -12,21 +12,19 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.engine.parallel.device_fleet import HEAD_DIM, NUM_HEADS, ON_GPU, DeviceFleet, device_layout
-from tests.engine.parallel.device_toy import Toy, first_state
-from tetrion.engine.parallel.barrier import PairwiseBarrier
-from tetrion.engine.parallel.exchange import make_exchange
-from tetrion.engine.parallel.layout import ControlLayout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
+from tests.engine.parallel.device_fleet import ON_GPU, DeviceFleet, device_spec
+from tests.engine.parallel.lives import Life, Operations, alone, in_this_process, state
 from tetrion.engine.parallel.words import INVALID_VERSION, slot_version
 
-NUM_DEVICES = 3
+NUM_DEVICES = 4
 MEMORY = ["ipc", "host"] if ON_GPU else ["host"]
 ITEMSIZE = 2 if ON_GPU else 4
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
-SHAPE = {"num_text": 5, "num_image": 22}
-OTHER_SHAPE = {"num_text": 1, "num_image": 40}
-ALONE_SLOT = 3
+SHAPE = {"text": [5], "image": 22}
+OTHER_SHAPE = {"text": [1], "image": 40}
+GUIDED = {"text": [5, 3], "image": 22}
+SAME_TEXT = {"text": [6, 6], "image": 9}
+NO_TEXT = {"text": [7, 0], "image": 13}
 TOLERANCE = 3e-2 if ON_GPU else 1e-5
 
 
@@ -43,105 +41,86 @@ def fleet(shared_fleet: DeviceFleet) -> DeviceFleet:
     return shared_fleet
 
 
-class Life:
-    """A request's operations, chunk by chunk, for every device that takes part."""
-
-    def __init__(self, slot: int, state_id: int, encoder: int, shape: dict[str, int]) -> None:
-        self.slot = {"slot": slot, "state_id": state_id}
-        self.shape, self.holders, self.step_index = shape, [encoder], 0
-
-    def encode(self) -> dict[str, Any]:
-        return {"op": "encode", **self.slot, **self.shape}
-
-    def denoise(self, members: list[int], chunk_steps: int, operations: dict[int, list[Any]]) -> None:
-        chunk = {"op": "denoise", "members": members, "holders": self.holders, "source": self.holders[-1]}
-        chunk |= {"step_index": self.step_index, "chunk_steps": chunk_steps, **self.slot, **self.shape}
-        for rank, member in enumerate(members):
-            operations[member].append(chunk | {"delay_s": 0.01 * (rank % 2)})
-        self.holders, self.step_index = members, self.step_index + chunk_steps
-
-
-def nothing() -> dict[int, list[Any]]:
+def nothing() -> Operations:
     return {device: [] for device in range(NUM_DEVICES)}
 
 
-def run(fleet: DeviceFleet, operations: dict[int, list[Any]]) -> None:
+def run(fleet: DeviceFleet, operations: Operations) -> None:
     fleet.run({device: [*own, {"op": "check"}] for device, own in operations.items()})
 
 
-def state(fleet: DeviceFleet, device: int, slot: int, shape: dict[str, int]) -> list[torch.Tensor]:
-    return [torch.tensor(part) for part in fleet.run({device: [{"op": "state", "slot": slot, **shape}]})[device][0]]
+@pytest.mark.parametrize("shape", [SHAPE, GUIDED, SAME_TEXT, NO_TEXT], ids=str)
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+def test_any_degree_gives_the_bits_of_one_device(fleet: DeviceFleet, degree: int, shape: dict[str, Any]) -> None:
+    """With two branches 2 and 4 are apart, 3 in turn."""
+    life, operations = Life(2, 3000 + degree, 1, shape), nothing()
+    operations[1].append(life.encode())
+    life.denoise([3, 1, 0, 2][:degree], 2, operations)
+    run(fleet, operations)
+    check(fleet, life)
 
 
-def alone(fleet: DeviceFleet, life: Life) -> list[torch.Tensor]:
-    """The same request on device 0, from its prompt on."""
-    twin, operations = Life(ALONE_SLOT, life.slot["state_id"], 0, life.shape), nothing()
-    operations[0].append(twin.encode())
-    twin.denoise([0], life.step_index, operations)
-    run(fleet, {0: operations[0]})
-    return state(fleet, 0, ALONE_SLOT, life.shape)
+def check(fleet: DeviceFleet, life: Life) -> None:
+    """Every holder has the bits of one device, which has the arithmetic of a CPU worker."""
+    expected, reference = alone(fleet, life), in_this_process(device_spec(), life)
+    for device in life.holders:
+        for ours, theirs in zip(state(fleet, device, life.slot["slot"], life.shape), expected, strict=True):
+            assert torch.equal(ours, theirs), f"device {device}: {(ours - theirs).abs().max()}"
+    for ours, theirs in zip(expected, reference, strict=True):
+        assert (ours - theirs).norm() <= TOLERANCE * theirs.norm()
 
 
-def on_cpu(life: Life) -> torch.Tensor:
-    """The same request by the exchange of CPU workers, in fp32."""
-    layout = device_layout(1, itemsize=4)
-    buffers = [memoryview(bytearray(layout.num_bytes))]
-    control = memoryview(bytearray(ControlLayout(num_devices=1).num_bytes))
-    slabs, barrier = SharedSlabs(layout, 0, buffers), PairwiseBarrier(layout, 0, buffers, control)
-    num_text, num_image = life.shape["num_text"], life.shape["num_image"]
-    exchange = make_exchange(slabs, barrier, (0,), num_text, num_image, NUM_HEADS, HEAD_DIM)
-    toy = Toy(num_text, num_image, NUM_HEADS, HEAD_DIM, torch.float32)
-    text, pooled, latents = first_state(layout, num_text, num_image, life.slot["state_id"])
-    wide_text = torch.nn.functional.pad(text, (0, toy.width - text.shape[1]))
-    rope = toy.cos.repeat_interleave(2, dim=1), toy.sin.repeat_interleave(2, dim=1)
-    for _ in range(life.step_index):
-        latents = toy.step(latents, wide_text, pooled[:1], toy.bias, rope, exchange.attend)
-    return latents
-
-
-SCHEDULES = [
-    [([0, 2], 1), ([2, 1, 0], 2), ([1], 1)],
-    [([1, 2], 1), ([2, 1], 1), ([0], 1), ([0, 1], 1)],
-    [([2, 0, 1], 3), ([0], 5), ([1, 2], 1), ([2], 2), ([0, 2], 7), ([2, 1, 0], 10)],
+SCHEDULES: list[tuple[dict[str, Any], list[tuple[list[int], int]]]] = [
+    (SHAPE, [([0, 2], 1), ([2, 1, 0], 2), ([3], 1)]),
+    (GUIDED, [([1, 2], 1), ([0], 1), ([3, 2, 1, 0], 1), ([0, 1, 2], 1), ([2, 1], 1)]),
+    (GUIDED, [([2, 0, 1], 3), ([0], 5), ([1, 2], 1), ([2], 2), ([0, 2], 7), ([2, 1, 0, 3], 10)]),
 ]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES if ON_GPU else SCHEDULES[:2])
-def test_any_schedule_gives_the_bits_of_one_device(fleet: DeviceFleet, schedule: list[Any]) -> None:
-    life, operations = Life(1, 4000 + len(schedule), 0, SHAPE), nothing()
+@pytest.mark.parametrize(("shape", "schedule"), SCHEDULES if ON_GPU else SCHEDULES[:2])
+def test_any_schedule_gives_the_bits_of_one_device(
+    fleet: DeviceFleet, shape: dict[str, Any], schedule: list[tuple[list[int], int]]
+) -> None:
+    """Groups grow, shrink and move; newcomers pull from members and from devices that have left."""
+    life, operations = Life(1, 4000 + len(schedule), 0, shape), nothing()
     operations[0].append(life.encode())
     for members, chunk_steps in schedule:
         life.denoise(members, chunk_steps, operations)
     run(fleet, operations)
-    expected, reference = alone(fleet, life), on_cpu(life)
-    for device in life.holders:
-        for ours, theirs in zip(state(fleet, device, 1, SHAPE), expected, strict=True):
-            assert torch.equal(ours, theirs), f"device {device}: {(ours - theirs).abs().max()}"
-    error = (expected[2] - reference).norm() / reference.norm()
-    assert error < TOLERANCE
+    check(fleet, life)
+
+
+def test_turned_pictures_of_one_size_do_not_share_what_is_theirs(fleet: DeviceFleet) -> None:
+    """The same shapes and members, other branches: whatever a shape has in one place is filled anew."""
+    first, second, operations = Life(0, 4501, 0, SAME_TEXT), Life(1, 4502, 0, SAME_TEXT), nothing()
+    operations[0] += [first.encode(), second.encode()]
+    for ours, theirs in (([0, 1], [1, 0]), ([0, 1], [0, 1]), ([1, 0], [1, 0])):
+        first.denoise(ours, 1, operations)
+        second.denoise(theirs, 1, operations)
+    run(fleet, operations)
+    check(fleet, first)
+    check(fleet, second)
 
 
 def test_requests_alternate_on_the_same_devices(fleet: DeviceFleet) -> None:
     """Disjoint and overlapping groups, two shapes, slots of their own."""
-    first, second, operations = Life(0, 5001, 1, SHAPE), Life(2, 5002, 2, OTHER_SHAPE), nothing()
+    first, second, operations = Life(0, 5001, 1, GUIDED), Life(2, 5002, 2, OTHER_SHAPE), nothing()
     operations[1].append(first.encode())
     operations[2].append(second.encode())
     for ours, theirs in (([1, 0], [2]), ([0], [1, 2]), ([0, 1, 2], [1])):
         first.denoise(ours, 1, operations)
         second.denoise(theirs, 1, operations)
     run(fleet, operations)
-    for life in (first, second):
-        expected = alone(fleet, life)
-        for device in life.holders:
-            assert torch.equal(state(fleet, device, life.slot["slot"], life.shape)[2], expected[2])
+    check(fleet, first)
+    check(fleet, second)
 
 
 def test_pull_copies_the_state_for_a_decode(fleet: DeviceFleet) -> None:
-    life, operations = Life(1, 6001, 2, SHAPE), nothing()
+    life, operations = Life(1, 6001, 2, GUIDED), nothing()
     operations[2].append(life.encode())
-    operations[0].append({"op": "pull", "source": 2, "step_index": 0, **life.slot, **SHAPE})
+    operations[0].append({"op": "pull", "source": 2, "step_index": 0, **life.slot, **GUIDED})
     run(fleet, operations)
-    for ours, theirs in zip(state(fleet, 0, 1, SHAPE), state(fleet, 2, 1, SHAPE), strict=True):
+    for ours, theirs in zip(state(fleet, 0, 1, GUIDED), state(fleet, 2, 1, GUIDED), strict=True):
         assert torch.equal(ours, theirs) and ours.any()
     found = fleet.run({0: [{"op": "version", "slot": 1}]})
     assert found == {0: [slot_version(6001, 0)]}
@@ -179,37 +158,66 @@ def test_an_abort_ends_a_wait_and_nothing_is_published(fleet: DeviceFleet) -> No
     fleet.send(0, other.encode(), {"op": "check"})
     assert "aborted" in fleet.receive(0), "an aborted device must not go on before it is reset"
     fleet.reset()
-    assert fleet.run({d: [{"op": "counts"}] for d in range(NUM_DEVICES)}) == {d: [[0, 0, 0]] for d in range(3)}
+    nobody = [0] * NUM_DEVICES
+    assert fleet.run({d: [{"op": "counts"}] for d in range(NUM_DEVICES)}) == {d: [nobody] for d in range(NUM_DEVICES)}
     assert_all_work(fleet, 7003)
 
 
-def test_a_chunk_aborted_half_way_leaves_no_readable_state(fleet: DeviceFleet) -> None:
-    """Device 1 enters and leaves after one step of two."""
-    life, operations = Life(1, 7101, 0, SHAPE), nothing()
+LEAVERS = {
+    "in turn": ([0, 1, 2], 2),  # waits at barrier A of the second step's first layer
+    "apart, part of one": ([0, 1], 1),  # its partner waits at barrier C
+    "apart, same part": ([0, 1, 2, 3], 1),
+    "apart, other part": ([0, 2, 1, 3], 1),
+}
+
+
+@pytest.mark.parametrize("case", LEAVERS)
+def test_a_chunk_aborted_half_way_leaves_no_readable_state(fleet: DeviceFleet, case: str) -> None:
+    """Device 1 enters and leaves after one step of two: everybody else waits for it, or for somebody who does."""
+    members, _ = LEAVERS[case]
+    life, operations = Life(1, 7101, 0, GUIDED), nothing()
     operations[0].append(life.encode())
     run(fleet, operations)
     operations = nothing()
-    life.denoise([0, 1], 2, operations)
+    life.denoise(members, 2, operations)
     (short,) = operations[1]
-    fleet.send(0, *operations[0], {"op": "check"})
+    others = [member for member in members if member != 1]
+    for device in others:
+        fleet.send(device, *operations[device], {"op": "check"})
     fleet.send(1, short | {"chunk_steps": 1}, {"op": "check"})
-    fleet.results(1)
-    assert not fleet.has_answered(0, 0.5)
-    fleet.abort.set(0)
-    assert "aborted" in fleet.receive(0)
-    assert fleet.run({0: [{"op": "version", "slot": 1}]}) == {0: [INVALID_VERSION]}
+    assert not any(fleet.has_answered(device, 1.0) for device in others)
+    for device in members:
+        fleet.abort.set(device)
+    answers = [fleet.receive(device) for device in members]
+    assert all("aborted" in answer for device, answer in zip(members, answers, strict=True) if device != 1)
+    found = fleet.run({device: [{"op": "version", "slot": 1}] for device in others})
+    assert found == {device: [INVALID_VERSION] for device in others}
     fleet.reset()
     assert_all_work(fleet, 7102)
 
 
+@pytest.mark.parametrize("pulled", ["constants", "state"])
+def test_an_abort_ends_a_newcomers_wait_for_its_source(fleet: DeviceFleet, pulled: str) -> None:
+    """Device 2 has another request's state, or has this one's but not that far."""
+    life, operations = Life(1, 7201, 2, GUIDED), nothing()
+    if pulled == "state":
+        operations[2].append(life.encode())
+        run(fleet, {2: operations[2]})
+    fleet.send(0, {"op": "pull", "source": 2, "step_index": 1, **life.slot, **GUIDED}, {"op": "check"})
+    assert not fleet.has_answered(0, 0.5)
+    fleet.abort.set(0)
+    assert "aborted" in fleet.receive(0)
+    assert fleet.run({0: [{"op": "version", "slot": 1}]}) != {0: [slot_version(7201, 1)]}
+    fleet.reset()
+    assert_all_work(fleet, 7202)
+
+
 def assert_all_work(fleet: DeviceFleet, state_id: int) -> None:
-    life, operations = Life(1, state_id, 1, SHAPE), nothing()
+    life, operations = Life(1, state_id, 1, GUIDED), nothing()
     operations[1].append(life.encode())
-    life.denoise([2, 0, 1], 1, operations)
+    life.denoise([2, 0, 1, 3], 1, operations)
     run(fleet, operations)
-    expected = alone(fleet, life)
-    for device in range(NUM_DEVICES):
-        assert torch.equal(state(fleet, device, 1, SHAPE)[2], expected[2])
+    check(fleet, life)
 
 
 def test_a_killed_peer_is_survived_and_replaced(fleet: DeviceFleet) -> None:
@@ -230,7 +238,6 @@ def test_a_killed_peer_is_survived_and_replaced(fleet: DeviceFleet) -> None:
     operations[2].append(pair.encode())
     pair.denoise([2, 0], 2, operations)
     run(fleet, {device: operations[device] for device in (0, 2)})
-    expected = alone(fleet, pair)
-    assert all(torch.equal(state(fleet, device, 0, OTHER_SHAPE)[2], expected[2]) for device in (0, 2))
+    check(fleet, pair)
     fleet.replace(1)
     assert_all_work(fleet, 8003)
