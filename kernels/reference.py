@@ -43,13 +43,16 @@ def qk_norm_rope(
     rope: tuple[Tensor, Tensor] | None,
     epsilon: float = EPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of q and k over D, then the rotary embedding: pairs (2i, 2i+1) turned by one angle. Either may be left out.
+    """RMSNorm of q and k over D, then the rotary embedding: pairs (2i, 2i+1) turn by one angle. Either may be left out.
 
     qkv: [n, 3, H, D]; q_norm, k_norm: [D]; rope: cos, sin, [n, D] each, each value twice (diffusers' layout).
     Returns q, k, v, each [n, H, D]; v is a view of qkv.
     """
     q, k, v = qkv.unbind(1)
-    q, k = (x if weight is None else F.rms_norm(x, weight.shape, weight, epsilon) for x, weight in ((q, q_norm), (k, k_norm)))
+    q, k = (
+        x if weight is None else F.rms_norm(x, weight.shape, weight, epsilon)
+        for x, weight in ((q, q_norm), (k, k_norm))
+    )
     return (q, k, v) if rope is None else (_turned(q, rope), _turned(k, rope), v)
 
 
@@ -91,9 +94,7 @@ def residual_modulate(branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]
     return pairs
 
 
-def guided_step(
-    state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: float
-) -> Tensor:
+def guided_step(state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: float) -> Tensor:
     """A linear solver's step: each new row of the state is a sum over the old ones and the velocity, in this order.
 
     state: fp32 [n, K·C], K rows of C side by side. velocities: [n, C] each, of the prompt and, with guidance, of the

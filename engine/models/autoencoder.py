@@ -22,6 +22,7 @@ from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
 from tetrion.engine.shape import StepShape
 from tetrion.kernels.reference import silu
 
+
 class Autoencoder:
     """The codec of families whose tokens are 2 × 2 latent pixels of an AutoencoderKL: noise, and its decoding half."""
 

@@ -1,4 +1,4 @@
-"""Text encoders as families use them: library modules over given weights, on those weights' device, and their tokenizers.
+"""Text encoders as families use them: library modules over given weights, on their device, and tokenizers.
 
 Worker-only: importing it takes seconds.
 """

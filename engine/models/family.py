@@ -26,8 +26,8 @@ Attend = Callable[[Sequence[Stream]], Tensor]
 
 
 class Constant(NamedTuple):
-    """What steps read besides latents and vectors, the same in all of them. `segment`: the tensor has its rows, of which
-    a member takes its own; None: every member takes all of it."""
+    """What steps read besides latents and vectors, the same in all of them. `segment`: the tensor has its rows, of
+    which a member takes its own; None: every member takes all of it."""
 
     tensor: Tensor
     segment: int | None = None

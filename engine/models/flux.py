@@ -150,7 +150,7 @@ class FluxWeights:
 
 
 def weights_plan(config: FluxConfig) -> WeightsPlan:
-    """Name in a worker's memory -> tensors of a diffusers checkpoint: q, k, v fused, all modulation projections fused."""
+    """Name in a worker's memory -> tensors of a diffusers checkpoint: q, k, v fused, all modulations fused."""
     C, plan = config.hidden_size, WeightsPlan()
 
     def add_qkv(name: str, projections: Sequence[str], norms: Sequence[str]) -> None:
@@ -255,8 +255,8 @@ def modulations(ops: Ops, weights: FluxWeights, timesteps: Tensor, guidance: flo
 def rope(height: int, width: int, num_text: int, axes_dims: Sequence[int], theta: float = ROPE_THETA) -> Rope:
     """Rotary tables of a whole sequence: cos, sin [num_text + height · width, head_dim / 2]; sizes in tokens.
 
-    Positions are (0, row, column) for image tokens and (0, 0, 0) for text. Angles in fp64, tables in fp32, one value for
-    each pair of channels that turn together.
+    Positions are (0, row, column) for image tokens and (0, 0, 0) for text. Angles in fp64, tables in fp32, one value
+    for each pair of channels that turn together.
     """
     grid = torch.zeros(height, width, len(axes_dims), dtype=torch.float64)
     grid[..., 1] += torch.arange(height)[:, None]
@@ -277,9 +277,7 @@ def project_text(ops: Ops, weights: FluxWeights, prompt_embeds: Tensor) -> Tenso
     return ops.linear(prompt_embeds, weights.text_in)
 
 
-def step(
-    ops: Ops, weights: FluxWeights, latents: Tensor, text: Tensor, vectors: Tensor, attend: Attend
-) -> Tensor:
+def step(ops: Ops, weights: FluxWeights, latents: Tensor, text: Tensor, vectors: Tensor, attend: Attend) -> Tensor:
     """Velocity [n_img, in_channels] at one step, for this member's tokens.
 
     latents: [n_img, in_channels]; text: [n_txt, C] from `project_text`; vectors: the step's row of `modulations`, or
@@ -344,7 +342,11 @@ class FluxTransformer:
         self.config, self._unit = config, size_multiple
         self.weights = build_weights(config, tensors)
         self.ops = ops
-        self.num_vectors, self.hidden_size, self.out_channels = config.num_vectors, config.hidden_size, config.in_channels
+        self.num_vectors, self.hidden_size, self.out_channels = (
+            config.num_vectors,
+            config.hidden_size,
+            config.in_channels,
+        )
 
     def vectors(self, fields: Mapping[str, Tensor], times: Tensor, params: Params) -> Tensor:
         return modulations(self.ops, self.weights, times, params.guidance, fields["pooled"][0])
@@ -405,7 +407,9 @@ def network(spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops) -> FluxTra
 
 def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Model:
     path = Path(spec.path)
-    parts = {name: component_tensors(tensors, name) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")}
+    parts = {
+        name: component_tensors(tensors, name) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
+    }
     transformer = network(spec, parts["transformer"], ops)
     clip = ClipEncoder(path / "text_encoder", path / "tokenizer", parts["text_encoder"], load_format)
     clip.check_width(transformer.config.pooled_projection_dim)

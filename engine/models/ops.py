@@ -78,10 +78,7 @@ class ReferenceOps:
     def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
         s = int(self._step)
         return reference.residual_modulate(
-            [
-                Branch(b.x, b.shift[s], b.scale[s], None if b.gate is None else b.gate[s], b.y)
-                for b in branches
-            ]
+            [Branch(b.x, b.shift[s], b.scale[s], None if b.gate is None else b.gate[s], b.y) for b in branches]
         )
 
     def guided_step(

@@ -32,9 +32,7 @@ def load_shared(
         components = {(spec, name): part for spec in specs for name, part in components_of(spec, load_format).items()}
         publish(fd, {f"{spec.name}/{name}": part for (spec, name), part in components.items()})
     tensors = attach(fd)
-    return [
-        family_module(spec).build(spec, load_format, component_tensors(tensors, spec.name), ops) for spec in specs
-    ]
+    return [family_module(spec).build(spec, load_format, component_tensors(tensors, spec.name), ops) for spec in specs]
 
 
 def load_on_device(

@@ -23,4 +23,4 @@ def component_files(path: Path, load_format: LoadFormat, shapes: Mapping[str, Sh
 
 def whole(files: TensorFiles, without: tuple[str, ...] = ()) -> Component:
     """All tensors under their own names, but those whose names begin with one of `without`."""
-    return Component(files, {name: Part((name,)) for name in files.names if not name.startswith(without or ("\0",))})
+    return Component(files, {name: Part((name,)) for name in files.names if not name.startswith(without)})

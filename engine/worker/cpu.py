@@ -1,4 +1,4 @@
-"""A CPU worker's backend: weights shared by all workers, slabs in shared memory, work that is done when it is enqueued."""
+"""A CPU worker's backend: weights shared by all workers, slabs in shared memory, work done when it is enqueued."""
 
 import torch
 

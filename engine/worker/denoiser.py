@@ -126,7 +126,9 @@ class Tail(NamedTuple):
 class Denoiser:
     """Runs chunks of a model's steps on one device. `step`: the counter that `ops` looks at."""
 
-    def __init__(self, model: Model, ops: Ops, exchange: Exchange, queue: WorkQueue, step: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, ops: Ops, exchange: Exchange, queue: WorkQueue, step: Tensor, dtype: torch.dtype
+    ) -> None:
         spec, network = model.spec, model.network
         changing = next(field for field in spec.fields if field.changes)
         self.model, self.queue, self.dtype = model, queue, dtype
@@ -197,7 +199,7 @@ class Denoiser:
         self._exchange.share_state(rows.state)
 
     def record(self, chunk: Chunk) -> None:
-        """Record what the chunk's steps need and is new; before the chunk is bound, since it signals no other device."""
+        """Record what the chunk's steps need and is new; before the chunk is bound: it signals no other device."""
         me = self._exchange.device_id
         branches = chunk.layout.branches_of(me)
         passes = [(plan.shape_of(me), branch) for plan, branch in zip(chunk.plans, branches, strict=True)]

@@ -2,8 +2,8 @@
 
 Owns the models with their denoisers, this worker's ends of the exchange and of the image slab. Nothing here waits for a
 GPU but loading and resetting; marks between a command's parts tell later when each was passed. What a CPU and a GPU do
-differently is the backend's. Commands are self-contained: what is kept between them (vectors, embeddings) may be dropped
-at any time.
+differently is the backend's. Commands are self-contained: what is kept between them (vectors, embeddings) may be
+dropped at any time.
 """
 
 from collections.abc import Callable, Mapping
@@ -171,9 +171,7 @@ class Runner:
         it, params = self._residents[command.params.model], command.params
         version = slot_version(command.state_id, params.num_steps)
         alone = (self.device_id,)
-        it.exchange.bind(
-            it.denoiser.chunk(params.shape, alone, _state(command), command.source, (version, version))
-        )
+        it.exchange.bind(it.denoiser.chunk(params.shape, alone, _state(command), command.source, (version, version)))
         it.exchange.pull_state()
         started = self._queue.mark()
         latents = self._latents(it, command)

@@ -147,7 +147,9 @@ def test_linear_is_row_and_thread_exact(num_in, num_out) -> None:
     _assert_exact(lambda rows: (reference.linear(x[rows].clone(), weight, bias),))
 
 
-@pytest.mark.parametrize("name", ["qk_norm_rope", "rope_alone", "modulate", "gated_residual", "guided_step", "gelu_tanh", "silu"])
+@pytest.mark.parametrize(
+    "name", ["qk_norm_rope", "rope_alone", "modulate", "gated_residual", "guided_step", "gelu_tanh", "silu"]
+)
 def test_operator_is_row_and_thread_exact(name) -> None:
     x, y, wide = torch.randn(ROWS, HIDDEN), torch.randn(ROWS, HIDDEN), torch.randn(ROWS, 4 * HIDDEN)
     vector, other, norm, (cos, sin) = torch.randn(HIDDEN), torch.randn(HIDDEN), torch.rand(HEAD_DIM), _rope(ROWS)

@@ -61,7 +61,9 @@ class Loaded:
     def embed(self, prompt: str) -> dict[str, Tensor]:
         return self.model.text.embed(self.model.text.tokens(prompt).ids)
 
-    def velocity(self, latents: Tensor, constants: dict[str, Tensor], vectors: Tensor, step: int, attend: Any) -> Tensor:
+    def velocity(
+        self, latents: Tensor, constants: dict[str, Tensor], vectors: Tensor, step: int, attend: Any
+    ) -> Tensor:
         self.step.fill_(step)
         return self.network.step(latents, constants, vectors, attend)
 
@@ -74,7 +76,10 @@ class Loaded:
         fields, (times, coefficients) = self.embed(prompt), self.model.schedule(num_steps, shape)
         vectors = self.network.vectors(fields, times, params)
         constants = {name: c.tensor for name, c in self.network.constants(fields, shape, 0).items()}
-        state, attend = self.codec.noise(seed, shape), LocalAttention(self.network.rope(shape, 0), shape.counts(self.spec.segments))
+        state, attend = (
+            self.codec.noise(seed, shape),
+            LocalAttention(self.network.rope(shape, 0), shape.counts(self.spec.segments)),
+        )
         for i in range(num_steps):
             velocity = self.velocity(state, constants, vectors, i, attend)
             state = guided_step(state, [velocity], coefficients[i], 1.0)
@@ -93,7 +98,11 @@ class LocalAttention:
         head_dim = next(len(s.q_norm) for s in streams if s.q_norm is not None)
         parts = [
             qk_norm_rope(
-                stream.qkv.unflatten(1, (3, -1, head_dim)), stream.q_norm, stream.k_norm, self._turns(stream), stream.epsilon
+                stream.qkv.unflatten(1, (3, -1, head_dim)),
+                stream.q_norm,
+                stream.k_norm,
+                self._turns(stream),
+                stream.epsilon,
             )
             for stream in streams
         ]

@@ -97,7 +97,10 @@ def test_encoders_without_tokenizer_files(make_checkpoint, tmp_path) -> None:
         (tmp_path / name / "config.json").write_bytes((path / name / "config.json").read_bytes())
     tensors = load_to_device(components_of(read_model_spec(path), "dummy"), CPU, torch.float32)
     clip, t5 = (component_tensors(tensors, name) for name in ("text_encoder", "text_encoder_2"))
-    folders = (tmp_path / "text_encoder", tmp_path / "tokenizer"), (tmp_path / "text_encoder_2", tmp_path / "tokenizer_2")
+    folders = (
+        (tmp_path / "text_encoder", tmp_path / "tokenizer"),
+        (tmp_path / "text_encoder_2", tmp_path / "tokenizer_2"),
+    )
     pooling, rows = ClipEncoder(*folders[0], clip, "dummy"), T5Encoder(*folders[1], t5, "dummy", 32)
     one, other = (rows.rows(rows.ids(f"a {colour} circle")) for colour in ("red", "blue"))
     assert one.shape == (32, 24) and rows.num_tokens("a red circle") == 4

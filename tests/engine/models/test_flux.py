@@ -59,7 +59,7 @@ def test_constants_are_the_branchs_own_text_rows(make_checkpoint, load) -> None:
     network, shape = load(make_checkpoint()).network, StepShape(width=20, height=8, image=10, text=(3, 7))
     text = torch.randn(32, network.hidden_size)
     for branch, num_text in enumerate(shape.text):
-        (name, constant), = network.constants({"text": text}, shape, branch).items()
+        ((name, constant),) = network.constants({"text": text}, shape, branch).items()
         assert (name, constant.segment) == ("text", 0) and torch.equal(constant.tensor, text[:num_text])
 
 
@@ -81,7 +81,10 @@ def test_members_of_a_group_compute_the_same_bits(load, degree, height, width) -
     latents, embeds, pooled, timesteps = inputs_of(network, num_text, height * width)
     shape = StepShape(width=16 * width, height=16 * height, image=height * width, text=(num_text,))
     vectors = network.vectors({"pooled": pooled[None]}, timesteps, params_of(shape))
-    tables, text = rope(height, width, num_text, network.config.axes_dims_rope), project_text(network.ops, network.weights, embeds)
+    tables, text = (
+        rope(height, width, num_text, network.config.axes_dims_rope),
+        project_text(network.ops, network.weights, embeds),
+    )
     whole = loaded.velocity(latents, {"text": text}, vectors, 0, LocalAttention(tables, shape.counts(spec.segments)))
     plan = plan_group(tuple(range(degree)), shape.counts(spec.segments), spec.num_heads)
     for num_threads in (1, 2):

@@ -1,4 +1,4 @@
-"""CPU exchanges between real processes, with any segments and branches: the outcome is that of one device, to the bit."""
+"""CPU exchanges between real processes, any segments and branches: the outcome is that of one device, to the bit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -241,7 +241,7 @@ def barriers_of(shape: StepShape) -> int:
 def test_an_abort_ends_every_wait_of_a_chunk_and_leaves_no_readable_state(
     fleet: SegmentsFleet, shape: StepShape, passed: int
 ) -> None:
-    """The partner is lost after so many barriers: the other is freed, and what its slot holds is not taken for a state."""
+    """The partner is lost after so many barriers: the other is freed, and its slot is not taken for a state."""
     life = Life(2, "two segments", shape, encoder=0)
     fleet.run({0: [life.encode()]})
     before, operations = fleet.version(0, life.slot), no_operations()
@@ -279,9 +279,7 @@ def test_one_device_attends_like_the_formula(spec: ModelSpec, num_streams: int) 
     qkv, norms, angles = torch.randn(25, 3, 6, 8), 1 + 0.1 * torch.randn(num_streams, 2, 8), torch.randn(25, 4)
     parts = qkv.split([5, 20]) if num_streams == 2 else (qkv,)
     segments = [(0,), (1,)] if num_streams == 2 else [(0, 1)]
-    streams = [
-        Stream(part.flatten(1), own, *norm) for part, own, norm in zip(parts, segments, norms, strict=True)
-    ]
+    streams = [Stream(part.flatten(1), own, *norm) for part, own, norm in zip(parts, segments, norms, strict=True)]
     group = exchange.group(GroupShape((5, 20), 1, spec.num_heads))
     group.bind(plan_group((0,), (5, 20), spec.num_heads))
     group.load_rope((angles.cos(), angles.sin()))
