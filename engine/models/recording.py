@@ -1,4 +1,4 @@
-"""What a step computes, found by running a family's own forward pass on shapes alone: its GEMMs and attentions, in order.
+"""What a step computes, found by running a family's forward pass on shapes alone: its GEMMs and attentions, in order.
 
 Owns the operators and attention that record; knows no family. The step's library floor, its FLOPs and what it takes of
 a device's memory all come from here.
