@@ -26,7 +26,7 @@ from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.profile import parse_size
 from tetrion.engine.probe import SEED, Probe, Size
 from tetrion.engine.process_executor import ProcessExecutor
-from tetrion.engine.sampling.flow_match import initial_noise
+from tetrion.engine.sampling.flow_match import pack_latents
 from tetrion.entrypoints.bench.record import make_record, write_record
 
 PROMPTS = (
@@ -70,11 +70,17 @@ def theirs(
             num_inference_steps=num_steps,
             guidance_scale=spec.guidance,
             max_sequence_length=spec.max_text_tokens,
-            latents=initial_noise(SEED, width, height, spec).unsqueeze(0).to(device, dtype),
+            latents=_noise(width, height, spec).unsqueeze(0).to(device, dtype),
             output_type="latent",
         ).images
         found.append(latents[0].float().cpu())
     return found
+
+
+def _noise(width: int, height: int, spec: ModelSpec) -> torch.Tensor:
+    """What our workers start from."""
+    size = spec.in_channels // 4, height // spec.vae_scale_factor, width // spec.vae_scale_factor
+    return pack_latents(torch.randn(size, generator=torch.Generator("cpu").manual_seed(SEED)))
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -144,8 +144,9 @@ class CpuGroup:
         self._turn()
 
     def load_rope(self, rope: Rope) -> None:
-        self._rope = rope
-        self._turn()
+        if rope is not self._rope:
+            self._rope = rope
+            self._turn()
 
     def attend(self, streams: Sequence[Stream]) -> Tensor:
         over = [segment for stream in streams for segment in stream.segments]

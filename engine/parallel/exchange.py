@@ -91,7 +91,7 @@ class Group(Protocol):
     shape: GroupShape
 
     def load_rope(self, rope: Rope) -> None:
-        """From now on `attend` turns q and k by these."""
+        """From now on `attend` turns q and k by these; costs nothing if it does so already."""
 
     def attend(self, streams: Sequence[Stream]) -> Tensor:
         """Attention of the streams' rows over all rows of their segments. Streams cover each segment once, in canonical

@@ -101,7 +101,9 @@ class Pass:
             if segment is not None:
                 tensor = tensor[rows[segment].start : rows[segment].stop]
             self._constants[name][: len(tensor)].copy_(tensor)
-        self._denoiser.load_rope(self._group, shape, self._branch)
+        rope = self._denoiser.rope(shape, self._branch)
+        if rope is not None:
+            self._group.load_rope(rope)  # always: passes of other branches over the same rows share the group
 
     def _buffer(self, constant: Constant) -> Tensor:
         tensor, segment = constant
@@ -144,7 +146,6 @@ class Denoiser:
         self._schedule = functools.lru_cache(CACHED_SCHEDULES)(model.schedule)
         self._coefficients = functools.lru_cache(CACHED_SCHEDULES)(self._compute_coefficients)
         self._rope = functools.lru_cache(CACHED_ROPES)(model.network.rope)
-        self._loaded_ropes: dict[GroupShape, Rope] = {}
 
     def chunk(
         self, shape: StepShape, members: tuple[int, ...], state: State, source: int, versions: tuple[int, int]
@@ -167,13 +168,9 @@ class Denoiser:
             self._rows[num_rows] = rows = Rows(num_rows, *size, self.dtype, self.queue.device)
         return rows
 
-    def load_rope(self, group: Group, shape: StepShape, branch: int) -> None:
-        """Enqueue: the group, which passes of several branches and sizes may have in common, turns by this one's."""
-        own_text = shape.text[branch : branch + 1]
-        rope = self._rope(msgspec.structs.replace(shape, text=own_text), 0)
-        if rope is not None and rope is not self._loaded_ropes.get(group.shape):
-            group.load_rope(rope)
-            self._loaded_ropes[group.shape] = rope
+    def rope(self, shape: StepShape, branch: int) -> Rope | None:
+        """The same object for all branches and requests whose positions are the same, so that a group can tell."""
+        return self._rope(msgspec.structs.replace(shape, text=shape.text[branch : branch + 1]), 0)
 
     def prepare(self, chunk: Chunk, state: State, params: Params, first_step: int) -> None:
         """Enqueue what a request needs once, if it is not there: the first steps' vectors, from fields that are in its

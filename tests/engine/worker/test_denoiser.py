@@ -164,19 +164,22 @@ def test_sizes_of_equally_many_rows_have_a_recording_in_common_but_not_their_pos
     assert len(loaded.denoiser._passes) == 2
 
 
-def test_a_branch_that_is_evaluated_apart_turns_by_its_own_size(loaded: Loaded, tiny_model: ModelSpec) -> None:
+def test_a_group_is_given_its_positions_whichever_pass_over_it_comes_next(
+    loaded: Loaded, tiny_model: ModelSpec
+) -> None:
     """A device that has branch 1 of a group apart uses the group of which a single branch is branch 0."""
-    wide, high = (request_params(tiny_model, 1, size=size, num_branches=2).shape for size in ((20, 8), (8, 20)))
-    denoiser, turned = loaded.denoiser, []
-    chunk = denoiser.chunk(wide, (0,), STATE, 0, (0, 0))
-    group = loaded.exchange.group(chunk.plans[0].shape_of(0))
-    load_rope = group.load_rope
-    group.load_rope = lambda rope: (turned.append(rope), load_rope(rope))  # type: ignore[method-assign, func-returns-value]
-    for shape, branch in ((wide, 1), (high, 0), (wide, 1), (wide, 0), (high, 1), (high, 1)):
-        denoiser.load_rope(group, shape, branch)
-        expected = loaded.model.network.rope(shape, branch)
-        assert expected is not None and torch.equal(turned[-1][0], expected[0])
-    assert len(turned) == 4, "what is loaded already is not loaded again"
+    wide, high = (tiny_model.shape(*size, 2) for size in ((20, 8), (8, 20)))
+    network, chunk = loaded.model.network, loaded.denoiser.chunk(wide, (0,), STATE, 0, (0, 0))
+    loaded.denoiser.record(chunk)
+    first, second = loaded.denoiser._passes.values()
+    group, given = loaded.exchange.group(chunk.plans[0].shape_of(0)), []
+    group.load_rope = given.append  # type: ignore[method-assign]
+    for recorded, shape, branch in ((second, wide, 1), (first, high, 0), (second, wide, 1), (first, wide, 0)):
+        constants = network.constants(loaded.exchange.fields(SLOT, branch), shape, branch)
+        recorded.load(shape, constants, chunk.plans[branch].shard_of(0).rows)
+        expected = network.rope(shape, branch)
+        assert expected is not None and torch.equal(given[-1][0], expected[0])
+    assert given[0] is given[2] is given[3], "what is loaded already is known by being the same"
 
 
 def test_the_least_recently_used_recordings_go_with_their_rows(
