@@ -1,8 +1,8 @@
 """FLUX.1-dev's step at full size on a GPU, recorded as a graph, against diffusers with the same random weights."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -14,15 +14,18 @@ pytest.importorskip("triton", reason="triton is not installed")
 from tetrion.engine.model_spec import ModelSpec, read_model_spec
 from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.dummy import DummyFiles
-from tetrion.engine.models.flux import FluxTransformer, read_config, transformer_shapes, weights_plan
+from tetrion.engine.models.family import LatentCodec, Model, TextEncoding
+from tetrion.engine.models.flux import network, project_text, read_config, transformer_shapes, weights_plan
 from tetrion.engine.models.loading import Component, component_tensors, load_to_device
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.parallel.device_exchange import DeviceExchange
+from tetrion.engine.parallel.device_exchange import DeviceExchange, SharedResources
 from tetrion.engine.parallel.device_memory import DeviceMemory
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
-from tetrion.engine.sampling.flow_match import initial_noise, sigmas, timesteps
+from tetrion.engine.parallel.words import slot_version
+from tetrion.engine.sampling.flow_match import euler_schedule, pack_latents, sigmas, timesteps
+from tetrion.engine.shape import Params
 from tetrion.engine.transport.segment import SharedSegment
-from tetrion.engine.worker.step_graphs import StepGraphs, StepTables
+from tetrion.engine.worker.denoiser import Denoiser, State
 from tetrion.engine.worker.work_queue import CudaQueue
 
 NUM_STEPS, SIZE, GUIDANCE, SLOT = 2, 256, 3.5, 1
@@ -40,7 +43,9 @@ def test_as_close_to_fp32_as_diffusers() -> None:
         torch.randn(shape, device="cuda", generator=generator).bfloat16()
         for shape in ((spec.max_text_tokens, spec.text_dim), (spec.pooled_dim,))
     )
-    inputs = initial_noise(5, SIZE, SIZE, spec).cuda(), embeds, pooled
+    size = spec.in_channels // 4, SIZE // spec.vae_scale_factor, SIZE // spec.vae_scale_factor
+    noise = pack_latents(torch.randn(size, generator=torch.Generator().manual_seed(5))).cuda()
+    inputs = noise, embeds, pooled
     with torch.no_grad():
         exact, theirs = diffusers_latents(files, spec, inputs)
         torch.cuda.empty_cache()
@@ -93,48 +98,47 @@ def our_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tuple[Ten
     """After all steps at degree 1, twice."""
     queue = CudaQueue(0)
     step = torch.zeros(1, dtype=torch.int32, device=queue.device)
-    config = read_config(files.folder / "config.json")
-    tensors = load_to_device({"transformer": Component(files, weights_plan(config))}, queue.device, torch.bfloat16)
-    flux = FluxTransformer(config, component_tensors(tensors, "transformer"), DeviceOps(step))
-    layout = slab_layout(spec, 1, 2, itemsize=2)
+    ops = DeviceOps(step)
+    plan = weights_plan(read_config(files.folder / "config.json"))
+    tensors = load_to_device({"transformer": Component(files, plan)}, queue.device, torch.bfloat16)
+    transformer = network(spec, component_tensors(tensors, "transformer"), ops)
     control = SharedSegment.create("control", ControlLayout(num_devices=1).num_bytes)
+    layout = slab_layout([spec], 1, 2, itemsize=2)
     memory = DeviceMemory(layout, 0, queue.device, [os.memfd_create("slab")], os.dup(control.fd))
-    exchange = DeviceExchange(memory.slabs, memory.abort, memory.clear_abort, spec.num_heads, spec.head_dim)
-    tables = StepTables(step, config.num_vectors, config.hidden_size, torch.bfloat16)
-    run = _runner(queue, flux, memory, exchange, StepGraphs(queue, flux, exchange, tables), tables, spec, inputs)
-    return run(), run()
-
-
-def _runner(
-    queue: CudaQueue,
-    flux: FluxTransformer,
-    memory: DeviceMemory,
-    exchange: DeviceExchange,
-    graphs: StepGraphs,
-    tables: StepTables,
-    spec: ModelSpec,
-    inputs: Inputs,
-) -> Callable[[], Tensor]:
+    shared = SharedResources(memory.slabs, memory.abort, memory.clear_abort, [spec])
+    exchange = DeviceExchange(shared, spec, queue.to_host)
+    model = Model(
+        spec=spec,
+        network=transformer,
+        text=cast(TextEncoding, None),
+        codec=cast(LatentCodec, None),
+        schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image),
+        guidance_factor=lambda params: 1.0,
+        weights_bytes=0,
+    )
+    denoiser = Denoiser(model, ops, exchange, queue, step, torch.bfloat16)
     noise, embeds, pooled = inputs
-    levels = sigmas(spec.scheduler, NUM_STEPS, len(noise))
-    times = torch.from_numpy(timesteps(spec.scheduler, levels)).to(queue.device)
-    plan, group = exchange.alone(len(embeds), len(noise))
-    side = SIZE // spec.size_multiple
+    values = {"text": project_text(ops, transformer.weights, embeds), "pooled": pooled[None], "latents": noise}
+    shape = spec.shape(SIZE, SIZE)
+    params = Params(model=spec.name, shape=shape, num_steps=NUM_STEPS, guidance=GUIDANCE, seed=0)
 
     def run() -> Tensor:
-        state = memory.slabs.slot(0, SLOT)
-        state.latents[: len(noise)].copy_(noise)
-        graph = graphs.get(group.shape)
-        group.bind(plan, SLOT, source=0, start_version=0, end_version=0)
-        group.enter()
-        graph.load_rope((side, side))
-        graph.load_text(flux.project_text(embeds))
-        tables.load(torch.from_numpy(levels).diff().to(queue.device), flux.modulations(times, GUIDANCE, pooled))
-        for _ in range(NUM_STEPS):
-            graph.replay()
-        group.finish()
+        fields, state = exchange.fields(SLOT, 0), State(1, SLOT)
+        for name, value in values.items():
+            fields[name][: len(value)].copy_(value)
+        versions = slot_version(1, 0), slot_version(1, NUM_STEPS)
+        exchange.publish(SLOT, versions[0])
+        chunk = denoiser.chunk(shape, (0,), state, 0, versions)
+        denoiser.record(chunk)
+        exchange.bind(chunk)
+        denoiser.prepare(chunk, state, params, 0)
+        exchange.pull_state()
+        exchange.enter()
+        denoiser.run(chunk, state, params, range(NUM_STEPS))
+        exchange.finish()
+        check = exchange.outcome()
         queue.drain()
-        assert exchange.status.tolist() == [0, 0]
-        return state.latents[: len(noise)].clone()
+        check()
+        return fields["latents"][: shape.image].clone()
 
-    return run
+    return run(), run()
