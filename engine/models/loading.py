@@ -211,9 +211,7 @@ def build_module(
     """
     with torch.device("meta"):
         module = build()
-    missing = sorted(
-        name for name in module.state_dict().keys() - tensors.keys() if not name.startswith(unused or ("\0",))
-    )
+    missing = sorted(name for name in module.state_dict().keys() - tensors.keys() if not name.startswith(unused))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(f"model: {what} has no tensor {', '.join(missing[:3])}{more}")

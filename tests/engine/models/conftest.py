@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from tetrion.engine.config import LoadFormat
 from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.ops import ReferenceOps
 from tetrion.engine.models.registry import load_shared
@@ -52,10 +53,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 class Loaded:
     """A model over plain operators. `step`: the counter that they look at."""
 
-    def __init__(self, path: Path, fd: int, *, publish_weights: bool = True) -> None:
+    def __init__(
+        self, path: Path, fd: int, *, publish_weights: bool = True, load_format: LoadFormat = "safetensors"
+    ) -> None:
         self.step = torch.zeros(1, dtype=torch.int32)
         spec = read_model_spec(path)
-        (self.model,) = load_shared([spec], fd, publish_weights, "safetensors", ReferenceOps(self.step))
+        (self.model,) = load_shared([spec], fd, publish_weights, load_format, ReferenceOps(self.step))
         self.spec, self.network, self.codec = spec, self.model.network, self.model.codec
 
     def embed(self, prompt: str) -> dict[str, Tensor]:

@@ -205,9 +205,11 @@ def test_shape_that_the_config_does_not_mean(broken, fd) -> None:
     ],
 )
 def test_components_that_do_not_fit_together(broken, fd, file, change, message) -> None:
+    """With the weights that each config means, whatever the others say."""
     path = broken / file
     path.write_bytes(msgspec.json.encode(msgspec.json.decode(path.read_bytes()) | change))
-    _assert_error(broken, fd, message)
+    with pytest.raises(CheckpointError, match=message):
+        Loaded(broken, fd, load_format="dummy")
 
 
 def test_damaged_tokenizer(broken, fd) -> None:

@@ -47,7 +47,7 @@ def test_too_little_memory_is_refused_with_the_numbers(flux: ModelSpec) -> None:
 def test_models_that_share_a_device_add_their_weights_but_not_their_working_memory(flux: ModelSpec) -> None:
     other = msgspec.structs.replace(flux, name="other", max_size=1024)
     one, both = budget_of(flux), budget_of(flux, other)
-    assert both.model == "FLUX.1-dev, other"
+    assert both.model == "flux1-dev, other"
     assert sum(both.weights_bytes.values()) == 2 * sum(one.weights_bytes.values())
     assert both.weights_bytes["other/transformer"] == one.weights_bytes["transformer"]
     assert (both.slab_bytes, both.step_bytes, both.decode_bytes) == (one.slab_bytes, one.step_bytes, one.decode_bytes)
