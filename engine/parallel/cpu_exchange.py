@@ -60,7 +60,6 @@ class CpuExchange:
     def pull_constants(self) -> None:
         chunk = self._bound
         if chunk.source != self.device_id:
-            self._slabs.version(self.device_id, chunk.slot).store(INVALID_VERSION)
             self._barrier.wait_state(chunk.source, chunk.slot, chunk.start_version)
             self._pull(chunk, changing=False)
 
@@ -69,6 +68,7 @@ class CpuExchange:
         slot, source, wanted = chunk.slot, chunk.source, chunk.start_version
         self._barrier.wait_version(source, slot, wanted)
         if source != self.device_id:
+            self._slabs.version(self.device_id, slot).store(INVALID_VERSION)
             self._pull(chunk, changing=True)
         if (found := self._slabs.version(source, slot).load()) != wanted:
             raise RuntimeError(f"slot {slot} on device {source} has version {found:#x}, wanted {wanted:#x}")
