@@ -85,7 +85,7 @@ def row_exactness(shapes: Shapes, num_image: int, weights: Layers, dtype: torch.
             all_rows = torch.arange(len(x))[streams[stream]]
             whole = operator(all_rows)
             for degree in exact_degrees(shapes):
-                plan = plan_group(tuple(range(degree)), shapes.num_text, num_image, shapes.num_heads)
+                plan = plan_group(tuple(range(degree)), (shapes.num_text, num_image), shapes.num_heads)
                 held = [_held(plan.canonical_rows(shard), stream) for shard in plan.shards]
                 first = int(all_rows[0])
                 identical = all(torch.equal(operator(rows), whole[rows - first]) for rows in held)
@@ -93,7 +93,7 @@ def row_exactness(shapes: Shapes, num_image: int, weights: Layers, dtype: torch.
                 yield {"operator": name, "rows_of": stream, "degree": degree, "rows": rows_held, "identical": identical}
 
 
-def _held(rows: tuple[range, range], stream: str) -> Tensor:
+def _held(rows: tuple[range, ...], stream: str) -> Tensor:
     """Of a member's text and image rows those of a stream, in canonical numbers."""
     text, image = (torch.arange(part.start, part.stop) for part in rows)
     return {"text": text, "image": image, "both": torch.cat([text, image])}[stream]
