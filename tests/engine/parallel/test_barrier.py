@@ -110,7 +110,7 @@ def test_counters_wrap(expected: int, ahead: int, behind: int) -> None:
 
 
 def test_barriers_go_on_when_counters_wrap(spec: ModelSpec) -> None:
-    layout = slab_layout(spec, num_devices=2, num_slots=1)
+    layout = slab_layout([spec], num_devices=2, num_slots=1)
     buffers = [memoryview(bytearray(layout.num_bytes)) for _ in range(2)]
     control = memoryview(bytearray(ControlLayout(num_devices=2).num_bytes))
     both = [PairwiseBarrier(layout, device, buffers, control) for device in range(2)]
