@@ -31,12 +31,15 @@ from tetrion.kernels import reference
 from tetrion.kernels.attention import attention
 from tetrion.kernels.attention_tiles import CANDIDATES, tile_for
 from tetrion.kernels.barrier import CACHE_LINE, barrier
+from tetrion.kernels.chunk_words import chunk_words, lanes_for
 from tetrion.kernels.gelu import gelu
 from tetrion.kernels.group_table import group_words
+from tetrion.kernels.guided_step import guided_step
 from tetrion.kernels.output_push import output_push
-from tetrion.kernels.qk_norm_rope_push import qk_norm_rope_push
+from tetrion.kernels.qk_norm_rope_push import Piece, qk_norm_rope_push
 from tetrion.kernels.reference import Branch
 from tetrion.kernels.residual_modulate import residual_modulate
+from tetrion.kernels.slot_version import NUM_STATUS_WORDS
 
 Row = dict[str, Any]
 Calls = Mapping[str, Callable[[], object]]
@@ -70,7 +73,7 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.manual_seed(time.time_ns() % 2**32)
     with torch.device(device), torch.inference_mode():
-        for section in (check_attention, time_attention, pushes, row_operators, barriers, tune_attention):
+        for section in (check_attention, time_attention, pushes, row_operators, steps, barriers, tune_attention):
             for row in section(shapes, device):
                 rows.append(row)
                 print(row, flush=True)
@@ -221,16 +224,28 @@ def _error(out: Tensor, expected: Tensor) -> float:
     return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def group_tensors(plan: GroupPlan, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A member's table, words of a chunk, and status, as the exchange has them."""
+    me, part = plan.members[rank], plan.members
+    segments = [[shard.rows[s] for shard in plan.shards] for s in range(len(plan.counts))]
+    table = group_words(segments, [shard.heads for shard in plan.shards])
+    who = {"part": part, "everyone": part, "partners": (me,)}
+    lanes = lanes_for(max(part) + 1)
+    words = chunk_words(me, lanes, slot=0, source=me, start_version=0, end_version=0, rows=range(0), **who)
+    as_words = partial(torch.tensor, dtype=torch.int32)
+    return as_words(table), as_words(words), torch.zeros(NUM_STATUS_WORDS, dtype=torch.int32)
+
+
 class Members:
-    """A group whose members all are this device: slabs, their addresses, and rank 0's table."""
+    """A group whose members all are this device: slabs, their addresses, and rank 0's words."""
 
     def __init__(self, plan: GroupPlan, head_dim: int) -> None:
         self.plan = plan
-        self.region = triton.cdiv(plan.num_tokens * plan.num_heads * head_dim * 2, 4096) * 4096
+        num_rows = max(sum(plan.counts), sum(plan.shape_of(plan.members[0]).padded))
+        self.region = triton.cdiv(num_rows * plan.num_heads * head_dim * 2, 4096) * 4096
         self.slabs = [torch.full((4 * self.region,), 0xFF, dtype=torch.uint8) for _ in plan.members]
         self.bases = torch.tensor([slab.data_ptr() for slab in self.slabs])
-        ranges = [[getattr(shard, name) for shard in plan.shards] for name in ("text", "image", "heads")]
-        self.table = torch.tensor(group_words(0, plan.members, *ranges), dtype=torch.int32)
+        self.table, self.words, self.status = group_tensors(plan, 0)
 
     def view(self, rank: int, region: int, *shape: int) -> Tensor:
         start = region * self.region
@@ -241,7 +256,7 @@ def pushes(shapes: Shapes, device: torch.device) -> Iterator[Row]:
     """Rank 0's pushes, beside a plain copy of the same bytes."""
     for num_image in shapes.num_image:
         for degree in shapes.degrees:
-            plan = plan_group(tuple(range(degree)), shapes.num_text, num_image, shapes.num_heads)
+            plan = plan_group(tuple(range(degree)), (shapes.num_text, num_image), shapes.num_heads)
             members = Members(plan, shapes.head_dim)
             yield from _qkv_push(members, shapes, device)
             yield from _output_push(members, shapes, device)
@@ -251,33 +266,40 @@ def _qkv_push(members: Members, shapes: Shapes, device: torch.device) -> Iterato
     plan, head_dim = members.plan, shapes.head_dim
     shard, width = plan.shards[0], plan.num_heads * head_dim
     norms = torch.rand(4, head_dim).bfloat16()
-    text, image = (torch.randn(len(part), 3 * width).bfloat16() for part in (shard.text, shard.image))
-    angles = torch.randn(plan.num_tokens, head_dim // 2)
-    rope, offsets = (angles.cos(), angles.sin()), tuple(i * members.region for i in range(3))
-    streams = (text, norms[0], norms[1]), (image, norms[2], norms[3])
+    num_rows = sum(plan.counts)
+    angles = torch.randn(num_rows, head_dim // 2)
+    cos, sin = angles.cos(), angles.sin()
+    pieces = [
+        Piece(torch.randn(len(rows), 3 * width).bfloat16(), segment, norms[2 * segment], norms[2 * segment + 1])
+        for segment, rows in enumerate(shard.rows)
+    ]
 
     def push() -> None:
         qk_norm_rope_push(
-            *streams,
-            rope,
+            pieces,
+            (cos, sin),
             members.table,
+            members.words,
+            members.status,
             members.bases,
-            (offsets[0], offsets[1], offsets[2]),
+            (0, members.region, 2 * members.region),
             degree=plan.degree,
             num_heads=plan.num_heads,
+            head_dim=head_dim,
         )
 
     push()
     errors = []
-    for (qkv, q_norm, k_norm), rows in zip(streams, plan.canonical_rows(shard), strict=True):
-        cos, sin = (x[rows.start : rows.stop].repeat_interleave(2, dim=1) for x in rope)
-        expected = reference.qk_norm_rope(qkv.float(), q_norm.float(), k_norm.float(), cos, sin)
+    for (qkv, _, q_norm, k_norm, *_), rows in zip(pieces, plan.canonical_rows(shard), strict=True):
+        rope = tuple(x[rows.start : rows.stop].repeat_interleave(2, dim=1) for x in (cos, sin))
+        heads_of_rows = qkv.float().unflatten(1, (3, plan.num_heads, head_dim))
+        expected = reference.qk_norm_rope(heads_of_rows, q_norm.float(), k_norm.float(), (rope[0], rope[1]))
         for peer in plan.shards:
             heads = slice(peer.heads.start, peer.heads.stop)
             for region, part in enumerate(expected):
-                whole = members.view(peer.rank, region, plan.num_tokens, len(peer.heads), head_dim)
+                whole = members.view(peer.rank, region, num_rows, len(peer.heads), head_dim)
                 errors.append(_error(whole[rows.start : rows.stop], part[:, heads]))
-    source = torch.cat([text, image])
+    source = torch.cat([piece.qkv for piece in pieces])
     target = torch.empty_like(source)
     times = median_ms({"push": push, "copy": lambda: target.copy_(source)}, device)
     yield _push_row("qk_norm_rope_push", plan, times, source) | {"error": max(errors)}
@@ -285,25 +307,29 @@ def _qkv_push(members: Members, shapes: Shapes, device: torch.device) -> Iterato
 
 def _output_push(members: Members, shapes: Shapes, device: torch.device) -> Iterator[Row]:
     plan, shard = members.plan, members.plan.shards[0]
-    output = torch.randn(plan.num_tokens, len(shard.heads), shapes.head_dim).bfloat16()
+    padded, over = plan.shape_of(shard.device_id).padded, range(len(plan.counts))
+    output = torch.randn(sum(plan.counts), len(shard.heads), shapes.head_dim).bfloat16()
 
     def push() -> None:
         output_push(
             output,
+            over,
+            padded,
             members.table,
+            members.words,
+            members.status,
             members.bases,
             3 * members.region,
             degree=plan.degree,
             num_heads=plan.num_heads,
-            num_text=plan.num_text,
         )
 
     push()
     equal = True
     for peer in plan.shards:
-        region = members.view(peer.rank, 3, peer.num_tokens, plan.num_heads, shapes.head_dim)[:, : len(shard.heads)]
-        rows = [row for part in plan.canonical_rows(peer) for row in part]
-        equal = equal and torch.equal(region, output[rows])
+        region = members.view(peer.rank, 3, sum(padded), plan.num_heads, shapes.head_dim)[:, : len(shard.heads)]
+        for part, rows in zip(region.split(list(padded)), plan.canonical_rows(peer), strict=True):
+            equal = equal and torch.equal(part[: len(rows)], output[rows.start : rows.stop])
     target = torch.empty_like(output)
     times = median_ms({"push": push, "copy": lambda: target.copy_(output)}, device)
     yield _push_row("output_push", plan, times, output) | {"equal": equal}
@@ -312,7 +338,7 @@ def _output_push(members: Members, shapes: Shapes, device: torch.device) -> Iter
 def _push_row(kernel: str, plan: GroupPlan, times: dict[str, float], source: Tensor) -> Row:
     """GB/s counts the bytes stored."""
     speed = source.numel() * source.element_size() / times["push"] / 1e6
-    shape = {"tokens": plan.num_tokens, "degree": plan.degree}
+    shape = {"tokens": sum(plan.counts), "degree": plan.degree}
     return {"kernel": kernel, **shape, "ms": times["push"], "copy_ms": times["copy"], "gb_per_s": speed}
 
 
@@ -344,7 +370,23 @@ def row_operators(shapes: Shapes, device: torch.device) -> Iterator[Row]:
         yield _row_of("residual_modulate", x, 4, error, median_ms(calls, device))
 
 
-def _row_of(kernel: str, x: Tensor, num_tensors: int, error: float, times: dict[str, float]) -> Row:
+def steps(shapes: Shapes, device: torch.device) -> Iterator[Row]:
+    """The tail of a step of 64 channels, Euler's without guidance and with it, and a solver of 4 rows with it."""
+    for num_rows in shapes.num_image:
+        for num_state, num_branches in ((1, 1), (1, 2), (4, 2)):
+            state = torch.randn(num_rows, num_state * 64)
+            velocities = [torch.randn(num_rows, 64).bfloat16() for _ in range(num_branches)]
+            coefficients, guidance = torch.randn(1, num_state, num_state + 1), torch.full((1,), 4.5)
+            step = torch.zeros(1, dtype=torch.int32)
+            ours = partial(guided_step, state, velocities, coefficients, guidance, step)
+            eager = partial(reference.guided_step, state, velocities, coefficients[0].cpu(), 4.5)
+            times = median_ms({"ours": ours, "eager": eager}, device)
+            tensors = 2 + num_branches / (2 * num_state)  # in bytes, velocities have half of fp32's
+            row = _row_of("guided_step", state, tensors, _error(ours(), eager()), times)
+            yield row | {"state_rows": num_state, "branches": num_branches}
+
+
+def _row_of(kernel: str, x: Tensor, num_tensors: float, error: float, times: dict[str, float]) -> Row:
     """`num_tensors`: as large as x, read or written."""
     speed = num_tensors * x.numel() * x.element_size() / times["ours"] / 1e6
     shape = {"rows": x.shape[0], "width": x.shape[1]}
@@ -361,16 +403,17 @@ def _row_of(kernel: str, x: Tensor, num_tensors: int, error: float, times: dict[
 def barriers(shapes: Shapes, device: torch.device) -> Iterator[Row]:
     """µs of one barrier among 1, 2 and 4 "devices", streams of this GPU (on a CPU: of one device alone)."""
     for degree in (1, 2, 4) if device.type == "cuda" else (1,):
+        lanes = lanes_for(degree)
         slabs = torch.zeros(degree, degree * CACHE_LINE // 4, dtype=torch.int32)
         bases = torch.tensor([slab.data_ptr() for slab in slabs])
-        expected = torch.zeros(degree, degree, dtype=torch.int32)
+        expected, status = torch.zeros(degree, degree, dtype=torch.int32), torch.zeros(degree, 1, dtype=torch.int32)
         abort = torch.zeros(degree, 1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-        status, parts = torch.zeros(degree, 1, dtype=torch.int32), [range(i, i + 1) for i in range(degree)]
-        words = [group_words(rank, range(degree), parts, parts, parts) for rank in range(degree)]
-        tables = torch.tensor(words, dtype=torch.int32)
+        members = [[*range(degree), *[me] * (lanes - degree)] for me in range(degree)]
         meetings = [
-            partial(barrier, table, bases, *state, degree=degree)
-            for table, *state in zip(tables, expected, abort, status, strict=True)
+            partial(barrier, words, bases, *state, device_id=me)
+            for me, (words, *state) in enumerate(
+                zip(torch.tensor(members, dtype=torch.int32), expected, abort, status, strict=True)
+            )
         ]
         if device.type == "cpu":
             us = _seconds(meetings[0]) * 1e6

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.kernels import FLUX, TINY, Row, Shapes
+from benchmarks.kernels import FLUX, TINY, Row, Shapes, group_tensors
 from tetrion.engine.parallel.group import GroupPlan, plan_group
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.kernels.barrier import ABORTED, CACHE_LINE, barrier
-from tetrion.kernels.group_table import group_words
+from tetrion.kernels.chunk_words import lists_of
 from tetrion.kernels.output_push import output_push
-from tetrion.kernels.qk_norm_rope_push import qk_norm_rope_push
+from tetrion.kernels.qk_norm_rope_push import Piece, qk_norm_rope_push
 
 REPEATS, ROUNDS = 50, 7
 ALIGNMENT = 4096
@@ -39,19 +39,22 @@ class Member:
 
     def __init__(self, plan: GroupPlan, rank: int, device: torch.device, head_dim: int) -> None:
         self.plan, self.rank, self.device = plan, rank, device
-        self.region = -(-plan.num_tokens * plan.num_heads * head_dim * 2 // ALIGNMENT) * ALIGNMENT
+        self.shape = plan.shape_of(plan.members[rank])
+        num_rows = max(self.shape.num_tokens, self.shape.num_local)
+        self.region = -(-num_rows * plan.num_heads * head_dim * 2 // ALIGNMENT) * ALIGNMENT
         shard, width = plan.shards[rank], plan.num_heads * head_dim
         with torch.device(device):
             self.slab = torch.zeros(ALIGNMENT + 4 * self.region, dtype=torch.uint8)
             norms = torch.rand(4, head_dim).bfloat16()
-            text, image = (torch.randn(len(part), 3 * width).bfloat16() for part in (shard.text, shard.image))
-            self.streams = (text, norms[0], norms[1]), (image, norms[2], norms[3])
-            angles = torch.randn(plan.num_tokens, head_dim // 2)
+            self.pieces = [
+                Piece(torch.randn(len(rows), 3 * width).bfloat16(), segment, norms[2 * segment], norms[2 * segment + 1])
+                for segment, rows in enumerate(shard.rows)
+            ]
+            angles = torch.randn(self.shape.num_tokens, head_dim // 2)
             self.rope = angles.cos(), angles.sin()
-            self.output = torch.randn(plan.num_tokens, len(shard.heads), head_dim).bfloat16()
-            ranges = [[getattr(shard, name) for shard in plan.shards] for name in ("text", "image", "heads")]
-            self.table = torch.tensor(group_words(rank, plan.members, *ranges), dtype=torch.int32)
-            self.expected, self.status = (torch.zeros(plan.degree, dtype=torch.int32) for _ in range(2))
+            self.output = torch.randn(self.shape.num_tokens, len(shard.heads), head_dim).bfloat16()
+            self.table, self.words, self.status = group_tensors(plan, rank)
+            self.expected = torch.zeros(plan.degree, dtype=torch.int32)
         self.abort = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.bases = torch.zeros(0)
 
@@ -63,38 +66,44 @@ class Member:
 
     def push_qkv(self) -> None:
         qk_norm_rope_push(
-            *self.streams,
+            self.pieces,
             self.rope,
             self.table,
+            self.words,
+            self.status,
             self.bases,
             (self.offset(0), self.offset(1), self.offset(2)),
             degree=self.plan.degree,
             num_heads=self.plan.num_heads,
+            head_dim=self.output.shape[2],
         )
 
     def push_output(self) -> None:
-        plan = self.plan
         output_push(
             self.output,
+            range(len(self.plan.counts)),
+            self.shape.padded,
             self.table,
+            self.words,
+            self.status,
             self.bases,
             self.offset(3),
-            degree=plan.degree,
-            num_heads=plan.num_heads,
-            num_text=plan.num_text,
+            degree=self.plan.degree,
+            num_heads=self.plan.num_heads,
         )
 
     def wait_for_all(self) -> None:
-        barrier(self.table, self.bases, self.expected, self.abort, self.status[:1], degree=self.plan.degree)
+        part, _, _ = lists_of(self.words)
+        barrier(part, self.bases, self.expected, self.abort, self.status, device_id=self.plan.members[self.rank])
 
     def holds_values_of(self, other: "Member") -> bool:
         """Whether the other's v, which is stored as it is, has arrived here."""
         head_dim = self.output.shape[2]
         heads = self.plan.shards[self.rank].heads
-        shape = self.plan.num_tokens, len(heads), head_dim
+        shape = self.shape.num_tokens, len(heads), head_dim
         start = self.offset(2)
         v = self.slab[start : start + 2 * torch.Size(shape).numel()].view(torch.bfloat16).view(shape)
-        for (qkv, *_), rows in zip(other.streams, self.plan.canonical_rows(other.plan.shards[other.rank]), strict=True):
+        for (qkv, *_), rows in zip(other.pieces, self.plan.canonical_rows(other.plan.shards[other.rank]), strict=True):
             theirs = qkv.view(len(qkv), 3, -1, head_dim)[:, 2, heads.start : heads.stop]
             if not torch.equal(v[rows.start : rows.stop], theirs.to(self.device)):
                 return False
@@ -108,7 +117,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 def measure(members: Sequence[Member], num_image: int) -> Iterator[Row]:
     """Every kind of exchange between these members."""
     on_gpu, plan = members[0].device.type == "cuda", members[0].plan
-    qkv_bytes = 2 * max(sum(stream[0].numel() for stream in member.streams) for member in members)
+    qkv_bytes = 2 * max(sum(piece.qkv.numel() for piece in member.pieces) for member in members)
     far = 1 - 1 / plan.degree
 
     def with_barrier(member: Member, push: Callable[[], None]) -> Callable[[], None]:
@@ -157,14 +166,12 @@ def _slowest_us(members: Sequence[Member], calls: Calls) -> float:
 
 
 def _rehearse(member: Member, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
-    """A graph's first launch, for which CUDA may allocate memory: not while another GPU waits. Aborted barriers wait
-    for nobody, tell nobody anything and leave the table without tokens."""
+    """A graph's first launch, for which CUDA may allocate memory: not while another GPU waits. After an abort kernels
+    wait for nobody and tell nobody anything."""
     with on(member.device), torch.cuda.stream(stream):
-        table = member.table.clone()
         member.status.fill_(ABORTED)
         graph.replay()
         member.status.zero_()
-        member.table.copy_(table)
     torch.cuda.synchronize(member.device)
 
 
@@ -226,7 +233,7 @@ def main() -> None:
     _allow_peers(devices)
     for degree in (n for n in shapes.degrees if 2 <= n <= count):
         for num_image in shapes.num_image:
-            plan = plan_group(tuple(range(degree)), shapes.num_text, num_image, shapes.num_heads)
+            plan = plan_group(tuple(range(degree)), (shapes.num_text, num_image), shapes.num_heads)
             members = [Member(plan, rank, devices[rank], shapes.head_dim) for rank in range(degree)]
             for member in members:
                 member.meet(members)

@@ -90,10 +90,10 @@ def _kernel(
         velocity_B = tl.fma(factor_B, velocity_B - negative_B, negative_B)
     old = ()
     for row in tl.static_range(NUM_ROWS):
-        old = old + (tl.load(state + index_in_state_B + row * CHANNELS, mask=inside_B),)  # noqa: RUF005
+        old = old + (tl.load(state + index_in_state_B + row * CHANNELS, mask=inside_B),)  # type: ignore  # noqa: RUF005
     weights = coefficients + now * (NUM_ROWS * (NUM_ROWS + 1))
     for new in tl.static_range(NUM_ROWS):
-        total_B = tl.load(weights + new * (NUM_ROWS + 1)) * old[0]
+        total_B = tl.load(weights + new * (NUM_ROWS + 1)) * old[0]  # type: ignore[misc]
         for row in tl.static_range(1, NUM_ROWS):
             weight_B = tl.load(weights + new * (NUM_ROWS + 1) + row) + tl.zeros_like(total_B)
             total_B = tl.fma(weight_B, old[row], total_B)

@@ -330,7 +330,8 @@ class DeviceGroup:
         )
         self._wait_for_all()
         num_rows = sum(shape.counts[segment] for segment in over)
-        output = attend(*(region[:num_rows] for region in self._qkv.regions), shared.attention)
+        q, k, v = (region[:num_rows] for region in self._qkv.regions)
+        output = attend(q, k, v, shared.attention)
         if shape.degree == 1:
             return output.flatten(1)
         padded = [shape.padded[segment] for segment in over]

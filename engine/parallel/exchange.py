@@ -36,7 +36,9 @@ Why no region is overwritten while somebody still reads it. P is the writer, R t
   stands at the entry barrier until then; if not, it does not touch the request again before it pulls in its turn,
   from a group that could not have started before this pull was done. The version is invalid from entry to the chunk's
   end, so a pull can never see a state that is half shared, nor that of a chunk that was aborted half-way. Fields that
-  never change may be pulled as soon as the source has the request at all.
+  never change may be pulled as soon as the source has the request at all. A device that held the request before may get
+  them while another still pulls its older state: it writes the bytes that are there, and keeps its version until the
+  state itself is pulled, which is after that other one was done.
 After an abort none of this holds: see barrier.py about the reset.
 """
 

@@ -103,11 +103,10 @@ def check(sequence: Projections, over: Sequence[int], padding: int = 0) -> None:
     slabs.assert_untouched()
 
 
-@pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize(("members", "counts", "num_heads", "head_dim"), GROUPS)
-def test_slabs_hold_what_the_reference_computes(device, dtype, members, counts, num_heads, head_dim, padding) -> None:
+def test_slabs_hold_what_the_reference_computes(device, dtype, members, counts, num_heads, head_dim) -> None:
     plan = plan_group(members, counts, num_heads)
-    check(Projections(plan, head_dim, dtype), range(len(counts)), padding)
+    check(Projections(plan, head_dim, dtype), range(len(counts)), padding=3)
 
 
 @pytest.mark.parametrize("over", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
@@ -119,10 +118,9 @@ def test_norms_rope_and_epsilon_are_each_segments_own(device, dtype) -> None:
     sequence = Projections(plan_group((1, 0), (5, 22, 8), 5), 64, dtype)
     q_norm, k_norm = torch.rand(2, 64).to(dtype)
     kinds = [Weights(None, None, False, 1e-6), Weights(q_norm, None, True, 0.5), Weights(None, k_norm, False, 1e-5)]
-    for turn in range(3):
+    for turn in (0, 2):
         sequence.weights = kinds[turn:] + kinds[:turn]
         check(sequence, (0, 1, 2))
-    check(sequence, (0, 2))
 
 
 def test_without_norm_and_rope_bits_are_copied(device, dtype) -> None:

@@ -68,11 +68,13 @@ class DeviceWorker:
         self.memory.unmap_peers(devices)
         return list(self.memory.slabs.mapped)
 
-    def op_encode(self, slot: int, state_id: int, text: list[int], image: int) -> None:
-        self.toy.encode(slot, state_id, step_shape(text, image))
+    def op_encode(self, slot: int, state_id: int, text: list[int], image: int, turned: int = 0) -> None:
+        self.toy.encode(slot, state_id, step_shape(text, image, turned))
 
-    def op_pull(self, source: int, slot: int, state_id: int, step_index: int, text: list[int], image: int) -> None:
-        steps, shape = range(step_index, step_index), step_shape(text, image)
+    def op_pull(
+        self, source: int, slot: int, state_id: int, step_index: int, text: list[int], image: int, turned: int = 0
+    ) -> None:
+        steps, shape = range(step_index, step_index), step_shape(text, image, turned)
         self.toy.pull(self.toy.chunk(shape, (self.device_id,), slot, state_id, source, steps))
 
     def op_denoise(
@@ -86,10 +88,11 @@ class DeviceWorker:
         chunk_steps: int,
         text: list[int],
         image: int,
+        turned: int = 0,
         delay_s: float = 0.0,
     ) -> None:
         time.sleep(delay_s)
-        steps, shape = range(step_index, step_index + chunk_steps), step_shape(text, image)
+        steps, shape = range(step_index, step_index + chunk_steps), step_shape(text, image, turned)
         source = self.device_id if self.device_id in holders else source
         self.toy.denoise(self.toy.chunk(shape, members, slot, state_id, source, steps), steps)
 
@@ -106,8 +109,8 @@ class DeviceWorker:
     def op_version(self, slot: int) -> int:
         return int.from_bytes(self._own_bytes(self.layout.version_offset(slot), 8), "little")
 
-    def op_state(self, slot: int, text: Sequence[int], image: int) -> list[Any]:
-        return [part.tolist() for part in self.toy.state(slot, step_shape(text, image))]
+    def op_state(self, slot: int, text: Sequence[int], image: int, turned: int = 0) -> list[Any]:
+        return [part.tolist() for part in self.toy.state(slot, step_shape(text, image, turned))]
 
     @property
     def toy(self) -> Toy:

@@ -49,13 +49,13 @@ def run(fleet: DeviceFleet, operations: Operations) -> None:
     fleet.run({device: [*own, {"op": "check"}] for device, own in operations.items()})
 
 
-@pytest.mark.parametrize("shape", [SHAPE, GUIDED, SAME_TEXT, NO_TEXT], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, GUIDED, NO_TEXT], ids=str)
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
 def test_any_degree_gives_the_bits_of_one_device(fleet: DeviceFleet, degree: int, shape: dict[str, Any]) -> None:
     """With two branches 2 and 4 are apart, 3 in turn."""
     life, operations = Life(2, 3000 + degree, 1, shape), nothing()
     operations[1].append(life.encode())
-    life.denoise([3, 1, 0, 2][:degree], 2, operations)
+    life.denoise([3, 1, 0, 2][:degree], 1, operations)
     run(fleet, operations)
     check(fleet, life)
 
@@ -67,7 +67,7 @@ def check(fleet: DeviceFleet, life: Life) -> None:
         for ours, theirs in zip(state(fleet, device, life.slot["slot"], life.shape), expected, strict=True):
             assert torch.equal(ours, theirs), f"device {device}: {(ours - theirs).abs().max()}"
     for ours, theirs in zip(expected, reference, strict=True):
-        assert (ours - theirs).norm() <= TOLERANCE * theirs.norm()
+        assert (ours.view_as(theirs) - theirs).norm() <= TOLERANCE * theirs.norm()
 
 
 SCHEDULES: list[tuple[dict[str, Any], list[tuple[list[int], int]]]] = [
@@ -91,10 +91,10 @@ def test_any_schedule_gives_the_bits_of_one_device(
 
 
 def test_turned_pictures_of_one_size_do_not_share_what_is_theirs(fleet: DeviceFleet) -> None:
-    """The same shapes and members, other branches: whatever a shape has in one place is filled anew."""
-    first, second, operations = Life(0, 4501, 0, SAME_TEXT), Life(1, 4502, 0, SAME_TEXT), nothing()
+    """The same shapes, in turn and apart: what a shape has in one place is another's every time."""
+    first, second, operations = Life(0, 4501, 0, SAME_TEXT), Life(1, 4502, 0, SAME_TEXT | {"turned": 1}), nothing()
     operations[0] += [first.encode(), second.encode()]
-    for ours, theirs in (([0, 1], [1, 0]), ([0, 1], [0, 1]), ([1, 0], [1, 0])):
+    for ours, theirs in (([0, 1], [1, 0]), ([0, 1], [0, 1]), ([1, 0], [1])):
         first.denoise(ours, 1, operations)
         second.denoise(theirs, 1, operations)
     run(fleet, operations)

@@ -70,7 +70,7 @@ class Books(CudaRuntime):
 
 @pytest.fixture
 def layout() -> SlabLayout:
-    return slab_layout(tiny_spec(), 3, 2, itemsize=2)
+    return slab_layout([tiny_spec()], 3, 2, itemsize=2)
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def test_all_change_over_to_host_memory(layout: SlabLayout, control_fd: int, boo
     assert memory.map_peers([], host_memory=True) == ((0, 1, 2), "")
     after = memory.slabs.bases.tolist()
     assert not books.open and set(after) <= books.registered and not {*before} & {*after}
-    memory.slabs.slot(1, 0).latents[0, 0] = 2.5
-    stored = mmap.mmap(fds[1], 0)[layout.latents_offset(0) :][:4]
+    memory.slabs.fields(1, "tiny", 0)["latents"][0, 0] = 2.5
+    stored = mmap.mmap(fds[1], 0)[layout.slot_offset(0) + layout.slots["tiny"].place("latents").offset :][:4]
     assert stored == torch.tensor([2.5]).numpy().tobytes()
     assert memory.map_peers([], host_memory=True) == ((0, 1, 2), ""), "said twice, done once"
 

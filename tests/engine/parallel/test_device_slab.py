@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def layout() -> SlabLayout:
-    return slab_layout(tiny_spec(), 2, 3, itemsize=2)
+    return slab_layout([tiny_spec()], 2, 3, itemsize=2)
 
 
 @pytest.fixture
@@ -30,14 +30,21 @@ def slabs(layout: SlabLayout, memory: list[torch.Tensor]) -> DeviceSlabs:
 
 def test_views_lie_where_the_layout_says(layout: SlabLayout, slabs: DeviceSlabs, memory: list[torch.Tensor]) -> None:
     base = memory[1].data_ptr()
-    text, pooled, latents = slabs.slot(1, 2)
-    assert text.shape == (13, 12) and text.data_ptr() == base + layout.text_offset(2)
-    assert pooled.shape == (10,) and pooled.data_ptr() == base + layout.pooled_offset(2)
-    assert latents.shape == (100, 16) and latents.data_ptr() == base + layout.latents_offset(2)
-    assert text.dtype == pooled.dtype == torch.bfloat16 and latents.dtype == torch.float32
+    places = layout.slots["tiny"]
+    for branch in (0, 1):
+        fields = slabs.fields(1, "tiny", 2, branch)
+        for name, rows, width, dtype, is_own in (
+            ("text", 13, 48, torch.bfloat16, True),
+            ("pooled", 1, 10, torch.bfloat16, True),
+            ("latents", 100, 16, torch.float32, False),
+        ):
+            start = layout.slot_offset(2) + places.place(name).piece(1, branch if is_own else 0).offset
+            field = fields[name]
+            assert field.shape == (rows, width) and field.dtype == dtype and field.data_ptr() == base + start
     q, k, v = slabs.qkv(1, 113, 3, 8)
     assert [x.data_ptr() - base for x in (q, k, v)] == [layout.q_offset, layout.k_offset, layout.v_offset]
     assert slabs.output(1, 57, 6, 8).data_ptr() == base + layout.output_offset
+    assert slabs.velocity(1, 100, 16).data_ptr() == base + layout.velocity_offset
     slabs.counters().fill_(1)
     ones = memory[1].nonzero().flatten()
     assert (ones.min(), ones.max()) == (layout.counters_offset, layout.counter_offset(1) + 60)
@@ -49,7 +56,7 @@ def test_kernels_follow_where_slabs_are(slabs: DeviceSlabs, memory: list[torch.T
     slabs.place(0, 0)
     assert bases.tolist() == [0, memory[1].data_ptr()] and slabs.mapped == (1,)
     with pytest.raises(AssertionError, match="device 0's slab is not mapped"):
-        slabs.slot(0, 0)
+        slabs.fields(0, "tiny", 0)
 
 
 def test_shapes_beyond_a_region_are_refused(slabs: DeviceSlabs) -> None:
@@ -57,3 +64,5 @@ def test_shapes_beyond_a_region_are_refused(slabs: DeviceSlabs) -> None:
         slabs.qkv(1, 113, 6, 32)
     with pytest.raises(AssertionError, match="of a region of"):
         slabs.output(1, 113, 6, 32)
+    with pytest.raises(AssertionError, match="of a region of"):
+        slabs.velocity(1, 200, 16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Stream
+from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Rope, Stream
 from tetrion.engine.parallel.group import BranchLayout, GroupPlan, GroupShape, plan_group
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.shape import StepShape
@@ -24,8 +24,9 @@ GuidedStep = Callable[[Tensor, Sequence[Tensor], Tensor, Tensor, Tensor], Tensor
 """kernels.guided_step's."""
 
 
-def step_shape(text: Sequence[int], image: int) -> StepShape:
-    return StepShape(width=0, height=0, image=image, text=tuple(text))
+def step_shape(text: Sequence[int], image: int, turned: int = 0) -> StepShape:
+    """`turned`: pictures of as many rows that differ in nothing but their rotary tables."""
+    return StepShape(width=turned, height=0, image=image, text=tuple(text))
 
 
 def first_state(spec: ModelSpec, shape: StepShape, seed: int) -> list[dict[str, Tensor]]:
@@ -56,8 +57,6 @@ class Weights:
         width = spec.num_heads * spec.head_dim
         self.bias = torch.randn(sum(counts), 3 * width, generator=generator).to(dtype)
         self.norms = (1 + 0.1 * torch.randn(4, spec.head_dim, generator=generator)).to(dtype)
-        angles = torch.randn(sum(counts), spec.head_dim // 2, generator=generator)
-        self.rope = angles.cos(), angles.sin()
 
 
 class Pass:
@@ -73,7 +72,7 @@ class Pass:
         self._bias = torch.zeros(shape.num_local, 3 * width, **rows)
         self.velocity = torch.zeros(shape.padded[IMAGE], toy.channels, **rows)
 
-    def load(self, plan: GroupPlan, me: int, fields: dict[str, Tensor]) -> None:
+    def load(self, plan: GroupPlan, me: int, fields: dict[str, Tensor], rope: Rope) -> None:
         """This member's part of the request, once the slot holds it."""
         shard, first = plan.shard_of(me), len(self._text)
         text = shard.rows[TEXT]
@@ -81,7 +80,7 @@ class Pass:
         self._pooled.copy_(fields["pooled"][:, : self._pooled.shape[1]])
         for rows, start in zip(plan.canonical_rows(shard), (0, first), strict=True):
             self._bias[start : start + len(rows)] = self._weights.bias[rows.start : rows.stop].to(self._bias.device)
-        self.group.load_rope(self._weights.rope)
+        self.group.load_rope(rope)
 
     def run(self, state: Tensor) -> None:
         """Joint attention, attention of the image alone without norms, joint attention of one stream."""
@@ -123,6 +122,7 @@ class Toy:
         self._coefficients = (solver + 0.01 * torch.rand(MAX_STEPS, 2, 3, generator=generator)).to(device)
         self._guidance = (1 + torch.rand(MAX_STEPS, generator=generator)).to(device)
         self._step = torch.zeros(1, dtype=torch.int32, device=device)
+        self._ropes: dict[tuple[int, tuple[int, ...]], Rope] = {}
         self._passes: dict[tuple[GroupShape, int], Pass] = {}
         self._steps: dict[tuple[tuple[GroupShape, ...], tuple[int, ...], int], tuple[Tensor, Work]] = {}
 
@@ -165,13 +165,21 @@ class Toy:
         self.pull(chunk)
         exchange.enter()
         for plan, branch in zip(chunk.plans, branches, strict=True):
-            self._passes[plan.shape_of(me), branch].load(plan, me, dict(exchange.fields(chunk.slot, branch)))
+            fields = dict(exchange.fields(chunk.slot, branch))
+            self._passes[plan.shape_of(me), branch].load(plan, me, fields, self._rope(chunk.shape.width, plan.counts))
         self._step.fill_(steps.start)
         exchange.load_state(state)
         for _ in steps:
             run()
         exchange.share_state(state)
         exchange.finish()
+
+    def _rope(self, turned: int, counts: tuple[int, ...]) -> Rope:
+        if (turned, counts) not in self._ropes:
+            generator = torch.Generator().manual_seed(turned)
+            angles = torch.randn(sum(counts), self.spec.head_dim // 2, generator=generator)
+            self._ropes[turned, counts] = angles.cos(), angles.sin()
+        return self._ropes[turned, counts]
 
     def _recorded(self, chunk: Chunk, branches: tuple[int, ...]) -> tuple[Tensor, Work]:
         """Rows of the state, and a step of theirs, recorded before the chunk is bound."""
