@@ -108,7 +108,9 @@ def _default(transformer: _Transformer, vae_scale_factor: int, longest: int) -> 
     """Of a folder without a preset file."""
     preset, side = transformer.preset, min(transformer.sample_size * vae_scale_factor, longest)
     limit = min(preset.max_size, longest)
-    return msgspec.structs.replace(preset, max_size=limit, default_width=min(side, limit), default_height=min(side, limit))
+    return msgspec.structs.replace(
+        preset, max_size=limit, default_width=min(side, limit), default_height=min(side, limit)
+    )
 
 
 def _clip_rows(folder: Path) -> int:

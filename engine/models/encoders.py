@@ -1,4 +1,4 @@
-"""Text encoders as families use them: library modules over given weights, on those weights' device, and their tokenizers.
+"""Text encoders as families use them: library modules over given weights, on their device, and their tokenizers.
 
 Worker-only: importing it takes seconds.
 """
@@ -77,7 +77,7 @@ class ProjectedClipEncoder(ClipEncoder):
 
     @property
     def projected_width(self) -> int:
-        return int(self._model.config.projection_dim)
+        return int(self._model.config.projection_dim or 0)
 
     def rows_and_projected(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layer but one gives of each token, [num_ids, width], and the projected vector of the whole
@@ -180,10 +180,10 @@ def _as_module_names(
     """CLIPTextModel called its tensors `text_model.…` until transformers 5; checkpoints have either."""
     with torch.device("meta"):
         names = kind(config).state_dict()
-    found = {}
+    found: dict[str, Tensor] = {}
     for name in names:
         others = name, f"{CLIP_PREFIX}{name}", name.removeprefix(CLIP_PREFIX)
-        found |= {name: tensors[other] for other in others if other in tensors}
+        found.update((name, tensors[other]) for other in others if other in tensors)
     return found
 
 

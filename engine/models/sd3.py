@@ -47,7 +47,6 @@ from tetrion.engine.sampling.flow_match import euler_schedule
 from tetrion.engine.shape import Params, StepShape
 
 MLP_RATIO = 4
-PATCH_SIZE = 2
 VECTORS = 6
 """Of a stream in a block: shift, scale, gate of attention, then of the MLP."""
 VECTORS_DUAL = 9
@@ -77,7 +76,7 @@ class SD3Config(msgspec.Struct, frozen=True, kw_only=True):
     caption_projection_dim: _Size
     pooled_projection_dim: _Size
     pos_embed_max_size: _Side
-    patch_size: Literal[2] = PATCH_SIZE
+    patch_size: Literal[2] = 2
     out_channels: int | None = None
     dual_attention_layers: tuple[_Index, ...] = ()
     qk_norm: Literal["rms_norm"] | None = None
@@ -211,9 +210,7 @@ def weights_plan(config: SD3Config) -> WeightsPlan:
 
     plan.patches_in("image_in", "pos_embed.proj", C, config.in_channels, config.patch_size)
     whole_table = (1, side * side, C)
-    plan["positions"] = Part(
-        ("pos_embed.pos_embed",), whole_table, Rearranged(whole_table, (0, 1, 2), (side, side, C))
-    )
+    plan["positions"] = Part(("pos_embed.pos_embed",), whole_table, Rearranged(whole_table, (0, 1, 2), (side, side, C)))
     plan.linear("text_in", ["context_embedder"], C, config.joint_attention_dim)
     plan.embedder("time_in", "time_text_embed.timestep_embedder", TIME_CHANNELS, C)
     plan.embedder("pooled_in", "time_text_embed.text_embedder", config.pooled_projection_dim, C)
@@ -365,7 +362,8 @@ class SD3Transformer:
         self.config, self._unit = config, size_multiple
         self.weights = build_weights(config, tensors)
         self.ops = ops
-        self.num_vectors, self.hidden_size, self.out_channels = config.num_vectors, config.hidden_size, config.token_width
+        self.num_vectors, self.hidden_size = config.num_vectors, config.hidden_size
+        self.out_channels = config.token_width
 
     def vectors(self, fields: Mapping[str, Tensor], times: Tensor, params: Params) -> Tensor:
         return modulations(self.ops, self.weights, times, fields["pooled"][0])
@@ -381,14 +379,12 @@ class SD3Transformer:
         return None
 
     def step(self, latents: Tensor, constants: Mapping[str, Tensor], vectors: Tensor, attend: Attend) -> Tensor:
-        return step(
-            self.ops, self.weights, latents, constants["text"], constants["positions"], vectors, attend
-        )
+        return step(self.ops, self.weights, latents, constants["text"], constants["positions"], vectors, attend)
 
 
 class SD3Text:
     """Rows of both CLIPs side by side, filled up with zeros to the transformer's text width, T5's rows below them, all
-    projected to what the blocks take; the pooled vectors of both CLIPs side by side. Without a T5 its rows are zeros."""
+    projected to what the blocks take; both CLIPs' pooled vectors side by side. Without a T5 its rows are zeros."""
 
     def __init__(
         self, clips: Sequence[ProjectedClipEncoder], t5: T5Encoder | None, num_t5_rows: int, network: SD3Transformer
@@ -408,8 +404,8 @@ class SD3Text:
             of_clips = [clip.rows_and_projected(own) for clip, own in zip(self._clips, ids, strict=False)]
             clip_rows = torch.cat([rows for rows, _ in of_clips], dim=1)
             clip_rows = F.pad(clip_rows, (0, width - clip_rows.shape[1]))
-            is_there = self._t5 is not None
-            t5_rows = self._t5.rows(ids[-1]) if is_there else clip_rows.new_zeros(self._num_t5_rows, width)
+            zeros = clip_rows.new_zeros(self._num_t5_rows, width)
+            t5_rows = zeros if self._t5 is None else self._t5.rows(ids[-1])
         text = project_text(self._network.ops, self._network.weights, torch.cat([clip_rows, t5_rows]))
         return {"text": text, "pooled": torch.cat([pooled for _, pooled in of_clips]).unsqueeze(0)}
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tetrion.engine.model_spec import SchedulerSpec
 
-
 Spacing = Literal["even", "trained"]
 """Levels before they are shifted: 1 … 1/n, as pipelines that choose them do, or those of the scheduler itself."""
 

@@ -194,7 +194,7 @@ CASES: tuple[Case, ...] = (
         num_branches=2, num_devices=8, width=32, height=40,
     ),
 )  # fmt: skip
-"""Heads that do not divide by the degree: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7 (those of a branch's part count)."""
+"""Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
 
 
 def vae() -> AutoencoderKL:
@@ -248,5 +248,3 @@ def randomized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
                     parameter.copy_(torch.randn_like(parameter) * 0.2 + about)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-

@@ -67,7 +67,12 @@ class Ranks:
         return [self.model.text.embed(self.model.text.tokens(prompt).ids) for prompt in prompts]
 
     def denoise(
-        self, texts: Sequence[Mapping[str, Tensor]], state: Tensor, params: Params, schedule: Schedule, first_step: int = 0
+        self,
+        texts: Sequence[Mapping[str, Tensor]],
+        state: Tensor,
+        params: Params,
+        schedule: Schedule,
+        first_step: int = 0,
     ) -> Tensor:
         """The state [image rows, width] after all chunks of the schedule, as its last members all have it."""
         request = self._begin(texts, state, schedule[0][0][0], first_step)
@@ -80,9 +85,7 @@ class Ranks:
         assert all(torch.equal(states[0], other) for other in states), "members have other bits"
         return states[0]
 
-    def velocity(
-        self, text: Mapping[str, Tensor], state: Tensor, params: Params, step: int
-    ) -> Tensor:
+    def velocity(self, text: Mapping[str, Tensor], state: Tensor, params: Params, step: int) -> Tensor:
         """Of one step of the first branch on one device: [image rows, channels]."""
         self.denoise([text], state, params, [((0,), 1)], first_step=step)
         (rows,) = self._ranks[0].denoiser._rows.values()

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from tests.engine.families.conftest import Loaded
-from tetrion.engine.sampling.flow_match import sigmas
 
 NUM_STEPS = 6
 TOLERANCE = 1e-5

@@ -23,7 +23,7 @@ def schedules(draw: st.DrawFn, num_devices: int, num_steps: int) -> Schedule:
     return schedule
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_schedule_has_the_bits_of_degree_1(loaded: Loaded, data: st.DataObject) -> None:
     check(loaded, data.draw(schedules(loaded.ours.num_devices, NUM_STEPS)))

@@ -1,4 +1,4 @@
-"""SD3's own: checkpoints that are refused, weights' names and shapes at real sizes, noise levels."""
+"""SD3's own on workers: checkpoints that are refused, weights' names and shapes at real sizes, noise levels."""
 
 import json
 import math
