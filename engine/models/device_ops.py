@@ -63,6 +63,9 @@ class DeviceOps:
     ) -> Tensor:
         return guided_step(state, velocities, coefficients, guidance, self._step)
 
+    def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        return torch.addcmul(x, gate.index_select(0, self._step), y)
+
 
 def _padded(x: Tensor, num_rows: int = MIN_ROWS) -> Tensor:
     return x if len(x) >= num_rows else F.pad(x, (0, 0, 0, num_rows - len(x)))

@@ -6,12 +6,12 @@ Worker-only: importing it takes seconds.
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPTextConfig
-from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
@@ -24,6 +24,7 @@ from tetrion.engine.models.loading import build_module
 from tetrion.engine.models.tokenizers import LibraryTokenizer, Tokenizer
 
 ConfigT = TypeVar("ConfigT", CLIPTextConfig, T5Config)
+ClipModel = CLIPTextModel | CLIPTextModelWithProjection
 CLIP_PREFIX = "text_model."
 T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
@@ -31,31 +32,58 @@ T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 class ClipEncoder:
     """CLIP's text model over given weights. Its prompts are always as long as its tokenizer says."""
 
+    KIND: ClassVar[type[ClipModel]] = CLIPTextModel
+
     def __init__(
         self, folder: Path, tokenizer: Path, tensors: Mapping[str, Tensor], load_format: LoadFormat = "safetensors"
     ) -> None:
         """Raises CheckpointError if the config, the tokenizer or a tensor is missing."""
         self._folder = folder
-        self._model = _build_clip(folder, tensors)
-        self._tokenizer, self._num_ids = _clip_tokenizer(folder, tokenizer, load_format)
+        self._model = _build_clip(self.KIND, folder, tensors)
+        self._tokenizer, self.num_ids = _clip_tokenizer(folder, tokenizer, load_format)
 
-    @staticmethod
-    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
         """Of all tensors that the config means. Raises CheckpointError if it is missing."""
         config = _load_config(CLIPTextConfig, folder)
-        return module_shapes(lambda: CLIPTextModel(config))
+        return module_shapes(lambda: cls.KIND(config))
+
+    @property
+    def width(self) -> int:
+        """Of a row."""
+        return int(self._model.config.hidden_size)
 
     def check_width(self, expected: int) -> None:
         """Raises CheckpointError unless this is what the transformer takes."""
-        _check_width(self._folder, self._model.config.hidden_size, expected)
+        _check_width(self._folder, self.width, expected)
 
     def ids(self, prompt: str) -> Tensor:
-        """[1, CLIP's length] on the host."""
-        return torch.tensor([self._tokenizer.ids(prompt, self._num_ids)])
+        """[1, num_ids] on the host."""
+        return torch.tensor([self._tokenizer.ids(prompt, self.num_ids)])
+
+    def num_tokens(self, prompt: str) -> int:
+        """The prompt's own with both marks, before padding or truncation."""
+        return self._tokenizer.num_tokens(prompt)
 
     def pooled(self, ids: Tensor) -> Tensor:
         """[hidden size]."""
         return self._model(ids).pooler_output[0]
+
+
+class ProjectedClipEncoder(ClipEncoder):
+    """CLIP's text model with the projection into the space that it shares with pictures."""
+
+    KIND = CLIPTextModelWithProjection
+
+    @property
+    def projected_width(self) -> int:
+        return int(self._model.config.projection_dim or 0)
+
+    def rows_and_projected(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer but one gives of each token, [num_ids, width], and the projected vector of the whole
+        prompt, [projected width]."""
+        result = self._model(ids, output_hidden_states=True)
+        return result.hidden_states[-2][0], result.text_embeds[0]
 
 
 class T5Encoder:
@@ -136,10 +164,9 @@ def _check_width(folder: Path, width: int, expected: int) -> None:
         raise CheckpointError(f"model: {str(folder)!r} gives vectors of {width}, the transformer takes {expected}")
 
 
-def _build_clip(folder: Path, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
+def _build_clip(kind: type[ClipModel], folder: Path, tensors: Mapping[str, Tensor]) -> ClipModel:
     config = _load_config(CLIPTextConfig, folder)
-    tensors = {name.removeprefix(CLIP_PREFIX): tensor for name, tensor in tensors.items()}
-    clip = build_module(lambda: CLIPTextModel(config), _with_module_prefix(CLIPTextModel, config, tensors), str(folder))
+    clip = build_module(lambda: kind(config), _as_module_names(kind, config, tensors), str(folder))
     for module in clip.modules():
         if hasattr(module, "position_ids"):  # a buffer that no checkpoint stores, so still on the meta device
             positions = torch.arange(config.max_position_embeddings, device=clip.device)
@@ -147,14 +174,17 @@ def _build_clip(folder: Path, tensors: Mapping[str, Tensor]) -> CLIPTextModel:
     return clip
 
 
-def _with_module_prefix(
-    kind: type[CLIPTextModel], config: CLIPTextConfig, tensors: Mapping[str, Tensor]
+def _as_module_names(
+    kind: type[ClipModel], config: CLIPTextConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """CLIPTextModel called its tensors `text_model.…` until transformers 5; checkpoints have either."""
     with torch.device("meta"):
         names = kind(config).state_dict()
-    prefix = CLIP_PREFIX if any(name.startswith(CLIP_PREFIX) for name in names) else ""
-    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for name in names:
+        others = name, f"{CLIP_PREFIX}{name}", name.removeprefix(CLIP_PREFIX)
+        found.update((name, tensors[other]) for other in others if other in tensors)
+    return found
 
 
 def _build_t5(folder: Path, tensors: Mapping[str, Tensor]) -> T5EncoderModel:

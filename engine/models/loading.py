@@ -28,14 +28,25 @@ WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+class Rearranged(NamedTuple):
+    """A tensor seen as `split`, its dimensions put in `order`, then seen as `shape`. A convolution whose stride is its
+    kernel's size becomes a GEMM's weight this way, a patch's pixels change places with its channels."""
+
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
 class Part(NamedTuple):
     """One tensor of a model: the named checkpoint tensors, concatenated along dimension 0.
 
-    `shape`, where the architecture knows it, is checked.
+    `shape`, where the architecture knows it, is that in the checkpoint and is checked. `rearranged`: how it lies in a
+    worker's memory, if otherwise; of a single source.
     """
 
     sources: tuple[str, ...]
     shape: tuple[int, ...] | None = None
+    rearranged: Rearranged | None = None
 
 
 Plan = Mapping[str, Part]
@@ -223,6 +234,7 @@ def build_module(
 
 
 def _planned_shape(files: TensorFiles, name: str, part: Part) -> tuple[int, ...]:
+    """In a worker's memory."""
     shapes = [files.shape(source) for source in part.sources]
     if len({shape[1:] for shape in shapes}) != 1:
         raise CheckpointError(f"model: {str(files.folder)!r}: {', '.join(part.sources)} do not fit together: {shapes}")
@@ -232,10 +244,16 @@ def _planned_shape(files: TensorFiles, name: str, part: Part) -> tuple[int, ...]
         raise CheckpointError(
             f"model: {str(files.folder)!r}: {sources} has shape {list(shape)}, config.json means {list(part.shape)}"
         )
-    return shape
+    return shape if part.rearranged is None else part.rearranged.shape
 
 
 def _fill(target: Tensor, files: TensorFiles, part: Part) -> None:
+    if part.rearranged is not None:
+        split, order, _ = part.rearranged
+        (source,) = part.sources
+        ordered = files.read(source, target.device).reshape(split).permute(order)
+        target.view(ordered.shape).copy_(ordered)
+        return
     row = 0
     for source in part.sources:
         tensor = files.read(source, target.device)

@@ -48,6 +48,9 @@ class Ops(Protocol):
     def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
         """(x + gate · y, LayerNorm of that · (1 + scale) + shift) of one or two streams. y may be overwritten."""
 
+    def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        """x + gate · y, where no norm follows. y may be overwritten."""
+
     def guided_step(
         self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
     ) -> Tensor:
@@ -80,6 +83,9 @@ class ReferenceOps:
         return reference.residual_modulate(
             [Branch(b.x, b.shift[s], b.scale[s], None if b.gate is None else b.gate[s], b.y) for b in branches]
         )
+
+    def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        return reference.gated_residual(x, gate[int(self._step)], y)
 
     def guided_step(
         self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor

@@ -92,6 +92,9 @@ class Recorder:
     def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
         return [(branch.x, torch.empty_like(branch.x)) for branch in branches]
 
+    def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        return x
+
     def guided_step(
         self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
     ) -> Tensor:

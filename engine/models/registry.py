@@ -17,7 +17,7 @@ from tetrion.engine.models.family import FamilyModule, Model
 from tetrion.engine.models.loading import Component, attach, component_tensors, load_to_device, publish
 from tetrion.engine.models.ops import Ops
 
-FAMILIES = ("flux",)
+FAMILIES = ("flux", "sd3")
 
 
 def load_shared(

@@ -5,7 +5,7 @@ Sources: diffusers' FlowMatchEulerDiscreteScheduler and FluxPipeline; arXiv:2403
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tetrion.engine.model_spec import SchedulerSpec
+
+Spacing = Literal["even", "trained"]
+"""Levels before they are shifted: 1 … 1/n, as pipelines that choose them do, or those of the scheduler itself."""
 
 
 class Schedule(NamedTuple):
@@ -23,11 +26,13 @@ class Schedule(NamedTuple):
     coefficients: Tensor
 
 
-def sigmas(scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int) -> NDArray[np.float32]:
+def sigmas(
+    scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int, spacing: Spacing = "even"
+) -> NDArray[np.float32]:
     """Noise levels of `num_steps` steps, [num_steps + 1] from (near) 1 down to 0, shifted for the picture's size."""
     if num_steps < 1:
         raise ValueError(f"num_steps: must be at least 1, got {num_steps}")
-    levels: NDArray[Any] = np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
+    levels = _even_levels(num_steps) if spacing == "even" else _trained_levels(scheduler, num_steps)
     if not scheduler.use_dynamic_shifting:
         levels = scheduler.shift * levels / (1 + (scheduler.shift - 1) * levels)
     elif scheduler.time_shift_type == "exponential":
@@ -41,6 +46,23 @@ def sigmas(scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int) -> N
     return np.append(levels, np.float32(0)).astype(np.float32)
 
 
+def _even_levels(num_steps: int) -> NDArray[Any]:
+    return np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
+
+
+def _trained_levels(scheduler: SchedulerSpec, num_steps: int) -> NDArray[Any]:
+    """Evenly over the range of levels that the model was trained on, which a fixed shift has shifted already. What
+    follows shifts them again, as diffusers' scheduler does: the last of 28 levels is 0.0089 at a shift of 3, not 0.1.
+    In fp64, which is rounded at the end."""
+    count = scheduler.num_train_timesteps
+    ends = np.array([count, 1], np.float32) / np.float32(count)
+    if not scheduler.use_dynamic_shifting:
+        shift = np.float32(scheduler.shift)
+        ends = shift * ends / (1 + np.float32(scheduler.shift - 1) * ends)
+    first, last = (float(end) * count for end in ends)
+    return np.linspace(first, last, num_steps) / count
+
+
 def timesteps(scheduler: SchedulerSpec, levels: NDArray[np.float32]) -> NDArray[np.float32]:
     """The timestep at which each step queries the transformer: [num_steps], from `sigmas(...)` [num_steps + 1]."""
     return levels[:-1] * np.float32(scheduler.num_train_timesteps)
@@ -52,9 +74,11 @@ def _resolution_shift(scheduler: SchedulerSpec, num_image_tokens: int) -> float:
     return num_image_tokens * slope + (scheduler.base_shift - slope * scheduler.base_image_seq_len)
 
 
-def euler_schedule(scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int) -> Schedule:
+def euler_schedule(
+    scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int, spacing: Spacing = "even"
+) -> Schedule:
     """Euler's method: each step adds the change of the noise level times the velocity, in fp32."""
-    levels = sigmas(scheduler, num_steps, num_image_tokens)
+    levels = sigmas(scheduler, num_steps, num_image_tokens, spacing)
     coefficients = torch.ones(num_steps, 1, 2)
     coefficients[:, 0, 1] = torch.from_numpy(np.diff(levels))
     return Schedule(torch.from_numpy(timesteps(scheduler, levels)), coefficients)

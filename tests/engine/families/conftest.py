@@ -1,0 +1,61 @@
+"""Each case's pipeline as diffusers has it, and the same saved and loaded as workers have it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from tests.engine.families.pipelines import CASES, NEGATIVE, PROMPT, Case
+from tests.engine.families.ranks import Ranks
+from tetrion.engine.families import sd3
+from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.shape import Params
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A case in both forms."""
+
+    case: Case
+    theirs: DiffusionPipeline
+    ours: Ranks
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (PROMPT, NEGATIVE)[: self.case.num_branches]
+
+    def params(self, num_steps: int, num_branches: int | None = None) -> Params:
+        case, spec = self.case, self.ours.spec
+        shape = spec.shape(case.width, case.height, case.num_branches if num_branches is None else num_branches)
+        return Params(
+            model=spec.name, shape=shape, num_steps=num_steps, guidance=case.guidance,
+            true_cfg_scale=case.true_cfg_scale, seed=7,
+        )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package", params=CASES, ids=str)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    case: Case = request.param
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pipeline = case.pipeline()
+    case.save(pipeline, folder)
+    ours = Ranks(read_spec(folder), case.num_devices)
+    yield Loaded(case, pipeline, ours)
+    ours.close()
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    is_sd3 = sd3.PIPELINE in (folder / "model_index.json").read_text()
+    return sd3.read(folder) if is_sd3 else read_model_spec(folder)

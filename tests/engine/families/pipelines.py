@@ -1,0 +1,250 @@
+"""Tiny diffusers pipelines with random weights, one for each way that a family's checkpoints differ."""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+import tetrion.configs.models.shapes as shapes
+from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
+
+PROMPT, NEGATIVE = "a red circle above a blue square", "a green star"
+T5_ROWS, T5_WIDTH, POOLED = 19, 96, 40
+LATENT_CHANNELS = 4
+
+
+class Drawn(NamedTuple):
+    """`latents`: as we pack them, [rows, channels]; `picture`: uint8."""
+
+    latents: Tensor
+    picture: np.ndarray
+
+
+@dataclass(frozen=True)
+class Case(abc.ABC):
+    """`options`: of the transformer. `guidance`, `true_cfg_scale`: of the request; `num_branches` follow from them."""
+
+    name: str
+    options: Mapping[str, Any]
+    guidance: float
+    true_cfg_scale: float = 1.0
+    num_branches: int = 1
+    num_devices: int = 4
+    preset: Mapping[str, Any] = field(default_factory=lambda: {"max_text_tokens": T5_ROWS})
+    width: int = 56
+    height: int = 72
+    unit: int = 8
+    """Pixels of a token's side."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @abc.abstractmethod
+    def pipeline(self) -> DiffusionPipeline: ...
+
+    @abc.abstractmethod
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        """Of the transformer alone, for packed latents: [rows, channels]."""
+
+    @abc.abstractmethod
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """Arguments of the pipeline that differ by family."""
+
+    @abc.abstractmethod
+    def packed(self, latents: Tensor) -> Tensor:
+        """What the pipeline has between steps -> [rows, channels]."""
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        pipeline.save_pretrained(folder, max_shard_size="1MB")
+        preset = {"name": self.name, "min_size": 16, "max_size": 128, "default_width": 64, "default_height": 64}
+        (folder / "preset.json").write_bytes(msgspec.json.encode(preset | dict(self.preset)))
+
+    def draw(self, pipeline: DiffusionPipeline, num_steps: int, seed: int) -> Drawn:
+        """The whole pipeline."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(_: Any, step: int, time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            kept.update(values)
+            return values
+
+        (pictures,) = pipeline(
+            prompt=PROMPT, negative_prompt=NEGATIVE, height=self.height, width=self.width,
+            num_inference_steps=num_steps, generator=torch.Generator().manual_seed(seed), output_type="np",
+            max_sequence_length=T5_ROWS, callback_on_step_end=keep, return_dict=False, **self.call(pipeline),
+        )  # fmt: skip
+        return Drawn(self.packed(kept["latents"]), (pictures[0] * 255).round().astype(np.uint8))
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.height // self.unit, self.width // self.unit
+
+
+class Flux(Case):
+    """Its width is such that an odd number of rows ends in a part of what the CPU's loops take at a time, so that
+    activations whose bits depend on the number of rows would show."""
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(1)
+        transformer = FluxTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=2, attention_head_dim=18,
+            num_attention_heads=7, joint_attention_dim=T5_WIDTH, pooled_projection_dim=POOLED,
+            axes_dims_rope=(6, 6, 6), **self.options,
+        )  # fmt: skip
+        clip = CLIPTextModel(clip_config(width=POOLED))
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae(), text_encoder=clip,
+            tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(), transformer=transformer,
+        )  # fmt: skip
+        return randomized(pipeline)
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, pooled, text_ids = pipeline.encode_prompt(prompt, None, max_sequence_length=T5_ROWS)
+        image_ids = FluxPipeline._prepare_latent_image_ids(1, *self.tokens, latents.device, latents.dtype)
+        guidance = torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None
+        return pipeline.transformer(
+            latents[None], text, pooled, torch.tensor([time]) / 1000, image_ids, text_ids, guidance, return_dict=False
+        )[0][0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg_scale}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
+class SD3(Case):
+    with_t5 = True
+    shift = 3.0
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(2)
+        width = self.options["num_attention_heads"] * self.options["attention_head_dim"]
+        transformer = SD3Transformer2DModel(
+            sample_size=16, patch_size=2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=3,
+            joint_attention_dim=T5_WIDTH, caption_projection_dim=width, pooled_projection_dim=POOLED,
+            pos_embed_max_size=17, **self.options,
+        )  # fmt: skip
+        pipeline = StableDiffusion3Pipeline(
+            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=self.shift), vae=vae(),
+            text_encoder=CLIPTextModelWithProjection(clip_config(width=32, projection_dim=16)),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(clip_config(width=48, projection_dim=POOLED - 16, end=2)),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=t5() if self.with_t5 else None, tokenizer_3=t5_tokenizer() if self.with_t5 else None,
+        )  # fmt: skip
+        return randomized(pipeline)
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, max_sequence_length=T5_ROWS)
+        pixels = unpack_latents(latents, *self.tokens)[None]
+        velocity = pipeline.transformer(pixels, text, pooled, torch.tensor([time]), return_dict=False)[0]
+        return self.packed(velocity)
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return pack_latents(latents[0])
+
+
+class SD3WithoutT5(SD3):
+    with_t5 = False
+    shift = 2.0
+
+
+SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
+CASES: tuple[Case, ...] = (
+    Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
+    Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
+    Flux("flux1-true-cfg", {"guidance_embeds": True}, guidance=2.0, true_cfg_scale=4.0, num_branches=2, num_devices=6),
+    SD3("sd3-medium", SIX_HEADS, guidance=7.0, num_branches=2),
+    SD3("sd3-unguided", SIX_HEADS, guidance=1.0),
+    SD3WithoutT5("sd3-without-t5", SIX_HEADS, guidance=5.0, num_branches=2, width=64, height=64),
+    SD3(
+        "sd3.5-medium", {**SIX_HEADS, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, guidance=4.5,
+        num_branches=2, num_devices=5,
+    ),
+    SD3(
+        "sd3.5-large", {"num_attention_heads": 38, "attention_head_dim": 6, "qk_norm": "rms_norm"}, guidance=3.5,
+        num_branches=2, num_devices=8, width=32, height=40,
+    ),
+)  # fmt: skip
+"""Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
+        layers_per_block=1, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def clip_config(width: int, projection_dim: int = POOLED, end: int | None = None) -> CLIPTextConfig:
+    """`end`: the end mark's id; 2 means the highest of a prompt's, as in old checkpoints."""
+    tokenizer = clip_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        projection_dim=projection_dim, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id if end is None else end,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer()), d_model=T5_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )  # fmt: skip
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(_shapes("tokenizer"))
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    return T5Tokenizer.from_pretrained(_shapes("tokenizer_2"))
+
+
+def _shapes(name: str) -> Path:
+    return Path(next(iter(shapes.__path__))) / name
+
+
+def randomized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Random norms and biases too: at their initial ones and zeros, a mixed-up pair would not show."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+            for name, parameter in part.named_parameters():
+                if parameter.ndim == 1:
+                    about = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                    parameter.copy_(torch.randn_like(parameter) * 0.2 + about)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
