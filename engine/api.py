@@ -38,16 +38,8 @@ from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import chosen_profile
-from tetrion.engine.request import (
-    Failure,
-    GenerationError,
-    ImageRequest,
-    ImageResult,
-    Output,
-    Progress,
-    RequestError,
-    resolve_request,
-)
+from tetrion.engine.request import Failure, GenerationError, ImageRequest, ImageResult, Output, Progress, RequestError
+from tetrion.engine.resolve import resolve_request
 
 logger = logging.getLogger(__name__)
 
@@ -218,14 +210,12 @@ class AsyncEngine:
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.
 
-        Raises RequestError naming field and bound, EngineOverloaded if the queue is full (DeadlineUnmeetable if the
-        deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
+        Raises RequestError naming the field and what it may be, EngineOverloaded if the queue is full
+        (DeadlineUnmeetable if the deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
         engine is not running.
         """
         if self._loop is None or self._task is None or self._task.done():
             raise GenerationError(self._death or "the engine is not running")
-        if isinstance(request, str):
-            request = ImageRequest(prompt=request)
         resolved = resolve_request(request, self.spec, len(self.devices))
         resolved = msgspec.structs.replace(
             resolved,

@@ -21,7 +21,8 @@ from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
-from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, resolve_request
+from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.bench.line_process import LineProcess
 
 Row = dict[str, Any]

@@ -28,8 +28,8 @@ from tetrion.engine.request import (
     ImageResult,
     Progress,
     RequestCancelled,
-    resolve_request,
 )
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.cli import run
 
 SPEC = ModelSpec(

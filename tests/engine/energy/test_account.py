@@ -22,8 +22,9 @@ from tetrion.engine.messages import Command
 from tetrion.engine.planning.correction import CostModel
 from tetrion.engine.planning.profile import ClassCost, Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.request import ImageRequest, ImageResult, Output, resolve_request
+from tetrion.engine.request import ImageRequest, ImageResult, Output
 from tetrion.engine.request_table import Request
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedExecutor
 
 UUIDS = {0: "GPU-a", 1: "GPU-b"}
