@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. `profile` is the cost table in use; `loop` what the loop has cost since the start;
     `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling
-    costs; `meter_age_s`: since it last told joules, None if it is not read."""
+    costs; `meter_age_s`: since it last told joules, None if it is not read. `policy`: the one in use, which is not the
+    configured one once that has failed again and again."""
 
     num_devices: int
     num_alive: int
@@ -60,6 +61,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     energy: EnergyFigures
     metering_cost: SamplerCost
     meter_age_s: float | None
+    policy: str
 
 
 class Instrument(Protocol):
@@ -254,6 +256,7 @@ class AsyncEngine:
             energy=self._metering.account.figures(),
             metering_cost=self._metering.cost,
             meter_age_s=self._metering.age_s,
+            policy=self._loop.policy,
         )
 
     @property

@@ -305,3 +305,25 @@ async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> No
     assert result.energy.method == "replay"
     assert "active_j" not in result.energy.reasons, result.energy.reasons
     assert result.energy.active_j == pytest.approx(busy_s * 500.0, rel=0.05)
+
+
+async def test_what_cannot_be_booked_costs_its_request_the_receipt_and_nobody_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whoever comes next works off what was noted for all."""
+
+    def num_tokens(width: int, height: int) -> int:
+        if width == 128:
+            raise ZeroDivisionError("spoilt")
+        return SPEC.num_image_tokens(width, height)
+
+    account = EnergyAccount(ModelMeter(UUIDS.values()), UUIDS, num_tokens)
+    metered = MeteredLoop(account, WITH_JOULES)
+    metered.request("bad", at_s=0.1, width=128, height=128)
+    metered.request("good", at_s=0.1)
+    metered.executor.at(30.0, metered.loop.stop)
+    await metered.run()
+    assert metered.results["good"].energy.active_j is not None
+    assert "could not be kept" in metered.results["bad"].energy.reasons["active_j"]
+    assert "the account of request bad could not be kept" in caplog.text
+    assert not account._sent and not account._spent
