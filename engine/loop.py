@@ -43,13 +43,19 @@ from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient
 from tetrion.engine.planning.snapshot import Planner, RoundPlan
 from tetrion.engine.recovery import Recovery
-from tetrion.engine.request import DeadlineUnmeetable, GenerationError, ImageRequest, Output, RequestCancelled
+from tetrion.engine.request import (
+    DeadlineUnmeetable,
+    EngineEnded,
+    GenerationError,
+    ImageRequest,
+    Output,
+    RequestCancelled,
+)
 from tetrion.engine.request_table import Request, RequestTable
 
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
 """Ids below are the start-up's own."""
-NO_WORKER = "no worker is alive, and none is being started"
 SHORTEST_WAIT_S = 0.0005
 """A plan that asks to be made again at once must not keep the loop spinning."""
 FULL_CHANNEL_WAIT_S = 0.001
@@ -101,6 +107,7 @@ class EngineLoop:
             books=self._books,
             command_ids=self._command_ids,
             stall_timeout_s=config.stall_timeout_s,
+            no_worker_timeout_s=config.no_worker_timeout_s,
         )
         self._round_id = 0
         self._wake_s: float | None = None
@@ -111,10 +118,8 @@ class EngineLoop:
     # The caller's side -------------------------------------------------------------------------------------------
 
     def submit(self, params: ImageRequest) -> Request:
-        """Queue a resolved request. Raises RequestError for what its energy asks for (BudgetUnmeetable),
-        EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if no worker is left."""
-        if self._recovery.is_hopeless:
-            raise GenerationError(NO_WORKER)
+        """Queue a resolved request. Raises RequestError for what its energy asks for (BudgetUnmeetable), or
+        EngineOverloaded (DeadlineUnmeetable where admission says so)."""
         check_wish(params, self._degree_tables(), self._config)
         request = Request(params, self.executor.now_s())
         if self._config.admission == "reject-hopeless":
@@ -153,13 +158,21 @@ class EngineLoop:
     # The loop ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        while not self._stopping:
-            self.tick()
-            wake_s = self._next_wake_s()
-            self._due_s = math.inf if wake_s is None else wake_s
-            await self.executor.wait(wake_s)
+        """Until `stop`. Raises EngineEnded if it cannot serve any more (see recovery.py)."""
+        try:
+            while not self._stopping:
+                self.tick()
+                wake_s = self._next_wake_s()
+                self._due_s = math.inf if wake_s is None else wake_s
+                await self.executor.wait(wake_s)
+        except EngineEnded as error:
+            self._end_all(error)
+            raise
+        self._end_all(GenerationError("the engine was stopped"))
+
+    def _end_all(self, reason: GenerationError) -> None:
         for request in self.table.all():
-            self._books.end(request, GenerationError("the engine was stopped"))
+            self._books.end(request, reason)
 
     def tick(self) -> None:
         begun = self.statistics.begin_tick()
@@ -177,12 +190,10 @@ class EngineLoop:
         self._recovery.proceed()
 
     def admit(self) -> None:
-        """Let go those that were cancelled or that no worker is left for; give slots to queued ones."""
+        """Let go those that were cancelled; give slots to queued ones."""
         for request in self.table.cancelled():
             if not self._in_flight.of_request(request.request_id):
                 self._books.end(request, RequestCancelled(f"request {request.request_id} was cancelled"))
-        for request in self.table.all() if self._recovery.is_hopeless else []:
-            self._books.end(request, GenerationError(NO_WORKER))
         for _ in self.table.admit():
             self.statistics.admitted(self.executor.now_s())
 
