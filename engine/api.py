@@ -38,7 +38,16 @@ from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import chosen_profile
-from tetrion.engine.request import Failure, GenerationError, ImageRequest, ImageResult, Output, Progress, RequestError
+from tetrion.engine.request import (
+    EngineEnded,
+    Failure,
+    GenerationError,
+    ImageRequest,
+    ImageResult,
+    Output,
+    Progress,
+    RequestError,
+)
 from tetrion.engine.resolve import resolve_request
 
 logger = logging.getLogger(__name__)
@@ -205,7 +214,8 @@ class AsyncEngine:
             await self._executor.close()
 
     async def ended(self) -> GenerationError | None:
-        """Wait until the engine's loop has ended. None: it was closed; otherwise what it died of."""
+        """Wait until the engine's loop has ended. None: it was closed; otherwise what it died of: a defect, or that it
+        had no worker for `EngineConfig.no_worker_timeout_s`."""
         await self._ended.wait()
         return GenerationError(self._death) if self._death else None
 
@@ -280,7 +290,10 @@ class AsyncEngine:
     def _on_loop_end(self, task: asyncio.Task[None]) -> None:
         """A loop that ended by an error takes its requests with it; none may wait for ever."""
         error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if isinstance(error, EngineEnded):
+            self._death = str(error)
+            logger.error("the engine ended: %s", error)
+        elif error is not None:
             logger.error("the engine loop ended", exc_info=error)
             self._death = f"the engine loop ended: {error!r}"
         reason = GenerationError(self._death or "the engine was stopped")

@@ -90,7 +90,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     GPUs, else measured at the start (see `profile_files.py`, `calibration.py`).
     `num_threads`: CPU threads per worker; None divides the machine's cores among the workers.
     `max_inflight`: requests that may hold a state slot at once; others wait in the queue.
-    `max_queued`: requests accepted beyond that before `EngineOverloaded` is raised."""
+    `max_queued`: requests accepted beyond that before `EngineOverloaded` is raised.
+    `start_timeout_s`: how long a worker may take to come up. `stall_timeout_s`: how much longer than predicted a worker
+    may be silent, and a recovery may take. `no_worker_timeout_s`: an engine that has had no worker for so long ends."""
 
     model: str = "shapes"
     devices: str | None = None
@@ -104,6 +106,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     metering: MeteringConfig = MeteringConfig()
     start_timeout_s: PositiveFloat = 300.0
     stall_timeout_s: PositiveFloat = 60.0
+    no_worker_timeout_s: PositiveFloat = 120.0
     profile_cache: bool = True
 
 

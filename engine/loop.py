@@ -46,6 +46,7 @@ from tetrion.engine.recovery import Recovery
 from tetrion.engine.refusals import Refusals
 from tetrion.engine.request import (
     DeadlineUnmeetable,
+    EngineEnded,
     EngineOverloaded,
     GenerationError,
     ImageRequest,
@@ -59,7 +60,6 @@ from tetrion.engine.shown import shown
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
 """Ids below are the start-up's own."""
-NO_WORKER = "no worker is alive, and none is being started"
 NO_IMAGE_SLOT = "image slot"
 SHORTEST_WAIT_S = 0.0005
 """A plan that asks to be made again at once must not keep the loop spinning."""
@@ -117,6 +117,7 @@ class EngineLoop:
             books=self._books,
             command_ids=self._command_ids,
             stall_timeout_s=config.stall_timeout_s,
+            no_worker_timeout_s=config.no_worker_timeout_s,
         )
         self._round_id = 0
         self._wake_s: float | None = None
@@ -133,10 +134,7 @@ class EngineLoop:
 
     def submit(self, params: ImageRequest) -> Request:
         """Queue a resolved request. Raises RequestError for what its energy asks for (BudgetUnmeetable),
-        EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if no worker is left or
-        admission itself fails."""
-        if self._recovery.is_hopeless:
-            raise GenerationError(NO_WORKER)
+        EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if admission itself fails."""
         request = Request(params, self.executor.now_s())
         try:
             self._check(request)
@@ -185,13 +183,21 @@ class EngineLoop:
     # The loop ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        while not self._stopping:
-            self.tick()
-            wake_s = self._next_wake_s()
-            self._due_s = math.inf if wake_s is None else wake_s
-            await self.executor.wait(wake_s)
+        """Until `stop`. Raises EngineEnded if it cannot serve any more (see recovery.py)."""
+        try:
+            while not self._stopping:
+                self.tick()
+                wake_s = self._next_wake_s()
+                self._due_s = math.inf if wake_s is None else wake_s
+                await self.executor.wait(wake_s)
+        except EngineEnded as error:
+            self._end_all(error)
+            raise
+        self._end_all(GenerationError("the engine was stopped"))
+
+    def _end_all(self, reason: GenerationError) -> None:
         for request in self.table.all():
-            self._books.end(request, GenerationError("the engine was stopped"))
+            self._books.end(request, reason)
 
     def tick(self) -> None:
         begun = self.statistics.begin_tick()
@@ -209,13 +215,11 @@ class EngineLoop:
         self._recovery.proceed()
 
     def admit(self) -> None:
-        """Let go those that were cancelled, have failed or that no worker is left for; give slots to queued ones."""
+        """Let go those that were cancelled or have failed; give slots to queued ones."""
         for request in self.table.cancelled():
             if not self._in_flight.of_request(request.request_id):
                 cancelled = RequestCancelled(f"request {request.request_id} was cancelled")
                 self._books.end(request, request.error or cancelled)
-        for request in self.table.all() if self._recovery.is_hopeless else []:
-            self._books.end(request, GenerationError(NO_WORKER))
         for _ in self.table.admit():
             self.statistics.admitted(self.executor.now_s())
 

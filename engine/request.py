@@ -67,6 +67,10 @@ class GenerationError(RuntimeError):
     """An accepted request could not be served (worker lost, out of memory, ...)."""
 
 
+class EngineEnded(GenerationError):
+    """The engine gave itself up: it could not serve, and did not expect to any more. The message says why."""
+
+
 class RequestCancelled(Exception):
     """The request was cancelled before its picture was finished."""
 

@@ -75,8 +75,8 @@ class Disturbance:
 class SimulatedExecutor:
     """`num_devices` devices that cost what `profile` says. `duration(command, seconds)` may change it (noise, bias).
 
-    A lost device is back `respawn_s` after its death (but not before the loop has recovered); None: never. The answers
-    of a command's members come `answer_gap_s` apart, as those of processes do.
+    A lost device is back `respawn_s` after its death (but not before the loop has recovered); None: not within the
+    simulation. The answers of a command's members come `answer_gap_s` apart, as those of processes do.
     """
 
     def __init__(
@@ -120,10 +120,6 @@ class SimulatedExecutor:
         self._events.append(WorkerReady(device_id=device_id))
 
     # Executor ----------------------------------------------------------------------------------------------------
-
-    @property
-    def returning(self) -> frozenset[int]:
-        return frozenset() if self._respawn_s is None else frozenset(self.device_ids) - self.alive
 
     def now_s(self) -> float:
         return self._now_s

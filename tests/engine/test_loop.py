@@ -22,6 +22,7 @@ from tetrion.engine.planning.snapshot import Snapshot
 from tetrion.engine.recovery import MAX_ATTEMPTS
 from tetrion.engine.request import (
     DeadlineUnmeetable,
+    EngineEnded,
     EngineOverloaded,
     Failure,
     GenerationError,
@@ -285,7 +286,8 @@ def test_without_workers_requests_fail_instead_of_waiting() -> None:
         simulation.request(f"r{number}", width=512, height=512)
     simulation.executor.at(0.5, lambda: simulation.executor.lose(0))
     simulation.executor.at(0.6, lambda: simulation.executor.lose(1))
-    simulation.run()
+    with pytest.raises(EngineEnded, match="no worker has been alive for 120 s"):
+        simulation.run()
     assert len(simulation.failures) == 3
     assert all(isinstance(error, GenerationError) for error in simulation.failures.values())
 
@@ -295,8 +297,9 @@ def test_the_last_worker_lost_ends_those_that_hold_nothing_yet() -> None:
     for number in range(5):
         simulation.request(f"r{number}", width=512, height=512)
     simulation.executor.at(0.001, lambda: simulation.executor.lose(0))
-    simulation.run()
-    assert len(simulation.failures) == 5 and simulation.executor.now_s() < 1
+    with pytest.raises(EngineEnded, match="no worker has been alive for 120 s"):
+        simulation.run()
+    assert len(simulation.failures) == 5 and simulation.executor.now_s() < 125
 
 
 def test_a_worker_that_hangs_is_replaced_by_the_others() -> None:

@@ -165,6 +165,7 @@ class FakeEngine:
         self.energy = NO_ENERGY
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
+        self.num_alive = len(self.devices)
         self.death: GenerationError | None = None
         self._ended = asyncio.Event()
 
@@ -212,10 +213,9 @@ class FakeEngine:
     def stats(self) -> FakeStats:
         if self.death is not None:
             raise self.death
-        num = len(self.devices)
         return FakeStats(
-            num_devices=num,
-            num_alive=num,
+            num_devices=len(self.devices),
+            num_alive=self.num_alive,
             num_queued=0,
             num_admitted=0,
             energy=self.energy,
