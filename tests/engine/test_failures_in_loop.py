@@ -18,7 +18,7 @@ from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
 from tetrion.engine.refusals import Refusals
-from tetrion.engine.request import Failure, GenerationError, Output, Progress
+from tetrion.engine.request import EngineEnded, Failure, GenerationError, Output, Progress
 from tetrion.engine.simulated import SimulatedExecutor
 from tetrion.engine.transport.ring import MessageTooLong
 
@@ -317,15 +317,16 @@ def test_a_worker_that_never_takes_a_command_is_killed_and_the_others_go_on() ->
     assert executor.num_refused < 1000, "it is not asked at every turn of a spinning loop"
 
 
-def test_with_no_worker_that_takes_commands_requests_fail() -> None:
+def test_workers_that_take_no_commands_are_killed_and_the_engine_ends_without_any() -> None:
     class Full(SimulatedExecutor):
         def submit(self, command: Command, members: tuple[int, ...]) -> bool:
             return not isinstance(command, (EncodePrompt, Denoise, Decode)) and super().submit(command, members)
 
     simulation = Simulation(executor=Full(PROFILE, 2), stall_timeout_s=5.0)
     simulation.request("a")
-    simulation.run()
-    assert isinstance(simulation.failures["a"], GenerationError) and simulation.executor.now_s() < 60
+    with pytest.raises(EngineEnded, match="no worker has been alive for 120 s"):
+        simulation.run()
+    assert not simulation.executor.alive
 
 
 def test_a_ring_that_is_full_for_a_moment_costs_nothing_else() -> None:
