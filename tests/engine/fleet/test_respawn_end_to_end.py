@@ -219,7 +219,7 @@ async def test_a_death_when_no_descriptor_is_free_is_reported_at_once(pair: Asyn
             await asyncio.sleep(0.01)
         assert digest(await draw(pair)) == digest(reference), "the other goes on, descriptors or not"
         assert list(pair.worker_pids()) == [0]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await handle.result()
         await all_alive(pair, {1: pids[1]})
     assert (await draw(pair, force_degrees=(2,))).degrees == (2,) * 8
@@ -241,7 +241,7 @@ async def test_with_all_workers_and_all_descriptors_gone_requests_are_answered_w
         while caplog.text.count("the reason: it cannot be started: [Errno 24] Too many open files") < 5:
             await asyncio.sleep(0.01)
         assert not pair.worker_pids()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         results = [await handle.result() for handle in handles]
     assert {digest(result) for result in results} == {digest(reference)}
     await all_alive(pair, pids)
@@ -261,7 +261,7 @@ async def test_descriptors_that_run_out_while_a_worker_starts_do_not_keep_it_fro
         while len(pair.worker_pids()) > 1:
             await asyncio.sleep(0.01)
         await draw(pair)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await all_alive(pair, pids | {1: 0})
     assert (await draw(pair, force_degrees=(2,))).degrees == (2,) * 8
     assert held() == held_before
