@@ -317,7 +317,7 @@ async def test_what_cannot_be_booked_costs_its_request_the_receipt_and_nobody_el
             raise ZeroDivisionError("spoilt")
         return SPEC.num_image_tokens(width, height)
 
-    account = EnergyAccount(ModelMeter(UUIDS.values()), UUIDS, num_tokens)
+    account = EnergyAccount(ModelMeter(tuple(UUIDS.values())), UUIDS, num_tokens)
     metered = MeteredLoop(account, WITH_JOULES)
     metered.request("bad", at_s=0.1, width=128, height=128)
     metered.request("good", at_s=0.1)
