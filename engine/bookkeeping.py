@@ -14,7 +14,7 @@ from tetrion.engine.executor import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics
 from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, GroupCommand
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModel, CostModels
 from tetrion.engine.request import Failure, GenerationError, Output, RequestCancelled
 from tetrion.engine.request_table import Request, RequestState, RequestTable
 
@@ -29,7 +29,7 @@ class Bookkeeper:
         executor: Executor,
         table: RequestTable,
         in_flight: InFlightTable,
-        cost_model: CostModel,
+        cost_models: CostModels,
         statistics: LoopStatistics,
         energy: EnergyAccount,
         outputs: Callable[[Output], None],
@@ -37,7 +37,7 @@ class Bookkeeper:
         self._executor = executor
         self._table = table
         self._in_flight = in_flight
-        self._cost_model = cost_model
+        self._cost_models = cost_models
         self._statistics = statistics
         self._energy = energy
         self._outputs = outputs
@@ -47,7 +47,7 @@ class Bookkeeper:
     def sending(self, command: GroupCommand, members: tuple[int, ...]) -> None:
         """A command is about to be given to its members. The energy account must know before it can begin: readings are
         settled in another thread up to where nobody has been given anything."""
-        self._energy.sent(command, members, self._cost_model.profile, self._executor.now_s())
+        self._energy.sent(command, members, self._cost_models.tables, self._executor.now_s())
 
     def not_sent(self, command: GroupCommand, members: tuple[int, ...]) -> None:
         """They did not take it."""
@@ -57,12 +57,12 @@ class Bookkeeper:
 
     def sent(self, request: Request, command: GroupCommand, members: tuple[int, ...]) -> None:
         """The request's next command was given to its members."""
-        now_s, profile = self._executor.now_s(), self._cost_model.profile
+        now_s, costs = self._executor.now_s(), self._cost_models.tables
         if request.started_s is None:
             request.started_s = now_s
-        self._in_flight.add(command, members, now_s, predict_s(command, profile))
+        self._in_flight.add(command, members, now_s, predict_s(command, costs))
         self._statistics.sent(command.command_id, members, now_s)
-        request.spent_j += predict_j(command, profile)
+        request.spent_j += predict_j(command, costs)
         if isinstance(command, Denoise):
             request.planned_step_index += command.chunk_steps
         if isinstance(command, (EncodePrompt, Denoise)):
@@ -108,13 +108,13 @@ class Bookkeeper:
     def _encoded(self, request: Request, event: Encoded) -> None:
         request.encode_s = event.ended_s - event.started_s
         request.num_text_tokens = event.num_text_tokens
-        self._cost_model.observe_encode(*request.size, request.encode_s)
+        self._cost_model_of(request).observe_encode(request.cost_key, request.encode_s)
         self._move(request, RequestState.READY)
 
     def _denoised(self, request: Request, entry: InFlight, event: Denoised) -> None:
         degree, chunk_steps = len(entry.members), event.step_index - request.step_index
         elapsed_s = event.ended_s - event.started_s - event.waited_s
-        self._cost_model.observe_step(*request.size, degree, elapsed_s / chunk_steps)
+        self._cost_model_of(request).observe_step(request.cost_key, degree, elapsed_s / chunk_steps)
         request.denoise_s += elapsed_s
         request.step_index = event.step_index
         request.degrees += [degree] * chunk_steps
@@ -123,7 +123,7 @@ class Bookkeeper:
 
     def _decoded(self, request: Request, event: Decoded) -> None:
         request.decode_s = event.ended_s - event.started_s
-        self._cost_model.observe_decode(*request.size, request.decode_s)
+        self._cost_model_of(request).observe_decode(request.cost_key, request.decode_s)
         if request.cancelled:
             self._executor.release_image_slot(event.image_slot)
             return
@@ -146,6 +146,9 @@ class Bookkeeper:
         else:
             image, receipt = made
             self._outputs(request.result(image, self._executor.now_s(), receipt))
+
+    def _cost_model_of(self, request: Request) -> CostModel:
+        return self._cost_models[request.params.model]
 
     def _move(self, request: Request, state: RequestState) -> None:
         self._table.move(request, state)
@@ -175,5 +178,10 @@ class Bookkeeper:
 
     def _ended(self, request: Request) -> Callable[[], Receipt]:
         """The request is over; the answer says what it has cost."""
-        facts = RequestFacts(request_id=request.request_id, size=request.size, degrees=tuple(request.degrees))
-        return self._energy.ended(facts, self._cost_model.profile, self._executor.now_s())
+        facts = RequestFacts(
+            request_id=request.request_id,
+            model=request.params.model,
+            cost_key=request.cost_key,
+            degrees=tuple(request.degrees),
+        )
+        return self._energy.ended(facts, self._cost_models.tables, self._executor.now_s())

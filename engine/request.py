@@ -3,6 +3,8 @@
 One request is one picture. `resolve_request` is the one place where bounds are checked.
 """
 
+import secrets
+import uuid
 from typing import Any, get_args
 
 import msgspec
@@ -10,10 +12,14 @@ import msgspec
 from tetrion.engine.config import EnergyMode
 from tetrion.engine.energy.receipt import NOT_METERED, Receipt
 from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.params import Params
+from tetrion.engine.shape import StepShape
 
 MAX_PROMPT_CHARS = 32_000
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
+RANDOM_SEEDS = 2**32
+"""Seeds drawn for requests that carry none are below this: short enough to be written down."""
 MAX_BUDGET_J = 1e9
 
 
@@ -109,6 +115,15 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     request_id: str = ""
 
 
+class ResolvedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that a model accepts. `asked`: what the caller asked for, defaults filled in; `params`: how it is
+    drawn. Whoever carries a request out reads a parameter from `params`, and from `asked` what is not about drawing
+    (the prompts, deadline, priority, id …)."""
+
+    asked: ImageRequest
+    params: Params
+
+
 class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
     """A finished picture. `image`: numpy uint8 RGB [height, width, 3]. `degrees`: the degree used at each step.
     `latency_s` from arrival to finish; `encode_s`, `denoise_s`, `decode_s` are time on devices; `slo_met` is None
@@ -153,8 +168,9 @@ Output = Progress | ImageResult | Failure
 """Everything the engine says of a request."""
 
 
-def resolve_request(request: ImageRequest, spec: ModelSpec, num_devices: int) -> ImageRequest:
-    """A copy of `request` with every default filled in (except `seed` and `request_id`), checked against the model.
+def resolve_request(request: ImageRequest, spec: ModelSpec, num_devices: int) -> ResolvedRequest:
+    """`request` with every default filled in, checked against the model. A request without a seed gets a random one, a
+    request without an id a new one.
 
     Raises RequestError.
     """
@@ -186,13 +202,27 @@ def resolve_request(request: ImageRequest, spec: ModelSpec, num_devices: int) ->
     if not 0 < request.weight <= 1e6:
         raise RequestError("weight", f"must be above 0 and at most 1000000, got {request.weight}")
     _check_energy(request)
-    legal = spec.legal_degrees(num_devices)
+    shape = StepShape(
+        width=width, height=height, image=spec.num_image_tokens(width, height), text=(spec.max_text_tokens,)
+    )
+    legal = spec.legal_degrees(num_devices, shape.num_branches)
     for degree in request.force_degrees:
         if degree not in legal:
             raise RequestError("force_degrees", f"{degree} is not one of {', '.join(map(str, legal))}")
     if len(request.force_degrees) > num_steps:
         raise RequestError("force_degrees", f"has {len(request.force_degrees)} entries for {num_steps} steps")
-    return msgspec.structs.replace(request, width=width, height=height, num_steps=num_steps, guidance=guidance)
+    asked = msgspec.structs.replace(
+        request,
+        width=width,
+        height=height,
+        num_steps=num_steps,
+        guidance=guidance,
+        seed=secrets.randbelow(RANDOM_SEEDS) if request.seed is None else request.seed,
+        request_id=request.request_id or uuid.uuid4().hex,
+    )
+    assert asked.seed is not None
+    params = Params(model=spec.name, shape=shape, num_steps=num_steps, guidance=guidance, seed=asked.seed)
+    return ResolvedRequest(asked=asked, params=params)
 
 
 def _check_energy(request: ImageRequest) -> None:

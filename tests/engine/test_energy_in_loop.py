@@ -54,7 +54,7 @@ def test_a_budget_that_is_accepted_is_kept_and_so_is_the_deadline(mode: str, slo
 
 def test_a_budget_is_kept_at_a_size_whose_joules_are_estimated() -> None:
     simulation = Simulation(profile=WITH_JOULES)
-    step_j = WITH_JOULES.cost(256, 256).step_by_degree_j
+    step_j = WITH_JOULES.cost("256x256").step_by_degree_j
     budget_j = 1.1 * cheapest_for(simulation.loop._degree_tables()[256, 256], 12, None).joules
     simulation.request("a", width=256, height=256, energy=EnergyWish(budget_j=budget_j))
     simulation.run()

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.test_loop import PROFILE, SPEC, Simulation
+from tests.engine.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.messages import BarriersReset, Command, Denoise, ResetBarriers
 from tetrion.engine.request import GenerationError, ImageRequest, resolve_request
 from tetrion.engine.simulated import SimulatedCommand, SimulatedExecutor
@@ -25,7 +25,7 @@ class CountingExecutor(SimulatedExecutor):
     """`draw` decides how many barriers a chunk passes before it is cut off, and how late answers are."""
 
     def __init__(self, num_devices: int, draw: random.Random, respawn_s: float | None) -> None:
-        super().__init__(PROFILE, num_devices, lambda _, seconds: seconds * draw.uniform(0.7, 1.4), respawn_s)
+        super().__init__(COSTS, num_devices, lambda _, seconds: seconds * draw.uniform(0.7, 1.4), respawn_s)
         self.counts: Counter[tuple[int, int]] = Counter()
         self.counters: Counter[tuple[int, int]] = Counter()
         self.disagreements: list[tuple[int, int]] = []
@@ -156,7 +156,7 @@ def test_the_others_go_on_while_a_worker_joins() -> None:
                 return True
             return super().submit(command, members)
 
-    simulation = Simulation(2, executor=SlowNewcomer(PROFILE, 2, respawn_s=1.0))
+    simulation = Simulation(2, executor=SlowNewcomer(COSTS, 2, respawn_s=1.0))
     simulation.request("a", width=512, height=512, num_steps=40, force_degrees=(1,))
     simulation.request("b", at_s=6.0, width=512, height=512)
     simulation.executor.at(0.5, lambda: simulation.executor.lose(1))

@@ -10,13 +10,18 @@ SPEC = make_spec()
 
 
 def make_request(request_id: str, arrival_s: float = 0.0, **fields: object) -> Request:
-    params = resolve_request(ImageRequest(prompt="x", request_id=request_id, seed=1, **fields), SPEC, 4)  # type: ignore[arg-type]
-    return Request(params, arrival_s)
+    asked = ImageRequest(prompt="x", request_id=request_id, seed=1, **fields)  # type: ignore[arg-type]
+    return Request(resolve_request(asked, SPEC, 4), arrival_s)
 
 
 def test_defaults_come_from_the_model() -> None:
     resolved = resolve_request(ImageRequest(prompt="a star"), SPEC, 4)
-    assert (resolved.width, resolved.height, resolved.num_steps, resolved.guidance) == (256, 256, 12, 0.0)
+    asked, params = resolved.asked, resolved.params
+    assert (asked.width, asked.height, asked.num_steps, asked.guidance) == (256, 256, 12, 0.0)
+    assert (params.model, params.shape.size, params.num_steps, params.guidance) == ("tiny", (256, 256), 12, 0.0)
+    assert params.seed == asked.seed and asked.request_id
+    again = resolve_request(ImageRequest(prompt="a star"), SPEC, 4)
+    assert again.asked.request_id != asked.request_id and again.params.seed != params.seed
 
 
 @pytest.mark.parametrize(

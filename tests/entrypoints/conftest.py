@@ -196,7 +196,7 @@ class FakeEngine:
     def submit(self, request: ImageRequest) -> FakeHandle:
         if not self.is_running:
             raise GenerationError("the engine is not running")
-        resolved = resolve_request(request, self.spec, len(self.devices))
+        resolved = resolve_request(request, self.spec, len(self.devices)).asked
         if "full" in resolved.prompt:
             raise EngineOverloaded("4096 requests are queued")
         if "hopeless" in resolved.prompt:

@@ -1,0 +1,17 @@
+"""How a request is to be drawn, defaults settled (`Params`). A value, which travels whole into its commands."""
+
+import msgspec
+
+from tetrion.engine.shape import StepShape
+
+
+class Params(msgspec.Struct, frozen=True, kw_only=True):
+    """`model`: its name. `guidance`: what the model's family takes it to be (an input of the network, or the scale of
+    its own classifier-free guidance); `true_cfg_scale`: of classifier-free guidance beside that, 1 for none."""
+
+    model: str
+    shape: StepShape
+    num_steps: int
+    guidance: float
+    true_cfg_scale: float = 1.0
+    seed: int
