@@ -25,9 +25,10 @@ from tetrion.engine.energy.metering import Metering
 from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.event_loop import new_event_loop
 from tetrion.engine.executor import Executor
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.loop_statistics import LoopFigures
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.cost_tables import CostTables
@@ -37,16 +38,8 @@ from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import chosen_profile
-from tetrion.engine.request import (
-    Failure,
-    GenerationError,
-    ImageRequest,
-    ImageResult,
-    Output,
-    Progress,
-    RequestError,
-    resolve_request,
-)
+from tetrion.engine.request import Failure, GenerationError, ImageRequest, ImageResult, Output, Progress, RequestError
+from tetrion.engine.resolve import resolve_request
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +47,8 @@ logger = logging.getLogger(__name__)
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. `profile` is the cost table in use; `loop` what the loop has cost since the start;
     `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling
-    costs; `meter_age_s`: since it last told joules, None if it is not read."""
+    costs; `meter_age_s`: since it last told joules, None if it is not read. `policy`: the one in use, which is not the
+    configured one once that has failed again and again."""
 
     num_devices: int
     num_alive: int
@@ -67,6 +61,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     energy: EnergyFigures
     metering_cost: SamplerCost
     meter_age_s: float | None
+    policy: str
 
 
 class Instrument(Protocol):
@@ -216,14 +211,12 @@ class AsyncEngine:
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.
 
-        Raises RequestError naming field and bound, EngineOverloaded if the queue is full (DeadlineUnmeetable if the
-        deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
+        Raises RequestError naming the field and what it may be, EngineOverloaded if the queue is full
+        (DeadlineUnmeetable if the deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
         engine is not running.
         """
         if self._loop is None or self._task is None or self._task.done():
             raise GenerationError(self._death or "the engine is not running")
-        if isinstance(request, str):
-            request = ImageRequest(prompt=request)
         resolved = resolve_request(request, self.spec, len(self.devices))
         request_id = resolved.asked.request_id
         if request_id in self._handles:
@@ -258,6 +251,7 @@ class AsyncEngine:
             energy=self._metering.account.figures(),
             metering_cost=self._metering.cost,
             meter_age_s=self._metering.age_s,
+            policy=self._loop.policy,
         )
 
     @property

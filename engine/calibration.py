@@ -126,15 +126,19 @@ class Calibrator:
         """Squares, in pixels: the smallest and the largest; on a CPU nothing above 512, which would take minutes."""
         spec = self._spec
         if not self._on_gpu:
-            return sorted({spec.min_size, max(spec.min_size, min(spec.max_size, LARGEST_ON_CPU))})
-        return sorted({spec.min_size, spec.max_size, *(s for s in SIZES_ON_GPU if spec.min_size < s < spec.max_size)})
+            return sorted({spec.sizes.min, max(spec.sizes.min, min(spec.sizes.max, LARGEST_ON_CPU))})
+        return sorted(
+            {spec.sizes.min, spec.sizes.max, *(s for s in SIZES_ON_GPU if spec.sizes.min < s < spec.sizes.max)}
+        )
 
     def _usual_sizes(self, table: Profile | None) -> list[Size]:
         """Smallest first."""
         spec = self._spec
-        sizes = {(pixels, pixels) for pixels in self._sizes()} | {(spec.default_width, spec.default_height)}
+        sizes = {(pixels, pixels) for pixels in self._sizes()} | {spec.sizes.default}
         keys = map(parse_cost_key, table.classes if table else ())
-        sizes |= {(key.width, key.height) for key in keys if spec.is_side(key.width) and spec.is_side(key.height)}
+        sizes |= {
+            (key.width, key.height) for key in keys if spec.sizes.accept(key.width) and spec.sizes.accept(key.height)
+        }
         return sorted(sizes, key=lambda size: (size[0] * size[1], size))
 
     def _num_steps(self, size: Size) -> int:
@@ -165,7 +169,7 @@ def _cache_path(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig
     num_workers = len(executor.device_ids)
     gpus = visible_gpus() if executor.devices[0].kind == "cuda" else ()
     facts = (
-        msgspec.json.encode(spec),
+        msgspec.json.encode(spec, order="deterministic"),
         checkpoint_identity(Path(spec.path), config.load_format),
         (config.peer_access, [(device.name, *gpus[device.index : device.index + 1]) for device in executor.devices]),
         threads_per_worker(config, num_workers),

@@ -38,6 +38,7 @@ def encode_command(request: Request, command_id: int) -> EncodePrompt:
         slot=request.slot,
         params=request.params,
         prompt=request.asked.prompt,
+        negative_prompt=request.asked.negative_prompt,
     )
 
 

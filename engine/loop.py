@@ -18,6 +18,7 @@ from tetrion.engine.commands import command_for
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.account import EnergyAccount, unmetered_account
 from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
+from tetrion.engine.guarded_planner import GuardedPlanner
 from tetrion.engine.inflight import InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics
 from tetrion.engine.messages import (
@@ -27,7 +28,6 @@ from tetrion.engine.messages import (
     Encoded,
     Event,
     Failed,
-    GroupCommand,
     LatentsCopied,
     Loaded,
     PeersMapped,
@@ -40,19 +40,32 @@ from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient
-from tetrion.engine.planning.snapshot import Planner, RoundPlan
+from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
 from tetrion.engine.recovery import Recovery
-from tetrion.engine.request import DeadlineUnmeetable, GenerationError, Output, RequestCancelled, ResolvedRequest
+from tetrion.engine.refusals import Refusals
+from tetrion.engine.request import (
+    DeadlineUnmeetable,
+    EngineOverloaded,
+    GenerationError,
+    Output,
+    RequestCancelled,
+    RequestError,
+    ResolvedRequest,
+)
 from tetrion.engine.request_table import Request, RequestTable
+from tetrion.engine.shown import shown
 
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
 """Ids below are the start-up's own."""
 NO_WORKER = "no worker is alive, and none is being started"
+NO_IMAGE_SLOT = "image slot"
 SHORTEST_WAIT_S = 0.0005
 """A plan that asks to be made again at once must not keep the loop spinning."""
 FULL_CHANNEL_WAIT_S = 0.001
-"""After this, what could not be dispatched is planned again."""
+"""After this, what could not be dispatched is planned again; later after as long as it has been refused, at most
+`LONGEST_REFUSAL_WAIT_S`."""
+LONGEST_REFUSAL_WAIT_S = 0.1
 OVERDUE_WAIT_S = 1.0
 """So often the loop looks whether a late answer has become a stall."""
 
@@ -81,6 +94,9 @@ class EngineLoop:
         self._config = config.planner
         self._in_flight = InFlightTable(executor.device_ids)
         self._outlook = Outlook(executor, self.table, self._in_flight, config.planner)
+        self._guarded_planner = GuardedPlanner(config.planner.policy)
+        self._refusals = Refusals()
+        self._stall_timeout_s = config.stall_timeout_s
         self._command_ids = itertools.count(FIRST_COMMAND_ID)
         self._books = Bookkeeper(
             executor=executor,
@@ -105,20 +121,36 @@ class EngineLoop:
         self._has_news = True
         self._stopping = False
 
+    @property
+    def policy(self) -> str:
+        """The policy in use: the one that was asked for, unless it failed again and again."""
+        return self._guarded_planner.policy
+
     # The caller's side -------------------------------------------------------------------------------------------
 
     def submit(self, resolved: ResolvedRequest) -> Request:
         """Queue a resolved request. Raises RequestError for what its energy asks for (BudgetUnmeetable),
-        EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if no worker is left."""
+        EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if no worker is left or
+        admission itself fails."""
         if self._recovery.is_hopeless:
             raise GenerationError(NO_WORKER)
-        check_wish(resolved, self._degree_tables(), self._config)
         request = Request(resolved, self.executor.now_s())
-        if self._config.admission == "reject-hopeless":
-            self._refuse_hopeless(request)
+        try:
+            self._check(resolved, request)
+        except (RequestError, EngineOverloaded):
+            raise
+        except Exception as error:
+            logger.error("request %s failed: its admission", request.request_id, exc_info=error)
+            raise GenerationError(f"its admission failed: {shown(error)}") from error
         self.table.add(request)
         self._wake()
         return request
+
+    def _check(self, resolved: ResolvedRequest, request: Request) -> None:
+        """Raises RequestError or DeadlineUnmeetable."""
+        check_wish(resolved, self._degree_tables(), self._config)
+        if self._config.admission == "reject-hopeless":
+            self._refuse_hopeless(request)
 
     def _degree_tables(self) -> DegreeTables:
         return DegreeTables(self.cost_models.tables, len(self.executor.device_ids))
@@ -174,10 +206,11 @@ class EngineLoop:
         self._recovery.proceed()
 
     def admit(self) -> None:
-        """Let go those that were cancelled or that no worker is left for; give slots to queued ones."""
+        """Let go those that were cancelled, have failed or that no worker is left for; give slots to queued ones."""
         for request in self.table.cancelled():
             if not self._in_flight.of_request(request.request_id):
-                self._books.end(request, RequestCancelled(f"request {request.request_id} was cancelled"))
+                cancelled = RequestCancelled(f"request {request.request_id} was cancelled")
+                self._books.end(request, request.error or cancelled)
         for request in self.table.all() if self._recovery.is_hopeless else []:
             self._books.end(request, GenerationError(NO_WORKER))
         for _ in self.table.admit():
@@ -190,38 +223,85 @@ class EngineLoop:
         return has_news or self.executor.now_s() >= self._due_s
 
     def plan(self) -> RoundPlan:
-        """Ask the policy what runs next."""
+        """Ask the policy what runs next; those that it cannot plan fail."""
         self._planned_s = self.executor.now_s()
         if not self._recovery.is_healthy:
             return RoundPlan()
         snapshot = self._outlook.snapshot(self.cost_models.tables)
-        return RoundPlan() if snapshot is None else self.planner(snapshot)
+        if snapshot is None:
+            return RoundPlan()
+        plan, failed = self._guarded_planner.plan(self.planner, snapshot, self._outlook.view_of)
+        for request_id, error in failed.items():
+            self._fail(request_id, f"the policy {self.policy} cannot plan it", error)
+        return plan
 
     def dispatch(self, plan: RoundPlan) -> None:
-        """Turn assignments into commands, each given to all of its members or to none."""
+        """Turn assignments into commands, each given to all of its members or to none. What goes wrong with one ends
+        its request and is no matter for the others."""
         self.statistics.planned(len(self._in_flight.devices), plan.num_held, self.executor.now_s())
         self._wake_s = plan.wake_s
         self._round_id += bool(plan.assignments)
-        acquire_image_slot = self.executor.acquire_image_slot
         for assignment in plan.assignments:
             request = self.table.get(assignment.request_id)
             assert request is not None
-            command_id = next(self._command_ids)
-            command = command_for(assignment, request, command_id, self._round_id, acquire_image_slot)
-            if command is None or not self._give(command, assignment.members):
-                self._wake_s = self.executor.now_s() + FULL_CHANNEL_WAIT_S
-                return
-            self._books.sent(request, command, assignment.members)
+            try:
+                self._give(assignment, request)
+            except Exception as error:
+                self._fail(assignment.request_id, "its next command could not be sent", error)
 
     # Its parts ---------------------------------------------------------------------------------------------------
 
-    def _give(self, command: GroupCommand, members: tuple[int, ...]) -> bool:
-        """False if some member has no room for it."""
-        self._books.sending(command, members)
-        if not self.executor.submit(command, members):
+    def _give(self, assignment: Assignment, request: Request) -> None:
+        """Give the command to its members, or see to it that this is tried again. Whatever it raises, either nothing
+        was sent and everything is given back, or the command is in flight."""
+        members, command_id = assignment.members, next(self._command_ids)
+        command = command_for(assignment, request, command_id, self._round_id, self.executor.acquire_image_slot)
+        if command is None:
+            self._no_image_slot()
+            return
+        if assignment.stage == "decode":
+            self._refusals.over([NO_IMAGE_SLOT])
+        try:
+            duration_s = self._books.sending(command, members)
+            is_taken = self.executor.submit(command, members)
+        except Exception:
             self._books.not_sent(command, members)
-            return False
-        return True
+            raise
+        if is_taken:
+            self._refusals.over(members)
+            self._books.sent(request, command, members, duration_s)
+        else:
+            self._books.not_sent(command, members)
+            self._ring_full(members)
+
+    def _no_image_slot(self) -> None:
+        """All slots are taken, by pictures being decoded or copied. Raises TimeoutError if none has come back for
+        long."""
+        refused_s = self._refusals.refused_s(NO_IMAGE_SLOT, self.executor.now_s())
+        if refused_s > self._stall_timeout_s:
+            raise TimeoutError(f"no room for its picture for {refused_s:.0f} s")
+        self._try_again(refused_s)
+
+    def _ring_full(self, members: tuple[int, ...]) -> None:
+        """Some member has not read what it was given before. One that reads nothing for long is killed."""
+        now_s = self.executor.now_s()
+        refused_s = {member: self._refusals.refused_s(member, now_s) for member in members}
+        for member in [member for member in members if refused_s[member] > self._stall_timeout_s]:
+            self._refusals.over([member])
+            self.executor.kill(member, f"it has not taken its commands for {refused_s[member]:.0f} s")
+        self._try_again(max(refused_s.values()))
+
+    def _try_again(self, refused_s: float) -> None:
+        wait_s = min(max(FULL_CHANNEL_WAIT_S, refused_s), LONGEST_REFUSAL_WAIT_S)
+        wake_s = self.executor.now_s() + wait_s
+        self._wake_s = wake_s if self._wake_s is None else min(self._wake_s, wake_s)
+
+    def _fail(self, request_id: str, what: str, error: Exception) -> None:
+        """End a request that cannot go on; the others are planned anew."""
+        request = self.table.get(request_id)
+        if request is not None:
+            self._books.fail(request, what, error)
+        self._wake()
 
     def _handle(self, event: Event | WorkerLost | WorkerReady) -> None:
         match event:

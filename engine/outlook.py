@@ -64,6 +64,11 @@ class Outlook:
         entries: list[Entry] = [(*urgency(view, self._config), view) for view in queued]
         return self._snapshot(now_s, self._free_s(now_s), costs, sorted(self._current + entries))
 
+    def view_of(self, request_id: str) -> RequestView | None:
+        """The view of a request in the latest snapshot."""
+        entry = self._entries.get(request_id)
+        return None if entry is None else entry[3]
+
     def view_of_new(self, request: Request) -> RequestView:
         """A request of which nothing is done or in flight."""
         return self._view(request, "encode", request.arrival_s)

@@ -17,8 +17,9 @@ from tetrion.engine.messages import CopyLatents, Decoded, Denoised, Encoded, Eve
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.process_executor import ProcessExecutor
-from tetrion.engine.request import GenerationError, ImageRequest, resolve_request
+from tetrion.engine.request import GenerationError, ImageRequest
 from tetrion.engine.request_table import Request
+from tetrion.engine.resolve import resolve_request
 
 PROMPT = "a red circle left of a large blue star"
 SEED = 1

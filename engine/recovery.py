@@ -98,8 +98,7 @@ class Recovery:
     def member_failed(self, event: Failed) -> None:
         """A failure of its own ends the request, once nothing is in flight for it; others start again."""
         request = self._table.get(event.request_id)
-        assert request is not None
-        if event.kind == "aborted":  # because of those that are hit already
+        if event.kind == "aborted" or request is None:  # because of those that are hit already; or it has ended
             self._hit_request(event.request_id, next(iter(self._hit.values()), event.message))
             return
         logger.error("request %s failed on worker %d: %s", event.request_id, event.device_id, event.message)
@@ -116,7 +115,7 @@ class Recovery:
         now_s = self._executor.now_s()
         for entry in self._in_flight.drop_device(event.device_id, now_s):
             self._hit_request(entry.command.request_id, event.reason)
-            self._books.brings_nothing(entry.command.command_id, event.device_id, now_s)
+            self._books.brings_nothing(entry.command, event.device_id, now_s)
             self._books.discard(entry.command)
         for request in self._table.admitted():
             if event.device_id in request.planned_holders:

@@ -52,7 +52,8 @@ class Request:
 
     `step_index` counts finished steps, `planned_step_index` also those dispatched; `planned_holders` are the devices
     whose slot holds, or will hold, the latents of `planned_step_index`. `spent_j`: joules of all that was dispatched
-    for it, lost attempts included, as far as the profile knows them.
+    for it, lost attempts included, as far as the profile knows them. `cancelled`: it ends once nothing is in flight for
+    it, with `error` if there is one.
 
     `asked` is what the caller asked for, `params` how it is drawn, `cost_key` the text of its `CostKey`.
     """
@@ -68,6 +69,7 @@ class Request:
         "degrees",
         "denoise_s",
         "encode_s",
+        "error",
         "image",
         "num_text_tokens",
         "params",
@@ -93,6 +95,7 @@ class Request:
         self.state_id = 0
         self.attempts = 0
         self.cancelled = False
+        self.error: Exception | None = None
         self.started_s: float | None = None
         self.spent_j = 0.0
         self.reset_progress()
@@ -221,9 +224,11 @@ class RequestTable:
             raise EngineOverloaded(f"{len(self._queued)} requests are queued already (max_queued)")
         self._queued[request.request_id] = request
 
-    def cancel(self, request: Request) -> None:
-        """Note that nobody wants it any more; it ends once nothing is in flight for it."""
+    def cancel(self, request: Request, error: Exception | None = None) -> None:
+        """Note that nobody wants it any more, or that it has come to an `error`; it ends once nothing is in flight for
+        it."""
         request.cancelled = True
+        request.error = request.error or error
         self._cancelled[request.request_id] = request
         self.mark_changed(request)
 

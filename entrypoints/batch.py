@@ -31,8 +31,8 @@ from tetrion.engine.request import (
     ImageResult,
     RequestCancelled,
     RequestError,
-    resolve_request,
 )
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import drawing, pictures
 from tetrion.entrypoints.batch_lines import BadLine, BatchItem, parse_lines, read_lines
 from tetrion.entrypoints.errors import EXIT_FAILED, InputError

@@ -7,6 +7,7 @@ known. Times are CLOCK_MONOTONIC seconds.
 """
 
 import functools
+import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -24,11 +25,13 @@ from tetrion.engine.energy.receipt import JOULES_PER_WH, PhaseJoules, Receipt, u
 from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
 from tetrion.engine.planning.cost_tables import CostTables
 
+logger = logging.getLogger(__name__)
 UNRECONCILED = 0.1
 """How far power samples may be from the counter while no window has closed, as a share."""
 NO_POWER = "no reading has come from its GPUs"
 NO_IDLE_POWER = "its GPUs were not yet seen idle"
 NO_METERED_POWER = "no power is metered"
+NOT_BOOKED = "its account could not be kept; the engine's log says why"
 
 
 class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,16 +152,33 @@ class EnergyAccount:
     def _receipt_at(self, end: "_End") -> Receipt:
         with self._lock:
             self._work_off()
-        assert end.receipt is not None
-        return end.receipt
+        return end.receipt or self._unmetered(NOT_BOOKED, end.request.degrees, self._meter.source)
 
     # Bookkeeping, by whoever holds the lock ----------------------------------------------------------------------
 
     def _work_off(self) -> None:
-        """Do what the loop's words ask for, in their order; it may go on speaking meanwhile."""
+        """Do what the loop's words ask for, in their order; it may go on speaking meanwhile. What fails is left out:
+        whoever comes next, with a reading or for a receipt, need not be whom it concerns."""
         while self._noted:
             act, arguments = self._noted.popleft()
-            act(*arguments)
+            try:
+                act(*arguments)
+            except Exception as error:
+                self._not_booked(arguments[0], error)
+
+    def _not_booked(self, about: "GroupCommand | int | _End", error: Exception) -> None:
+        """`about`: the command, its id, or the end that was not worked off."""
+        match about:
+            case _End():
+                request_id = about.request.request_id
+            case int():
+                request_id = self._sent[about].command.request_id if about in self._sent else f"of command {about}"
+            case _:
+                request_id = about.request_id
+        logger.error("energy: the account of request %s could not be kept", request_id, exc_info=error)
+        spent = self._spent.get(request_id)
+        if spent is not None:
+            spent.unknown = spent.unknown or NOT_BOOKED
 
     def _on_sent(self, command: GroupCommand, members: tuple[int, ...], costs: CostTables, now_s: float) -> None:
         self._sent[command.command_id] = _Sent(command, members, now_s, command_j(command, costs))
@@ -174,7 +194,10 @@ class EnergyAccount:
         if not sent.pending:
             del self._sent[command_id]
         self._idle.free(device_id, now_s)
-        self._book(sent, device_id, started_s, ended_s)
+        try:
+            self._book(sent, device_id, started_s, ended_s)
+        except Exception as error:
+            self._not_booked(sent.command, error)
 
     def _on_failed(self, command_id: int, device_id: int, now_s: float) -> None:
         sent = self._sent.get(command_id)

@@ -181,7 +181,7 @@ class DeviceRunner:
 
     def _run_steps(self, command: Denoise, graph: StepGraph, plan: GroupPlan) -> None:
         """Enqueue all steps of a chunk."""
-        unit = self._model.size_multiple
+        unit = self._model.sizes.multiple
         graph.load_rope((command.params.shape.height // unit, command.params.shape.width // unit))
         graph.load_text(self.model.project_text(command.slot, plan.shard_of(self.device_id).text))
         for steps in table_parts(command.step_index, command.step_index + command.chunk_steps):

@@ -151,7 +151,7 @@ class Runner:
 
     def _rope(self, command: Denoise, exchange: Exchange) -> tuple[Tensor, Tensor]:
         """Rotary tables of this member's tokens, text first."""
-        unit, num_text, shape = self._model.size_multiple, self._model.max_text_tokens, command.params.shape
+        unit, num_text, shape = self._model.sizes.multiple, self._model.max_text_tokens, command.params.shape
         text, image = exchange.shard.text, exchange.shard.image
         tables = self.pipeline.flux.rope(shape.height // unit, shape.width // unit, num_text)
         cos, sin = (

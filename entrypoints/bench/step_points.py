@@ -21,7 +21,8 @@ from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
-from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, resolve_request
+from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.bench.line_process import LineProcess
 
 Row = dict[str, Any]
@@ -72,7 +73,7 @@ async def time_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: in
 
 
 async def _prepare_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: int) -> None:
-    tokens = {"num_text": spec.max_text_tokens, "num_image": spec.num_image_tokens(*size)}
+    tokens = {"num_text": spec.max_text_tokens, "num_image": spec.sizes.num_rows(*size)}
     await floor.ask({**tokens, "degree": degree}, FLOOR_TIMEOUT_S)
 
 

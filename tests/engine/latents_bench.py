@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.executor import WorkerLost
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import CopyLatents, Denoise, EncodePrompt, Failed, GroupCommand, LatentsCopied
-from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.process_executor import ProcessExecutor
-from tetrion.engine.request import ImageRequest, resolve_request
+from tetrion.engine.request import ImageRequest
+from tetrion.engine.resolve import resolve_request
 
 Schedule = list[tuple[tuple[int, ...], int]]
 """Chunks: (members, steps)."""

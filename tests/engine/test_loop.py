@@ -31,8 +31,8 @@ from tetrion.engine.request import (
     Output,
     Progress,
     RequestCancelled,
-    resolve_request,
 )
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedExecutor
 
 SPEC = make_spec()

@@ -11,8 +11,9 @@ from tetrion.engine.config import PlannerConfig
 from tetrion.engine.outlook import Outlook
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import RoundPlan, Snapshot
-from tetrion.engine.request import ImageRequest, resolve_request
+from tetrion.engine.request import ImageRequest
 from tetrion.engine.request_table import RequestTable
+from tetrion.engine.resolve import resolve_request
 
 
 class AllChanged:

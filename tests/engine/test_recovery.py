@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tests.engine.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.messages import BarriersReset, Command, Denoise, ResetBarriers
-from tetrion.engine.request import GenerationError, ImageRequest, resolve_request
+from tetrion.engine.request import GenerationError, ImageRequest
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedCommand, SimulatedExecutor
 
 

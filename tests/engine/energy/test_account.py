@@ -5,6 +5,7 @@ import queue
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from tetrion.engine.commands import encode_command
 from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
+from tetrion.engine.energy.quantum import Share
 from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.replay import ReplayMeter
 from tetrion.engine.loop import EngineLoop
@@ -22,8 +24,9 @@ from tetrion.engine.messages import Command
 from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.profile import ClassCost, Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.request import ImageRequest, ImageResult, Output, resolve_request
+from tetrion.engine.request import ImageRequest, ImageResult, Output
 from tetrion.engine.request_table import Request
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedExecutor
 
 UUIDS = {0: "GPU-a", 1: "GPU-b"}
@@ -303,3 +306,26 @@ async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> No
     assert result.energy.method == "replay"
     assert "active_j" not in result.energy.reasons, result.energy.reasons
     assert result.energy.active_j == pytest.approx(busy_s * 500.0, rel=0.05)
+
+
+async def test_what_cannot_be_booked_costs_its_request_the_receipt_and_nobody_else(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes next works off what was noted for all."""
+
+    def share(request_id: str, *place: Any) -> Share:
+        if request_id == "bad":
+            raise ZeroDivisionError("spoilt")
+        return Share(request_id, *place)
+
+    monkeypatch.setattr("tetrion.engine.energy.account.Share", share)
+    account = EnergyAccount(ModelMeter(UUIDS.values()), UUIDS)
+    metered = MeteredLoop(account, WITH_JOULES)
+    metered.request("bad", at_s=0.1, width=128, height=128)
+    metered.request("good", at_s=0.1)
+    metered.executor.at(30.0, metered.loop.stop)
+    await metered.run()
+    assert metered.results["good"].energy.active_j is not None
+    assert "could not be kept" in metered.results["bad"].energy.reasons["active_j"]
+    assert "the account of request bad could not be kept" in caplog.text
+    assert not account._sent and not account._spent

@@ -22,7 +22,8 @@ from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.slo import MARGIN_S
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
-from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, RequestError, resolve_request
+from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, RequestError
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.shape import cost_key_of_size
 
 from .simulation import SIZES, check_plan, costs_of, flux_profile
@@ -107,7 +108,7 @@ def test_any_mode_keeps_the_contract_repeats_and_lets_nobody_in_a_hurry_wait(
         )
         for view in snapshot.requests
     )
-    snapshot = msgspec.structs.replace(snapshot, requests=requests, profile=PROFILE)
+    snapshot = msgspec.structs.replace(snapshot, requests=requests, costs=costs_of(PROFILE))
     plan = PLANNER(snapshot)
     check_plan(snapshot, plan)
     assert PLANNER(snapshot) == plan

@@ -72,7 +72,7 @@ def test_fixed_serves_in_order_of_arrival_and_keeps_the_group() -> None:
 
 def test_fixed_falls_back_to_a_degree_that_the_profile_has() -> None:
     sparse = make_profile({"512x512": {"step_ms": {1: 9.0, 2: 6.0}, "encode_ms": 1, "decode_ms": 1}})
-    plan = fixed_planner(4)(snapshot(4, profile=sparse, requests=(request("a"),)))
+    plan = fixed_planner(4)(snapshot(4, costs=costs_of(sparse), requests=(request("a"),)))
     assert plan.assignments[0].members == (0, 1)
 
 

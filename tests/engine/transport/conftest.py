@@ -48,7 +48,16 @@ def fill() -> Callable[..., Any]:
     """A function that makes a message of a type from the fields that matter; zero and empty for the others."""
 
     def make(message_type: type[msgspec.Struct], **fields: Any) -> msgspec.Struct:
-        empty = {"int": 0, "float": 0.0, "str": "", "bool": False, "tuple": (), "Params": NO_PARAMS}
+        empty = {
+            "int": 0,
+            "float": 0.0,
+            "str": "",
+            "bool": False,
+            "tuple": (),
+            "Params": NO_PARAMS,
+            "Union": None,
+            "UnionType": None,
+        }
         types = {field.name: field.type for field in msgspec.structs.fields(message_type)}
         names = {name: (get_origin(field_type) or field_type).__name__ for name, field_type in types.items()}
         return message_type(**({name: empty[type_name] for name, type_name in names.items()} | fields))

@@ -96,7 +96,7 @@ def run_together(memory: Memory, chunks: Sequence[Chunk], first: int = 0) -> lis
 
 
 def latents(memory: Memory) -> npt.NDArray[np.float32]:
-    tokens = memory.model.num_image_tokens(WIDTH, HEIGHT)
+    tokens = memory.model.sizes.num_rows(WIDTH, HEIGHT)
     return memory.images.read(0, (tokens, memory.model.in_channels), np.float32)
 
 
