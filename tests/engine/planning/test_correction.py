@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModel, CostModels
 
 from .simulation import flux_profile
 
@@ -78,3 +78,22 @@ def test_what_wavers_by_less_than_the_tolerance_makes_no_new_profile() -> None:
         model.observe_step("1024x1024", 1, step_s * 1.03)
     assert model.profile is not first
     assert model.profile.step_s("1024x1024", 1) == pytest.approx(step_s * 1.03, rel=0.02)
+
+
+def test_a_first_step_in_two_branches_leaves_other_sizes_as_they_were_estimated() -> None:
+    model, before = CostModel(flux_profile()), flux_profile()
+    for _ in range(30):
+        model.observe_step("1024x1024*2", 2, 0.200)
+    assert model.profile.step_s("1024x1024*2", 2) == pytest.approx(0.200, rel=0.02)
+    assert model.profile.step_s("512x512*2", 2) == pytest.approx(before.step_s("512x512*2", 2))
+    assert model.profile.step_s("1024x1024", 2) == before.step_s("1024x1024", 2)
+
+
+def test_each_model_is_corrected_by_itself_and_the_tables_are_one_value_meanwhile() -> None:
+    models = CostModels({"a": flux_profile(), "b": flux_profile()})
+    tables = models.tables
+    assert models.tables is tables
+    for _ in range(10):
+        models["b"].observe_step("1024x1024", 1, 0.3)
+    assert models.tables is not tables and models.tables.profiles["a"] is tables.profiles["a"]
+    assert models.tables.cost("b", "1024x1024").step_s(1) > 0.25 > models.tables.cost("a", "1024x1024").step_s(1)
