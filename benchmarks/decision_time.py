@@ -24,6 +24,7 @@ from tetrion.engine.planning.profile import Profile, read_profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, Snapshot
+from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import SIZES
 
@@ -62,7 +63,7 @@ def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, cost
             request_id=f"{number:06d}",
             stage=stage,  # type: ignore[arg-type]
             model="",
-            cost_key=f"{width}x{height}",
+            cost_key=cost_key_of_size((width, height)),
             step_index={"encode": 0, "decode": NUM_STEPS}.get(stage, draw.randrange(NUM_STEPS)),
             num_steps=NUM_STEPS,
             arrival_s=arrival_s,

@@ -1,6 +1,7 @@
 """How large a request's steps are (`StepShape`), and the name under which they are priced (`CostKey`). Values only."""
 
 import re
+import sys
 
 import msgspec
 
@@ -67,7 +68,7 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def cost_key(self) -> str:
-        """The text of its `CostKey`."""
+        """The text of its `CostKey`. Interned, since planners look it up for every request at every decision."""
         key = CostKey(
             width=self.width,
             height=self.height,
@@ -75,7 +76,7 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True):
             reference=self.reference,
             num_branches=self.num_branches,
         )
-        return key.text
+        return sys.intern(key.text)
 
 
 def parse_cost_key(text: str) -> CostKey:
@@ -94,4 +95,4 @@ def parse_cost_key(text: str) -> CostKey:
 
 def cost_key_of_size(size: tuple[int, int]) -> str:
     """The key of a single picture of (width, height), drawn in one branch and without references."""
-    return f"{size[0]}x{size[1]}"
+    return sys.intern(f"{size[0]}x{size[1]}")

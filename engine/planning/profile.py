@@ -123,7 +123,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         before = [self.classes[name].step_j if name in self.classes else {} for name in changed]
         if before == [cost.step_j for cost in changed.values()]:  # joules are estimated from those of all classes
             for key, cost in self._memo.items():
-                names = {key, parse_cost_key(key).transposed.text}
+                names = {key, _transposed(key)}
                 if not names.isdisjoint(self.classes) and names.isdisjoint(changed):
                     other._memo[key] = cost
         return other
@@ -151,7 +151,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def measured(self, key: str) -> ClassCost | None:
         """The class of this key, or of the one with width and height exchanged; None: it would be estimated."""
         found = self.classes.get(key)
-        return self.classes.get(parse_cost_key(key).transposed.text) if found is None else found
+        return self.classes.get(_transposed(key)) if found is None else found
 
     def degrees(self, key: str) -> tuple[int, ...]:
         """Degrees with a known cost for this key, ascending. Policies use no others."""
@@ -307,6 +307,12 @@ def _check_table(where: str, table: Mapping[int, float], max_degree: int) -> Non
             raise ValueError(f"{where}: degree {degree} must be from 1 to {max_degree} (heads × branches)")
         if not 0 < value < math.inf:
             raise ValueError(f"{where}.{degree}: must be above 0 and finite, got {value}")
+
+
+@functools.lru_cache(MEMO_KEYS)
+def _transposed(text: str) -> str:
+    """The text of the key with width and height exchanged."""
+    return parse_cost_key(text).transposed.text
 
 
 def _work(key: CostKey) -> int:
