@@ -319,7 +319,7 @@ async def test_what_cannot_be_booked_costs_its_request_the_receipt_and_nobody_el
         return Share(request_id, *place)
 
     monkeypatch.setattr("tetrion.engine.energy.account.Share", share)
-    account = EnergyAccount(ModelMeter(UUIDS.values()), UUIDS)
+    account = EnergyAccount(ModelMeter(tuple(UUIDS.values())), UUIDS)
     metered = MeteredLoop(account, WITH_JOULES)
     metered.request("bad", at_s=0.1, width=128, height=128)
     metered.request("good", at_s=0.1)
