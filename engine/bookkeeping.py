@@ -19,7 +19,7 @@ from tetrion.engine.executor import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics
 from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, GroupCommand
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModel, CostModels
 from tetrion.engine.request import Failure, GenerationError, Output, RequestCancelled
 from tetrion.engine.request_table import TERMINAL_STATES, Request, RequestState, RequestTable
 from tetrion.engine.shown import shown
@@ -38,7 +38,7 @@ class Bookkeeper:
         executor: Executor,
         table: RequestTable,
         in_flight: InFlightTable,
-        cost_model: CostModel,
+        cost_models: CostModels,
         statistics: LoopStatistics,
         energy: EnergyAccount,
         outputs: Callable[[Output], None],
@@ -46,7 +46,7 @@ class Bookkeeper:
         self._executor = executor
         self._table = table
         self._in_flight = in_flight
-        self._cost_model = cost_model
+        self._cost_models = cost_models
         self._statistics = statistics
         self._energy = energy
         self._outputs = outputs
@@ -57,9 +57,9 @@ class Bookkeeper:
         """A command is about to be given to its members; returns how long it is predicted to take. The energy account
         must know before it can begin: readings are settled in another thread up to where nobody has been given
         anything."""
-        profile = self._cost_model.profile
-        duration_s = predict_s(command, profile)
-        self._energy.sent(command, members, profile, self._executor.now_s())
+        costs = self._cost_models.tables
+        duration_s = predict_s(command, costs)
+        self._energy.sent(command, members, costs, self._executor.now_s())
         return duration_s
 
     def not_sent(self, command: GroupCommand, members: tuple[int, ...]) -> None:
@@ -80,7 +80,7 @@ class Bookkeeper:
             request.planned_holders = members
         self._follow(request)
         self._statistics.sent(command.command_id, members, now_s)
-        request.spent_j += predict_j(command, self._cost_model.profile)
+        request.spent_j += predict_j(command, self._cost_models.tables)
 
     def answered(self, event: Answer | Failed, now_s: float) -> InFlight | None:
         """A member has answered. Returns the command (done when nobody is pending), None if no answer was due."""
@@ -136,13 +136,13 @@ class Bookkeeper:
     def _encoded(self, request: Request, event: Encoded) -> None:
         request.encode_s = event.ended_s - event.started_s
         request.num_text_tokens = event.num_text_tokens
-        self._cost_model.observe_encode(*request.size, request.encode_s)
+        self._cost_model_of(request).observe_encode(request.cost_key, request.encode_s)
         self._move(request, RequestState.READY)
 
     def _denoised(self, request: Request, entry: InFlight, event: Denoised) -> None:
         degree, chunk_steps = len(entry.members), event.step_index - request.step_index
         elapsed_s = event.ended_s - event.started_s - event.waited_s
-        self._cost_model.observe_step(*request.size, degree, elapsed_s / chunk_steps)
+        self._cost_model_of(request).observe_step(request.cost_key, degree, elapsed_s / chunk_steps)
         request.denoise_s += elapsed_s
         request.step_index = event.step_index
         request.degrees += [degree] * chunk_steps
@@ -168,7 +168,7 @@ class Bookkeeper:
     def _finished(self, request: Request, event: Decoded) -> Callable[[], Receipt] | None:
         """What gives the receipt of a request that has its picture, None if nobody wants it any more."""
         request.decode_s = event.ended_s - event.started_s
-        self._cost_model.observe_decode(*request.size, request.decode_s)
+        self._cost_model_of(request).observe_decode(request.cost_key, request.decode_s)
         if request.cancelled:
             return None
         receipt = self._ended(request)
@@ -187,6 +187,9 @@ class Bookkeeper:
             self._outputs(request.result(image, self._executor.now_s(), receipt))
         except Exception as error:
             self.fail(request, "its result could not be handed out", error)
+
+    def _cost_model_of(self, request: Request) -> CostModel:
+        return self._cost_models[request.params.model]
 
     def _move(self, request: Request, state: RequestState) -> None:
         self._table.move(request, state)
@@ -245,5 +248,10 @@ class Bookkeeper:
 
     def _ended(self, request: Request) -> Callable[[], Receipt]:
         """The request is over; the answer says what it has cost."""
-        facts = RequestFacts(request_id=request.request_id, size=request.size, degrees=tuple(request.degrees))
-        return self._energy.ended(facts, self._cost_model.profile, self._executor.now_s())
+        facts = RequestFacts(
+            request_id=request.request_id,
+            model=request.params.model,
+            cost_key=request.cost_key,
+            degrees=tuple(request.degrees),
+        )
+        return self._energy.ended(facts, self._cost_models.tables, self._executor.now_s())

@@ -8,10 +8,11 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.gpus import visible_gpus
+from tetrion.engine.shape import COST_KEY
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
-SizeName = Annotated[str, Meta(pattern="^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$")]
+CostKeyText = Annotated[str, Meta(pattern=f"^{COST_KEY}$")]
 
 DEFAULT_CPU_WORKERS = 2
 MAX_DEVICES = 64
@@ -39,7 +40,8 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """`lead_s`: a device's next command is planned when its running chunk has at most this long left.
     `chunk_s`: the longest chunk. `patience_s`: soft deadline of requests that carry no SLO, after arrival.
 
-    `class_weights` ("WIDTHxHEIGHT") and `tenant_weights` multiply the weight that a request carries (not named: by 1).
+    `class_weights` (of a `CostKey`: "1024x1024") and `tenant_weights` multiply the weight that a request carries (not
+    named: by 1).
     `admission`: "reject-hopeless" refuses at once what would miss its deadline. The rest is of the policy `horizon`:
     `drop`: whom to give up first when deadlines cannot all be met: "work", the one with most GPU-seconds left; or
     "fraction", the one with the largest share of its own steps left, whatever its size (each per unit of weight).
@@ -53,7 +55,7 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     lead_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
     chunk_s: Annotated[float, Meta(gt=0, le=60)] = 0.150
     patience_s: PositiveFloat = 60.0
-    class_weights: dict[SizeName, PositiveFloat] = {}
+    class_weights: dict[CostKeyText, PositiveFloat] = {}
     tenant_weights: dict[str, PositiveFloat] = {}
     admission: Literal["all", "reject-hopeless"] = "all"
     drop: Literal["work", "fraction"] = "work"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from tetrion.engine.planning.profile import parse_size
+from tetrion.engine.planning.degrees import degree_tables
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, Planner, RequestView, RoundPlan, Snapshot
 from tetrion.engine.shown import shown
@@ -102,14 +102,12 @@ def _alone(snapshot: Snapshot, view: RequestView) -> Snapshot:
 
 def _stranger(view: RequestView, snapshot: Snapshot) -> RequestView:
     """A request in the same place that asks for nothing of its own."""
-    sizes = [parse_size(name) for name in snapshot.profile.classes]
-    size = view.width, view.height
-    width, height = next((other for other in sizes if other != size), size)
+    keys = snapshot.costs.profiles[view.model].classes
     return RequestView(
         request_id="",
         stage=view.stage,
-        width=width,
-        height=height,
+        model=view.model,
+        cost_key=next((key for key in keys if key != view.cost_key), view.cost_key),
         step_index=view.step_index,
         num_steps=view.num_steps,
         arrival_s=snapshot.now_s,
@@ -150,14 +148,14 @@ def check_plan(plan: RoundPlan, snapshot: Snapshot, view_of: ViewOf) -> None:
         if view is None or assignment.request_id in assigned:
             raise PlanFault(f"request {shown(assignment.request_id)} is not to be planned, or was")
         assigned.add(assignment.request_id)
-        _check_stage(assignment, view, snapshot.legal_degrees)
+        _check_stage(assignment, view, snapshot)
         for member in assignment.members:
             if type(member) is not int or member not in idle:
                 raise PlanFault(f"device {shown(member)} is not idle, or was given something: {shown(assignment)}")
             idle.remove(member)
 
 
-def _check_stage(assignment: Assignment, view: RequestView, legal_degrees: tuple[int, ...]) -> None:
+def _check_stage(assignment: Assignment, view: RequestView, snapshot: Snapshot) -> None:
     if assignment.stage != view.stage:
         raise PlanFault(f"stage: {shown(assignment.stage)}, the next one is {view.stage}")
     if type(assignment.members) is not tuple:
@@ -167,6 +165,7 @@ def _check_stage(assignment: Assignment, view: RequestView, legal_degrees: tuple
         if degree != 1:
             raise PlanFault(f"members: {view.stage} runs on one device, got {degree}")
         return
+    legal_degrees = degree_tables(snapshot)[view.model, view.cost_key].legal
     if degree not in legal_degrees:
         raise PlanFault(f"members: {degree} is not one of the degrees {', '.join(map(str, legal_degrees))}")
     if assignment.step_index != view.step_index:

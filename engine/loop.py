@@ -1,6 +1,6 @@
 """The engine loop: collect, admit, plan, dispatch. Owns the life of every request between `submit` and its picture.
 
-The loop knows an `Executor` (real or in virtual time), a planner (a pure function) and a cost model; it imports no
+The loop knows an `Executor` (real or in virtual time), a planner (a pure function) and cost models; it imports no
 torch, starts no process and reads no clock but the executor's. Pictures and progress leave through `outputs`.
 
 `outlook.py` makes what the planner sees, `commands.py` what devices are given, `bookkeeping.py` writes down what
@@ -34,10 +34,9 @@ from tetrion.engine.messages import (
     Pong,
     Started,
 )
-from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.outlook import Outlook
 from tetrion.engine.planning.admission import earliest_deadline_s
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient
@@ -49,10 +48,10 @@ from tetrion.engine.request import (
     EngineEnded,
     EngineOverloaded,
     GenerationError,
-    ImageRequest,
     Output,
     RequestCancelled,
     RequestError,
+    ResolvedRequest,
 )
 from tetrion.engine.request_table import Request, RequestTable
 from tetrion.engine.shown import shown
@@ -77,26 +76,24 @@ class EngineLoop:
         *,
         executor: Executor,
         planner: Planner,
-        cost_model: CostModel,
-        spec: ModelSpec,
+        cost_models: CostModels,
         config: EngineConfig,
         outputs: Callable[[Output], None],
         energy: EnergyAccount | None = None,
     ) -> None:
         self.executor = executor
         self.planner = planner
-        self.cost_model = cost_model
+        self.cost_models = cost_models
         self.table = RequestTable(
             config.max_inflight,
             config.max_queued,
             config.planner.patience_s,
-            is_patient=lambda request: may_be_patient(request.params, config.planner),
+            is_patient=lambda request: may_be_patient(request.asked, config.planner),
         )
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
         self._config = config.planner
-        self._legal_degrees = spec.legal_degrees(len(executor.device_ids))
         self._in_flight = InFlightTable(executor.device_ids)
-        self._outlook = Outlook(executor, self.table, self._in_flight, self._legal_degrees, config.planner)
+        self._outlook = Outlook(executor, self.table, self._in_flight, config.planner)
         self._guarded_planner = GuardedPlanner(config.planner.policy)
         self._refusals = Refusals()
         self._stall_timeout_s = config.stall_timeout_s
@@ -105,7 +102,7 @@ class EngineLoop:
             executor=executor,
             table=self.table,
             in_flight=self._in_flight,
-            cost_model=cost_model,
+            cost_models=cost_models,
             statistics=self.statistics,
             energy=energy or unmetered_account(executor.device_ids),
             outputs=outputs,
@@ -132,37 +129,37 @@ class EngineLoop:
 
     # The caller's side -------------------------------------------------------------------------------------------
 
-    def submit(self, params: ImageRequest) -> Request:
+    def submit(self, resolved: ResolvedRequest) -> Request:
         """Queue a resolved request. Raises RequestError for what its energy asks for (BudgetUnmeetable),
         EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if admission itself fails."""
-        request = Request(params, self.executor.now_s())
+        request = Request(resolved, self.executor.now_s())
         try:
-            self._check(request)
+            self._check(resolved, request)
         except (RequestError, EngineOverloaded):
             raise
         except Exception as error:
-            logger.error("request %s failed: its admission", params.request_id, exc_info=error)
+            logger.error("request %s failed: its admission", request.request_id, exc_info=error)
             raise GenerationError(f"its admission failed: {shown(error)}") from error
         self.table.add(request)
         self._wake()
         return request
 
-    def _check(self, request: Request) -> None:
+    def _check(self, resolved: ResolvedRequest, request: Request) -> None:
         """Raises RequestError or DeadlineUnmeetable."""
-        check_wish(request.params, self._degree_tables(), self._config)
+        check_wish(resolved, self._degree_tables(), self._config)
         if self._config.admission == "reject-hopeless":
             self._refuse_hopeless(request)
 
     def _degree_tables(self) -> DegreeTables:
-        return DegreeTables(self.cost_model.profile, self._legal_degrees, len(self.executor.device_ids))
+        return DegreeTables(self.cost_models.tables, len(self.executor.device_ids))
 
     def _refuse_hopeless(self, request: Request) -> None:
         """Raises DeadlineUnmeetable."""
-        snapshot = self._outlook.forecast(self.cost_model.profile)
+        snapshot = self._outlook.forecast(self.cost_models.tables)
         earliest_s = earliest_deadline_s(snapshot, self._outlook.view_of_new(request))
-        if earliest_s is not None and request.params.slo_ms is not None:
+        if earliest_s is not None and request.asked.slo_ms is not None:
             earliest_slo_ms = math.ceil((earliest_s - request.arrival_s) * 1e3)
-            raise DeadlineUnmeetable(request.params.slo_ms, earliest_slo_ms)
+            raise DeadlineUnmeetable(request.asked.slo_ms, earliest_slo_ms)
 
     def cancel(self, request_id: str) -> None:
         """Cancel at the next chunk boundary; unknown or finished requests are left alone."""
@@ -234,7 +231,7 @@ class EngineLoop:
         self._planned_s = self.executor.now_s()
         if not self._recovery.is_healthy:
             return RoundPlan()
-        snapshot = self._outlook.snapshot(self.cost_model.profile)
+        snapshot = self._outlook.snapshot(self.cost_models.tables)
         if snapshot is None:
             return RoundPlan()
         plan, failed = self._guarded_planner.plan(self.planner, snapshot, self._outlook.view_of)

@@ -13,18 +13,20 @@ from typing import Literal
 
 import msgspec
 
+from tetrion.engine.params import Params
+
 
 class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Text-encode a prompt and draw the starting noise into `slot` of the receiving worker's slab."""
+    """Text-encode the prompts and draw the starting noise into `slot` of the receiving worker's slab. Where
+    `params.shape` has two branches, the second one is the negative prompt's."""
 
     command_id: int
     request_id: str
     state_id: int
     slot: int
+    params: Params
     prompt: str
-    width: int
-    height: int
-    seed: int
+    negative_prompt: str | None = None
 
 
 class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -44,10 +46,7 @@ class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     source: int
     step_index: int
     chunk_steps: int
-    num_steps: int
-    width: int
-    height: int
-    guidance: float
+    params: Params
 
 
 class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -58,9 +57,7 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     state_id: int
     slot: int
     source: int
-    num_steps: int
-    width: int
-    height: int
+    params: Params
     image_slot: int
 
 
@@ -71,8 +68,7 @@ class CopyLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     state_id: int
     slot: int
-    width: int
-    height: int
+    params: Params
     image_slot: int
 
 

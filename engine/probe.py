@@ -19,6 +19,7 @@ from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.request import GenerationError, ImageRequest
 from tetrion.engine.request_table import Request
+from tetrion.engine.resolve import resolve_request
 
 PROMPT = "a red circle left of a large blue star"
 SEED = 1
@@ -55,16 +56,11 @@ class Probe:
 
     def request(self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int = 0) -> Request:
         """A fresh request that starts on this device."""
-        params = ImageRequest(
-            prompt=prompt,
-            width=size[0],
-            height=size[1],
-            num_steps=num_steps,
-            guidance=self.spec.guidance,
-            seed=SEED,
-            request_id="measurement",
+        asked = ImageRequest(
+            prompt=prompt, width=size[0], height=size[1], num_steps=num_steps, seed=SEED, request_id="measurement"
         )
-        request = Request(params, self.executor.now_s())
+        resolved = resolve_request(asked, self.spec, len(self.executor.device_ids))
+        request = Request(resolved, self.executor.now_s())
         request.slot, request.state_id, request.planned_holders = 0, next(self._ids), (device_id,)
         return request
 
@@ -106,15 +102,13 @@ class Probe:
 
     async def latents(self, request: Request) -> npt.NDArray[np.float32]:
         """fp32 [tokens, channels], as the first of the request's members holds them."""
-        width, height = request.size
         with self._image_slot() as image_slot:
             copy = CopyLatents(
                 command_id=next(self._ids),
                 request_id=request.request_id,
                 state_id=request.state_id,
                 slot=request.slot,
-                width=width,
-                height=height,
+                params=request.params,
                 image_slot=image_slot,
             )
             (copied,) = await self._run([(copy, request.planned_holders[:1])])

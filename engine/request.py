@@ -9,6 +9,7 @@ import msgspec
 
 from tetrion.engine.config import EnergyMode
 from tetrion.engine.energy.receipt import NOT_METERED, Receipt
+from tetrion.engine.params import Params
 
 
 class RequestError(ValueError):
@@ -87,17 +88,21 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One picture to draw. None means the model's default (`resolve_request` fills it in). Numbers and texts of other
     libraries may be given: whole numbers by `__index__`, real ones by `__float__`, subclasses of `str`.
 
-    `slo_ms`: deadline relative to arrival, in milliseconds; None = no deadline. `priority`: larger goes first among
-    equal deadlines. `weight`: worth of meeting this deadline relative to others; `tenant`: on whose behalf, for weights
-    that the operator gives. `force_degrees`: the degree of each
-    step, for tests and experiments; its last entry holds for the remaining steps. `energy`: see `EnergyWish`.
+    `model`: the name of one that the engine serves. `negative_prompt`, `true_cfg_scale`: of classifier-free guidance,
+    where the model takes them (`ModelSpec.inputs`). `slo_ms`: deadline relative to arrival, in milliseconds; None = no
+    deadline. `priority`: larger goes first among equal deadlines. `weight`: worth of meeting this deadline relative to
+    others; `tenant`: on whose behalf, for weights that the operator gives. `force_degrees`: the degree of each step,
+    for tests and experiments; its last entry holds for the remaining steps. `energy`: see `EnergyWish`.
     """
 
     prompt: str
+    negative_prompt: str | None = None
+    model: str | None = None
     width: int | None = None
     height: int | None = None
     num_steps: int | None = None
     guidance: float | None = None
+    true_cfg_scale: float | None = None
     seed: int | None = None
     slo_ms: float | None = None
     priority: int = 0
@@ -106,6 +111,15 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     force_degrees: tuple[int, ...] = ()
     energy: EnergyWish = EnergyWish()
     request_id: str = ""
+
+
+class ResolvedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that a model accepts. `asked`: what the caller asked for, defaults filled in; `params`: how it is
+    drawn. Whoever carries a request out reads a parameter from `params`, and from `asked` what is not about drawing
+    (the prompts, deadline, priority, id …)."""
+
+    asked: ImageRequest
+    params: Params
 
 
 class ImageResult(msgspec.Struct, frozen=True, kw_only=True):

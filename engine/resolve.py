@@ -9,19 +9,31 @@ for a worker.
 import itertools
 import operator
 import re
+import secrets
+import uuid
 from collections.abc import Callable, Mapping, Set
 from typing import Any, TypeVar, get_args
 
+import msgspec
+
 from tetrion.engine.config import EnergyMode
+from tetrion.engine.families.registry import family_of
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.request import EnergyWish, ImageRequest, RequestError
+from tetrion.engine.params import NO_CFG, Params
+from tetrion.engine.request import EnergyWish, ImageRequest, RequestError, ResolvedRequest
+from tetrion.engine.shape import StepShape
 from tetrion.engine.shown import shown
 
 MAX_PROMPT_CHARS = 32_000
 MAX_NAME_CHARS = 256
 """Of `request_id` and `tenant`."""
 MAX_SEED = 2**63 - 1
+RANDOM_SEEDS = 2**32
+"""Seeds of requests that give none are below this: short enough to be written down."""
 MAX_STEPS = 1000
+MAX_GUIDANCE = 100
+OPTIONAL_INPUTS = ("negative_prompt", "true_cfg_scale")
+"""Fields of a request that not every model takes (`ModelSpec.inputs`)."""
 MAX_SLO_MS = 86_400_000
 MAX_PRIORITY = 1_000_000
 MAX_WEIGHT = 1e6
@@ -34,9 +46,13 @@ have `__float__` or `__index__` as well."""
 _T = TypeVar("_T")
 
 
-def resolve_request(request: ImageRequest | str, spec: ModelSpec, num_devices: int) -> ImageRequest:
-    """An `ImageRequest` of exact builtin types with every default filled in (except `seed` and `request_id`), checked
-    against the model; a string is a prompt with all defaults.
+def resolve_request(
+    request: ImageRequest | str, specs: ModelSpec | Mapping[str, ModelSpec], num_devices: int
+) -> ResolvedRequest:
+    """The request in exact builtin types with every default filled in, checked against the model; a string is a prompt
+    with all defaults. Without a seed it gets a random one, without an id a new one, without a model the first.
+
+    `specs`: of the models that there are, by name; or of the only one.
 
     Raises RequestError.
     """
@@ -45,35 +61,63 @@ def resolve_request(request: ImageRequest | str, spec: ModelSpec, num_devices: i
     if not issubclass(type(request), ImageRequest):
         raise RequestError("request", f"must be an ImageRequest or a prompt, got {shown(request)}")
     asked = _Fields(request, "")
+    specs = {specs.name: specs} if isinstance(specs, ModelSpec) else specs
+    spec = specs[asked.read("model", _one_of(specs), next(iter(specs)))]
     prompt = asked.read("prompt", _prompt)
-    width = asked.read("width", _side_of(spec), spec.default_width)
-    height = asked.read("height", _side_of(spec), spec.default_height)
+    negative_prompt = asked.read_optional("negative_prompt", _negative_prompt)
+    width = asked.read("width", _side_of(spec), spec.sizes.default[0])
+    height = asked.read("height", _side_of(spec), spec.sizes.default[1])
     num_steps = asked.read("num_steps", _whole_from(1, MAX_STEPS), spec.num_steps)
-    guidance = asked.read("guidance", _real_from(0, 100), spec.guidance)
+    guidance = asked.read("guidance", _real_from(0, MAX_GUIDANCE), spec.guidance)
+    true_cfg_scale = asked.read_optional("true_cfg_scale", _real_from(0, MAX_GUIDANCE))
     seed = asked.read_optional("seed", _whole_from(0, MAX_SEED))
+    seed = secrets.randbelow(RANDOM_SEEDS) if seed is None else seed
     slo_ms = asked.read_optional("slo_ms", _real_above_0(MAX_SLO_MS, " (a day)"))
     priority = asked.read("priority", _whole_from(-MAX_PRIORITY, MAX_PRIORITY))
     weight = asked.read("weight", _real_above_0(MAX_WEIGHT))
     tenant = asked.read("tenant", _tenant)
     energy = asked.read("energy", _energy)
-    force_degrees = asked.read("force_degrees", _degrees_of(spec.legal_degrees(num_devices), num_steps))
-    if force_degrees and energy != EnergyWish():
-        raise RequestError("energy", "cannot be given with force_degrees, which leave nothing to choose")
-    return ImageRequest(
+    settled = ImageRequest(
         prompt=prompt,
+        negative_prompt=negative_prompt,
+        model=spec.name,
         width=width,
         height=height,
         num_steps=num_steps,
         guidance=guidance,
+        true_cfg_scale=true_cfg_scale,
         seed=seed,
         slo_ms=slo_ms,
         priority=priority,
         weight=weight,
         tenant=tenant,
-        force_degrees=force_degrees,
         energy=energy,
-        request_id=asked.read("request_id", _request_id),
+        request_id=asked.read("request_id", _request_id) or uuid.uuid4().hex,
     )
+    shape = _shape(settled, spec)
+    legal = spec.legal_degrees(num_devices, shape.num_branches)
+    force_degrees = asked.read("force_degrees", _degrees_of(legal, num_steps))
+    if force_degrees and energy != EnergyWish():
+        raise RequestError("energy", "cannot be given with force_degrees, which leave nothing to choose")
+    params = Params(
+        model=spec.name,
+        shape=shape,
+        num_steps=num_steps,
+        guidance=guidance,
+        true_cfg_scale=NO_CFG if true_cfg_scale is None else true_cfg_scale,
+        seed=seed,
+    )
+    return ResolvedRequest(asked=msgspec.structs.replace(settled, force_degrees=force_degrees), params=params)
+
+
+def _shape(settled: ImageRequest, spec: ModelSpec) -> StepShape:
+    """As the model's family makes it. Raises RequestError for what the model does not take."""
+    for field in OPTIONAL_INPUTS:
+        if getattr(settled, field) is not None and field not in spec.inputs:
+            raise RequestError(field, f"is no input of model {spec.name!r}")
+    family = family_of(spec.family)
+    family.check(spec, settled)
+    return family.shape(spec, settled)
 
 
 # Any value as one of a builtin type -------------------------------------------------------------------------------
@@ -197,6 +241,20 @@ def _prompt(field: str, value: object) -> str:
     return prompt
 
 
+def _negative_prompt(field: str, value: object) -> str:
+    return text(field, value, MAX_PROMPT_CHARS)
+
+
+def _one_of(specs: Mapping[str, ModelSpec]) -> _Read[str]:
+    def read(field: str, value: object) -> str:
+        name = text(field, value, MAX_NAME_CHARS)
+        if name not in specs:
+            raise RequestError(field, f"must be one of {', '.join(specs)}, got {shown(name)}")
+        return name
+
+    return read
+
+
 def _request_id(field: str, value: object) -> str:
     """It is written to logs: one line, and one that can be found again."""
     name = text(field, value, MAX_NAME_CHARS)
@@ -212,10 +270,11 @@ def _tenant(field: str, value: object) -> str:
 def _side_of(spec: ModelSpec) -> _Read[int]:
     def read(field: str, value: object) -> int:
         pixels = whole_number(field, value)
-        if not spec.is_side(pixels):
+        sizes = spec.sizes
+        if not sizes.accept(pixels):
             raise RequestError(
                 field,
-                f"must be a multiple of {spec.size_multiple} from {spec.min_size} to {spec.max_size}"
+                f"must be a multiple of {sizes.multiple} from {sizes.min} to {sizes.max}"
                 f" for model {spec.name!r}, got {shown(pixels)}",
             )
         return pixels

@@ -51,7 +51,7 @@ async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     lines = read_lines(requests_file)
 
     def resolve(request: ImageRequest) -> ImageRequest:
-        return resolve_request(request, engine.spec, len(engine.devices))
+        return resolve_request(request, engine.spec, len(engine.devices)).asked
 
     checkpoint = checkpoint_identity(Path(engine.spec.path), engine.config.load_format)
     parsed = list(parse_lines(lines, resolve, checkpoint))

@@ -115,7 +115,7 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
         for prompt in options.prompts
         for i in range(options.num_per_prompt)
     )
-    return [resolve_request(request, engine.spec, len(engine.devices)) for request in requests]
+    return [resolve_request(request, engine.spec, len(engine.devices)).asked for request in requests]
 
 
 async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:

@@ -39,7 +39,7 @@ class Autoencoder:
             )
         self.whole_pixels = math.inf
         """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
-        self._size_multiple = spec.size_multiple
+        self._size_multiple = spec.sizes.multiple
         self._scaling_factor = float(config.get("scaling_factor") or 1.0)
         self._shift_factor = float(config.get("shift_factor") or 0.0)
         self._vae = build_module(_builder(config), tensors, str(folder), unused=UNUSED_PREFIXES)

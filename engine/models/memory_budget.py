@@ -71,8 +71,8 @@ def memory_budget(spec: ModelSpec, components: Mapping[str, Component], layout: 
         weights_bytes=weights,
         slab_bytes=layout.num_bytes + EXCHANGE_SCRATCH * widest,
         step_bytes=STEP_WIDTHS * widest,
-        decode_bytes=DECODE_CHANNELS * spec.max_size**2 * itemsize,
-        whole_pixels=spec.max_size**2,
+        decode_bytes=DECODE_CHANNELS * spec.sizes.max**2 * itemsize,
+        whole_pixels=spec.sizes.max**2,
     )
 
 

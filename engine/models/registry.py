@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.model_spec import COMPONENTS_WITH_WEIGHTS, CheckpointError, ModelSpec
+from tetrion.engine.families.checkpoint import component_folder
+from tetrion.engine.families.flux import WITH_WEIGHTS
+from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.autoencoder import UNUSED_PREFIXES, Autoencoder, vae_shapes
 from tetrion.engine.models.dummy import DummyFiles
 from tetrion.engine.models.flux import FluxTransformer, read_config, transformer_shapes, weights_plan
@@ -95,10 +97,10 @@ def model_components(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, C
 
 
 def _architecture(spec: ModelSpec) -> Architecture:
-    if spec.architecture not in ARCHITECTURES:
+    if spec.family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"model: architecture {spec.architecture!r} is not supported (supported: {known})")
-    return ARCHITECTURES[spec.architecture]
+        raise CheckpointError(f"model: architecture {spec.family!r} is not supported (supported: {known})")
+    return ARCHITECTURES[spec.family]
 
 
 def _flux_components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]:
@@ -106,7 +108,7 @@ def _flux_components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Comp
     files = _dummy_files(path) if load_format == "dummy" else _checkpoint_files(path)
     components = {name: _whole(files[name]) for name in ("text_encoder", "text_encoder_2")}
     components["vae"] = _whole(files["vae"], without=UNUSED_PREFIXES)
-    plan = weights_plan(read_config(path / "transformer" / "config.json"))
+    plan = weights_plan(read_config(component_folder(path, "transformer") / "config.json"))
     components["transformer"] = Component(files["transformer"], plan)
     return components
 
@@ -116,7 +118,9 @@ def _build_flux(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, 
     return Pipeline(
         spec=spec,
         flux=FluxTransformer(
-            read_config(path / "transformer" / "config.json"), component_tensors(tensors, "transformer"), ops
+            read_config(component_folder(path, "transformer") / "config.json"),
+            component_tensors(tensors, "transformer"),
+            ops,
         ),
         text_encoders=TextEncoders(
             component_tensors(tensors, "text_encoder"),
@@ -124,13 +128,13 @@ def _build_flux(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, 
             spec,
             load_format,
         ),
-        autoencoder=Autoencoder(path / "vae", component_tensors(tensors, "vae"), spec),
+        autoencoder=Autoencoder(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec),
         weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
 
 
 def _checkpoint_files(path: Path) -> dict[str, TensorFiles]:
-    return {name: ComponentFiles(path / name) for name in COMPONENTS_WITH_WEIGHTS}
+    return {name: ComponentFiles(component_folder(path, name)) for name in WITH_WEIGHTS}
 
 
 def _dummy_files(path: Path) -> dict[str, TensorFiles]:
@@ -138,10 +142,10 @@ def _dummy_files(path: Path) -> dict[str, TensorFiles]:
     shapes = {
         "text_encoder": clip,
         "text_encoder_2": t5,
-        "vae": vae_shapes(path / "vae"),
-        "transformer": transformer_shapes(path / "transformer"),
+        "vae": vae_shapes(component_folder(path, "vae")),
+        "transformer": transformer_shapes(component_folder(path, "transformer")),
     }
-    return {name: DummyFiles(path / name, shapes[name]) for name in COMPONENTS_WITH_WEIGHTS}
+    return {name: DummyFiles(component_folder(path, name), shapes[name]) for name in WITH_WEIGHTS}
 
 
 def _whole(files: TensorFiles, without: tuple[str, ...] = ()) -> Component:

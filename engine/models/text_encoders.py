@@ -19,7 +19,8 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.model_spec import CheckpointError, ModelSpec, has_tokenizer
+from tetrion.engine.families.checkpoint import component_folder, has_tokenizer
+from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.dummy import HashTokenizer, module_shapes
 from tetrion.engine.models.loading import build_module
 from tetrion.engine.models.tokenizers import LibraryTokenizer, Tokenizer
@@ -59,8 +60,8 @@ class TextEncoders:
         """Raises CheckpointError if a config, tokenizer or tensor is missing, or widths are not the transformer's."""
         path = Path(spec.path)
         self._max_text_tokens = spec.max_text_tokens
-        self._clip = _build_clip(path / "text_encoder", clip_tensors, spec.pooled_dim)
-        self._t5 = _build_t5(path / "text_encoder_2", t5_tensors, spec.text_dim)
+        self._clip = _build_clip(component_folder(path, "text_encoder"), clip_tensors, spec.pooled_dim)
+        self._t5 = _build_t5(component_folder(path, "text_encoder_2"), t5_tensors, spec.text_dim)
         self._clip_tokenizer, self._clip_tokens = _clip_tokenizer(path, load_format)
         self._t5_tokenizer = _t5_tokenizer(path, load_format)
 
@@ -91,7 +92,10 @@ class TextEncoders:
 
 def text_encoder_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Shapes of all tensors that CLIP's and T5's configs mean. Raises CheckpointError if a config is missing."""
-    clip, t5 = _load_config(CLIPTextConfig, path / "text_encoder"), _load_config(T5Config, path / "text_encoder_2")
+    clip, t5 = (
+        _load_config(CLIPTextConfig, component_folder(path, "text_encoder")),
+        _load_config(T5Config, component_folder(path, "text_encoder_2")),
+    )
     return module_shapes(lambda: CLIPTextModel(clip)), module_shapes(lambda: T5EncoderModel(t5))
 
 
@@ -107,18 +111,18 @@ def _one_thread() -> Iterator[None]:
 
 def _clip_tokenizer(path: Path, load_format: LoadFormat) -> tuple[Tokenizer, int]:
     """The tokenizer, and how many tokens CLIP always gets."""
-    if load_format == "dummy" and not has_tokenizer(path / "tokenizer"):
-        config = _load_config(CLIPTextConfig, path / "text_encoder")
+    if load_format == "dummy" and not has_tokenizer(component_folder(path, "tokenizer")):
+        config = _load_config(CLIPTextConfig, component_folder(path, "text_encoder"))
         end = config.vocab_size - 1
         return HashTokenizer(config.vocab_size, end=end, start=end - 1, padding=end), config.max_position_embeddings
-    tokenizer = LibraryTokenizer(CLIPTokenizer, path / "tokenizer")
+    tokenizer = LibraryTokenizer(CLIPTokenizer, component_folder(path, "tokenizer"))
     return tokenizer, tokenizer.model_max_length
 
 
 def _t5_tokenizer(path: Path, load_format: LoadFormat) -> Tokenizer:
-    if load_format == "dummy" and not has_tokenizer(path / "tokenizer_2"):
-        return HashTokenizer(_load_config(T5Config, path / "text_encoder_2").vocab_size, end=1)
-    return LibraryTokenizer(T5Tokenizer, path / "tokenizer_2")
+    if load_format == "dummy" and not has_tokenizer(component_folder(path, "tokenizer_2")):
+        return HashTokenizer(_load_config(T5Config, component_folder(path, "text_encoder_2")).vocab_size, end=1)
+    return LibraryTokenizer(T5Tokenizer, component_folder(path, "tokenizer_2"))
 
 
 def _load_config(kind: type[ConfigT], folder: Path) -> ConfigT:

@@ -55,7 +55,7 @@ def initial_noise(seed: int, width: int, height: int, spec: ModelSpec) -> Tensor
 
     Drawn by a CPU generator whatever the device, so that a seed means the same picture everywhere.
     """
-    rows, columns = 2 * (height // spec.size_multiple), 2 * (width // spec.size_multiple)
+    rows, columns = 2 * (height // spec.sizes.multiple), 2 * (width // spec.sizes.multiple)
     generator = torch.Generator("cpu").manual_seed(seed)
     noise_CHW = torch.randn((1, spec.in_channels // 4, rows, columns), generator=generator, dtype=torch.float32)[0]
     return pack_latents(noise_CHW)

@@ -60,11 +60,12 @@ class DeviceModel:
         part = steps.start // TABLE_STEPS
         modulation = self._modulation_of(command, num_image, part)
         rows = slice(steps.start - part * TABLE_STEPS, steps.stop - part * TABLE_STEPS)
-        deltas = self._deltas(command.num_steps, num_image)[steps.start : steps.stop]
+        deltas = self._deltas(command.params.num_steps, num_image)[steps.start : steps.stop]
         self.tables.load(deltas, modulation[rows])
 
     def _modulation_of(self, command: Denoise, num_image: int, part: int) -> Tensor:
-        return self._modulations(command.state_id, command.slot, command.num_steps, num_image, command.guidance, part)
+        params = command.params
+        return self._modulations(command.state_id, command.slot, params.num_steps, num_image, params.guidance, part)
 
     def _compute_modulations(
         self, state_id: int, slot: int, num_steps: int, num_image: int, guidance: float, part: int

@@ -107,7 +107,7 @@ class DeviceRunner:
     def encode(self, command: EncodePrompt) -> None:
         started = self._queue.mark()
         embedding = self.model.embedding(command.prompt)
-        noise = initial_noise(command.seed, command.width, command.height, self._model)
+        noise = initial_noise(command.params.seed, command.params.shape.width, command.params.shape.height, self._model)
         state = self._slabs.slot(self.device_id, command.slot)
         state.text.copy_(embedding.embeds)
         state.pooled.copy_(embedding.pooled)
@@ -123,7 +123,7 @@ class DeviceRunner:
 
     def denoise(self, command: Denoise) -> None:
         model, last = self._model, command.step_index + command.chunk_steps
-        plan = plan_group(command.members, model.max_text_tokens, self._num_image(command), model.num_heads)
+        plan = plan_group(command.members, model.max_text_tokens, command.params.shape.image, model.num_heads)
         graph = self.model.graph(plan)
         source = self.device_id if self.device_id in command.holders else command.source
         started = self._queue.mark()
@@ -152,13 +152,13 @@ class DeviceRunner:
         self._completions.add(command, finish)
 
     def decode(self, command: Decode) -> None:
-        version = slot_version(command.state_id, command.num_steps)
-        plan, group = self._exchange.alone(self._model.max_text_tokens, self._num_image(command))
+        version = slot_version(command.state_id, command.params.num_steps)
+        plan, group = self._exchange.alone(self._model.max_text_tokens, command.params.shape.image)
         group.bind(plan, command.slot, source=command.source, start_version=version, end_version=version)
         group.pull_state()
         started = self._queue.mark()
         latents = self._latents(command)
-        picture = self._queue.to_host(self.model.pipeline.decode(latents, command.width, command.height))
+        picture = self._queue.to_host(self.model.pipeline.decode(latents, *command.params.shape.size))
         status, ended = self._end()
 
         def finish() -> Event:
@@ -181,8 +181,8 @@ class DeviceRunner:
 
     def _run_steps(self, command: Denoise, graph: StepGraph, plan: GroupPlan) -> None:
         """Enqueue all steps of a chunk."""
-        unit = self._model.size_multiple
-        graph.load_rope((command.height // unit, command.width // unit))
+        unit = self._model.sizes.multiple
+        graph.load_rope((command.params.shape.height // unit, command.params.shape.width // unit))
         graph.load_text(self.model.project_text(command.slot, plan.shard_of(self.device_id).text))
         for steps in table_parts(command.step_index, command.step_index + command.chunk_steps):
             self.model.load_tables(command, plan.num_image, steps)
@@ -195,10 +195,7 @@ class DeviceRunner:
 
     def _latents(self, command: Decode | CopyLatents) -> Tensor:
         """The request's latents in this device's slot: fp32 [tokens, in_channels]."""
-        return self._slabs.slot(self.device_id, command.slot).latents[: self._num_image(command)]
-
-    def _num_image(self, command: Denoise | Decode | CopyLatents) -> int:
-        return self._model.num_image_tokens(command.width, command.height)
+        return self._slabs.slot(self.device_id, command.slot).latents[: command.params.shape.image]
 
 
 def _passed(mark: Mark, status: Tensor) -> None:

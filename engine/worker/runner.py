@@ -34,6 +34,7 @@ from tetrion.engine.parallel.layout import ControlLayout
 from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.sampling.flow_match import euler_step, initial_noise, sigmas, timesteps
+from tetrion.engine.shape import StepShape
 from tetrion.engine.transport.image_slab import ImageSlab
 from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker import answers
@@ -86,7 +87,7 @@ class Runner:
     def encode(self, command: EncodePrompt) -> Encoded:
         started_s = time.monotonic()
         embedding = self.pipeline.encode(command.prompt)
-        noise = initial_noise(command.seed, command.width, command.height, self._model)
+        noise = initial_noise(command.params.seed, command.params.shape.width, command.params.shape.height, self._model)
         state = self._slabs.slot(self.device_id, command.slot)
         state.text.copy_(embedding.embeds)
         state.pooled.copy_(embedding.pooled)
@@ -96,7 +97,7 @@ class Runner:
 
     def denoise(self, command: Denoise) -> Denoised:
         started_s = time.monotonic()
-        exchange = self._exchange(command.members, command.width, command.height)
+        exchange = self._exchange(command.members, command.params.shape)
         source = self.device_id if self.device_id in command.holders else command.source
         exchange.pull_state(source, command.slot, slot_version(command.state_id, command.step_index))
         exchange.enter(command.slot)
@@ -105,30 +106,28 @@ class Runner:
         return answers.denoised(command, self.device_id, started_s, time.monotonic(), waited_s)
 
     def decode(self, command: Decode) -> Decoded:
-        exchange = self._exchange((self.device_id,), command.width, command.height)
-        exchange.pull_state(command.source, command.slot, slot_version(command.state_id, command.num_steps))
+        exchange = self._exchange((self.device_id,), command.params.shape)
+        exchange.pull_state(command.source, command.slot, slot_version(command.state_id, command.params.num_steps))
         started_s = time.monotonic()
-        latents = self._latents(command.slot, command.width, command.height)
-        picture = self.pipeline.decode(latents, command.width, command.height)
+        shape = command.params.shape
+        picture = self.pipeline.decode(self._latents(command.slot, shape), shape.width, shape.height)
         self._images.write(command.image_slot, picture.numpy())
         return answers.decoded(command, self.device_id, started_s, time.monotonic())
 
     def copy_latents(self, command: CopyLatents) -> LatentsCopied:
-        latents = self._latents(command.slot, command.width, command.height)
+        latents = self._latents(command.slot, command.params.shape)
         self._images.write(command.image_slot, latents.float().numpy())
         return answers.latents_copied(command, self.device_id, tuple(latents.shape))
 
     def _run_steps(self, command: Denoise, exchange: Exchange) -> None:
         """All steps of a chunk on this member's tokens."""
         flux, shard = self.pipeline.flux, exchange.shard
-        state_id, slot = command.state_id, command.slot
+        state_id, slot, params = command.state_id, command.slot, command.params
         levels = self._levels(command)
-        modulations = self._modulations(
-            state_id, slot, command.num_steps, command.width, command.height, command.guidance
-        )
+        modulations = self._modulations(state_id, slot, params.num_steps, params.shape.image, params.guidance)
         text = self._text(state_id, slot, shard.text)
         rope = self._rope(command, exchange)
-        latents = self._latents(slot, command.width, command.height)[shard.image.start : shard.image.stop].clone()
+        latents = self._latents(slot, params.shape)[shard.image.start : shard.image.stop].clone()
         last = command.step_index + command.chunk_steps - 1
         for step_index in range(command.step_index, last + 1):
             velocity = flux.step(latents, text, modulations[step_index], rope, exchange.attend)
@@ -136,39 +135,35 @@ class Runner:
             version = slot_version(state_id, step_index + 1) if step_index == last else None
             exchange.share_latents(latents, slot, version)
 
-    def _exchange(self, members: tuple[int, ...], width: int, height: int) -> Exchange:
+    def _exchange(self, members: tuple[int, ...], shape: StepShape) -> Exchange:
         model = self._model
-        num_image = model.num_image_tokens(width, height)
         return make_exchange(
-            self._slabs, self._barrier, members, model.max_text_tokens, num_image, model.num_heads, model.head_dim
+            self._slabs, self._barrier, members, model.max_text_tokens, shape.image, model.num_heads, model.head_dim
         )
 
-    def _latents(self, slot: int, width: int, height: int) -> Tensor:
+    def _latents(self, slot: int, shape: StepShape) -> Tensor:
         """The request's latents in this device's slot: [tokens, in_channels]."""
-        return self._slabs.slot(self.device_id, slot).latents[: self._model.num_image_tokens(width, height)]
+        return self._slabs.slot(self.device_id, slot).latents[: shape.image]
 
     def _levels(self, command: Denoise) -> list[float]:
         """Noise level before each step and after the last."""
-        num_image = self._model.num_image_tokens(command.width, command.height)
-        return sigmas(self._model.scheduler, command.num_steps, num_image).tolist()
+        return sigmas(self._model.scheduler, command.params.num_steps, command.params.shape.image).tolist()
 
     def _rope(self, command: Denoise, exchange: Exchange) -> tuple[Tensor, Tensor]:
         """Rotary tables of this member's tokens, text first."""
-        unit, num_text = self._model.size_multiple, self._model.max_text_tokens
+        unit, num_text, shape = self._model.sizes.multiple, self._model.max_text_tokens, command.params.shape
         text, image = exchange.shard.text, exchange.shard.image
-        tables = self.pipeline.flux.rope(command.height // unit, command.width // unit, num_text)
+        tables = self.pipeline.flux.rope(shape.height // unit, shape.width // unit, num_text)
         cos, sin = (
             torch.cat([table[text.start : text.stop], table[num_text + image.start : num_text + image.stop]])
             for table in tables
         )
         return cos, sin
 
-    def _compute_modulations(
-        self, state_id: int, slot: int, num_steps: int, width: int, height: int, guidance: float
-    ) -> Tensor:
+    def _compute_modulations(self, state_id: int, slot: int, num_steps: int, num_image: int, guidance: float) -> Tensor:
         """Modulation vectors of all steps: [num_steps, V, C]. `state_id` is there for the cache."""
         model = self._model
-        levels = sigmas(model.scheduler, num_steps, model.num_image_tokens(width, height))
+        levels = sigmas(model.scheduler, num_steps, num_image)
         times = torch.from_numpy(timesteps(model.scheduler, levels))
         return self.pipeline.flux.modulations(times, guidance, self._slabs.slot(self.device_id, slot).pooled)
 

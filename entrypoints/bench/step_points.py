@@ -17,7 +17,7 @@ from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Denoised, Event
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
@@ -73,7 +73,7 @@ async def time_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: in
 
 
 async def _prepare_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: int) -> None:
-    tokens = {"num_text": spec.max_text_tokens, "num_image": spec.num_image_tokens(*size)}
+    tokens = {"num_text": spec.max_text_tokens, "num_image": spec.sizes.num_rows(*size)}
     await floor.ask({**tokens, "degree": degree}, FLOOR_TIMEOUT_S)
 
 
@@ -154,8 +154,7 @@ async def idle_gaps(
     loop = EngineLoop(
         executor=cast(Executor, listener),
         planner=get_planner(config.planner.policy),
-        cost_model=CostModel(profile),
-        spec=spec,
+        cost_models=CostModels({spec.name: profile}),
         config=config,
         outputs=receive,
     )

@@ -204,7 +204,7 @@ class ImageService:
                 text = (await asyncio.to_thread(base64.b64encode, encoded)).decode()
                 data.append(schema.describe_picture(result, b64_json=text))
         first = results[0]
-        num_image_tokens = self._engine.spec.num_image_tokens(first.width, first.height) * len(results)
+        num_image_tokens = self._engine.spec.sizes.num_rows(first.width, first.height) * len(results)
         return schema.GenerationResponse(
             created=int(time.time()),
             output_format=picture_format,

@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.engine.test_loop import PROFILE, Simulation
-from tests.engine.test_request import make_request
+from tests.engine.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine import commands
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executor import Finish, Receive
@@ -18,7 +17,8 @@ from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
 from tetrion.engine.refusals import Refusals
-from tetrion.engine.request import EngineEnded, Failure, GenerationError, Output, Progress
+from tetrion.engine.request import EngineEnded, Failure, GenerationError, ImageRequest, Output, Progress
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedExecutor
 from tetrion.engine.transport.ring import MessageTooLong
 
@@ -29,7 +29,7 @@ class Slots(SimulatedExecutor):
     """With two image slots, which are given back once, as real ones are."""
 
     def __init__(self, num_devices: int = 2, num_slots: int = 2) -> None:
-        super().__init__(PROFILE, num_devices)
+        super().__init__(COSTS, num_devices)
         self.num_slots = num_slots
         self.free = set(range(num_slots))
 
@@ -189,8 +189,8 @@ def test_devices_that_are_busy_or_gone_are_no_members() -> None:
     view = RequestView(
         request_id="a",
         stage="encode",
-        width=128,
-        height=128,
+        model=SPEC.name,
+        cost_key="128x128",
         step_index=0,
         num_steps=4,
         arrival_s=0.0,
@@ -201,8 +201,7 @@ def test_devices_that_are_busy_or_gone_are_no_members() -> None:
         now_s=1.0,
         requests=(view,),
         devices=(DeviceView(device_id=0, free_s=0.5), DeviceView(device_id=1, free_s=1.5)),
-        legal_degrees=(1, 2),
-        profile=PROFILE,
+        costs=COSTS,
         config=PlannerConfig(),
     )
 
@@ -308,7 +307,7 @@ def test_a_worker_that_never_takes_a_command_is_killed_and_the_others_go_on() ->
                 return False
             return super().submit(command, members)
 
-    executor = Full(PROFILE, 2)
+    executor = Full(COSTS, 2)
     simulation = Simulation(executor=executor, stall_timeout_s=5.0)
     for number in range(4):
         simulation.request(f"{number}", num_steps=200)
@@ -322,7 +321,7 @@ def test_workers_that_take_no_commands_are_killed_and_the_engine_ends_without_an
         def submit(self, command: Command, members: tuple[int, ...]) -> bool:
             return not isinstance(command, (EncodePrompt, Denoise, Decode)) and super().submit(command, members)
 
-    simulation = Simulation(executor=Full(PROFILE, 2), stall_timeout_s=5.0)
+    simulation = Simulation(executor=Full(COSTS, 2), stall_timeout_s=5.0)
     simulation.request("a")
     with pytest.raises(EngineEnded, match="no worker has been alive for 120 s"):
         simulation.run()
@@ -382,6 +381,12 @@ def spoil(owner: Any, name: str, is_bad: Callable[..., bool]) -> None:
     setattr(owner, name, spoilt)
 
 
+def part_of(simulation: Simulation, name: str) -> Any:
+    """What the loop's books write to."""
+    books = simulation.loop._books
+    return books._cost_models[SPEC.name] if name == "_cost_model" else getattr(books, name)
+
+
 PARTS = [
     ("_cost_model", "observe_encode"),
     ("_cost_model", "observe_step"),
@@ -402,7 +407,7 @@ def test_an_error_while_something_is_written_down_ends_one_request(
 ) -> None:
     """It comes once, whoever's turn it is."""
     simulation, calls = Simulation(executor=Slots(num_devices=3)), itertools.count()
-    spoil(getattr(simulation.loop._books, part), method, lambda *_: next(calls) == nth)
+    spoil(part_of(simulation, part), method, lambda *_: next(calls) == nth)
     run(simulation, "a", "b", "c")
     assert len(simulation.failures) == 1 and len(simulation.results) == 3
     ((name, error),) = simulation.failures.items()
@@ -414,7 +419,7 @@ def test_an_error_while_something_is_written_down_ends_one_request(
 @pytest.mark.parametrize(("part", "method"), PARTS)
 def test_errors_without_end_fail_every_request_and_never_the_loop(part: str, method: str) -> None:
     simulation = Simulation(executor=Slots())
-    spoil(getattr(simulation.loop._books, part), method, lambda *_: True)
+    spoil(part_of(simulation, part), method, lambda *_: True)
     run(simulation, "a", "b", "c")
     assert set(simulation.failures) == {"a", "b", "c", "later"} and not simulation.results
     check_nothing_is_left(simulation)
@@ -504,7 +509,7 @@ def test_admission_that_fails_refuses_the_newcomer_alone(monkeypatch: pytest.Mon
     def submit_bad() -> None:
         monkeypatch.setattr("tetrion.engine.loop.earliest_deadline_s", broken)
         with pytest.raises(GenerationError, match="admission failed") as caught:
-            simulation.loop.submit(make_request("bad").params)
+            simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="bad"), SPEC, 4))
         monkeypatch.undo()
         refused.append(caught.value)
 
@@ -516,7 +521,7 @@ def test_admission_that_fails_refuses_the_newcomer_alone(monkeypatch: pytest.Mon
 
 def test_failures_are_logged_as_errors_with_the_id(caplog: pytest.LogCaptureFixture) -> None:
     simulation = Simulation(executor=Slots())
-    spoil(simulation.loop._books._cost_model, "observe_encode", lambda *_: True)
+    spoil(part_of(simulation, "_cost_model"), "observe_encode", lambda *_: True)
     simulation.request("the-one")
     simulation.run()
     records = [record for record in caplog.records if "request the-one failed" in record.getMessage()]

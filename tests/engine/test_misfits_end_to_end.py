@@ -21,7 +21,8 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.guarded_planner import FALLBACK
 from tetrion.engine.messages import Command, Denoise, EncodePrompt
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot
-from tetrion.engine.request import EnergyWish, GenerationError, ImageRequest, ImageResult, RequestError
+from tetrion.engine.request import EnergyWish, GenerationError, ImageRequest, ImageResult, RequestError, ResolvedRequest
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.transport.ring import MessageTooLong
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server")]
@@ -165,11 +166,16 @@ async def test_whatever_one_asks_for_his_neighbour_and_a_later_request_are_drawn
             assert type(result.seed) is int and type(result.prompt) is type(result.request_id) is str
         for prompt in ODD:
             await draw(engine, small(prompt=prompt, request_id="é" * 256, tenant="\0" * 256, num_steps=1))
-        settled = msgspec.structs.replace(small(), guidance=0.0)
-        monkeypatch.setattr("tetrion.engine.api.resolve_request", lambda request, spec, num_devices: request)
+        settled = resolve_request(small(), engine.spec, len(engine.devices))
+
+        def unchecked(request: ImageRequest, *_: object) -> ResolvedRequest:
+            params = msgspec.structs.replace(settled.params, seed=request.seed)
+            return ResolvedRequest(asked=request, params=params)
+
+        monkeypatch.setattr("tetrion.engine.api.resolve_request", unchecked)
         for number, fields in enumerate(UNSENDABLE):
             with pytest.raises(GenerationError, match="could not be sent"):
-                await draw(engine, msgspec.structs.replace(settled, request_id=f"unsendable-{number}", **fields))
+                await draw(engine, msgspec.structs.replace(settled.asked, request_id=f"unsendable-{number}", **fields))
             assert f"request unsendable-{number} failed" in caplog.text
         monkeypatch.undo()
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.test_loop import PROFILE, Simulation
+from tests.engine.test_loop import COSTS, Simulation
 from tetrion.engine.messages import BarriersReset, Command, Decode, Denoise, ResetBarriers
 from tetrion.engine.request import EngineEnded, Failure, Output
 from tetrion.engine.simulated import SimulatedCommand, SimulatedExecutor
@@ -27,7 +27,7 @@ class CountingExecutor(SimulatedExecutor):
     """`draw` decides how many barriers a chunk passes before it is cut off, and how late answers are."""
 
     def __init__(self, num_devices: int, draw: random.Random, respawn_s: float | None) -> None:
-        super().__init__(PROFILE, num_devices, lambda _, seconds: seconds * draw.uniform(0.7, 1.4), respawn_s)
+        super().__init__(COSTS, num_devices, lambda _, seconds: seconds * draw.uniform(0.7, 1.4), respawn_s)
         self.counts: Counter[tuple[int, int]] = Counter()
         self.counters: Counter[tuple[int, int]] = Counter()
         self.disagreements: list[tuple[int, int]] = []
@@ -158,7 +158,7 @@ def test_the_others_go_on_while_a_worker_joins() -> None:
                 return True
             return super().submit(command, members)
 
-    simulation = Simulation(2, executor=SlowNewcomer(PROFILE, 2, respawn_s=1.0))
+    simulation = Simulation(2, executor=SlowNewcomer(COSTS, 2, respawn_s=1.0))
     simulation.request("a", width=512, height=512, num_steps=40, force_degrees=(1,))
     simulation.request("b", at_s=6.0, width=512, height=512)
     simulation.executor.at(0.5, lambda: simulation.executor.lose(1))
@@ -184,7 +184,7 @@ def test_an_engine_that_has_no_worker_for_too_long_ends_with_all_its_requests() 
 
 
 def test_a_worker_that_is_back_in_time_keeps_the_engine_from_ending() -> None:
-    simulation = Simulation(1, executor=SimulatedExecutor(PROFILE, 1, respawn_s=29.0), no_worker_timeout_s=30.0)
+    simulation = Simulation(1, executor=SimulatedExecutor(COSTS, 1, respawn_s=29.0), no_worker_timeout_s=30.0)
     simulation.request("a", width=512, height=512, num_steps=100)
     for at_s in (1.0, 31.0):
         simulation.executor.at(at_s, lambda: simulation.executor.lose(0))
@@ -196,7 +196,7 @@ class SilentExecutor(SimulatedExecutor):
     """Devices in `silent` do not react to an abort, and take `dies_after_s` to die when they are killed."""
 
     def __init__(self, num_devices: int, silent: set[int], dies_after_s: float, respawn_s: float | None) -> None:
-        super().__init__(PROFILE, num_devices, respawn_s=respawn_s)
+        super().__init__(COSTS, num_devices, respawn_s=respawn_s)
         self.silent = silent
         self.killed: list[tuple[float, int]] = []
         self._dies_after_s = dies_after_s
@@ -288,7 +288,7 @@ def test_nobody_is_killed_for_the_sake_of_one_whose_loss_is_about_to_be_reported
         def kill(self, device_id: int, reason: str) -> None:
             self.killed.append(device_id)
 
-    executor = LateNews(PROFILE, 2, respawn_s=1.0)
+    executor = LateNews(COSTS, 2, respawn_s=1.0)
     simulation = Simulation(2, executor=executor, stall_timeout_s=5.0)
     simulation.request("a", width=512, height=512, num_steps=20, force_degrees=(2,))
     executor.at(1.0, lambda: executor.lose(1))

@@ -11,8 +11,8 @@ SPEC = make_spec()
 
 
 def make_request(request_id: str, arrival_s: float = 0.0, **fields: object) -> Request:
-    params = resolve_request(ImageRequest(prompt="x", request_id=request_id, seed=1, **fields), SPEC, 4)  # type: ignore[arg-type]
-    return Request(params, arrival_s)
+    asked = ImageRequest(prompt="x", request_id=request_id, seed=1, **fields)  # type: ignore[arg-type]
+    return Request(resolve_request(asked, SPEC, 4), arrival_s)
 
 
 def test_slots_go_to_the_earliest_deadline_and_patience_counts_as_one() -> None:

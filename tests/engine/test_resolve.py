@@ -24,7 +24,12 @@ SPEC = make_spec()
 
 def test_defaults_come_from_the_model() -> None:
     resolved = resolve_request(ImageRequest(prompt="a star"), SPEC, 4)
-    assert (resolved.width, resolved.height, resolved.num_steps, resolved.guidance) == (256, 256, 12, 0.0)
+    asked, params = resolved.asked, resolved.params
+    assert (asked.width, asked.height, asked.num_steps, asked.guidance) == (256, 256, 12, 0.0)
+    assert (params.model, params.shape.size, params.num_steps, params.guidance) == ("tiny", (256, 256), 12, 0.0)
+    assert params.seed == asked.seed and asked.request_id
+    again = resolve_request(ImageRequest(prompt="a star"), SPEC, 4)
+    assert again.asked.request_id != asked.request_id and again.params.seed != params.seed
 
 
 @pytest.mark.parametrize(
@@ -264,7 +269,7 @@ NO_REQUESTS: list[object] = [
 
 
 def settled(**fields: Any) -> ImageRequest:
-    return resolve_request(ImageRequest(**({"prompt": "a star"} | fields)), SPEC, 4)
+    return resolve_request(ImageRequest(**({"prompt": "a star"} | fields)), SPEC, 4).asked
 
 
 def is_exact(value: object) -> bool:
@@ -337,7 +342,7 @@ def test_texts_of_any_library_are_taken_for_what_they_hold() -> None:
         request = settled(prompt=prompt, tenant=prompt, request_id=prompt)
         check_exact(request)
         assert request.prompt == request.tenant == request.request_id == "a red circle"
-        assert resolve_request(prompt, SPEC, 4).prompt == "a red circle"
+        assert resolve_request(prompt, SPEC, 4).asked.prompt == "a red circle"
 
 
 @pytest.mark.parametrize("name", ["x" * 257, " ", "\t", "a\nb", "a\0b", "\x1b[31m"])
@@ -384,7 +389,7 @@ def test_what_is_no_request_is_refused() -> None:
 
 
 def test_subclasses_of_requests_are_taken_for_their_fields() -> None:
-    check_exact(resolve_request(Plain(prompt="a star", note="mine"), SPEC, 4))
+    check_exact(resolve_request(Plain(prompt="a star", note="mine"), SPEC, 4).asked)
     with pytest.raises(RequestError, match="seed: cannot be read"):
         resolve_request(MyRequest(prompt="a star"), SPEC, 4)
 
@@ -396,7 +401,7 @@ def test_a_value_is_asked_once() -> None:
 def test_defaults_are_settled_once_and_for_all() -> None:
     request = settled()
     check_exact(request)
-    assert resolve_request(request, SPEC, 4) == request
+    assert resolve_request(request, SPEC, 4).asked == request
 
 
 MISFITS = NO_TEXTS + NO_DEGREES + NO_WHOLE_NUMBERS

@@ -21,8 +21,7 @@ class GroupSlabs:
             head_dim=head_dim,
             max_text_tokens=max(plan.num_text, 1),
             max_size=128,
-            default_width=128,
-            default_height=128,
+            default_size=(128, 128),
         )
         num_devices = max(max(plan.members) + 1, 2)
         self.layout = slab_layout(spec, num_devices, 1, dtype.itemsize)

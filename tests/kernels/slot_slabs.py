@@ -15,9 +15,7 @@ from tetrion.kernels.slot_version import NUM_STATUS_WORDS, SlotVersions
 NUM_DEVICES, NUM_SLOTS = 4, 3
 NUM_TEXT, NUM_IMAGE, NUM_HEADS = 7, 45, 6
 POISON = 0x7F
-SPEC = make_spec(
-    num_heads=NUM_HEADS, max_text_tokens=9, text_dim=20, max_size=128, default_width=128, default_height=128
-)
+SPEC = make_spec(num_heads=NUM_HEADS, max_text_tokens=9, text_dim=20, max_size=128, default_size=(128, 128))
 
 
 class SlotSlabs:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from tetrion.engine.model_spec import read_model_spec
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.registry import Pipeline, load_pipeline
 from tetrion.engine.parallel.exchange import Stream
 from tetrion.engine.sampling.flow_match import euler_step, initial_noise, sigmas, timesteps
@@ -78,11 +78,11 @@ def _generate(
     """The whole pipeline at degree 1: latents and picture."""
     spec, flux = pipeline.spec, pipeline.flux
     prompt_embedding = pipeline.encode(prompt)
-    levels = sigmas(spec.scheduler, num_steps, spec.num_image_tokens(width, height))
+    levels = sigmas(spec.scheduler, num_steps, spec.sizes.num_rows(width, height))
     steps = torch.from_numpy(timesteps(spec.scheduler, levels))
     tables = flux.modulations(steps, guidance, prompt_embedding.pooled)
     text = flux.project_text(prompt_embedding.embeds)
-    rope = flux.rope(height // spec.size_multiple, width // spec.size_multiple, len(text))
+    rope = flux.rope(height // spec.sizes.multiple, width // spec.sizes.multiple, len(text))
     latents = initial_noise(seed, width, height, spec)
     for i in range(num_steps):
         velocity = flux.step(latents, text, tables[i], rope, _attend)

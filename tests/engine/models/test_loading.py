@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tetrion.engine.model_spec import CheckpointError, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.loading import Component, ComponentFiles, Part, attach, component_tensors, publish
 from tetrion.engine.models.registry import load_pipeline
 from tetrion.engine.transport.segment import SharedMemoryError
@@ -205,7 +206,7 @@ def test_damaged_tokenizer(broken, fd) -> None:
 
 
 def test_wrong_architecture(make_checkpoint, fd) -> None:
-    spec = msgspec.structs.replace(read_model_spec(make_checkpoint()), architecture="sd3")
+    spec = msgspec.structs.replace(read_model_spec(make_checkpoint()), family="sd3")
     with pytest.raises(CheckpointError, match="architecture 'sd3' is not supported \\(supported: flux\\)"):
         load_pipeline(spec, fd, publish_weights=True)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tetrion.engine.model_spec import read_model_spec
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.loading import component_tensors, load_to_device
 from tetrion.engine.models.registry import model_components
 from tetrion.engine.models.text_encoders import TextEncoders

@@ -7,19 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
+from tests.engine.specs import make_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.group import plan_group
 from tetrion.engine.parallel.layout import CACHE_LINE, PAGE, ControlLayout, SlabLayout, slab_layout
 
 specs = st.builds(
-    ModelSpec,
-    name=st.just(""), path=st.just(""), architecture=st.just("flux"), num_heads=st.integers(1, 40),
-    head_dim=st.sampled_from([8, 32, 128]), in_channels=st.sampled_from([4, 16, 64]), text_dim=st.integers(1, 4096),
-    pooled_dim=st.integers(1, 768), guidance_embeds=st.just(False), vae_scale_factor=st.just(8),
-    scheduler=st.just(SchedulerSpec()), num_steps=st.just(4), guidance=st.just(0.0),
-    max_text_tokens=st.integers(1, 512), min_size=st.just(16), max_size=st.integers(8, 128).map(lambda n: 16 * n),
-    default_width=st.just(128), default_height=st.just(128),
-)  # fmt: skip
+    make_spec,
+    num_heads=st.integers(1, 40),
+    head_dim=st.sampled_from([8, 32, 128]),
+    in_channels=st.sampled_from([4, 16, 64]),
+    text_dim=st.integers(1, 4096),
+    pooled_dim=st.integers(1, 768),
+    max_text_tokens=st.integers(1, 512),
+    min_size=st.just(16),
+    max_size=st.integers(8, 128).map(lambda n: 16 * n),
+)
 
 
 @given(spec=specs, num_devices=st.integers(1, 8), num_slots=st.integers(1, 9), itemsize=st.sampled_from([2, 4]))

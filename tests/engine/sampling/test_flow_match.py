@@ -8,7 +8,8 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetrion.engine.model_spec import SchedulerSpec, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import SchedulerSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.sampling.flow_match import (
     euler_step,
@@ -56,7 +57,7 @@ def test_noise_equals_diffusers(width, height) -> None:
     channels, rows, columns = spec.in_channels // 4, height // 8, width // 8
     drawn = torch.randn(1, channels, rows, columns, generator=torch.Generator("cpu").manual_seed(2**63 + 5))
     expected = FluxPipeline._pack_latents(drawn, 1, channels, rows, columns)[0]
-    assert noise.shape == (spec.num_image_tokens(width, height), spec.in_channels)
+    assert noise.shape == (spec.sizes.num_rows(width, height), spec.in_channels)
     assert torch.equal(noise, expected)
     assert not torch.equal(noise, initial_noise(6, width, height, spec))
 

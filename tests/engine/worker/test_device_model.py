@@ -17,12 +17,16 @@ from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.registry import load_device_pipeline, model_components
 from tetrion.engine.parallel.device_exchange import DeviceExchange
 from tetrion.engine.parallel.device_memory import DeviceMemory
+from tetrion.engine.params import Params
 from tetrion.engine.sampling.flow_match import sigmas, timesteps
+from tetrion.engine.shape import StepShape
 from tetrion.engine.worker.device_model import DeviceModel
 from tetrion.engine.worker.step_graphs import TABLE_STEPS, table_parts
 from tetrion.engine.worker.work_queue import ImmediateQueue
 
 CPU, SLOT, NUM_STEPS, NUM_IMAGE, GUIDANCE = torch.device("cpu"), 1, TABLE_STEPS + 9, 10, 2.5
+SHAPE = StepShape(width=20, height=8, image=NUM_IMAGE, text=(4,))
+PARAMS = Params(model="tiny", shape=SHAPE, num_steps=NUM_STEPS, guidance=GUIDANCE, seed=0)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
 
 
@@ -49,7 +53,7 @@ def model(tiny_model: ModelSpec) -> Iterator[tuple[DeviceModel, torch.Tensor]]:
 def denoise(step_index: int, chunk_steps: int, state_id: int = 5) -> Denoise:
     return Denoise(
         command_id=1, round_id=0, request_id="r", state_id=state_id, slot=SLOT, members=(0,), holders=(0,), source=0,
-        step_index=step_index, chunk_steps=chunk_steps, num_steps=NUM_STEPS, width=20, height=8, guidance=GUIDANCE,
+        step_index=step_index, chunk_steps=chunk_steps, params=PARAMS,
     )  # fmt: skip
 
 

@@ -30,10 +30,14 @@ from tetrion.engine.messages import (
 )
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.words import AbortWords
+from tetrion.engine.params import Params
+from tetrion.engine.shape import StepShape
 from tetrion.engine.worker.entry import execute
 from tetrion.engine.worker.runner import Runner
 
 WIDTH, HEIGHT, NUM_STEPS, SLOT = 20, 8, 2, 1
+SHAPE = StepShape(width=WIDTH, height=HEIGHT, image=10, text=(4,))
+PARAMS = Params(model="tiny", shape=SHAPE, num_steps=NUM_STEPS, guidance=2.5, seed=3)
 LOAD = LoadWeights(command_id=1, publish=True)
 Chunk = tuple[tuple[int, ...], int]
 pytestmark = [
@@ -45,8 +49,8 @@ pytestmark = [
 def request_commands(chunks: Sequence[Chunk], first: int = 0) -> list[tuple[tuple[int, ...], Command]]:
     """A whole request as (who gets it, command)."""
     ids = itertools.count(10)
-    common = {"request_id": "r", "state_id": 5, "slot": SLOT, "width": WIDTH, "height": HEIGHT}
-    encode = EncodePrompt(command_id=next(ids), prompt="a red circle", seed=3, **common)
+    common = {"request_id": "r", "state_id": 5, "slot": SLOT, "params": PARAMS}
+    encode = EncodePrompt(command_id=next(ids), prompt="a red circle", **common)
     commands: list[tuple[tuple[int, ...], Command]] = [((first,), encode)]
     holders, step_index = (first,), 0
     for members, chunk_steps in chunks:
@@ -58,14 +62,12 @@ def request_commands(chunks: Sequence[Chunk], first: int = 0) -> list[tuple[tupl
             source=holders[-1],
             step_index=step_index,
             chunk_steps=chunk_steps,
-            num_steps=NUM_STEPS,
-            guidance=2.5,
             **common,
         )
         commands.append((members, denoise))
         holders, step_index = members, step_index + chunk_steps
     commands.append((holders[:1], CopyLatents(command_id=next(ids), image_slot=0, **common)))
-    decode = Decode(command_id=next(ids), source=holders[0], num_steps=NUM_STEPS, image_slot=1, **common)
+    decode = Decode(command_id=next(ids), source=holders[0], image_slot=1, **common)
     return [*commands, (holders[:1], decode)]
 
 
@@ -94,7 +96,7 @@ def run_together(memory: Memory, chunks: Sequence[Chunk], first: int = 0) -> lis
 
 
 def latents(memory: Memory) -> npt.NDArray[np.float32]:
-    tokens = memory.model.num_image_tokens(WIDTH, HEIGHT)
+    tokens = memory.model.sizes.num_rows(WIDTH, HEIGHT)
     return memory.images.read(0, (tokens, memory.model.in_channels), np.float32)
 
 

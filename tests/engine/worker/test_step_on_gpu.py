@@ -11,7 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.dummy import DummyFiles
 from tetrion.engine.models.flux import FluxTransformer, read_config, transformer_shapes, weights_plan
@@ -69,7 +70,7 @@ def diffusers_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tup
 
 def _diffusers_run(model: FluxTransformer2DModel, spec: ModelSpec, inputs: Inputs, dtype: torch.dtype) -> Tensor:
     noise, embeds, pooled = (tensor.to(dtype) for tensor in inputs)
-    side = SIZE // spec.size_multiple
+    side = SIZE // spec.sizes.multiple
     image_ids = torch.zeros(side, side, 3, device="cuda")
     image_ids[..., 1] += torch.arange(side, device="cuda")[:, None]
     image_ids[..., 2] += torch.arange(side, device="cuda")[None, :]
@@ -119,7 +120,7 @@ def _runner(
     levels = sigmas(spec.scheduler, NUM_STEPS, len(noise))
     times = torch.from_numpy(timesteps(spec.scheduler, levels)).to(queue.device)
     plan, group = exchange.alone(len(embeds), len(noise))
-    side = SIZE // spec.size_multiple
+    side = SIZE // spec.sizes.multiple
 
     def run() -> Tensor:
         state = memory.slabs.slot(0, SLOT)
