@@ -21,12 +21,13 @@ import torch
 from diffusers import FluxPipeline
 
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.planning.profile import parse_size
 from tetrion.engine.probe import SEED, Probe, Size
 from tetrion.engine.process_executor import ProcessExecutor
-from tetrion.engine.sampling.flow_match import pack_latents
+from tetrion.engine.sampling.flow_match import initial_noise
+from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.record import make_record, write_record
 
 PROMPTS = (
@@ -70,17 +71,11 @@ def theirs(
             num_inference_steps=num_steps,
             guidance_scale=spec.guidance,
             max_sequence_length=spec.max_text_tokens,
-            latents=_noise(width, height, spec).unsqueeze(0).to(device, dtype),
+            latents=initial_noise(SEED, width, height, spec).unsqueeze(0).to(device, dtype),
             output_type="latent",
         ).images
         found.append(latents[0].float().cpu())
     return found
-
-
-def _noise(width: int, height: int, spec: ModelSpec) -> torch.Tensor:
-    """What our workers start from."""
-    size = spec.in_channels // 4, height // spec.vae_scale_factor, width // spec.vae_scale_factor
-    return pack_latents(torch.randn(size, generator=torch.Generator("cpu").manual_seed(SEED)))
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import Profile, read_profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, Snapshot
+from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import SIZES
 
@@ -38,10 +40,10 @@ NUM_STEPS = 28
 NOW_S = 10_000.0
 
 
-def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, profile: Profile) -> Snapshot:
+def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, costs: CostTables) -> Snapshot:
     """A random state with so many requests. Those past their deadline are its backlog, as the engine has it."""
-    config = PlannerConfig()
-    legal = tuple(n for n in range(1, num_devices + 1) if profile.heads % n == 0)
+    config, heads = PlannerConfig(), costs.profiles[""].heads
+    legal = tuple(n for n in range(1, num_devices + 1) if heads % n == 0)
     free_s = dict.fromkeys(range(num_devices), NOW_S)
     unheld = list(range(draw.randint(1, max(1, num_devices // 4)), num_devices))
     requests, backlog = [], []
@@ -60,8 +62,8 @@ def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, prof
         view = RequestView(
             request_id=f"{number:06d}",
             stage=stage,  # type: ignore[arg-type]
-            width=width,
-            height=height,
+            model="",
+            cost_key=cost_key_of_size((width, height)),
             step_index={"encode": 0, "decode": NUM_STEPS}.get(stage, draw.randrange(NUM_STEPS)),
             num_steps=NUM_STEPS,
             arrival_s=arrival_s,
@@ -75,8 +77,7 @@ def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, prof
         now_s=NOW_S,
         requests=tuple(sorted(requests, key=lambda view: urgency(view, config))),
         devices=tuple(DeviceView(device_id=device, free_s=time_s) for device, time_s in free_s.items()),
-        legal_degrees=legal,
-        profile=profile,
+        costs=costs,
         config=config,
         backlog=tuple(sorted(backlog, key=lambda view: urgency(view, config))),
     )
@@ -94,11 +95,11 @@ def decision_ms(planner: Planner, snapshot: Snapshot) -> float:
 
 def measure(profile: Profile, policies: list[str], num_snapshots: int) -> list[Row]:
     """A row for every policy, number of devices and number of requests."""
-    rows = []
+    rows, costs = [], CostTables(profiles={"": profile})
     for num_devices in DEVICES:
         for num_requests in REQUESTS:
             draw = random.Random(f"{num_requests} requests, {num_devices} devices")
-            snapshots = [make_snapshot(draw, num_requests, num_devices, profile) for _ in range(num_snapshots)]
+            snapshots = [make_snapshot(draw, num_requests, num_devices, costs) for _ in range(num_snapshots)]
             for policy in policies:
                 planner = get_planner(policy)
                 planner(snapshots[0])  # what is worked out once for a profile

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.autoencoder import Autoencoder
 from tetrion.engine.models.fused_decoder import fuse
 from tetrion.engine.models.loading import component_tensors, load_to_device
@@ -71,7 +72,7 @@ def main() -> None:
     fuse(fused.decoder)
     rows: list[Row] = []
     for side in SIDES if device.type == "cuda" else TINY_SIDES:
-        tokens = (side // spec.size_multiple) ** 2
+        tokens = (side // spec.sizes.multiple) ** 2
         latents = torch.randn(tokens, spec.in_channels, device=device)
         whole: Tensor | None = None
         for way, autoencoder, pixels in (

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.loading import component_tensors, load_to_device
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.registry import model_components

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 from benchmarks.live_proof import policies_on
 from benchmarks.proof_folder import Budget, ProofFolder
 from tetrion.engine.config import DeviceSpec, parse_devices
-from tetrion.engine.model_spec import CheckpointError, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.bench.record import write_whole
 from tetrion.entrypoints.bench.workloads import MIXES

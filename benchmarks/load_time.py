@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from tetrion.engine.config import DeviceSpec, parse_devices
-from tetrion.engine.model_spec import COMPONENTS_WITH_WEIGHTS, read_model_spec
+from tetrion.engine.families.flux import WITH_WEIGHTS
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.loading import TensorFiles, load_to_device
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.registry import model_components
@@ -50,7 +51,7 @@ def write_checkpoint(source: Path, folder: Path, device: torch.device) -> None:
         (target / "model.safetensors.index.json").write_text(json.dumps(index))
     for path in source.rglob("*"):  # last, so that a folder that was begun and not finished is no checkpoint
         place = folder / path.relative_to(source)
-        if path.is_file() and path.parent.name not in COMPONENTS_WITH_WEIGHTS and path.suffix != ".py":
+        if path.is_file() and path.parent.name not in WITH_WEIGHTS and path.suffix != ".py":
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, place)
 

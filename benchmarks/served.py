@@ -28,7 +28,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.model_spec import read_model_spec
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.live import HttpSystem, check_trace

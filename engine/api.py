@@ -10,9 +10,7 @@ with Engine() as engine:
 
 import asyncio
 import logging
-import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterable
 from typing import Protocol, Self
 
@@ -27,11 +25,13 @@ from tetrion.engine.energy.metering import Metering
 from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.event_loop import new_event_loop
 from tetrion.engine.executor import Executor
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.loop_statistics import LoopFigures
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModels
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.energy_admission import check_default
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
@@ -39,6 +39,7 @@ from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import chosen_profile
 from tetrion.engine.request import (
+    EngineEnded,
     Failure,
     GenerationError,
     ImageRequest,
@@ -46,8 +47,8 @@ from tetrion.engine.request import (
     Output,
     Progress,
     RequestError,
-    resolve_request,
 )
+from tetrion.engine.resolve import resolve_request
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ logger = logging.getLogger(__name__)
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. `profile` is the cost table in use; `loop` what the loop has cost since the start;
     `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling
-    costs; `meter_age_s`: since it last told joules, None if it is not read."""
+    costs; `meter_age_s`: since it last told joules, None if it is not read. `policy`: the one in use, which is not the
+    configured one once that has failed again and again."""
 
     num_devices: int
     num_alive: int
@@ -68,6 +70,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     energy: EnergyFigures
     metering_cost: SamplerCost
     meter_age_s: float | None
+    policy: str
 
 
 class Instrument(Protocol):
@@ -138,8 +141,8 @@ class AsyncEngine:
         self.spec: ModelSpec = read_model_spec(resolve_model(self.config.model), self.config.load_format)
         self._profile = chosen_profile(self.devices, self.spec, self.config)
         self._planner = get_planner(self.config.planner.policy)
-        num_devices = len(self.devices)
-        check_default(self._profile, self.spec.legal_degrees(num_devices), num_devices, self.config.planner)
+        costs = None if self._profile is None else CostTables(profiles={self.spec.name: self._profile})
+        check_default(costs, len(self.devices), self.config.planner)
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None
@@ -184,8 +187,7 @@ class AsyncEngine:
         self._loop = EngineLoop(
             executor=self._executor if self._instrument is None else self._instrument.wrap_executor(self._executor),
             planner=self._planner if self._instrument is None else self._instrument.wrap_planner(self._planner),
-            cost_model=CostModel(self._profile or calibration.profile),
-            spec=self.spec,
+            cost_models=CostModels({self.spec.name: self._profile or calibration.profile}),
             config=self.config,
             outputs=self._route,
             energy=self._metering.account,
@@ -196,7 +198,7 @@ class AsyncEngine:
     def _open_metering(self, executor: ProcessExecutor) -> Metering:
         metering, uuids = self.config.metering, executor.device_uuids
         try:
-            return Metering(metering, executor.device_ids, uuids, self.spec.num_image_tokens)
+            return Metering(metering, executor.device_ids, uuids)
         except ValueError as error:
             raise MeteringError(str(error)) from error
 
@@ -211,31 +213,26 @@ class AsyncEngine:
             await self._executor.close()
 
     async def ended(self) -> GenerationError | None:
-        """Wait until the engine's loop has ended. None: it was closed; otherwise what it died of."""
+        """Wait until the engine's loop has ended. None: it was closed; otherwise what it died of: a defect, or that it
+        had no worker for `EngineConfig.no_worker_timeout_s`."""
         await self._ended.wait()
         return GenerationError(self._death) if self._death else None
 
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.
 
-        Raises RequestError naming field and bound, EngineOverloaded if the queue is full (DeadlineUnmeetable if the
-        deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
+        Raises RequestError naming the field and what it may be, EngineOverloaded if the queue is full
+        (DeadlineUnmeetable if the deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
         engine is not running.
         """
         if self._loop is None or self._task is None or self._task.done():
             raise GenerationError(self._death or "the engine is not running")
-        if isinstance(request, str):
-            request = ImageRequest(prompt=request)
         resolved = resolve_request(request, self.spec, len(self.devices))
-        resolved = msgspec.structs.replace(
-            resolved,
-            seed=secrets.randbelow(2**32) if resolved.seed is None else resolved.seed,
-            request_id=resolved.request_id or uuid.uuid4().hex,
-        )
-        if resolved.request_id in self._handles:
-            raise RequestError("request_id", f"{resolved.request_id!r} is in use")
+        request_id = resolved.asked.request_id
+        if request_id in self._handles:
+            raise RequestError("request_id", f"{request_id!r} is in use")
         self._loop.submit(resolved)
-        handle = self._handles[resolved.request_id] = RequestHandle(resolved, self._loop)
+        handle = self._handles[request_id] = RequestHandle(resolved.asked, self._loop)
         return handle
 
     async def generate(self, request: ImageRequest | str) -> ImageResult:
@@ -259,11 +256,12 @@ class AsyncEngine:
             num_admitted=len(table) - table.num_queued,
             weights_bytes=self._executor.weights_bytes,
             inexact_degrees=self._inexact_degrees,
-            profile=self._loop.cost_model.profile,
+            profile=self._loop.cost_models[self.spec.name].profile,
             loop=self._loop.statistics.figures(self._executor.now_s()),
             energy=self._metering.account.figures(),
             metering_cost=self._metering.cost,
             meter_age_s=self._metering.age_s,
+            policy=self._loop.policy,
         )
 
     @property
@@ -287,7 +285,10 @@ class AsyncEngine:
     def _on_loop_end(self, task: asyncio.Task[None]) -> None:
         """A loop that ended by an error takes its requests with it; none may wait for ever."""
         error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if isinstance(error, EngineEnded):
+            self._death = str(error)
+            logger.error("the engine ended: %s", error)
+        elif error is not None:
             logger.error("the engine loop ended", exc_info=error)
             self._death = f"the engine loop ended: {error!r}"
         reason = GenerationError(self._death or "the engine was stopped")

@@ -2,8 +2,13 @@
 
 Owns no decision. Writes the progress of requests, what is in flight, the cost model, the loop's own figures and the
 energy account, and tells callers through `outputs`. Knows neither planner nor recovery.
+
+What goes wrong while something is written down of a request (in the cost model, the figures, the energy account or a
+caller's `outputs`) ends that request alone, by `fail`; only `sending` and `sent` raise, to whoever sends. What is in
+flight is written down first of all and depends on nothing that may fail, so the tables stay right.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +19,13 @@ from tetrion.engine.executor import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics
 from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, GroupCommand
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModel, CostModels
 from tetrion.engine.request import Failure, GenerationError, Output, RequestCancelled
-from tetrion.engine.request_table import Request, RequestState, RequestTable
+from tetrion.engine.request_table import TERMINAL_STATES, Request, RequestState, RequestTable
+from tetrion.engine.shown import shown
+
+logger = logging.getLogger(__name__)
+NOT_WRITTEN = "what came of it could not be written down"
 
 Answer = Encoded | Denoised | Decoded
 """What a member says of a command that it has executed."""
@@ -29,7 +38,7 @@ class Bookkeeper:
         executor: Executor,
         table: RequestTable,
         in_flight: InFlightTable,
-        cost_model: CostModel,
+        cost_models: CostModels,
         statistics: LoopStatistics,
         energy: EnergyAccount,
         outputs: Callable[[Output], None],
@@ -37,37 +46,41 @@ class Bookkeeper:
         self._executor = executor
         self._table = table
         self._in_flight = in_flight
-        self._cost_model = cost_model
+        self._cost_models = cost_models
         self._statistics = statistics
         self._energy = energy
         self._outputs = outputs
 
     # A command's members ------------------------------------------------------------------------------------------
 
-    def sending(self, command: GroupCommand, members: tuple[int, ...]) -> None:
-        """A command is about to be given to its members. The energy account must know before it can begin: readings are
-        settled in another thread up to where nobody has been given anything."""
-        self._energy.sent(command, members, self._cost_model.profile, self._executor.now_s())
+    def sending(self, command: GroupCommand, members: tuple[int, ...]) -> float:
+        """A command is about to be given to its members; returns how long it is predicted to take. The energy account
+        must know before it can begin: readings are settled in another thread up to where nobody has been given
+        anything."""
+        costs = self._cost_models.tables
+        duration_s = predict_s(command, costs)
+        self._energy.sent(command, members, costs, self._executor.now_s())
+        return duration_s
 
     def not_sent(self, command: GroupCommand, members: tuple[int, ...]) -> None:
-        """They did not take it."""
-        for member in members:
-            self._energy.failed(command.command_id, member, self._executor.now_s())
+        """They did not take it, or it could not be sent."""
         self.discard(command)
+        for member in members:
+            self._guarded(command.request_id, self._energy.failed, command.command_id, member, self._executor.now_s())
 
-    def sent(self, request: Request, command: GroupCommand, members: tuple[int, ...]) -> None:
+    def sent(self, request: Request, command: GroupCommand, members: tuple[int, ...], duration_s: float) -> None:
         """The request's next command was given to its members."""
-        now_s, profile = self._executor.now_s(), self._cost_model.profile
+        now_s = self._executor.now_s()
         if request.started_s is None:
             request.started_s = now_s
-        self._in_flight.add(command, members, now_s, predict_s(command, profile))
-        self._statistics.sent(command.command_id, members, now_s)
-        request.spent_j += predict_j(command, profile)
+        self._in_flight.add(command, members, now_s, duration_s)
         if isinstance(command, Denoise):
             request.planned_step_index += command.chunk_steps
         if isinstance(command, (EncodePrompt, Denoise)):
             request.planned_holders = members
         self._follow(request)
+        self._statistics.sent(command.command_id, members, now_s)
+        request.spent_j += predict_j(command, self._cost_models.tables)
 
     def answered(self, event: Answer | Failed, now_s: float) -> InFlight | None:
         """A member has answered. Returns the command (done when nobody is pending), None if no answer was due."""
@@ -75,30 +88,45 @@ class Bookkeeper:
         if entry is None:
             return None
         if isinstance(event, Failed):
-            self.brings_nothing(event.command_id, event.device_id, now_s)
+            self.brings_nothing(entry.command, event.device_id, now_s)
         else:
-            self._statistics.answered(event.command_id, event.started_s, event.ended_s)
-            self._energy.answered(event.command_id, event.device_id, event.started_s, event.ended_s, now_s)
+            self._guarded(event.request_id, self._member_executed, event, now_s)
         return entry
 
-    def brings_nothing(self, command_id: int, device_id: int, now_s: float) -> None:
+    def brings_nothing(self, command: GroupCommand, device_id: int, now_s: float) -> None:
         """A member has failed or is lost."""
-        self._statistics.failed(command_id, now_s)
-        self._energy.failed(command_id, device_id, now_s)
+        self._guarded(command.request_id, self._member_failed, command.command_id, device_id, now_s)
+
+    def _member_executed(self, event: Answer, now_s: float) -> None:
+        try:
+            self._statistics.answered(event.command_id, event.started_s, event.ended_s)
+        finally:  # whom nobody tells of an answer waits for it for ever
+            self._energy.answered(event.command_id, event.device_id, event.started_s, event.ended_s, now_s)
+
+    def _member_failed(self, command_id: int, device_id: int, now_s: float) -> None:
+        try:
+            self._statistics.failed(command_id, now_s)
+        finally:
+            self._energy.failed(command_id, device_id, now_s)
 
     # A whole command ----------------------------------------------------------------------------------------------
 
     def executed(self, entry: InFlight, event: Answer) -> None:
         """All members have answered, `event` being the last answer: the request goes on."""
         request = self._table.get(event.request_id)
-        assert request is not None
-        match event:
-            case Encoded():
-                self._encoded(request, event)
-            case Denoised():
-                self._denoised(request, entry, event)
-            case Decoded():
-                self._decoded(request, event)
+        if request is None:
+            self.discard(entry.command)
+            return
+        try:
+            match event:
+                case Encoded():
+                    self._encoded(request, event)
+                case Denoised():
+                    self._denoised(request, entry, event)
+                case Decoded():
+                    self._decoded(request, event)
+        except Exception as error:
+            self.fail(request, NOT_WRITTEN, error)
 
     def discard(self, command: GroupCommand) -> None:
         """Nobody wants the command's result."""
@@ -108,13 +136,13 @@ class Bookkeeper:
     def _encoded(self, request: Request, event: Encoded) -> None:
         request.encode_s = event.ended_s - event.started_s
         request.num_text_tokens = event.num_text_tokens
-        self._cost_model.observe_encode(*request.size, request.encode_s)
+        self._cost_model_of(request).observe_encode(request.cost_key, request.encode_s)
         self._move(request, RequestState.READY)
 
     def _denoised(self, request: Request, entry: InFlight, event: Denoised) -> None:
         degree, chunk_steps = len(entry.members), event.step_index - request.step_index
         elapsed_s = event.ended_s - event.started_s - event.waited_s
-        self._cost_model.observe_step(*request.size, degree, elapsed_s / chunk_steps)
+        self._cost_model_of(request).observe_step(request.cost_key, degree, elapsed_s / chunk_steps)
         request.denoise_s += elapsed_s
         request.step_index = event.step_index
         request.degrees += [degree] * chunk_steps
@@ -122,15 +150,14 @@ class Bookkeeper:
         self._move(request, RequestState.DENOISED if done else RequestState.READY)
 
     def _decoded(self, request: Request, event: Decoded) -> None:
-        request.decode_s = event.ended_s - event.started_s
-        self._cost_model.observe_decode(*request.size, request.decode_s)
-        if request.cancelled:
+        try:
+            receipt = self._finished(request, event)
+        except Exception:
+            self._executor.release_image_slot(event.image_slot)
+            raise
+        if receipt is None:
             self._executor.release_image_slot(event.image_slot)
             return
-        self._table.move(request, RequestState.FINISHED)
-        self._statistics.ended(event.ended_s)
-        self._outputs(request.progress())
-        receipt = self._ended(request)
         self._executor.take_image(
             event.image_slot,
             request.size,
@@ -138,14 +165,31 @@ class Bookkeeper:
             receive=lambda made: self._taken(request, made),
         )
 
+    def _finished(self, request: Request, event: Decoded) -> Callable[[], Receipt] | None:
+        """What gives the receipt of a request that has its picture, None if nobody wants it any more."""
+        request.decode_s = event.ended_s - event.started_s
+        self._cost_model_of(request).observe_decode(request.cost_key, request.decode_s)
+        if request.cancelled:
+            return None
+        receipt = self._ended(request)
+        self._table.move(request, RequestState.FINISHED)
+        self._statistics.ended(event.ended_s)
+        self._outputs(request.progress())
+        return receipt
+
     def _taken(self, request: Request, made: tuple[Any, Receipt] | Exception) -> None:
-        """The picture and its receipt are there."""
+        """The picture and its receipt are there. Nobody hears of what is raised here."""
         if isinstance(made, Exception):
-            error = GenerationError(f"the picture could not be copied, or its receipt not made: {made!r}")
-            self._outputs(Failure(request_id=request.request_id, error=error))
-        else:
+            self.fail(request, "the picture could not be copied, or its receipt not made", made)
+            return
+        try:
             image, receipt = made
             self._outputs(request.result(image, self._executor.now_s(), receipt))
+        except Exception as error:
+            self.fail(request, "its result could not be handed out", error)
+
+    def _cost_model_of(self, request: Request) -> CostModel:
+        return self._cost_models[request.params.model]
 
     def _move(self, request: Request, state: RequestState) -> None:
         self._table.move(request, state)
@@ -164,16 +208,50 @@ class Bookkeeper:
 
     # A request's end ----------------------------------------------------------------------------------------------
 
+    def fail(self, request: Request, what: str, error: Exception) -> None:
+        """An error that concerns this request alone ends it: at once, or with the last answer to its commands, which
+        hold its slot until then."""
+        logger.error("request %s failed: %s", request.request_id, what, exc_info=error)
+        failure = GenerationError(f"{what}: {shown(error)}")
+        if request.state not in TERMINAL_STATES and self._in_flight.of_request(request.request_id):
+            self._table.cancel(request, failure)
+        else:
+            self.end(request, failure)
+
     def end(self, request: Request, error: Exception) -> None:
-        """End a request without a picture."""
-        if request.state is not RequestState.QUEUED:
-            self._statistics.ended(self._executor.now_s())
-        cancelled = isinstance(error, RequestCancelled)
-        self._table.move(request, RequestState.CANCELLED if cancelled else RequestState.FAILED)
-        self._ended(request)
-        self._outputs(Failure(request_id=request.request_id, error=error))
+        """End a request without a picture. Raises nothing: it cannot end twice."""
+        if request.state not in TERMINAL_STATES:
+            was_queued, cancelled = request.state is RequestState.QUEUED, isinstance(error, RequestCancelled)
+            self._table.move(request, RequestState.CANCELLED if cancelled else RequestState.FAILED)
+            if not was_queued:
+                self._logged(request, self._statistics.ended, self._executor.now_s())
+            self._logged(request, self._ended, request)
+        self._logged(request, self._outputs, Failure(request_id=request.request_id, error=error))
+
+    def _guarded(self, request_id: str, write: Callable[..., object], *arguments: object) -> None:
+        """`write(*arguments)`; an error ends the request."""
+        try:
+            write(*arguments)
+        except Exception as error:
+            request = self._table.get(request_id)
+            if request is not None:
+                self.fail(request, NOT_WRITTEN, error)
+            else:
+                logger.error("request %s has ended, and %s", request_id, NOT_WRITTEN, exc_info=error)
+
+    def _logged(self, request: Request, write: Callable[..., object], *arguments: object) -> None:
+        """`write(*arguments)` of a request that has ended: an error can do no more than be logged."""
+        try:
+            write(*arguments)
+        except Exception as error:
+            logger.error("request %s has ended, and %s", request.request_id, NOT_WRITTEN, exc_info=error)
 
     def _ended(self, request: Request) -> Callable[[], Receipt]:
         """The request is over; the answer says what it has cost."""
-        facts = RequestFacts(request_id=request.request_id, size=request.size, degrees=tuple(request.degrees))
-        return self._energy.ended(facts, self._cost_model.profile, self._executor.now_s())
+        facts = RequestFacts(
+            request_id=request.request_id,
+            model=request.params.model,
+            cost_key=request.cost_key,
+            degrees=tuple(request.degrees),
+        )
+        return self._energy.ended(facts, self._cost_models.tables, self._executor.now_s())

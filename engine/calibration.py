@@ -20,11 +20,12 @@ from tetrion.engine.config import EngineConfig, threads_per_worker
 from tetrion.engine.gpus import visible_gpus
 from tetrion.engine.machine import cpu_name
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.profile import Profile, parse_size
+from tetrion.engine.planning.profile import Profile
 from tetrion.engine.probe import Probe, Size
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import cache_folder
 from tetrion.engine.request_table import Request
+from tetrion.engine.shape import parse_cost_key
 
 logger = logging.getLogger(__name__)
 NUM_STEPS = 2
@@ -83,7 +84,7 @@ class Calibrator:
             num_steps = self._num_steps(size)
             encode_s = await encode_s_of(probe, size, self._num_repeats)
             reference, step_ms = None, {}
-            for degree in self._spec.legal_degrees(len(self._executor.device_ids)):
+            for degree in self._legal_degrees(probe.request(size, num_steps)):
                 request = probe.request(size, num_steps)
                 await probe.encode(request)
                 chunks = [await probe.denoise(request, [(tuple(range(degree)), 1)]) for _ in range(num_steps)]
@@ -93,7 +94,7 @@ class Calibrator:
                 if not np.array_equal(latents, reference):
                     inexact.add(degree)
             decode_s = await decode_s_of(probe, request, self._num_repeats)
-            classes["{}x{}".format(*size)] = {
+            classes[request.cost_key] = {
                 "step_ms": step_ms,
                 "encode_ms": encode_s * 1e3,
                 "decode_ms": decode_s * 1e3,
@@ -107,12 +108,15 @@ class Calibrator:
         recorded later holds up the group that wants it. CPUs have nothing to load."""
         num_devices = len(self._executor.device_ids)
         for size in self._usual_sizes(table) if self._on_gpu else []:
-            for degree in self._spec.legal_degrees(num_devices):
+            for degree in self._legal_degrees(self._probe.request(size, 1)):
                 groups = [
                     tuple((first + rank) % num_devices for rank in range(degree))
                     for first in range(0, num_devices, degree)
                 ]
                 await self._probe.rehearse(size, groups, decoding=degree == 1)
+
+    def _legal_degrees(self, request: Request) -> tuple[int, ...]:
+        return self._spec.legal_degrees(len(self._executor.device_ids), request.params.shape.num_branches)
 
     @property
     def _on_gpu(self) -> bool:
@@ -122,14 +126,19 @@ class Calibrator:
         """Squares, in pixels: the smallest and the largest; on a CPU nothing above 512, which would take minutes."""
         spec = self._spec
         if not self._on_gpu:
-            return sorted({spec.min_size, max(spec.min_size, min(spec.max_size, LARGEST_ON_CPU))})
-        return sorted({spec.min_size, spec.max_size, *(s for s in SIZES_ON_GPU if spec.min_size < s < spec.max_size)})
+            return sorted({spec.sizes.min, max(spec.sizes.min, min(spec.sizes.max, LARGEST_ON_CPU))})
+        return sorted(
+            {spec.sizes.min, spec.sizes.max, *(s for s in SIZES_ON_GPU if spec.sizes.min < s < spec.sizes.max)}
+        )
 
     def _usual_sizes(self, table: Profile | None) -> list[Size]:
         """Smallest first."""
         spec = self._spec
-        sizes = {(pixels, pixels) for pixels in self._sizes()} | {(spec.default_width, spec.default_height)}
-        sizes |= {size for size in map(parse_size, table.classes if table else ()) if all(map(spec.is_side, size))}
+        sizes = {(pixels, pixels) for pixels in self._sizes()} | {spec.sizes.default}
+        keys = map(parse_cost_key, table.classes if table else ())
+        sizes |= {
+            (key.width, key.height) for key in keys if spec.sizes.accept(key.width) and spec.sizes.accept(key.height)
+        }
         return sorted(sizes, key=lambda size: (size[0] * size[1], size))
 
     def _num_steps(self, size: Size) -> int:
@@ -160,7 +169,7 @@ def _cache_path(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig
     num_workers = len(executor.device_ids)
     gpus = visible_gpus() if executor.devices[0].kind == "cuda" else ()
     facts = (
-        msgspec.json.encode(spec),
+        msgspec.json.encode(spec, order="deterministic"),
         checkpoint_identity(Path(spec.path), config.load_format),
         (config.peer_access, [(device.name, *gpus[device.index : device.index + 1]) for device in executor.devices]),
         threads_per_worker(config, num_workers),

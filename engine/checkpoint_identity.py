@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.families.checkpoint import Preset, component_folder, read_preset
 from tetrion.engine.models.locate import HUB_FILES
 
 WEIGHTS_SUFFIX = ".safetensors"
@@ -35,16 +36,29 @@ def checkpoint_identity(folder: Path, load_format: LoadFormat) -> str:
     Raises OSError if a file cannot be read. A damaged one counts as it is: loading it will tell.
     """
     digest = hashlib.sha256(load_format.encode())
-    for path in sorted({path for pattern in HUB_FILES for path in folder.glob(pattern) if path.is_file()}):
+    for name, path in sorted(_files(folder).items(), key=lambda item: Path(item[0])):
         has_weights = path.suffix == WEIGHTS_SUFFIX
         if has_weights and load_format == "dummy":
             continue
         size = path.stat().st_size
-        digest.update(repr((str(path.relative_to(folder)), size)).encode())
+        digest.update(repr((name, size)).encode())
         with path.open("rb", buffering=0) as file:
             for part in _samples(file, size) if has_weights else (file.read(),):
                 digest.update(part)
     return digest.hexdigest()[:32]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Name in the checkpoint -> file: its own, and those of components that it shares with another one."""
+    found = {path for pattern in HUB_FILES for path in folder.glob(pattern) if path.is_file()}
+    own = {str(path.relative_to(folder)): path for path in found}
+    shared = read_preset(folder, Preset()).components_from
+    return own | {
+        f"{component}/{path.name}": path
+        for component in shared
+        for path in component_folder(folder, component).iterdir()
+        if path.is_file()
+    }
 
 
 def _samples(file: FileIO, size: int) -> Iterator[bytes]:

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 from tetrion.engine.messages import CopyLatents, Decode, Denoise, EncodePrompt, GroupCommand
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.request_table import Request
-from tetrion.engine.shape import Params, StepShape
 
 
 def command_for(
@@ -31,33 +30,20 @@ def command_for(
             return decode_command(request, command_id, assignment.members[0], image_slot)
 
 
-def params_of(request: Request) -> Params:
-    width, height = request.size
-    unit = 16
-    return Params(
-        model="shapes",
-        shape=StepShape(width=width, height=height, image=(width // unit) * (height // unit), text=(64,)),
-        num_steps=request.num_steps,
-        guidance=request.params.guidance or 0.0,
-        seed=request.params.seed or 0,
-    )
-
-
 def encode_command(request: Request, command_id: int) -> EncodePrompt:
-    assert request.params.seed is not None
     return EncodePrompt(
         command_id=command_id,
         request_id=request.request_id,
         state_id=request.state_id,
         slot=request.slot,
-        params=params_of(request),
-        prompt=request.params.prompt,
+        params=request.params,
+        prompt=request.asked.prompt,
+        negative_prompt=request.asked.negative_prompt,
     )
 
 
 def denoise_command(request: Request, command_id: int, round_id: int, assignment: Assignment) -> Denoise:
     """The chunk that follows everything already dispatched for the request."""
-    assert request.params.guidance is not None
     return Denoise(
         command_id=command_id,
         round_id=round_id,
@@ -69,7 +55,7 @@ def denoise_command(request: Request, command_id: int, round_id: int, assignment
         source=request.planned_holders[0],
         step_index=request.planned_step_index,
         chunk_steps=assignment.chunk_steps,
-        params=params_of(request),
+        params=request.params,
     )
 
 
@@ -81,27 +67,28 @@ def decode_command(request: Request, command_id: int, device_id: int, image_slot
         state_id=request.state_id,
         slot=request.slot,
         source=device_id if device_id in holders else holders[0],
-        params=params_of(request),
+        params=request.params,
         image_slot=image_slot,
     )
 
 
-def predict_s(command: GroupCommand, profile: Profile) -> float:
+def predict_s(command: GroupCommand, costs: CostTables) -> float:
     """Seconds the command will take once its devices are free."""
+    cost = costs.cost(command.params.model, command.params.shape.cost_key)
     match command:
         case EncodePrompt():
-            return profile.encode_s(command.params.shape.width, command.params.shape.height)
+            return cost.encode_s
         case Denoise():
-            return command.chunk_steps * profile.step_s(command.params.shape.width, command.params.shape.height, len(command.members))
+            return command.chunk_steps * cost.step_s(len(command.members))
         case Decode():
-            return profile.decode_s(command.params.shape.width, command.params.shape.height)
+            return cost.decode_s
         case CopyLatents():
             return 0.0
 
 
-def predict_j(command: GroupCommand, profile: Profile) -> float:
+def predict_j(command: GroupCommand, costs: CostTables) -> float:
     """Joules the command will take over all of its members, as far as the profile knows or estimates them."""
-    cost = profile.cost(command.params.shape.width, command.params.shape.height)
+    cost = costs.cost(command.params.model, command.params.shape.cost_key)
     match command:
         case EncodePrompt():
             return cost.encode_j or 0.0

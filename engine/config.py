@@ -8,10 +8,11 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.gpus import visible_gpus
+from tetrion.engine.shape import COST_KEY
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
-SizeName = Annotated[str, Meta(pattern="^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$")]
+CostKeyText = Annotated[str, Meta(pattern=f"^{COST_KEY}$")]
 
 DEFAULT_CPU_WORKERS = 2
 MAX_DEVICES = 64
@@ -39,7 +40,8 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """`lead_s`: a device's next command is planned when its running chunk has at most this long left.
     `chunk_s`: the longest chunk. `patience_s`: soft deadline of requests that carry no SLO, after arrival.
 
-    `class_weights` ("WIDTHxHEIGHT") and `tenant_weights` multiply the weight that a request carries (not named: by 1).
+    `class_weights` (of a `CostKey`: "1024x1024") and `tenant_weights` multiply the weight that a request carries (not
+    named: by 1).
     `admission`: "reject-hopeless" refuses at once what would miss its deadline. The rest is of the policy `horizon`:
     `drop`: whom to give up first when deadlines cannot all be met: "work", the one with most GPU-seconds left; or
     "fraction", the one with the largest share of its own steps left, whatever its size (each per unit of weight).
@@ -53,7 +55,7 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     lead_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
     chunk_s: Annotated[float, Meta(gt=0, le=60)] = 0.150
     patience_s: PositiveFloat = 60.0
-    class_weights: dict[SizeName, PositiveFloat] = {}
+    class_weights: dict[CostKeyText, PositiveFloat] = {}
     tenant_weights: dict[str, PositiveFloat] = {}
     admission: Literal["all", "reject-hopeless"] = "all"
     drop: Literal["work", "fraction"] = "work"
@@ -90,7 +92,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     GPUs, else measured at the start (see `profile_files.py`, `calibration.py`).
     `num_threads`: CPU threads per worker; None divides the machine's cores among the workers.
     `max_inflight`: requests that may hold a state slot at once; others wait in the queue.
-    `max_queued`: requests accepted beyond that before `EngineOverloaded` is raised."""
+    `max_queued`: requests accepted beyond that before `EngineOverloaded` is raised.
+    `start_timeout_s`: how long a worker may take to come up. `stall_timeout_s`: how much longer than predicted a worker
+    may be silent, and a recovery may take. `no_worker_timeout_s`: an engine that has had no worker for so long ends."""
 
     model: str = "shapes"
     devices: str | None = None
@@ -104,6 +108,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     metering: MeteringConfig = MeteringConfig()
     start_timeout_s: PositiveFloat = 300.0
     stall_timeout_s: PositiveFloat = 60.0
+    no_worker_timeout_s: PositiveFloat = 120.0
     profile_cache: bool = True
 
 

@@ -27,16 +27,13 @@ class WorkerReady(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Executor(Protocol):
-    """Devices that execute commands in FIFO order. `device_ids` never changes; each is alive, or is `returning` (its
-    worker is being started), or is given up."""
+    """Devices that execute commands in FIFO order. `device_ids` never changes; each is alive, or its worker is on its
+    way: nobody is given up."""
 
     device_ids: tuple[int, ...]
 
     @property
     def alive(self) -> frozenset[int]: ...
-
-    @property
-    def returning(self) -> frozenset[int]: ...
 
     def now_s(self) -> float:
         """The engine's clock, in seconds."""
@@ -57,7 +54,8 @@ class Executor(Protocol):
         """Make these devices give up waiting for peers, until they have executed `ResetBarriers`."""
 
     def kill(self, device_id: int, reason: str) -> None:
-        """End a worker that does not answer; `poll` will report it lost."""
+        """End a worker that does not answer; `poll` will report it lost. One that has ended already will be all the
+        same."""
 
     def revive(self) -> None:
         """All workers are idle, and all that were reported lost may be replaced; `poll` will report them ready."""

@@ -1,6 +1,6 @@
 """The engine loop: collect, admit, plan, dispatch. Owns the life of every request between `submit` and its picture.
 
-The loop knows an `Executor` (real or in virtual time), a planner (a pure function) and a cost model; it imports no
+The loop knows an `Executor` (real or in virtual time), a planner (a pure function) and cost models; it imports no
 torch, starts no process and reads no clock but the executor's. Pictures and progress leave through `outputs`.
 
 `outlook.py` makes what the planner sees, `commands.py` what devices are given, `bookkeeping.py` writes down what
@@ -18,6 +18,7 @@ from tetrion.engine.commands import command_for
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.account import EnergyAccount, unmetered_account
 from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
+from tetrion.engine.guarded_planner import GuardedPlanner
 from tetrion.engine.inflight import InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics
 from tetrion.engine.messages import (
@@ -27,33 +28,44 @@ from tetrion.engine.messages import (
     Encoded,
     Event,
     Failed,
-    GroupCommand,
     LatentsCopied,
     Loaded,
     PeersMapped,
     Pong,
     Started,
 )
-from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.outlook import Outlook
 from tetrion.engine.planning.admission import earliest_deadline_s
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient
-from tetrion.engine.planning.snapshot import Planner, RoundPlan
+from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
 from tetrion.engine.recovery import Recovery
-from tetrion.engine.request import DeadlineUnmeetable, GenerationError, ImageRequest, Output, RequestCancelled
+from tetrion.engine.refusals import Refusals
+from tetrion.engine.request import (
+    DeadlineUnmeetable,
+    EngineEnded,
+    EngineOverloaded,
+    GenerationError,
+    Output,
+    RequestCancelled,
+    RequestError,
+    ResolvedRequest,
+)
 from tetrion.engine.request_table import Request, RequestTable
+from tetrion.engine.shown import shown
 
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
 """Ids below are the start-up's own."""
-NO_WORKER = "no worker is alive, and none is being started"
+NO_IMAGE_SLOT = "image slot"
 SHORTEST_WAIT_S = 0.0005
 """A plan that asks to be made again at once must not keep the loop spinning."""
 FULL_CHANNEL_WAIT_S = 0.001
-"""After this, what could not be dispatched is planned again."""
+"""After this, what could not be dispatched is planned again; later after as long as it has been refused, at most
+`LONGEST_REFUSAL_WAIT_S`."""
+LONGEST_REFUSAL_WAIT_S = 0.1
 OVERDUE_WAIT_S = 1.0
 """So often the loop looks whether a late answer has become a stall."""
 
@@ -64,32 +76,33 @@ class EngineLoop:
         *,
         executor: Executor,
         planner: Planner,
-        cost_model: CostModel,
-        spec: ModelSpec,
+        cost_models: CostModels,
         config: EngineConfig,
         outputs: Callable[[Output], None],
         energy: EnergyAccount | None = None,
     ) -> None:
         self.executor = executor
         self.planner = planner
-        self.cost_model = cost_model
+        self.cost_models = cost_models
         self.table = RequestTable(
             config.max_inflight,
             config.max_queued,
             config.planner.patience_s,
-            is_patient=lambda request: may_be_patient(request.params, config.planner),
+            is_patient=lambda request: may_be_patient(request.asked, config.planner),
         )
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
         self._config = config.planner
-        self._legal_degrees = spec.legal_degrees(len(executor.device_ids))
         self._in_flight = InFlightTable(executor.device_ids)
-        self._outlook = Outlook(executor, self.table, self._in_flight, self._legal_degrees, config.planner)
+        self._outlook = Outlook(executor, self.table, self._in_flight, config.planner)
+        self._guarded_planner = GuardedPlanner(config.planner.policy)
+        self._refusals = Refusals()
+        self._stall_timeout_s = config.stall_timeout_s
         self._command_ids = itertools.count(FIRST_COMMAND_ID)
         self._books = Bookkeeper(
             executor=executor,
             table=self.table,
             in_flight=self._in_flight,
-            cost_model=cost_model,
+            cost_models=cost_models,
             statistics=self.statistics,
             energy=energy or unmetered_account(executor.device_ids),
             outputs=outputs,
@@ -101,6 +114,7 @@ class EngineLoop:
             books=self._books,
             command_ids=self._command_ids,
             stall_timeout_s=config.stall_timeout_s,
+            no_worker_timeout_s=config.no_worker_timeout_s,
         )
         self._round_id = 0
         self._wake_s: float | None = None
@@ -108,31 +122,44 @@ class EngineLoop:
         self._has_news = True
         self._stopping = False
 
+    @property
+    def policy(self) -> str:
+        """The policy in use: the one that was asked for, unless it failed again and again."""
+        return self._guarded_planner.policy
+
     # The caller's side -------------------------------------------------------------------------------------------
 
-    def submit(self, params: ImageRequest) -> Request:
+    def submit(self, resolved: ResolvedRequest) -> Request:
         """Queue a resolved request. Raises RequestError for what its energy asks for (BudgetUnmeetable),
-        EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if no worker is left."""
-        if self._recovery.is_hopeless:
-            raise GenerationError(NO_WORKER)
-        check_wish(params, self._degree_tables(), self._config)
-        request = Request(params, self.executor.now_s())
-        if self._config.admission == "reject-hopeless":
-            self._refuse_hopeless(request)
+        EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if admission itself fails."""
+        request = Request(resolved, self.executor.now_s())
+        try:
+            self._check(resolved, request)
+        except (RequestError, EngineOverloaded):
+            raise
+        except Exception as error:
+            logger.error("request %s failed: its admission", request.request_id, exc_info=error)
+            raise GenerationError(f"its admission failed: {shown(error)}") from error
         self.table.add(request)
         self._wake()
         return request
 
+    def _check(self, resolved: ResolvedRequest, request: Request) -> None:
+        """Raises RequestError or DeadlineUnmeetable."""
+        check_wish(resolved, self._degree_tables(), self._config)
+        if self._config.admission == "reject-hopeless":
+            self._refuse_hopeless(request)
+
     def _degree_tables(self) -> DegreeTables:
-        return DegreeTables(self.cost_model.profile, self._legal_degrees, len(self.executor.device_ids))
+        return DegreeTables(self.cost_models.tables, len(self.executor.device_ids))
 
     def _refuse_hopeless(self, request: Request) -> None:
         """Raises DeadlineUnmeetable."""
-        snapshot = self._outlook.forecast(self.cost_model.profile)
+        snapshot = self._outlook.forecast(self.cost_models.tables)
         earliest_s = earliest_deadline_s(snapshot, self._outlook.view_of_new(request))
-        if earliest_s is not None and request.params.slo_ms is not None:
+        if earliest_s is not None and request.asked.slo_ms is not None:
             earliest_slo_ms = math.ceil((earliest_s - request.arrival_s) * 1e3)
-            raise DeadlineUnmeetable(request.params.slo_ms, earliest_slo_ms)
+            raise DeadlineUnmeetable(request.asked.slo_ms, earliest_slo_ms)
 
     def cancel(self, request_id: str) -> None:
         """Cancel at the next chunk boundary; unknown or finished requests are left alone."""
@@ -153,13 +180,21 @@ class EngineLoop:
     # The loop ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        while not self._stopping:
-            self.tick()
-            wake_s = self._next_wake_s()
-            self._due_s = math.inf if wake_s is None else wake_s
-            await self.executor.wait(wake_s)
+        """Until `stop`. Raises EngineEnded if it cannot serve any more (see recovery.py)."""
+        try:
+            while not self._stopping:
+                self.tick()
+                wake_s = self._next_wake_s()
+                self._due_s = math.inf if wake_s is None else wake_s
+                await self.executor.wait(wake_s)
+        except EngineEnded as error:
+            self._end_all(error)
+            raise
+        self._end_all(GenerationError("the engine was stopped"))
+
+    def _end_all(self, reason: GenerationError) -> None:
         for request in self.table.all():
-            self._books.end(request, GenerationError("the engine was stopped"))
+            self._books.end(request, reason)
 
     def tick(self) -> None:
         begun = self.statistics.begin_tick()
@@ -177,12 +212,11 @@ class EngineLoop:
         self._recovery.proceed()
 
     def admit(self) -> None:
-        """Let go those that were cancelled or that no worker is left for; give slots to queued ones."""
+        """Let go those that were cancelled or have failed; give slots to queued ones."""
         for request in self.table.cancelled():
             if not self._in_flight.of_request(request.request_id):
-                self._books.end(request, RequestCancelled(f"request {request.request_id} was cancelled"))
-        for request in self.table.all() if self._recovery.is_hopeless else []:
-            self._books.end(request, GenerationError(NO_WORKER))
+                cancelled = RequestCancelled(f"request {request.request_id} was cancelled")
+                self._books.end(request, request.error or cancelled)
         for _ in self.table.admit():
             self.statistics.admitted(self.executor.now_s())
 
@@ -193,38 +227,85 @@ class EngineLoop:
         return has_news or self.executor.now_s() >= self._due_s
 
     def plan(self) -> RoundPlan:
-        """Ask the policy what runs next."""
+        """Ask the policy what runs next; those that it cannot plan fail."""
         self._planned_s = self.executor.now_s()
         if not self._recovery.is_healthy:
             return RoundPlan()
-        snapshot = self._outlook.snapshot(self.cost_model.profile)
-        return RoundPlan() if snapshot is None else self.planner(snapshot)
+        snapshot = self._outlook.snapshot(self.cost_models.tables)
+        if snapshot is None:
+            return RoundPlan()
+        plan, failed = self._guarded_planner.plan(self.planner, snapshot, self._outlook.view_of)
+        for request_id, error in failed.items():
+            self._fail(request_id, f"the policy {self.policy} cannot plan it", error)
+        return plan
 
     def dispatch(self, plan: RoundPlan) -> None:
-        """Turn assignments into commands, each given to all of its members or to none."""
+        """Turn assignments into commands, each given to all of its members or to none. What goes wrong with one ends
+        its request and is no matter for the others."""
         self.statistics.planned(len(self._in_flight.devices), plan.num_held, self.executor.now_s())
         self._wake_s = plan.wake_s
         self._round_id += bool(plan.assignments)
-        acquire_image_slot = self.executor.acquire_image_slot
         for assignment in plan.assignments:
             request = self.table.get(assignment.request_id)
             assert request is not None
-            command_id = next(self._command_ids)
-            command = command_for(assignment, request, command_id, self._round_id, acquire_image_slot)
-            if command is None or not self._give(command, assignment.members):
-                self._wake_s = self.executor.now_s() + FULL_CHANNEL_WAIT_S
-                return
-            self._books.sent(request, command, assignment.members)
+            try:
+                self._give(assignment, request)
+            except Exception as error:
+                self._fail(assignment.request_id, "its next command could not be sent", error)
 
     # Its parts ---------------------------------------------------------------------------------------------------
 
-    def _give(self, command: GroupCommand, members: tuple[int, ...]) -> bool:
-        """False if some member has no room for it."""
-        self._books.sending(command, members)
-        if not self.executor.submit(command, members):
+    def _give(self, assignment: Assignment, request: Request) -> None:
+        """Give the command to its members, or see to it that this is tried again. Whatever it raises, either nothing
+        was sent and everything is given back, or the command is in flight."""
+        members, command_id = assignment.members, next(self._command_ids)
+        command = command_for(assignment, request, command_id, self._round_id, self.executor.acquire_image_slot)
+        if command is None:
+            self._no_image_slot()
+            return
+        if assignment.stage == "decode":
+            self._refusals.over([NO_IMAGE_SLOT])
+        try:
+            duration_s = self._books.sending(command, members)
+            is_taken = self.executor.submit(command, members)
+        except Exception:
             self._books.not_sent(command, members)
-            return False
-        return True
+            raise
+        if is_taken:
+            self._refusals.over(members)
+            self._books.sent(request, command, members, duration_s)
+        else:
+            self._books.not_sent(command, members)
+            self._ring_full(members)
+
+    def _no_image_slot(self) -> None:
+        """All slots are taken, by pictures being decoded or copied. Raises TimeoutError if none has come back for
+        long."""
+        refused_s = self._refusals.refused_s(NO_IMAGE_SLOT, self.executor.now_s())
+        if refused_s > self._stall_timeout_s:
+            raise TimeoutError(f"no room for its picture for {refused_s:.0f} s")
+        self._try_again(refused_s)
+
+    def _ring_full(self, members: tuple[int, ...]) -> None:
+        """Some member has not read what it was given before. One that reads nothing for long is killed."""
+        now_s = self.executor.now_s()
+        refused_s = {member: self._refusals.refused_s(member, now_s) for member in members}
+        for member in [member for member in members if refused_s[member] > self._stall_timeout_s]:
+            self._refusals.over([member])
+            self.executor.kill(member, f"it has not taken its commands for {refused_s[member]:.0f} s")
+        self._try_again(max(refused_s.values()))
+
+    def _try_again(self, refused_s: float) -> None:
+        wait_s = min(max(FULL_CHANNEL_WAIT_S, refused_s), LONGEST_REFUSAL_WAIT_S)
+        wake_s = self.executor.now_s() + wait_s
+        self._wake_s = wake_s if self._wake_s is None else min(self._wake_s, wake_s)
+
+    def _fail(self, request_id: str, what: str, error: Exception) -> None:
+        """End a request that cannot go on; the others are planned anew."""
+        request = self.table.get(request_id)
+        if request is not None:
+            self._books.fail(request, what, error)
+        self._wake()
 
     def _handle(self, event: Event | WorkerLost | WorkerReady) -> None:
         match event:

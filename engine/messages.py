@@ -13,11 +13,12 @@ from typing import Literal
 
 import msgspec
 
-from tetrion.engine.shape import Params
+from tetrion.engine.params import Params
 
 
 class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Text-encode a prompt and draw the starting noise into `slot` of the receiving worker's slab."""
+    """Text-encode the prompts and draw the starting noise into `slot` of the receiving worker's slab. Where
+    `params.shape` has two branches, the second one is the negative prompt's."""
 
     command_id: int
     request_id: str
@@ -25,7 +26,7 @@ class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slot: int
     params: Params
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
 
 
 class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):

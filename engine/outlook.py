@@ -15,7 +15,7 @@ from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executor import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.messages import Decode
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot, Stage
 from tetrion.engine.request_table import Request, RequestState, RequestTable
@@ -34,13 +34,11 @@ class Outlook:
         executor: Executor,
         table: RequestTable,
         in_flight: InFlightTable,
-        legal_degrees: tuple[int, ...],
         config: PlannerConfig,
     ) -> None:
         self._executor = executor
         self._table = table
         self._in_flight = in_flight
-        self._legal_degrees = legal_degrees
         self._config = config
         self._entries: dict[str, Entry] = {}
         self._current: list[Entry] = []
@@ -48,7 +46,7 @@ class Outlook:
         self._backlog: tuple[RequestView, ...] | None = ()
         self._running: frozenset[str] = frozenset()
 
-    def snapshot(self, profile: Profile) -> Snapshot | None:
+    def snapshot(self, costs: CostTables) -> Snapshot | None:
         """Everything as it is now; None if nothing can be started: there is no request, or no device that can be given
         something before its running command is about to end."""
         now_s = self._executor.now_s()
@@ -56,21 +54,28 @@ class Outlook:
         if min(free_s.values(), default=math.inf) > now_s + self._config.lead_s:
             return None
         self._refresh()
-        return self._snapshot(now_s, free_s, profile, self._current) if self._entries else None
+        return self._snapshot(now_s, free_s, costs, self._current) if self._entries else None
 
-    def forecast(self, profile: Profile) -> Snapshot:
+    def forecast(self, costs: CostTables) -> Snapshot:
         """Everything as it is now, with the requests that wait in the queue as if they were admitted."""
         now_s = self._executor.now_s()
         self._refresh()
         queued = [self.view_of_new(request) for request in self._table.queued()]
         entries: list[Entry] = [(*urgency(view, self._config), view) for view in queued]
-        return self._snapshot(now_s, self._free_s(now_s), profile, sorted(self._current + entries))
+        return self._snapshot(now_s, self._free_s(now_s), costs, sorted(self._current + entries))
+
+    def view_of(self, request_id: str) -> RequestView | None:
+        """The view of a request in the latest snapshot."""
+        entry = self._entries.get(request_id)
+        return None if entry is None else entry[3]
 
     def view_of_new(self, request: Request) -> RequestView:
         """A request of which nothing is done or in flight."""
         return self._view(request, "encode", request.arrival_s)
 
-    def _snapshot(self, now_s: float, free_s: dict[int, float], profile: Profile, current: Sequence[Entry]) -> Snapshot:
+    def _snapshot(
+        self, now_s: float, free_s: dict[int, float], costs: CostTables, current: Sequence[Entry]
+    ) -> Snapshot:
         self._set_aside(now_s)
         if self._backlog is None:
             self._backlog = tuple([entry[3] for entry in self._overdue])
@@ -78,8 +83,7 @@ class Outlook:
             now_s=now_s,
             requests=tuple([entry[3] for entry in current]),
             devices=tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()]),
-            legal_degrees=self._legal_degrees,
-            profile=profile,
+            costs=costs,
             config=self._config,
             backlog=self._backlog,
         )
@@ -142,25 +146,24 @@ class Outlook:
         return self._view(request, stage, max([entry.end_s for entry in running], default=request.arrival_s))
 
     def _view(self, request: Request, stage: Stage, ready_s: float) -> RequestView:
-        width, height = request.size
-        params, config = request.params, self._config
-        weight = params.weight * config.tenant_weights.get(params.tenant, 1.0)
-        budget_j = params.energy.budget_j
+        asked, config = request.asked, self._config
+        weight = asked.weight * config.tenant_weights.get(asked.tenant, 1.0)
+        budget_j = asked.energy.budget_j
         return RequestView(
             request_id=request.request_id,
             stage=stage,
-            width=width,
-            height=height,
+            model=request.params.model,
+            cost_key=request.cost_key,
             step_index=request.planned_step_index,
             num_steps=request.num_steps,
             arrival_s=request.arrival_s,
             deadline_s=request.deadline_s,
             ready_s=ready_s,
             members=request.planned_holders,
-            weight=weight * config.class_weights.get(f"{width}x{height}", 1.0) if config.class_weights else weight,
-            priority=params.priority,
-            force_degrees=params.force_degrees,
-            energy_mode=params.energy.mode or config.energy,
+            weight=weight * config.class_weights.get(request.cost_key, 1.0) if config.class_weights else weight,
+            priority=asked.priority,
+            force_degrees=asked.force_degrees,
+            energy_mode=asked.energy.mode or config.energy,
             budget_j=None if budget_j is None else budget_j - request.spent_j,
         )
 

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tetrion.engine.commands import decode_command, denoise_command, encode_command, params_of
+from tetrion.engine.commands import decode_command, denoise_command, encode_command
 from tetrion.engine.executor import WorkerLost, WorkerReady
 from tetrion.engine.messages import CopyLatents, Decoded, Denoised, Encoded, Event, Failed, GroupCommand, LatentsCopied
 from tetrion.engine.model_spec import ModelSpec
@@ -19,6 +19,7 @@ from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.request import GenerationError, ImageRequest
 from tetrion.engine.request_table import Request
+from tetrion.engine.resolve import resolve_request
 
 PROMPT = "a red circle left of a large blue star"
 SEED = 1
@@ -55,16 +56,11 @@ class Probe:
 
     def request(self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int = 0) -> Request:
         """A fresh request that starts on this device."""
-        params = ImageRequest(
-            prompt=prompt,
-            width=size[0],
-            height=size[1],
-            num_steps=num_steps,
-            guidance=self.spec.guidance,
-            seed=SEED,
-            request_id="measurement",
+        asked = ImageRequest(
+            prompt=prompt, width=size[0], height=size[1], num_steps=num_steps, seed=SEED, request_id="measurement"
         )
-        request = Request(params, self.executor.now_s())
+        resolved = resolve_request(asked, self.spec, len(self.executor.device_ids))
+        request = Request(resolved, self.executor.now_s())
         request.slot, request.state_id, request.planned_holders = 0, next(self._ids), (device_id,)
         return request
 
@@ -112,7 +108,7 @@ class Probe:
                 request_id=request.request_id,
                 state_id=request.state_id,
                 slot=request.slot,
-                params=params_of(request),
+                params=request.params,
                 image_slot=image_slot,
             )
             (copied,) = await self._run([(copy, request.planned_holders[:1])])

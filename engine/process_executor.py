@@ -58,7 +58,7 @@ class ProcessExecutor:
             for event in pool.poll():
                 if isinstance(event, WorkerLost):
                     raise GenerationError(f"worker {event.device_id} ended while starting: {event.reason}")
-            if not pool.returning:
+            if pool.alive == frozenset(self.device_ids):
                 return
             await self.wait(None)
 
@@ -86,10 +86,6 @@ class ProcessExecutor:
     @property
     def alive(self) -> frozenset[int]:
         return frozenset() if self._pool is None else self._pool.alive
-
-    @property
-    def returning(self) -> frozenset[int]:
-        return frozenset() if self._pool is None else self._pool.returning
 
     def now_s(self) -> float:
         return time.monotonic()

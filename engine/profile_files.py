@@ -47,13 +47,15 @@ def chosen_profile(devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: Eng
 
 
 def profile_in(folder: Path, gpu: str, spec: ModelSpec, num_devices: int) -> Profile | None:
-    """The table in `folder` for these GPUs, if it knows every degree that `num_devices` allow."""
+    """The table in `folder` for these GPUs, if it knows every degree that `num_devices` allow and that shares the heads
+    out evenly; others may be missing, and are not used then."""
     path = folder / profile_file_name(gpu, spec.name)
     if not path.is_file():
         return None
     profile = read_profile(path)
     known = {degree for cost in profile.classes.values() for degree in cost.step_ms}
-    return profile if profile.heads == spec.num_heads and known.issuperset(spec.legal_degrees(num_devices)) else None
+    wanted = {degree for degree in spec.legal_degrees(num_devices) if spec.num_heads % degree == 0}
+    return profile if profile.heads == spec.num_heads and known >= wanted else None
 
 
 def single_gpu_name(devices: tuple[DeviceSpec, ...]) -> str | None:

@@ -8,6 +8,12 @@ RESETTING: all workers are idle; each zeroes its barrier counters and abort word
 so no late store or count of an aborted chunk can meet a new one. Hit requests start again from their prompt; after
 `MAX_ATTEMPTS` they fail. For the others this is a pause of at most one chunk.
 
+A stage that lasts longer than the stall timeout has a device that does not answer: whoever owes an answer is killed,
+and hit requests fail, with the reason; all that comes later is served once the loss is reported. (A reset that is not
+answered is left as long again, since no request has waited for the drain: killing its device alone may do.) If there is
+no worker, requests wait for one to come back; an engine that has had none for `no_worker_timeout_s`, or whose recovery
+has stood still for so long after its devices were killed, gives itself up: whoever runs it can start another.
+
 A worker that is started in a lost one's place joins without any pause. While it starts, it is in no group; when it is
 ready and all is HEALTHY, it alone is given `ResetBarriers`, and when it has answered, commands. That suffices, for
 what two devices know of each other is one count at each end and one counter in each slab (barrier.py), and for the
@@ -26,13 +32,13 @@ the later has been carried out, and a counter zeroed after a peer has arrived is
 
 import enum
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from tetrion.engine.bookkeeping import Bookkeeper
 from tetrion.engine.executor import Executor, WorkerLost
-from tetrion.engine.inflight import InFlightTable
+from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.messages import BarriersReset, Failed, ResetBarriers
-from tetrion.engine.request import GenerationError
+from tetrion.engine.request import EngineEnded, GenerationError
 from tetrion.engine.request_table import Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
@@ -62,6 +68,7 @@ class Recovery:
         books: Bookkeeper,
         command_ids: Iterator[int],
         stall_timeout_s: float,
+        no_worker_timeout_s: float,
     ) -> None:
         self._executor = executor
         self._table = table
@@ -69,10 +76,17 @@ class Recovery:
         self._books = books
         self._command_ids = command_ids
         self._stall_timeout_s = stall_timeout_s
+        self._no_worker_timeout_s = no_worker_timeout_s
         self._hit: dict[str, str] = {}
+        self._failed_while_hit: set[str] = set()
+        """Hit requests that did not wait for the end of the recovery: by now their ids may be others'."""
         self._resets: dict[int, tuple[int, float]] = {}
         self._state = RecoveryState.HEALTHY
+        self._since_s = 0.0
+        """When it came into this state."""
         self._check_s = 0.0
+        self._no_worker_since_s: float | None = None
+        self._last_loss = ""
 
     @property
     def is_healthy(self) -> bool:
@@ -80,14 +94,9 @@ class Recovery:
         return self._state is RecoveryState.HEALTHY
 
     @property
-    def is_hopeless(self) -> bool:
-        """Whether there is no worker and none will come."""
-        return not (self._executor.alive or self._executor.returning)
-
-    @property
     def is_waiting(self) -> bool:
-        """Whether an answer to `ResetBarriers` is due."""
-        return bool(self._resets)
+        """Whether something is due that may never come: an answer, or a worker."""
+        return bool(self._resets) or not self.is_healthy or not self._executor.alive
 
     def is_hit(self, request_id: str) -> bool:
         """Whether the request's state is lost or in doubt: answers to its commands count for nothing."""
@@ -98,8 +107,9 @@ class Recovery:
     def member_failed(self, event: Failed) -> None:
         """A failure of its own ends the request, once nothing is in flight for it; others start again."""
         request = self._table.get(event.request_id)
-        assert request is not None
-        if event.kind == "aborted":  # because of those that are hit already
+        if event.request_id in self._failed_while_hit:
+            return  # nobody waits for it, and its commands are aborted already
+        if event.kind == "aborted" or request is None:  # because of those that are hit already; or it has ended
             self._hit_request(event.request_id, next(iter(self._hit.values()), event.message))
             return
         logger.error("request %s failed on worker %d: %s", event.request_id, event.device_id, event.message)
@@ -116,13 +126,14 @@ class Recovery:
         now_s = self._executor.now_s()
         for entry in self._in_flight.drop_device(event.device_id, now_s):
             self._hit_request(entry.command.request_id, event.reason)
-            self._books.brings_nothing(entry.command.command_id, event.device_id, now_s)
+            self._books.brings_nothing(entry.command, event.device_id, now_s)
             self._books.discard(entry.command)
         for request in self._table.admitted():
             if event.device_id in request.planned_holders:
                 self._hit_request(request.request_id, event.reason)
         self._resets.pop(event.device_id, None)
-        self._state = RecoveryState.DRAINING
+        self._last_loss = f"worker {event.device_id}: {event.reason}"
+        self._enter(RecoveryState.DRAINING)
 
     def barriers_reset(self, event: BarriersReset) -> None:
         """The device may be given commands again, if this answers its latest `ResetBarriers`."""
@@ -134,20 +145,61 @@ class Recovery:
     # At every tick ------------------------------------------------------------------------------------------------
 
     def check_stalls(self) -> None:
-        """A worker that takes far longer than predicted is killed; it is then handled like any lost worker. After the
-        loop itself stood still, answers that have come meanwhile are read first."""
+        """A worker that takes far longer than predicted is killed; it is then handled like any lost worker. So is what
+        keeps a recovery from ending. After the loop itself stood still, answers that have come meanwhile are read
+        first. Raises EngineEnded if there has been no worker for too long."""
         now_s, timeout_s = self._executor.now_s(), self._stall_timeout_s
         if now_s < self._check_s:
             return
         stood_still = now_s > self._check_s + STOOD_STILL_S
         self._check_s = now_s + STALL_CHECK_S
+        if self._executor.alive:
+            self._no_worker_since_s = None
+        elif self._no_worker_since_s is None or stood_still:  # none could be started meanwhile
+            self._no_worker_since_s = now_s
         if stood_still:
             return
         for entry in [e for e in self._in_flight if now_s > e.end_s + 10 * e.duration_s + timeout_s]:
-            for device_id in entry.pending:
+            if self.is_hit(entry.command.request_id):
+                continue  # they wait for one that is lost until they are aborted: then the drain's time runs
+            for device_id in self._to_blame(entry):
                 self._executor.kill(device_id, f"no answer for {now_s - entry.start_s:.0f} s")
         for device_id in [d for d, (_, sent_s) in self._resets.items() if now_s > sent_s + timeout_s]:
             self._executor.kill(device_id, f"no answer to ResetBarriers for {timeout_s:g} s")
+        if not self.is_healthy:
+            self._check_progress(now_s - self._since_s)
+        self._check_workers(now_s)
+
+    def _check_progress(self, lasted_s: float) -> None:
+        """Of a recovery: whoever keeps it from ending is killed, and nobody has to wait for it."""
+        timeout_s = self._stall_timeout_s
+        if lasted_s <= timeout_s * (1 if self._state is RecoveryState.DRAINING else 2):
+            return
+        owing = frozenset({member for entry in self._in_flight for member in entry.pending} | self._resets.keys())
+        to_blame = frozenset({member for entry in self._in_flight for member in self._to_blame(entry)})
+        for device_id in sorted(to_blame | self._resets.keys()):
+            self._executor.kill(device_id, f"it has kept the others from going on for {lasted_s:.0f} s")
+        silent = ", ".join(map(str, sorted(owing)))
+        for request_id, reason in self._hit.items():
+            request = self._table.get(request_id)
+            if request is not None and request_id not in self._failed_while_hit:
+                self._failed_while_hit.add(request_id)
+                message = f"{reason}; then worker {silent} did not answer for {lasted_s:.0f} s"
+                self._books.end(request, GenerationError(message))
+        if lasted_s > 2 * timeout_s + self._no_worker_timeout_s:
+            raise EngineEnded(f"worker {silent} neither answers nor ends, and the others wait for it")
+
+    def _to_blame(self, entry: InFlight) -> Collection[int]:
+        """Who can be what a command waits for. Nobody if another command comes first, of which the same is asked; nor
+        if a member is dead, whose loss is about to be reported: the others wait for that one."""
+        if entry.num_behind or not entry.pending <= self._executor.alive:
+            return ()
+        return sorted(entry.pending)
+
+    def _check_workers(self, now_s: float) -> None:
+        timeout_s = self._no_worker_timeout_s
+        if self._no_worker_since_s is not None and now_s >= self._no_worker_since_s + timeout_s:
+            raise EngineEnded(f"no worker has been alive for {timeout_s:g} s; the last one lost, {self._last_loss}")
 
     def proceed(self) -> None:
         """Go one stage further, if it is time to; let workers join that were started anew."""
@@ -161,14 +213,18 @@ class Recovery:
 
     def _hit_request(self, request_id: str, reason: str) -> None:
         self._hit.setdefault(request_id, reason)
-        self._state = RecoveryState.DRAINING
+        self._enter(RecoveryState.DRAINING)
+
+    def _enter(self, state: RecoveryState) -> None:
+        if state is not self._state:
+            self._state, self._since_s = state, self._executor.now_s()
 
     def _drain(self) -> None:
         """Abort what may wait inside a hit request's command. Once all workers are idle: reset them."""
         hit = [entry for entry in self._in_flight if entry.command.request_id in self._hit]
         self._executor.abort({member for entry in hit for member in entry.pending} & self._executor.alive)
         if len(self._in_flight) == 0:
-            self._state = RecoveryState.RESETTING
+            self._enter(RecoveryState.RESETTING)
             self._executor.revive()
             self._resets.clear()
             self._reset(self._executor.alive)
@@ -182,16 +238,17 @@ class Recovery:
 
     def _finish(self) -> None:
         """All have reset: back to HEALTHY."""
-        self._state = RecoveryState.HEALTHY
+        self._enter(RecoveryState.HEALTHY)
         hit, self._hit = self._hit, {}
+        failed, self._failed_while_hit = self._failed_while_hit, set()
         for request_id, reason in hit.items():
             request = self._table.get(request_id)
-            if request is not None:
+            if request is not None and request_id not in failed:
                 self._start_again(request, reason)
 
     def _start_again(self, request: Request, reason: str) -> None:
         request.attempts += 1
-        if request.attempts >= MAX_ATTEMPTS or self.is_hopeless:
+        if request.attempts >= MAX_ATTEMPTS:
             self._books.end(request, GenerationError(reason))
             return
         request.reset_progress()

@@ -1,20 +1,15 @@
 """What a caller asks for (`ImageRequest`) and what comes back (`Progress`, `ImageResult`, `Failure`). Values only.
 
-One request is one picture. `resolve_request` is the one place where bounds are checked.
+One request is one picture. What a caller may put into one, and what bounds there are, is `resolve.py`'s.
 """
 
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
 from tetrion.engine.config import EnergyMode
 from tetrion.engine.energy.receipt import NOT_METERED, Receipt
-from tetrion.engine.model_spec import ModelSpec
-
-MAX_PROMPT_CHARS = 32_000
-MAX_SEED = 2**63 - 1
-MAX_STEPS = 1000
-MAX_BUDGET_J = 1e9
+from tetrion.engine.params import Params
 
 
 class RequestError(ValueError):
@@ -73,6 +68,10 @@ class GenerationError(RuntimeError):
     """An accepted request could not be served (worker lost, out of memory, ...)."""
 
 
+class EngineEnded(GenerationError):
+    """The engine gave itself up: it could not serve, and did not expect to any more. The message says why."""
+
+
 class RequestCancelled(Exception):
     """The request was cancelled before its picture was finished."""
 
@@ -86,19 +85,24 @@ class EnergyWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One picture to draw. None means the model's default (`resolve_request` fills it in).
+    """One picture to draw. None means the model's default (`resolve_request` fills it in). Numbers and texts of other
+    libraries may be given: whole numbers by `__index__`, real ones by `__float__`, subclasses of `str`.
 
-    `slo_ms`: deadline relative to arrival, in milliseconds; None = no deadline. `priority`: larger goes first among
-    equal deadlines. `weight`: worth of meeting this deadline relative to others; `tenant`: on whose behalf, for weights
-    that the operator gives. `force_degrees`: the degree of each
-    step, for tests and experiments; its last entry holds for the remaining steps. `energy`: see `EnergyWish`.
+    `model`: the name of one that the engine serves. `negative_prompt`, `true_cfg_scale`: of classifier-free guidance,
+    where the model takes them (`ModelSpec.inputs`). `slo_ms`: deadline relative to arrival, in milliseconds; None = no
+    deadline. `priority`: larger goes first among equal deadlines. `weight`: worth of meeting this deadline relative to
+    others; `tenant`: on whose behalf, for weights that the operator gives. `force_degrees`: the degree of each step,
+    for tests and experiments; its last entry holds for the remaining steps. `energy`: see `EnergyWish`.
     """
 
     prompt: str
+    negative_prompt: str | None = None
+    model: str | None = None
     width: int | None = None
     height: int | None = None
     num_steps: int | None = None
     guidance: float | None = None
+    true_cfg_scale: float | None = None
     seed: int | None = None
     slo_ms: float | None = None
     priority: int = 0
@@ -107,6 +111,15 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     force_degrees: tuple[int, ...] = ()
     energy: EnergyWish = EnergyWish()
     request_id: str = ""
+
+
+class ResolvedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that a model accepts. `asked`: what the caller asked for, defaults filled in; `params`: how it is
+    drawn. Whoever carries a request out reads a parameter from `params`, and from `asked` what is not about drawing
+    (the prompts, deadline, priority, id …)."""
+
+    asked: ImageRequest
+    params: Params
 
 
 class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,55 +164,3 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 Output = Progress | ImageResult | Failure
 """Everything the engine says of a request."""
-
-
-def resolve_request(request: ImageRequest, spec: ModelSpec, num_devices: int) -> ImageRequest:
-    """A copy of `request` with every default filled in (except `seed` and `request_id`), checked against the model.
-
-    Raises RequestError.
-    """
-    if not request.prompt.strip():
-        raise RequestError("prompt", "must not be empty")
-    if len(request.prompt) > MAX_PROMPT_CHARS:
-        raise RequestError("prompt", f"has {len(request.prompt)} characters, at most {MAX_PROMPT_CHARS} are allowed")
-    width = spec.default_width if request.width is None else request.width
-    height = spec.default_height if request.height is None else request.height
-    for field, value in (("width", width), ("height", height)):
-        if not spec.is_side(value):
-            raise RequestError(
-                field,
-                f"must be a multiple of {spec.size_multiple} from {spec.min_size} to {spec.max_size}"
-                f" for model {spec.name!r}, got {value}",
-            )
-    num_steps = spec.num_steps if request.num_steps is None else request.num_steps
-    if not 1 <= num_steps <= MAX_STEPS:
-        raise RequestError("num_steps", f"must be from 1 to {MAX_STEPS}, got {num_steps}")
-    guidance = spec.guidance if request.guidance is None else request.guidance
-    if not 0 <= guidance <= 100:
-        raise RequestError("guidance", f"must be from 0 to 100, got {guidance}")
-    if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-        raise RequestError("seed", f"must be from 0 to {MAX_SEED}, got {request.seed}")
-    if request.slo_ms is not None and not 0 < request.slo_ms <= 86_400_000:
-        raise RequestError("slo_ms", f"must be above 0 and at most 86400000 (a day), got {request.slo_ms}")
-    if not -1_000_000 <= request.priority <= 1_000_000:
-        raise RequestError("priority", f"must be from -1000000 to 1000000, got {request.priority}")
-    if not 0 < request.weight <= 1e6:
-        raise RequestError("weight", f"must be above 0 and at most 1000000, got {request.weight}")
-    _check_energy(request)
-    legal = spec.legal_degrees(num_devices)
-    for degree in request.force_degrees:
-        if degree not in legal:
-            raise RequestError("force_degrees", f"{degree} is not one of {', '.join(map(str, legal))}")
-    if len(request.force_degrees) > num_steps:
-        raise RequestError("force_degrees", f"has {len(request.force_degrees)} entries for {num_steps} steps")
-    return msgspec.structs.replace(request, width=width, height=height, num_steps=num_steps, guidance=guidance)
-
-
-def _check_energy(request: ImageRequest) -> None:
-    wish, modes = request.energy, get_args(EnergyMode)
-    if wish.mode is not None and wish.mode not in modes:
-        raise RequestError("energy.mode", f"must be one of {', '.join(modes)}, got {wish.mode!r}")
-    if wish.budget_j is not None and not 0 < wish.budget_j <= MAX_BUDGET_J:
-        raise RequestError("energy.budget_j", f"must be above 0 and at most {MAX_BUDGET_J:g}, got {wish.budget_j}")
-    if request.force_degrees and wish != EnergyWish():
-        raise RequestError("energy", "cannot be given with force_degrees, which leave nothing to choose")

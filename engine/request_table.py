@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tetrion.engine.energy.receipt import Receipt
-from tetrion.engine.request import EngineOverloaded, ImageRequest, ImageResult, Progress, RequestError
+from tetrion.engine.request import EngineOverloaded, ImageResult, Progress, RequestError, ResolvedRequest
 
 
 class RequestState(enum.Enum):
@@ -52,18 +52,24 @@ class Request:
 
     `step_index` counts finished steps, `planned_step_index` also those dispatched; `planned_holders` are the devices
     whose slot holds, or will hold, the latents of `planned_step_index`. `spent_j`: joules of all that was dispatched
-    for it, lost attempts included, as far as the profile knows them.
+    for it, lost attempts included, as far as the profile knows them. `cancelled`: it ends once nothing is in flight for
+    it, with `error` if there is one.
+
+    `asked` is what the caller asked for, `params` how it is drawn, `cost_key` the text of its `CostKey`.
     """
 
     __slots__ = (
         "arrival_s",
+        "asked",
         "attempts",
         "cancelled",
+        "cost_key",
         "deadline_s",
         "decode_s",
         "degrees",
         "denoise_s",
         "encode_s",
+        "error",
         "image",
         "num_text_tokens",
         "params",
@@ -77,15 +83,19 @@ class Request:
         "step_index",
     )
 
-    def __init__(self, params: ImageRequest, arrival_s: float) -> None:
+    def __init__(self, resolved: ResolvedRequest, arrival_s: float) -> None:
+        asked, params = resolved.asked, resolved.params
+        self.asked = asked
         self.params = params
+        self.cost_key = params.shape.cost_key
         self.arrival_s = arrival_s
-        self.deadline_s = None if params.slo_ms is None else arrival_s + params.slo_ms / 1000
+        self.deadline_s = None if asked.slo_ms is None else arrival_s + asked.slo_ms / 1000
         self.state = RequestState.QUEUED
         self.slot = -1
         self.state_id = 0
         self.attempts = 0
         self.cancelled = False
+        self.error: Exception | None = None
         self.started_s: float | None = None
         self.spent_j = 0.0
         self.reset_progress()
@@ -100,18 +110,16 @@ class Request:
 
     @property
     def request_id(self) -> str:
-        return self.params.request_id
+        return self.asked.request_id
 
     @property
     def num_steps(self) -> int:
-        assert self.params.num_steps is not None
         return self.params.num_steps
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
-        assert self.params.width is not None and self.params.height is not None
-        return self.params.width, self.params.height
+        return self.params.shape.size
 
     def progress(self) -> Progress:
         return Progress(
@@ -124,11 +132,11 @@ class Request:
 
     def result(self, image: Any, finished_s: float, energy: Receipt) -> ImageResult:
         width, height = self.size
-        assert self.params.seed is not None and self.started_s is not None
+        assert self.started_s is not None
         return ImageResult(
             request_id=self.request_id,
             image=image,
-            prompt=self.params.prompt,
+            prompt=self.asked.prompt,
             width=width,
             height=height,
             num_steps=self.num_steps,
@@ -216,9 +224,11 @@ class RequestTable:
             raise EngineOverloaded(f"{len(self._queued)} requests are queued already (max_queued)")
         self._queued[request.request_id] = request
 
-    def cancel(self, request: Request) -> None:
-        """Note that nobody wants it any more; it ends once nothing is in flight for it."""
+    def cancel(self, request: Request, error: Exception | None = None) -> None:
+        """Note that nobody wants it any more, or that it has come to an `error`; it ends once nothing is in flight for
+        it."""
         request.cancelled = True
+        request.error = request.error or error
         self._cancelled[request.request_id] = request
         self.mark_changed(request)
 
@@ -229,7 +239,7 @@ class RequestTable:
             return []
         order = sorted(
             self._queued.values(),
-            key=lambda r: (r.deadline_s or r.arrival_s + self._patience_s, -r.params.priority, r.request_id),
+            key=lambda r: (r.deadline_s or r.arrival_s + self._patience_s, -r.asked.priority, r.request_id),
         )
         admitted = self._who_gets_slots(order)
         for request in admitted:

@@ -1,25 +1,65 @@
-"""What one step of a request is computed on, as counts. Values only: no torch, no families."""
+"""How large a request's steps are (`StepShape`), and the name under which they are priced (`CostKey`). Values only."""
+
+import re
+import sys
+from collections.abc import Sequence
 
 import msgspec
 
+COST_KEY = (
+    r"(?P<width>[1-9][0-9]{0,5})x(?P<height>[1-9][0-9]{0,5})(x(?P<frames>[2-9]|[1-9][0-9]{1,5}))?"
+    r"(\+r(?P<reference>[1-9][0-9]{0,7}))?(\*(?P<branches>[2-9]|[1-9][0-9]{1,2}))?"
+)
+"""The texts of cost keys, as a regular expression."""
+_COST_KEY = re.compile(COST_KEY)
 
-class StepShape(msgspec.Struct, frozen=True, kw_only=True):
-    """Size in pixels, and rows of each segment of the sequence.
 
-    `image`: rows of the segment that is stepped; `text`: of each guidance branch (one entry a branch); `reference`:
-    of pictures that are looked at.
+class CostKey(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request's cost depends on besides its model: `width` and `height` in pixels, `frames`, `reference` (rows
+    that are attended to and not stepped), `num_branches` (of guidance: how often a step evaluates the network).
+
+    Its `text` names a class of a cost table: "1024x1024", "832x480x81" (frames), "1024x1024+r4096" (reference rows),
+    "1024x1024*2" (branches). Each key has one text and each text one key.
     """
 
     width: int
     height: int
-    image: int
-    text: tuple[int, ...]
-    reference: int = 0
     frames: int = 1
+    reference: int = 0
+    num_branches: int = 1
+
+    @property
+    def text(self) -> str:
+        frames = f"x{self.frames}" if self.frames > 1 else ""
+        reference = f"+r{self.reference}" if self.reference else ""
+        branches = f"*{self.num_branches}" if self.num_branches > 1 else ""
+        return f"{self.width}x{self.height}{frames}{reference}{branches}"
+
+    @property
+    def pixels(self) -> int:
+        """Of all frames."""
+        return self.width * self.height * self.frames
+
+    @property
+    def transposed(self) -> "CostKey":
+        """Width and height exchanged: it costs the same."""
+        return msgspec.structs.replace(self, width=self.height, height=self.width)
+
+
+class StepShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What one denoising step of a request works on. `width` and `height` of the picture in pixels, `frames` of a
+    video; `image`: rows of the segment that is stepped; `reference`: rows that are attended to only; `text`: rows, one
+    entry a guidance branch."""
+
+    width: int
+    height: int
+    frames: int = 1
+    image: int
+    reference: int = 0
+    text: tuple[int, ...]
 
     @property
     def num_branches(self) -> int:
-        """Evaluations of the network in a step, each with its own text."""
         return len(self.text)
 
     def rows(self, kind: str, branch: int = 0) -> int:
@@ -35,17 +75,42 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True):
                 return 1
         raise ValueError(f"no segment is called {kind!r}")
 
-    def counts(self, segments: tuple[str, ...], branch: int = 0) -> tuple[int, ...]:
+    def counts(self, segments: Sequence[str], branch: int = 0) -> tuple[int, ...]:
         """Rows of each of a family's segments, in its canonical order."""
         return tuple(self.rows(segment, branch) for segment in segments)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.width, self.height
 
-class Params(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a resolved request that its computation depends on but its texts."""
+    @property
+    def cost_key(self) -> str:
+        """The text of its `CostKey`. Interned, since planners look it up for every request at every decision."""
+        key = CostKey(
+            width=self.width,
+            height=self.height,
+            frames=self.frames,
+            reference=self.reference,
+            num_branches=self.num_branches,
+        )
+        return sys.intern(key.text)
 
-    model: str
-    shape: StepShape
-    num_steps: int
-    guidance: float
-    seed: int
-    true_cfg_scale: float = 1.0
+
+def parse_cost_key(text: str) -> CostKey:
+    """The key with this text. Raises ValueError if there is none."""
+    match = _COST_KEY.fullmatch(text)
+    if match is None:
+        raise ValueError(f'expected sizes like "1024x1024" or "832x480x81+r4096*2", got {text!r}')
+    return CostKey(
+        width=int(match["width"]),
+        height=int(match["height"]),
+        frames=int(match["frames"] or 1),
+        reference=int(match["reference"] or 0),
+        num_branches=int(match["branches"] or 1),
+    )
+
+
+def cost_key_of_size(size: tuple[int, int]) -> str:
+    """The key of a single picture of (width, height), drawn in one branch and without references."""
+    return sys.intern(f"{size[0]}x{size[1]}")

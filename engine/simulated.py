@@ -1,4 +1,4 @@
-"""The executor in virtual time: the same commands and events, durations from a profile, no process and no picture.
+"""The executor in virtual time: the same commands and events, durations from cost tables, no process and no picture.
 
 `EngineLoop` runs unchanged on it. Time moves only in `wait`, straight to the next thing that happens. A simulated
 device executes commands in FIFO order; a group command starts when all its members have come to it and the state that
@@ -29,7 +29,7 @@ from tetrion.engine.messages import (
     Failed,
     ResetBarriers,
 )
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost_tables import CostTables
 
 SimulatedCommand = EncodePrompt | Denoise | Decode
 
@@ -73,15 +73,15 @@ class Disturbance:
 
 
 class SimulatedExecutor:
-    """`num_devices` devices that cost what `profile` says. `duration(command, seconds)` may change it (noise, bias).
+    """`num_devices` devices that cost what `costs` says. `duration(command, seconds)` may change it (noise, bias).
 
-    A lost device is back `respawn_s` after its death (but not before the loop has recovered); None: never. The answers
-    of a command's members come `answer_gap_s` apart, as those of processes do.
+    A lost device is back `respawn_s` after its death (but not before the loop has recovered); None: not within the
+    simulation. The answers of a command's members come `answer_gap_s` apart, as those of processes do.
     """
 
     def __init__(
         self,
-        profile: Profile,
+        costs: CostTables,
         num_devices: int,
         duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
         respawn_s: float | None = None,
@@ -92,7 +92,7 @@ class SimulatedExecutor:
         self._respawn_s = respawn_s
         self._answer_gap_s = answer_gap_s
         self._lost_s: dict[int, float] = {}
-        self._profile = profile
+        self._costs = costs
         self._duration = duration
         self._now_s = 0.0
         self._order = itertools.count()
@@ -121,10 +121,6 @@ class SimulatedExecutor:
 
     # Executor ----------------------------------------------------------------------------------------------------
 
-    @property
-    def returning(self) -> frozenset[int]:
-        return frozenset() if self._respawn_s is None else frozenset(self.device_ids) - self.alive
-
     def now_s(self) -> float:
         return self._now_s
 
@@ -136,7 +132,7 @@ class SimulatedExecutor:
         if not isinstance(command, (EncodePrompt, Denoise, Decode)):
             raise ValueError(f"a simulated device does not execute {type(command).__name__}")
         start_s = max(self._now_s, self._state_s.get(command.state_id, 0.0), *[self._free_s[m] for m in members])
-        end_s = start_s + self._duration(command, predict_s(command, self._profile))
+        end_s = start_s + self._duration(command, predict_s(command, self._costs))
         self._state_s[command.state_id] = end_s
         ticket = next(self._order)
         for member in members:

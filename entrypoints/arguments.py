@@ -1,4 +1,4 @@
-"""Values as people write them: sizes (`512x256`), degrees (`1,2,1`), prompts. Raises InputError naming the field."""
+"""Values as people write them: sizes (`512x256`), degrees (`1,2,1`). Raises InputError naming the field."""
 
 import re
 
@@ -19,12 +19,3 @@ def parse_degrees(text: str, field: str = "force_degrees") -> tuple[int, ...]:
     if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts):
         raise InputError(f"{field}: expected whole numbers joined by commas such as 1,2,1, got {text!r}")
     return tuple(map(int, parts))
-
-
-def checked_prompt(text: str) -> str:
-    """`text` if it can be encoded: bytes that are not UTF-8 reach Python as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError("prompt: must be valid Unicode text (UTF-8)") from None
-    return text

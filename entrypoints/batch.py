@@ -31,8 +31,8 @@ from tetrion.engine.request import (
     ImageResult,
     RequestCancelled,
     RequestError,
-    resolve_request,
 )
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import drawing, pictures
 from tetrion.entrypoints.batch_lines import BadLine, BatchItem, parse_lines, read_lines
 from tetrion.entrypoints.errors import EXIT_FAILED, InputError
@@ -51,7 +51,7 @@ async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     lines = read_lines(requests_file)
 
     def resolve(request: ImageRequest) -> ImageRequest:
-        return resolve_request(request, engine.spec, len(engine.devices))
+        return resolve_request(request, engine.spec, len(engine.devices)).asked
 
     checkpoint = checkpoint_identity(Path(engine.spec.path), engine.config.load_format)
     parsed = list(parse_lines(lines, resolve, checkpoint))

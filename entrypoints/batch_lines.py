@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 
 from tetrion.engine.request import EnergyWish, ImageRequest, RequestError
-from tetrion.entrypoints.arguments import checked_prompt, parse_size
+from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.errors import InputError
 
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z"
@@ -102,7 +102,7 @@ def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
         raise InputError(f"id: must be a whole number from 0 to {10**18 - 1} or a name, got {line.id}")
     width, height = parse_size(line.size) if line.size is not None else (None, None)
     return ImageRequest(
-        prompt=checked_prompt(line.prompt),
+        prompt=line.prompt,
         width=width,
         height=height,
         num_steps=line.num_steps,

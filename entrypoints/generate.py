@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from tetrion.engine.energy.receipt import Receipt
-from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, Progress, resolve_request
+from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, Progress
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import contact_sheet, drawing, pictures
-from tetrion.entrypoints.arguments import checked_prompt, parse_size
+from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
         seed = secrets.randbelow(RANDOM_SEEDS - options.num_per_prompt)
     requests = (
         ImageRequest(
-            prompt=checked_prompt(prompt),
+            prompt=prompt,
             width=width,
             height=height,
             num_steps=options.num_steps,
@@ -114,7 +115,7 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
         for prompt in options.prompts
         for i in range(options.num_per_prompt)
     )
-    return [resolve_request(request, engine.spec, len(engine.devices)) for request in requests]
+    return [resolve_request(request, engine.spec, len(engine.devices)).asked for request in requests]
 
 
 async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:

@@ -18,8 +18,9 @@ from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import open_meter
 from tetrion.engine.energy.nvml import canonical_uuid
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.machine import cpu_name
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.profile import ClassCost, Profile
 from tetrion.engine.probe import Probe, Size
@@ -56,13 +57,13 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 def checked_sizes(spec: ModelSpec, text: str | None, usual: Sequence[Size]) -> tuple[Size, ...]:
     """`256x256,512x256` as sizes; without it those of `usual` that the model draws, or its own. Raises InputError."""
     if not text:
-        fitting = [size for size in usual if spec.min_size <= min(size) and max(size) <= spec.max_size]
-        return tuple(fitting) or ((spec.default_width, spec.default_height),)
+        fitting = [size for size in usual if spec.sizes.min <= min(size) and max(size) <= spec.sizes.max]
+        return tuple(fitting) or (spec.sizes.default,)
     sizes = tuple(parse_size(part) for part in text.split(","))
     for size in sizes:
-        if any(side % spec.size_multiple or not spec.min_size <= side <= spec.max_size for side in size):
+        if any(side % spec.sizes.multiple or not spec.sizes.min <= side <= spec.sizes.max for side in size):
             raise InputError(
-                f"sizes: sides must be multiples of {spec.size_multiple} from {spec.min_size} to {spec.max_size}"
+                f"sizes: sides must be multiples of {spec.sizes.multiple} from {spec.sizes.min} to {spec.sizes.max}"
                 f" for model {spec.name!r}, got {size_name(size)}"
             )
     return sizes

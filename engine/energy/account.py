@@ -7,6 +7,7 @@ known. Times are CLOCK_MONOTONIC seconds.
 """
 
 import functools
+import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -22,32 +23,33 @@ from tetrion.engine.energy.modelled import command_j, fastest_degree, steps_j
 from tetrion.engine.energy.quantum import PHASES, Phase, Quantum, Share
 from tetrion.engine.energy.receipt import JOULES_PER_WH, PhaseJoules, Receipt, unmetered, with_saving
 from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost_tables import CostTables
 
+logger = logging.getLogger(__name__)
 UNRECONCILED = 0.1
 """How far power samples may be from the counter while no window has closed, as a share."""
 NO_POWER = "no reading has come from its GPUs"
 NO_IDLE_POWER = "its GPUs were not yet seen idle"
 NO_METERED_POWER = "no power is metered"
+NOT_BOOKED = "its account could not be kept; the engine's log says why"
 
 
 class RequestFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a receipt needs to know of a request."""
 
     request_id: str
-    size: tuple[int, int]
+    model: str
+    cost_key: str
     degrees: tuple[int, ...]
 
 
 class EnergyAccount:
-    """`gpu_of_device`: device id → UUID (several devices may be on one GPU). `num_tokens(width, height)`: of a
-    picture, to share the power between those that use a GPU at the same time."""
+    """`gpu_of_device`: device id → UUID (several devices may be on one GPU)."""
 
     def __init__(
         self,
         meter: EnergyMeter,
         gpu_of_device: Mapping[int, str],
-        num_tokens: Callable[[int, int], int],
         *,
         cpu_meter: EnergyMeter | None = None,
         g_per_kwh: Callable[[], float | None] | None = None,
@@ -55,7 +57,6 @@ class EnergyAccount:
     ) -> None:
         self._meter, self._cpu_meter = meter, cpu_meter
         self._gpu_of_device = dict(gpu_of_device)
-        self._num_tokens = num_tokens
         self._g_per_kwh = g_per_kwh
         self._lock = threading.Lock()
         self._noted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
@@ -84,10 +85,10 @@ class EnergyAccount:
 
     # Told by the loop --------------------------------------------------------------------------------------------
 
-    def sent(self, command: GroupCommand, members: tuple[int, ...], profile: Profile, now_s: float) -> None:
+    def sent(self, command: GroupCommand, members: tuple[int, ...], costs: CostTables, now_s: float) -> None:
         """A command is about to be given to its members. Told afterwards, a reading may have settled its beginning."""
         if not self._meter.reason:
-            self._noted.append((self._on_sent, (command, members, profile, now_s)))
+            self._noted.append((self._on_sent, (command, members, costs, now_s)))
 
     def answered(self, command_id: int, device_id: int, started_s: float, ended_s: float, now_s: float) -> None:
         """A member has executed its command."""
@@ -99,12 +100,12 @@ class EnergyAccount:
         if not self._meter.reason:
             self._noted.append((self._on_failed, (command_id, device_id, now_s)))
 
-    def ended(self, request: RequestFacts, profile: Profile, now_s: float) -> Callable[[], Receipt]:
+    def ended(self, request: RequestFacts, costs: CostTables, now_s: float) -> Callable[[], Receipt]:
         """The request is over; what is booked for it from now on counts in totals only. The answer gives its receipt
         and may be called in any thread."""
         if self._meter.reason:
             return functools.partial(self._unmetered, self._meter.reason, request.degrees, "none")
-        end = _End(request, profile, now_s)
+        end = _End(request, costs, now_s)
         self._noted.append((self._on_ended, (end,)))
         return functools.partial(self._receipt_at, end)
 
@@ -151,19 +152,36 @@ class EnergyAccount:
     def _receipt_at(self, end: "_End") -> Receipt:
         with self._lock:
             self._work_off()
-        assert end.receipt is not None
-        return end.receipt
+        return end.receipt or self._unmetered(NOT_BOOKED, end.request.degrees, self._meter.source)
 
     # Bookkeeping, by whoever holds the lock ----------------------------------------------------------------------
 
     def _work_off(self) -> None:
-        """Do what the loop's words ask for, in their order; it may go on speaking meanwhile."""
+        """Do what the loop's words ask for, in their order; it may go on speaking meanwhile. What fails is left out:
+        whoever comes next, with a reading or for a receipt, need not be whom it concerns."""
         while self._noted:
             act, arguments = self._noted.popleft()
-            act(*arguments)
+            try:
+                act(*arguments)
+            except Exception as error:
+                self._not_booked(arguments[0], error)
 
-    def _on_sent(self, command: GroupCommand, members: tuple[int, ...], profile: Profile, now_s: float) -> None:
-        self._sent[command.command_id] = _Sent(command, members, now_s, command_j(command, profile))
+    def _not_booked(self, about: "GroupCommand | int | _End", error: Exception) -> None:
+        """`about`: the command, its id, or the end that was not worked off."""
+        match about:
+            case _End():
+                request_id = about.request.request_id
+            case int():
+                request_id = self._sent[about].command.request_id if about in self._sent else f"of command {about}"
+            case _:
+                request_id = about.request_id
+        logger.error("energy: the account of request %s could not be kept", request_id, exc_info=error)
+        spent = self._spent.get(request_id)
+        if spent is not None:
+            spent.unknown = spent.unknown or NOT_BOOKED
+
+    def _on_sent(self, command: GroupCommand, members: tuple[int, ...], costs: CostTables, now_s: float) -> None:
+        self._sent[command.command_id] = _Sent(command, members, now_s, command_j(command, costs))
         if command.request_id not in self._spent:
             self._spent[command.request_id] = _Spent(self._idle.begin(now_s))
         self._idle.busy(members, now_s)
@@ -176,7 +194,10 @@ class EnergyAccount:
         if not sent.pending:
             del self._sent[command_id]
         self._idle.free(device_id, now_s)
-        self._book(sent, device_id, started_s, ended_s)
+        try:
+            self._book(sent, device_id, started_s, ended_s)
+        except Exception as error:
+            self._not_booked(sent.command, error)
 
     def _on_failed(self, command_id: int, device_id: int, now_s: float) -> None:
         sent = self._sent.get(command_id)
@@ -189,16 +210,16 @@ class EnergyAccount:
             end.receipt = self._unmetered("nothing was done for it", end.request.degrees, self._meter.source)
         else:
             idle_j = self._idle.end(spent.idle_start, end.now_s, self._ledgers)
-            end.receipt = self._receipt(end.request, spent, idle_j, end.profile)
+            end.receipt = self._receipt(end.request, spent, idle_j, end.costs)
 
     def _book(self, sent: "_Sent", device_id: int, started_s: float, ended_s: float) -> None:
-        command = sent.command
+        command, params, shape = sent.command, sent.command.params, sent.command.params.shape
         phase, passes = _phase_and_passes(command)
         quantum = Quantum(
             start_s=started_s,
             end_s=ended_s,
-            share=Share(command.request_id, phase, (command.params.shape.width, command.params.shape.height)),
-            weight=self._num_tokens(command.params.shape.width, command.params.shape.height) * passes / len(sent.members),
+            share=Share(command.request_id, phase, params.model, shape.cost_key),
+            weight=shape.image * passes / len(sent.members),
             model_j=None if sent.model_j is None else sent.model_j / len(sent.members),
         )
         spent = self._spent.get(command.request_id)
@@ -216,7 +237,8 @@ class EnergyAccount:
         """Nothing is measured: what the profile says is all there is."""
         joules = quantum.model_j
         if joules is not None:
-            self._totals.active_j[quantum.share.size, quantum.share.phase] += joules
+            share = quantum.share
+            self._totals.active_j[share.model, share.cost_key, share.phase] += joules
         if spent is not None:
             spent.settled_j[quantum.share.phase] += joules or 0.0
             if joules is None:
@@ -236,7 +258,7 @@ class EnergyAccount:
                 spent.unknown = spent.unknown or settled.reason
         self._totals.add(settled)
 
-    def _receipt(self, request: RequestFacts, spent: "_Spent", idle_j: float | None, profile: Profile) -> Receipt:
+    def _receipt(self, request: RequestFacts, spent: "_Spent", idle_j: float | None, costs: CostTables) -> Receipt:
         pending: dict[Phase, float] = defaultdict(float)
         drift = 0.0
         for uuid in spent.gpus:
@@ -246,7 +268,7 @@ class EnergyAccount:
             drift = max(drift, UNRECONCILED if ledger.drift is None else ledger.drift)
         ledgers = [self._ledgers[uuid] for uuid in spent.gpus]
         is_blind = self._meter.source != MODEL and (not ledgers or None in [ledger.power_w() for ledger in ledgers])
-        saving_j = _saving(request, profile, len(self._gpu_of_device))
+        saving_j = _saving(request, costs, len(self._gpu_of_device))
         if spent.unknown or is_blind:
             blank = self._unmetered(spent.unknown or NO_POWER, request.degrees, self._meter.source)
             return blank if isinstance(saving_j, str) else with_saving(blank, saving_j)
@@ -302,7 +324,7 @@ class EnergyAccount:
 def unmetered_account(device_ids: tuple[int, ...]) -> EnergyAccount:
     """The account of an engine that nobody meters."""
     reason = "this engine runs without a meter"
-    return EnergyAccount(NoMeter(reason), {device_id: f"device-{device_id}" for device_id in device_ids}, lambda *_: 0)
+    return EnergyAccount(NoMeter(reason), {device_id: f"device-{device_id}" for device_id in device_ids})
 
 
 class _Sent:
@@ -318,10 +340,10 @@ class _Sent:
 class _End:
     """The end of a request; `receipt` is None until it is worked off."""
 
-    __slots__ = ("now_s", "profile", "receipt", "request")
+    __slots__ = ("costs", "now_s", "receipt", "request")
 
-    def __init__(self, request: RequestFacts, profile: Profile, now_s: float) -> None:
-        self.request, self.profile, self.now_s = request, profile, now_s
+    def __init__(self, request: RequestFacts, costs: CostTables, now_s: float) -> None:
+        self.request, self.costs, self.now_s = request, costs, now_s
         self.receipt: Receipt | None = None
 
 
@@ -343,18 +365,19 @@ def _phase_and_passes(command: GroupCommand) -> tuple[Phase, int]:
         case EncodePrompt():
             return "encode", 1
         case Denoise():
-            return "denoise", command.chunk_steps
+            return "denoise", command.chunk_steps * command.params.shape.num_branches
         case Decode():
             return "decode", 1
         case _:
             raise AssertionError(f"{type(command).__name__} is not a stage of a request")
 
 
-def _saving(request: RequestFacts, profile: Profile, num_devices: int) -> float | str:
+def _saving(request: RequestFacts, costs: CostTables, num_devices: int) -> float | str:
     """Joules that the fastest plan would have taken more, or why that is not known."""
-    fastest = fastest_degree(profile, request.size, num_devices)
-    used_j = steps_j(profile, request.size, request.degrees)
-    fastest_j = steps_j(profile, request.size, [fastest] * len(request.degrees))
+    model, key = request.model, request.cost_key
+    fastest = fastest_degree(costs, model, key, num_devices)
+    used_j = steps_j(costs, model, key, request.degrees)
+    fastest_j = steps_j(costs, model, key, [fastest] * len(request.degrees))
     if used_j is None or fastest_j is None:
         return "the profile has no joules for these degrees at this size"
     return fastest_j - used_j

@@ -8,8 +8,8 @@ import msgspec
 from tetrion.engine.energy.gpu_ledger import Settled, Window
 from tetrion.engine.energy.quantum import Phase
 
-TotalKey = tuple[tuple[int, int], Phase]
-"""(Size in pixels, phase)."""
+TotalKey = tuple[str, str, Phase]
+"""(Model, cost key, phase)."""
 
 
 class MeterErrors(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,8 +24,8 @@ class MeterErrors(msgspec.Struct, frozen=True, kw_only=True):
 class EnergyFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Sums over all closed windows since the start; joules are None where there is no meter (`reason`).
 
-    `active_j` by (size, phase). `worst_identity_error`: of any window, as a share of its counter. `latest`: of each
-    GPU's latest window; `overall`: of all. `cpu_j`: of CPU packages, where they may be read.
+    `active_j` by (model, cost key, phase). `worst_identity_error`: of any window, as a share of its counter. `latest`:
+    of each GPU's latest window; `overall`: of all. `cpu_j`: of CPU packages, where they may be read.
     """
 
     source: str
@@ -83,7 +83,7 @@ class Totals:
         if window is None:
             return
         for share, joules in settled.joules.items():
-            self.active_j[share.size, share.phase] += joules
+            self.active_j[share.model, share.cost_key, share.phase] += joules
         self.idle_j += window.idle_j
         self.unattributed_j += window.unattributed_j
         self.counter_j += window.counter_j

@@ -4,7 +4,7 @@ What a machine does not offer is not an error unless it was asked for by name: t
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from tetrion.engine.config import MeteringConfig
@@ -31,7 +31,6 @@ class Metering:
         config: MeteringConfig,
         device_ids: tuple[int, ...],
         gpu_uuids: Mapping[int, str],
-        num_tokens: Callable[[int, int], int],
     ) -> None:
         uuids = {device_id: canonical_uuid(uuid) for device_id, uuid in gpu_uuids.items()}
         self._intensity: Intensity | None = None
@@ -46,7 +45,6 @@ class Metering:
         self.account = EnergyAccount(
             self.meter,
             {device_id: uuids.get(device_id, _stand_in(self.meter, device_id)) for device_id in device_ids},
-            num_tokens,
             cpu_meter=cpu_meter,
             g_per_kwh=None if self._intensity is None else self._intensity.g_per_kwh,
             window_s=config.window_s,

@@ -1,19 +1,19 @@
 """Joules as the profile has them: what a stage takes, and what the fastest plan of a request would have taken.
 
-Pure arithmetic on a cost table. What the table does not say is None: nothing is guessed from neighbouring sizes.
+Pure arithmetic on cost tables. What a table does not say is None: nothing is guessed from neighbouring sizes.
 """
 
 from collections.abc import Iterable
 
 from tetrion.engine.messages import CopyLatents, Decode, Denoise, EncodePrompt, GroupCommand
-from tetrion.engine.planning.profile import ClassCost, Profile
+from tetrion.engine.planning.cost_tables import CostTables
 
 
-def command_j(command: GroupCommand, profile: Profile) -> float | None:
+def command_j(command: GroupCommand, costs: CostTables) -> float | None:
     """Joules of a command over all of its members."""
     if isinstance(command, CopyLatents):
         return None
-    cost = _known(profile, command.params.shape.width, command.params.shape.height)
+    cost = costs.profiles[command.params.model].measured(command.params.shape.cost_key)
     if cost is None:
         return None
     match command:
@@ -26,20 +26,16 @@ def command_j(command: GroupCommand, profile: Profile) -> float | None:
             return cost.decode_j
 
 
-def steps_j(profile: Profile, size: tuple[int, int], degrees: Iterable[int]) -> float | None:
+def steps_j(costs: CostTables, model: str, key: str, degrees: Iterable[int]) -> float | None:
     """Joules of denoising steps at these degrees."""
-    cost = _known(profile, *size)
+    cost = costs.profiles[model].measured(key)
     table = {} if cost is None else cost.step_j
     known = [table.get(degree) for degree in degrees]
     return None if None in known else sum(joules for joules in known if joules is not None)
 
 
-def fastest_degree(profile: Profile, size: tuple[int, int], num_devices: int) -> int:
+def fastest_degree(costs: CostTables, model: str, key: str, num_devices: int) -> int:
     """The degree with the shortest step that so many devices can form; of equals the smallest."""
-    cost = profile.cost(*size)
+    cost = costs.cost(model, key)
     degrees = [degree for degree in cost.degrees if degree <= num_devices] or cost.degrees[:1]
     return min(degrees, key=lambda degree: (cost.step_by_degree_s[degree], degree))
-
-
-def _known(profile: Profile, width: int, height: int) -> ClassCost | None:
-    return profile.classes.get(f"{width}x{height}") or profile.classes.get(f"{height}x{width}")

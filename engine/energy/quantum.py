@@ -7,15 +7,16 @@ PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
 
 
 class Share(NamedTuple):
-    """Where joules go: a phase of a request of some size (pixels)."""
+    """Where joules go: a phase of a request, drawn by `model` at the cost of `cost_key`."""
 
     request_id: str
     phase: Phase
-    size: tuple[int, int]
+    model: str
+    cost_key: str
 
 
 class Quantum(NamedTuple):
-    """One stage of one request on one GPU. `weight`: image tokens × forward passes; where several run at once it
+    """One stage of one request on one GPU. `weight`: image rows × forward passes; where several run at once it
     decides how they share the power. `model_j`: what the profile says it takes on this GPU, None if it does not say."""
 
     start_s: float

@@ -1,1 +1,1 @@
-"""What the engine must know of each family of models: its checkpoints' limits, read from JSON files. No torch."""
+"""What the engine must know of each family of models, without torch: one module a family, and what they share."""

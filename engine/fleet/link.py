@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 from tetrion.engine.config import DeviceSpec
 from tetrion.engine.fleet.segments import Segments, inherited
@@ -11,6 +13,14 @@ from tetrion.engine.messages import Event
 from tetrion.engine.transport.channel import CommandSender, MalformedMessage, create_channel
 from tetrion.engine.transport.ring import RingCorrupt
 from tetrion.engine.worker.launcher import Launcher
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+TERMINATE_AFTER_S = 5.0
+KILL_AFTER_S = 2.0
+FIRST_LOOK_S, LONGEST_LOOK_S = 0.001, 0.05
+"""How soon it is looked again whether a process is gone, at first and at last."""
 
 
 class WorkerLink:
@@ -37,25 +47,35 @@ class WorkerLink:
         with contextlib.ExitStack() as undo:
             channel = create_channel(f"worker-{device.device_id}")
             undo.callback(channel.close)
+            self.commands: CommandSender = channel.commands
+            self._events = channel.events
             self._life_fd, worker_life_fd = os.pipe()
             undo.callback(os.close, self._life_fd)
             try:
+                self._loop.add_reader(self._life_fd, self._on_life_pipe)
+                undo.callback(self._loop.remove_reader, self._life_fd)
+                self._loop.add_reader(self._events.fileno(), self._on_bell)
+                undo.callback(self._loop.remove_reader, self._events.fileno())
+                self._drain()  # from now on the worker rings
+                # Last of all: whatever fails, there is no worker that nobody knows of.
                 spec = segments.worker_spec(device, channel.spec, worker_life_fd)
-                self._process = launcher.launch(spec, inherited(spec))
+                self._process = launcher.launch(spec, inherited(spec), self._life_fd)
             finally:
                 os.close(worker_life_fd)
-            self.commands: CommandSender = channel.commands
-            self._events = channel.events
-            self._loop.add_reader(self._life_fd, self._on_life_pipe)
-            undo.callback(self._loop.remove_reader, self._life_fd)
-            self._loop.add_reader(self._events.fileno(), self._on_bell)
-            undo.callback(self._loop.remove_reader, self._events.fileno())
-            self._drain()  # from now on the worker rings
             self._resources = undo.pop_all()
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether there has never been a process, because the machine had no room for one just then."""
+        return self._process.was_refused
+
+    def started(self, pid: int) -> None:
+        """The worker says that it has started: what it takes to end it is taken while it is alive."""
+        self._attempt(lambda: self._process.started(pid))
 
     def events(self) -> list[Event]:
         """What has arrived; never blocks. Nothing more once the worker has sent what is no event: see `fault`."""
@@ -65,13 +85,38 @@ class WorkerLink:
         return received
 
     def kill(self) -> None:
-        self._process.kill()
+        """One that has closed its life pipe is dying: `end` follows it."""
+        self._attempt(self._process.kill)
 
     async def end(self) -> str:
-        """Wait until the process is gone (see `WorkerProcess.end`); returns how it ended. May be called again."""
+        """Wait for a worker that was told to shut down or has closed its life pipe; terminate, then kill, one that does
+        not go. Returns how it ended, for people: it computes and stores nothing any more. May be called again."""
         if self._ending is None:
-            self._ending = asyncio.create_task(asyncio.to_thread(self._process.end))
+            self._ending = asyncio.create_task(self._end())
         return await asyncio.shield(self._ending)
+
+    async def _end(self) -> str:
+        for timeout_s, stronger in ((TERMINATE_AFTER_S, self._process.terminate), (KILL_AFTER_S, self._process.kill)):
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._gone(), timeout_s)
+            self._attempt(stronger)
+        return await self._gone()
+
+    async def _gone(self) -> str:
+        """Neither a thread nor a descriptor is needed: there may be none to be had."""
+        pause_s = FIRST_LOOK_S
+        while (how := self._attempt(self._process.how_it_ended)) is None:
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_LOOK_S)
+        return how
+
+    def _attempt(self, action: Callable[[], T]) -> T | None:
+        """What the machine refuses now may be had a moment later."""
+        try:
+            return action()
+        except OSError as error:
+            logger.warning("worker %d: %s", self.device_id, error)
+            return None
 
     def close(self) -> None:
         """Give the channel back. Only when the process is gone and its last events are read."""

@@ -1,10 +1,11 @@
 """The worker processes of an engine: started, watched, started again. Owns every link and what becomes of it.
 
     launch ──▶ bring-up ──▶ ready ──died──▶ lost ──`revive`──▶ unmapped ──pause──▶ launch …
-                  └────────── died ──────────▲        └── given up, if it died too often (respawn.py)
+                  └────────── died ──────────▲
 
 A worker counts as lost when its process is gone for good, so that nothing it computed can still arrive anywhere. Its
-place is taken anew only after `revive`, by which the loop says that all others are idle.
+place is taken anew only after `revive`, by which the loop says that all others are idle; again and again, after ever
+longer pauses (respawn.py). Whatever fails between the end of its life pipe and the news of its loss, the news comes.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from tetrion.engine.fleet.bring_up import BringUp
 from tetrion.engine.fleet.link import WorkerLink
 from tetrion.engine.fleet.respawn import RespawnPolicy
 from tetrion.engine.fleet.segments import Segments
-from tetrion.engine.messages import Command, Event, Shutdown
+from tetrion.engine.messages import Command, Event, Shutdown, Started
 from tetrion.engine.transport.channel import send_to_all
 from tetrion.engine.worker.launcher import Launcher
 
@@ -33,8 +34,6 @@ class WorkerPool:
         self, devices: tuple[DeviceSpec, ...], segments: Segments, start_timeout_s: float, wake: Callable[[], None]
     ) -> None:
         self.alive: frozenset[int] = frozenset()
-        self.returning: frozenset[int] = frozenset(device.device_id for device in devices)
-        """Not alive, but on their way; the rest is given up."""
         self._devices = {device.device_id: device for device in devices}
         self._segments = segments
         self._start_timeout_s = start_timeout_s
@@ -51,10 +50,12 @@ class WorkerPool:
         self._links: dict[int, WorkerLink] = {}
         self._kill_reasons: dict[int, str] = {}
         self._ended: dict[int, str] = {}
-        self._dead: dict[int, float | None] = {}
+        self._dead: dict[int, float] = {}
         self._pauses: dict[int, float] = {}
+        self._last_words: dict[int, str] = {}
+        """Why each device's worker had to be started again the last time."""
         self._timers: dict[int, asyncio.TimerHandle] = {}
-        self._burials: set[asyncio.Task[None]] = set()
+        self._burials: set[asyncio.Task[str]] = set()
 
     @property
     def weights_bytes(self) -> int:
@@ -79,10 +80,12 @@ class WorkerPool:
 
     def kill(self, device_id: int, reason: str) -> None:
         link = self._links.get(device_id)
-        if link is not None and not link.has_ended and device_id not in self._kill_reasons:
+        if link is None or link.has_ended:
+            return  # its loss has been reported, or will be: its burial is under way
+        if device_id not in self._kill_reasons:
             logger.error("killing worker %d: %s", device_id, reason)
             self._kill_reasons[device_id] = reason
-            link.kill()
+        link.kill()
 
     def poll(self) -> list[Event | WorkerLost | WorkerReady]:
         """What happened since the last call, a worker's events before its end."""
@@ -91,7 +94,11 @@ class WorkerPool:
         self._has_news = bool(self._ended)  # an end may leave others to be told of in the next call
         events: list[Event | WorkerLost | WorkerReady] = []
         for link in self._links.values():
-            events += [event for event in link.events() if not self._bring_up.handle(event)]
+            for event in link.events():
+                if isinstance(event, Started):
+                    link.started(event.pid)
+                if not self._bring_up.handle(event):
+                    events.append(event)
             if link.fault:
                 self.kill(link.device_id, link.fault)
         for device_id, reason in self._bring_up.take_failed().items():
@@ -107,8 +114,7 @@ class WorkerPool:
         """All workers are idle and know of all losses so far: the lost ones may be replaced."""
         dead, self._dead = self._dead, {}
         for device_id, pause_s in dead.items():
-            if pause_s is not None:
-                self._pauses[device_id] = pause_s
+            self._pauses[device_id] = pause_s
             self._bring_up.unmap(device_id)
         self._respawn()
 
@@ -119,13 +125,13 @@ class WorkerPool:
         for device_id, link in self._links.items():
             if device_id not in self.alive or not self.submit(Shutdown(command_id=0), (device_id,)):
                 link.kill()
-        await asyncio.gather(*(link.end() for link in self._links.values()))
+        await asyncio.gather(*(link.end() for link in self._links.values()), return_exceptions=True)
         for link in self._links.values():
             link.close()
-        await asyncio.gather(*self._burials)
+        await asyncio.gather(*self._burials, return_exceptions=True)
         self._launcher.close()
         self._links = {}
-        self.alive = self.returning = frozenset()
+        self.alive = frozenset()
 
     def _wake(self) -> None:
         """There is something that `poll` has not seen."""
@@ -156,52 +162,53 @@ class WorkerPool:
         self._cancel_timer(device_id)
         self._policy.ready(device_id, time.monotonic())
         self.alive |= {device_id}
-        self.returning -= {device_id}
         return WorkerReady(device_id=device_id)
 
     def _on_life_pipe(self, device_id: int) -> None:
         self.alive -= {device_id}
-        self.returning |= {device_id}
-        burial = asyncio.create_task(self._bury(self._links[device_id]))
+        burial = asyncio.create_task(self._links[device_id].end())
         self._burials.add(burial)
-        burial.add_done_callback(self._burials.discard)
+        burial.add_done_callback(functools.partial(self._on_buried, device_id))
 
-    async def _bury(self, link: WorkerLink) -> None:
-        self._ended[link.device_id] = await link.end()
+    def _on_buried(self, device_id: int, burial: asyncio.Task[str]) -> None:
+        """However the burial went: its worker has closed its life pipe and is lost."""
+        self._burials.discard(burial)
+        error = None if burial.cancelled() else burial.exception()
+        if error is not None:
+            logger.error("worker %d could not be followed to its end", device_id, exc_info=error)
+        known = not burial.cancelled() and error is None
+        self._ended[device_id] = burial.result() if known else "it could not be followed to its end"
         self._wake()
 
     def _on_ended(self, device_id: int, reason: str) -> WorkerLost:
         self._cancel_timer(device_id)
-        self._links.pop(device_id).close()
+        link = self._links.pop(device_id)
+        link.close()
         self._bring_up.lost(device_id)
-        reason = self._kill_reasons.pop(device_id, reason)
-        self._dead[device_id] = self._pause_s(device_id, reason)
-        return WorkerLost(device_id=device_id, reason=reason)
-
-    def _pause_s(self, device_id: int, reason: str) -> float | None:
-        """How long to wait before this worker is started again; None if it never is."""
-        pause_s = self._policy.died(device_id, time.monotonic())
-        if pause_s is None:
-            logger.error("worker %d is given up, it died too often; the last time: %s", device_id, reason)
-            self.returning -= {device_id}
+        reason = self._last_words[device_id] = self._kill_reasons.pop(device_id, reason)
+        if link.was_refused:
+            self._dead[device_id] = self._policy.refused(device_id)
         else:
-            self.returning |= {device_id}
-        return pause_s
+            self._dead[device_id] = self._policy.died(device_id, time.monotonic())
+        return WorkerLost(device_id=device_id, reason=reason)
 
     def _respawn(self) -> None:
         """Start those again whose slab nobody maps any more."""
         for device_id in self._bring_up.take_unmapped():
-            if (pause_s := self._pauses.pop(device_id, None)) is not None:
-                self._set_timer(device_id, pause_s, functools.partial(self._launch_again, device_id))
+            self._launch_after(self._pauses.pop(device_id), device_id)
+
+    def _launch_after(self, pause_s: float, device_id: int) -> None:
+        reason = self._last_words[device_id]
+        logger.warning("worker %d is started again in %g s; the reason: %s", device_id, pause_s, reason)
+        self._set_timer(device_id, pause_s, functools.partial(self._launch_again, device_id))
 
     def _launch_again(self, device_id: int) -> None:
         try:
             self._launch(device_id)
         except OSError as error:
-            pause_s = self._pause_s(device_id, f"it cannot be started: {error}")
-            if pause_s is not None:
-                self._set_timer(device_id, pause_s, lambda: self._launch_again(device_id))
-        self._wake()  # it is `poll` that makes a worker ring; and somebody may wait for one that has been given up
+            self._last_words[device_id] = f"it cannot be started: {error}"
+            self._launch_after(self._policy.refused(device_id), device_id)
+        self._wake()  # it is `poll` that makes a worker ring
 
     def _send(self, command: Command, device_id: int) -> None:
         link = self._links.get(device_id)

@@ -1,32 +1,42 @@
-"""How soon a worker that died is started again, and when it is given up. Arithmetic only: it is told the time."""
+"""How soon a worker that died is started again. Nobody is given up. Arithmetic only: it is told the time."""
 
-import math
-from collections import defaultdict
-
-from tetrion.engine.recovery import MAX_ATTEMPTS
-
-MAX_DEATHS = MAX_ATTEMPTS + 1
-"""More than one request's attempts: a request that kills every worker it meets must not cost the engine one."""
-WINDOW_S = 60.0
-PAUSE_S = 1.0
-"""Grows with every death: what killed the worker (the system's want of memory, say) may need time to pass."""
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+"""Pauses double up to this: what killed the worker (the system's want of memory, say) may need time to pass."""
+LONGEST_REFUSED_PAUSE_S = 4.0
+"""To try costs nothing where there was no process; and when there is room again, requests have waited long enough."""
+SERVED_S = 10.0
+"""Who served that long before it died is not in trouble: its earlier deaths are forgotten."""
 
 
 class RespawnPolicy:
-    """Counts the deaths of each worker within `window_s`, and all since it was last ready, however long ago."""
+    """Counts the deaths of each worker since it last served for `SERVED_S`."""
 
-    def __init__(self, max_deaths: int = MAX_DEATHS, window_s: float = WINDOW_S, pause_s: float = PAUSE_S) -> None:
-        self._max_deaths, self._window_s, self._pause_s = max_deaths, window_s, pause_s
-        self._deaths_s: defaultdict[int, list[float]] = defaultdict(list)
+    def __init__(self) -> None:
+        self._num_deaths: dict[int, int] = {}
+        self._num_refusals: dict[int, int] = {}
         self._ready_s: dict[int, float] = {}
 
     def ready(self, device_id: int, now_s: float) -> None:
         """The worker has come up."""
         self._ready_s[device_id] = now_s
+        self._num_refusals.pop(device_id, None)
 
-    def died(self, device_id: int, now_s: float) -> float | None:
-        """Seconds until the worker is to be started again; None if it is given up."""
-        window_s, ready_s = now_s - self._window_s, self._ready_s.get(device_id, -math.inf)
-        earlier = [time_s for time_s in self._deaths_s[device_id] if time_s >= window_s or time_s > ready_s]
-        deaths = self._deaths_s[device_id] = [*earlier, now_s]
-        return None if len(deaths) >= self._max_deaths else self._pause_s * (len(deaths) - 1)
+    def died(self, device_id: int, now_s: float) -> float:
+        """Seconds until the worker is to be started again."""
+        ready_s = self._ready_s.pop(device_id, None)
+        if ready_s is not None and now_s - ready_s >= SERVED_S:
+            self._num_deaths.pop(device_id, None)
+        num_before = self._num_deaths.get(device_id, 0)
+        self._num_deaths[device_id] = num_before + 1
+        return _pause_s(num_before, LONGEST_PAUSE_S)
+
+    def refused(self, device_id: int) -> float:
+        """There was no room for a process (no descriptor, no memory): seconds until it is to be tried again."""
+        num_before = self._num_refusals.get(device_id, 0)
+        self._num_refusals[device_id] = num_before + 1
+        return _pause_s(num_before, LONGEST_REFUSED_PAUSE_S)
+
+
+def _pause_s(num_before: int, longest_s: float) -> float:
+    return min(longest_s, FIRST_PAUSE_S * 2.0 ** min(num_before, 10))

@@ -40,7 +40,7 @@ class Segments:
                 self.reserve_slabs()
             self._control = SharedSegment.create("control", ControlLayout(num_devices=num).num_bytes)
             undo.callback(self._control.close)
-            slot_bytes = max(3 * spec.max_size**2, 4 * spec.max_image_tokens * spec.in_channels)
+            slot_bytes = max(3 * spec.sizes.max**2, 4 * spec.max_rows("image") * spec.latents.width)
             self.images = ImageSlab.create(2 * num + 2, slot_bytes)
             undo.callback(self.images.close)
             self._weights_fd = _anonymous_file(undo, "weights")

@@ -32,7 +32,7 @@ class Autoencoder:
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         """folder: the checkpoint's `vae/`. Raises CheckpointError for missing tensors or an unsupported class."""
         config = _read_config(folder)
-        width = next(field.width for field in spec.fields if field.changes)
+        width = spec.latents.width
         if 4 * config["latent_channels"] != width:
             raise CheckpointError(
                 f"model: {str(folder)!r} has {config['latent_channels']} latent channels, four times as many must equal"
@@ -40,7 +40,7 @@ class Autoencoder:
             )
         self.whole_pixels = math.inf
         """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
-        self._size_multiple, self._num_channels = spec.size_multiple, config["latent_channels"]
+        self._size_multiple, self._num_channels = spec.sizes.multiple, config["latent_channels"]
         self._scaling_factor = float(config.get("scaling_factor") or 1.0)
         self._shift_factor = float(config.get("shift_factor") or 0.0)
         self._vae = build_module(_builder(config), tensors, str(folder), unused=self.UNUSED_PREFIXES)

@@ -174,9 +174,7 @@ def _build_clip(kind: type[ClipModel], folder: Path, tensors: Mapping[str, Tenso
     return clip
 
 
-def _as_module_names(
-    kind: type[ClipModel], config: CLIPTextConfig, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _as_module_names(kind: type[ClipModel], config: CLIPTextConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CLIPTextModel called its tensors `text_model.…` until transformers 5; checkpoints have either."""
     with torch.device("meta"):
         names = kind(config).state_dict()

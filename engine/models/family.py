@@ -18,8 +18,9 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.loading import Component
 from tetrion.engine.models.ops import Ops
 from tetrion.engine.parallel.exchange import Rope, Stream
+from tetrion.engine.params import Params
 from tetrion.engine.sampling.flow_match import Schedule
-from tetrion.engine.shape import Params, StepShape
+from tetrion.engine.shape import StepShape
 
 Attend = Callable[[Sequence[Stream]], Tensor]
 """See `parallel.exchange.Group.attend`."""

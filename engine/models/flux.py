@@ -21,6 +21,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.families.checkpoint import component_folder
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.autoencoder import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
@@ -40,8 +41,9 @@ from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
 from tetrion.engine.parallel.exchange import Rope, Stream
+from tetrion.engine.params import Params
 from tetrion.engine.sampling.flow_match import euler_schedule
-from tetrion.engine.shape import Params, StepShape
+from tetrion.engine.shape import StepShape
 
 ROPE_THETA = 10_000.0
 MLP_RATIO = 4
@@ -381,7 +383,7 @@ class FluxText:
 
 def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]:
     path = Path(spec.path)
-    config = read_config(path / "transformer" / "config.json")
+    config = read_config(component_folder(path, "transformer") / "config.json")
     files = component_files(
         path,
         load_format,
@@ -401,8 +403,8 @@ def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]
 
 
 def network(spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops) -> FluxTransformer:
-    config = read_config(Path(spec.path) / "transformer" / "config.json")
-    return FluxTransformer(config, tensors, ops, spec.size_multiple)
+    config = read_config(component_folder(Path(spec.path), "transformer") / "config.json")
+    return FluxTransformer(config, tensors, ops, spec.sizes.multiple)
 
 
 def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Model:
@@ -411,17 +413,23 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         name: component_tensors(tensors, name) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
     }
     transformer = network(spec, parts["transformer"], ops)
-    clip = ClipEncoder(path / "text_encoder", path / "tokenizer", parts["text_encoder"], load_format)
+    clip = ClipEncoder(
+        component_folder(path, "text_encoder"), component_folder(path, "tokenizer"), parts["text_encoder"], load_format
+    )
     clip.check_width(transformer.config.pooled_projection_dim)
     t5 = T5Encoder(
-        path / "text_encoder_2", path / "tokenizer_2", parts["text_encoder_2"], load_format, spec.max_text_tokens
+        component_folder(path, "text_encoder_2"),
+        component_folder(path, "tokenizer_2"),
+        parts["text_encoder_2"],
+        load_format,
+        spec.max_text_tokens,
     )
     t5.check_width(transformer.config.joint_attention_dim)
     return Model(
         spec=spec,
         network=transformer,
         text=FluxText(clip, t5, transformer),
-        codec=Autoencoder(path / "vae", parts["vae"], spec),
+        codec=Autoencoder(component_folder(path, "vae"), parts["vae"], spec),
         schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image),
         guidance_factor=lambda params: params.true_cfg_scale,
         weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),

@@ -1,22 +1,23 @@
 """Finds a checkpoint folder by path, by the name of an embedded model or by an id on the Hugging Face hub. No torch;
 reads no weights."""
 
-import importlib.resources
 import re
 from pathlib import Path
 
-from tetrion.engine.model_spec import COMPONENTS_WITH_WEIGHTS, PRESET_FILE, CheckpointError
+from tetrion.engine.families.checkpoint import INDEX_FILE, PRESET_FILE, embedded_folder
+from tetrion.engine.model_spec import CheckpointError
 
-EMBEDDED_PACKAGE = "tetrion.configs.models"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = (
-    "model_index.json",
+    INDEX_FILE,
     PRESET_FILE,
     "scheduler/*.json",
-    *(f"tokenizer{number}/*.{kind}" for number in ("", "_2") for kind in ("json", "txt", "model")),
-    *(f"{component}/*.{kind}" for component in COMPONENTS_WITH_WEIGHTS for kind in ("json", "safetensors")),
+    *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
+    *(f"{part}/*.{kind}" for part in ("transformer", "vae", "text_encoder*") for kind in ("json", "safetensors")),
 )
-"""What is downloaded: the diffusers layout, weights as safetensors, nothing that could run."""
+"""What is downloaded: the diffusers layout of any family, weights as safetensors, nothing that could run."""
+HUB_FILES_TWICE = ("*.fp16.*", "*.fp16-*")
+"""Of those, what is there a second time in fp16."""
 
 
 def resolve_model(name_or_path: str) -> Path:
@@ -40,8 +41,7 @@ def resolve_model(name_or_path: str) -> Path:
 
 def embedded_models() -> dict[str, Path]:
     """Name -> folder of every model that ships with the package."""
-    root = Path(str(importlib.resources.files(EMBEDDED_PACKAGE)))
-    return {folder.name: folder for folder in root.iterdir() if (folder / "model_index.json").is_file()}
+    return {folder.name: folder for folder in embedded_folder().iterdir() if (folder / INDEX_FILE).is_file()}
 
 
 def _from_hub(hub_id: str, neither: str) -> Path:
@@ -49,7 +49,7 @@ def _from_hub(hub_id: str, neither: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_FILES_TWICE)))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{neither}, and the Hugging Face hub does not give it: {reason}") from None

@@ -71,7 +71,7 @@ def memory_budget(
             name = key.partition("/")[0] if len(specs) == 1 else f"{spec.name}/{key.partition('/')[0]}"
             weights[name] = weights.get(name, 0) + math.prod(shape) * itemsize
     widest = max(sum(map(spec.max_rows, spec.segments)) * spec.hidden_size for spec in specs) * itemsize
-    whole_pixels = max(spec.max_size for spec in specs) ** 2
+    whole_pixels = max(spec.sizes.max for spec in specs) ** 2
     return MemoryBudget(
         model=", ".join(spec.name for spec in specs),
         weights_bytes=weights,
@@ -84,7 +84,7 @@ def memory_budget(
 
 def _step_elements(spec: ModelSpec) -> int:
     """Activations of the largest picture's step at degree 1."""
-    operators = step_operators(spec, spec.shape(spec.max_size, spec.max_size), degree=1)
+    operators = step_operators(spec, spec.shape(spec.sizes.max, spec.sizes.max), degree=1)
     gemms = [operator for operator in operators if isinstance(operator, Gemm)]
     return STEP_GEMMS * max(gemm.rows * (gemm.inputs + gemm.outputs) for gemm in gemms)
 

@@ -4,20 +4,17 @@ Owns the way from checkpoint folders to `Model`s, over weights that all CPU work
 Worker-only: importing it takes seconds. A new family is one line of `engine/families/registry.py`.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.families.registry import FAMILIES, worker_module
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import FamilyModule, Model
 from tetrion.engine.models.loading import Component, attach, component_tensors, load_to_device, publish
 from tetrion.engine.models.ops import Ops
-
-FAMILIES = ("flux", "sd3")
 
 
 def load_shared(
@@ -58,12 +55,10 @@ def components_of(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, Comp
 
 def import_families() -> None:
     """All of them, so that workers that are forked later have them."""
-    for name in FAMILIES:
-        importlib.import_module(f"tetrion.engine.models.{name}")
+    for name in FAMILIES.values():
+        worker_module(name)
 
 
 def family_module(spec: ModelSpec) -> FamilyModule:
-    if spec.architecture not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise CheckpointError(f"model: architecture {spec.architecture!r} is not supported (supported: {known})")
-    return cast(FamilyModule, importlib.import_module(f"tetrion.engine.models.{spec.architecture}"))
+    module: FamilyModule = worker_module(spec.family)
+    return module

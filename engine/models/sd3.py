@@ -23,6 +23,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.families.checkpoint import component_folder
 from tetrion.engine.families.sd3 import has_t5
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.autoencoder import Autoencoder
@@ -43,8 +44,9 @@ from tetrion.engine.models.loading import Component, Part, Rearranged, component
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
 from tetrion.engine.parallel.exchange import Stream
+from tetrion.engine.params import Params
 from tetrion.engine.sampling.flow_match import euler_schedule
-from tetrion.engine.shape import Params, StepShape
+from tetrion.engine.shape import StepShape
 
 MLP_RATIO = 4
 VECTORS = 6
@@ -416,7 +418,7 @@ T5 = "text_encoder_3"
 
 def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]:
     path = Path(spec.path)
-    config = read_config(path / "transformer" / "config.json")
+    config = read_config(component_folder(path, "transformer") / "config.json")
     shapes = dict.fromkeys(CLIPS, ProjectedClipEncoder.shapes)
     if has_t5(path):
         shapes[T5] = T5Encoder.shapes
@@ -430,8 +432,8 @@ def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]
 
 
 def network(spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops) -> SD3Transformer:
-    config = read_config(Path(spec.path) / "transformer" / "config.json")
-    return SD3Transformer(config, tensors, ops, spec.size_multiple)
+    config = read_config(component_folder(Path(spec.path), "transformer") / "config.json")
+    return SD3Transformer(config, tensors, ops, spec.sizes.multiple)
 
 
 def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Model:
@@ -441,7 +443,7 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         spec=spec,
         network=transformer,
         text=_text(path, load_format, tensors, transformer, spec.max_rows("text")),
-        codec=Autoencoder(path / "vae", component_tensors(tensors, "vae"), spec),
+        codec=Autoencoder(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec),
         schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image, "trained"),
         guidance_factor=lambda params: params.guidance,
         weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
@@ -454,7 +456,10 @@ def _text(
     """`num_rows`: of both CLIPs and of T5 together."""
     clips = [
         ProjectedClipEncoder(
-            path / name, path / name.replace("text_encoder", "tokenizer"), component_tensors(tensors, name), load_format
+            component_folder(path, name),
+            component_folder(path, name.replace("text_encoder", "tokenizer")),
+            component_tensors(tensors, name),
+            load_format,
         )
         for name in CLIPS
     ]
@@ -473,6 +478,12 @@ def _text(
         )
     t5, num_t5_rows = None, num_rows - num_ids[0]
     if has_t5(path):
-        t5 = T5Encoder(path / T5, path / "tokenizer_3", component_tensors(tensors, T5), load_format, num_t5_rows)
+        t5 = T5Encoder(
+            component_folder(path, T5),
+            component_folder(path, "tokenizer_3"),
+            component_tensors(tensors, T5),
+            load_format,
+            num_t5_rows,
+        )
         t5.check_width(config.joint_attention_dim)
     return SD3Text(clips, t5, num_t5_rows, network)

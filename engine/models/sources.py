@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.families.checkpoint import component_folder
 from tetrion.engine.models.dummy import DummyFiles
 from tetrion.engine.models.loading import Component, ComponentFiles, Part, TensorFiles
 
@@ -17,8 +18,9 @@ Shapes = Callable[[Path], dict[str, tuple[int, ...]]]
 def component_files(path: Path, load_format: LoadFormat, shapes: Mapping[str, Shapes]) -> dict[str, TensorFiles]:
     """The files of each component of the checkpoint `path`. Raises CheckpointError."""
     if load_format == "dummy":
-        return {name: DummyFiles(path / name, shapes_of(path / name)) for name, shapes_of in shapes.items()}
-    return {name: ComponentFiles(path / name) for name in shapes}
+        folders = {name: component_folder(path, name) for name in shapes}
+        return {name: DummyFiles(path / name, shapes[name](folder)) for name, folder in folders.items()}
+    return {name: ComponentFiles(component_folder(path, name)) for name in shapes}
 
 
 def whole(files: TensorFiles, without: tuple[str, ...] = ()) -> Component:

@@ -125,7 +125,7 @@ class CpuExchange:
     def _state(self, device: int) -> Tensor:
         """The field that changes, in the slot on `device`."""
         fields = self._slabs.fields(device, self._spec.name, self._bound.slot)
-        return next(fields[field.name] for field in self._spec.fields if field.changes)
+        return fields[self._spec.latents.name]
 
 
 class CpuGroup:

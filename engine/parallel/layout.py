@@ -190,7 +190,7 @@ def _output_elements(spec: ModelSpec) -> int:
 
 def _velocity_elements(spec: ModelSpec) -> int:
     """Two branches on two devices have all rows each."""
-    latents = next(field for field in spec.fields if field.changes)
+    latents = spec.latents
     return spec.max_rows(latents.rows) * latents.width if spec.max_branches > 1 else 0
 
 

@@ -39,7 +39,7 @@ def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | No
 
 def _aux_s(snapshot: Snapshot, tables: DegreeTables, views: Sequence[RequestView]) -> float:
     """How long the encodes and decodes that these requests still need keep every device busy."""
-    costs = [(view.stage, tables[view.width, view.height].cost) for view in views]
+    costs = [(view.stage, tables[view.model, view.cost_key].cost) for view in views]
     device_s = sum(cost.decode_s + (cost.encode_s if stage == "encode" else 0.0) for stage, cost in costs)
     return device_s / len(snapshot.devices)
 
@@ -50,7 +50,7 @@ def _free_profile(snapshot: Snapshot) -> FreeProfile:
 
 def _work(snapshot: Snapshot, tables: DegreeTables, view: RequestView, lost_s: float = 0.0) -> Work:
     """`lost_s` of the time until it is due are needed for something else."""
-    table, start_s = tables[view.width, view.height], max(snapshot.now_s, view.ready_s)
+    table, start_s = tables[view.model, view.cost_key], max(snapshot.now_s, view.ready_s)
     if view.stage == "encode":
         start_s = max(start_s, min(device.free_s for device in snapshot.devices)) + table.cost.encode_s
     due = denoise_due_s(due_s(view, snapshot.config), table.cost.decode_s) - lost_s

@@ -19,7 +19,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     requests = sorted(snapshot.all_requests, key=lambda request: urgency(request, snapshot.config))
     start_aux(builder, requests)
     for request in ready_to_denoise(builder, requests):
-        table = tables[request.width, request.height]
+        table = tables[request.model, request.cost_key]
         degree = table.largest[min(best_fit(snapshot, request, table), len(builder.idle))]
         if degree:
             builder.start(request, degree)

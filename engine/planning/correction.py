@@ -1,17 +1,20 @@
-"""Online correction of the cost table: `CostModel`, the one mutable object of this folder. It knows no clock.
+"""Online correction of the cost tables: `CostModels`, the one mutable object of this folder. It knows no clock.
 
-For each (size, stage, degree) it keeps an exponentially weighted mean of observed / predicted time. The planner sees
-only `CostModel.profile`, a plain value.
+For each (model, cost key, stage, degree) it keeps an exponentially weighted mean of observed / predicted time. The
+planner sees only `CostModels.tables`, a plain value.
 """
 
 import math
+from collections.abc import Mapping
 
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import ClassCost, Profile
+from tetrion.engine.shape import parse_cost_key
 
 SMOOTHING = 0.1
 CLIP = 2.0
 MAX_RATIO = 100.0
-MAX_SIZES = 256
+MAX_KEYS = 256
 TOLERANCE = 0.02
 """Steps take a few percent more or less each time, and a mean of ten or so wavers with them: below this, plans would
 follow noise, and what is worked out of a cost would be worked out anew with every other answer."""
@@ -23,7 +26,8 @@ class CostModel:
     One observation counts `1 / (n + 1)` at first (the table itself counts as the first) and never less than
     `smoothing`; it is clipped to within a factor of `CLIP` of the mean so far, so that one stalled step moves a cost by
     at most `smoothing`, while a table that is wrong by a large factor is still corrected in some dozen observations.
-    Observed sizes that the table lacks become classes of their own (at most `MAX_SIZES` of them).
+    Observed keys that the table lacks become classes of their own (at most `MAX_KEYS` of them). Where it has none with
+    as many guidance branches, they come with an estimated class of that kind for each that it has.
     """
 
     def __init__(self, profile: Profile, *, smoothing: float = SMOOTHING) -> None:
@@ -31,60 +35,67 @@ class CostModel:
             raise ValueError(f"smoothing: must be above 0 and at most 1, got {smoothing}")
         self._base = profile
         self._smoothing = smoothing
-        self._means: dict[tuple[int, int], dict[int | str, tuple[float, int]]] = {}
+        self._means: dict[str, dict[int | str, tuple[float, int]]] = {}
         self._profile = profile
-        self._shown: dict[tuple[int, int], dict[int | str, float]] = {}
-        self._stale: set[tuple[int, int]] = set()
+        self._shown: dict[str, dict[int | str, float]] = {}
+        self._stale: set[str] = set()
 
     @property
     def profile(self) -> Profile:
         """The corrected profile; a new value only once some cost is more than `TOLERANCE` from what this one says, and
-        new only in the sizes for which that is so: what is worked out from a cost lives as long as it."""
+        new only in the classes for which that is so: what is worked out from a cost lives as long as it."""
         if self._stale:
-            changed = {f"{w}x{h}": self._corrected_class(w, h, self._means[w, h]) for w, h in sorted(self._stale)}
+            changed = {key: self._corrected_class(key, self._means[key]) for key in sorted(self._stale)}
             self._profile = self._profile.with_classes(changed)
-            for size in self._stale:
-                self._shown[size] = {what: mean for what, (mean, _) in self._means[size].items()}
+            for key in self._stale:
+                self._shown[key] = {what: mean for what, (mean, _) in self._means[key].items()}
             self._stale.clear()
         return self._profile
 
-    def observe_step(self, width: int, height: int, degree: int, step_s: float) -> None:
+    def observe_step(self, key: str, degree: int, step_s: float) -> None:
         """One denoising step (or the mean of a chunk's steps) took `step_s` seconds on `degree` devices. Degrees that
         the table lacks are ignored, as are times that are not positive and finite."""
-        if degree in self._base.degrees(width, height):
-            self._observe(width, height, degree, step_s, self._base.step_s(width, height, degree))
+        if degree in self._base.degrees(key):
+            self._observe(key, degree, step_s, self._base.step_s(key, degree))
 
-    def observe_encode(self, width: int, height: int, encode_s: float) -> None:
+    def observe_encode(self, key: str, encode_s: float) -> None:
         """A text encode took `encode_s` seconds."""
-        self._observe(width, height, "encode", encode_s, self._base.encode_s(width, height))
+        self._observe(key, "encode", encode_s, self._base.encode_s(key))
 
-    def observe_decode(self, width: int, height: int, decode_s: float) -> None:
+    def observe_decode(self, key: str, decode_s: float) -> None:
         """A VAE decode took `decode_s` seconds."""
-        self._observe(width, height, "decode", decode_s, self._base.decode_s(width, height))
+        self._observe(key, "decode", decode_s, self._base.decode_s(key))
 
-    def _observe(self, width: int, height: int, what: int | str, observed_s: float, predicted_s: float) -> None:
+    def _observe(self, key: str, what: int | str, observed_s: float, predicted_s: float) -> None:
         if not 0 < observed_s < math.inf:
             return
-        means = self._means.get((width, height))
+        means = self._means.get(key)
         if means is None:
-            if len(self._means) >= MAX_SIZES:
+            if len(self._means) >= MAX_KEYS:
                 return
-            means = self._means[width, height] = {}
+            self._know_branches(parse_cost_key(key).num_branches)
+            means = self._means[key] = {}
         mean, count = means.get(what, (1.0, 1))
         ratio = MAX_RATIO if predicted_s <= 0 else observed_s / predicted_s
         ratio = min(max(ratio, mean / CLIP), mean * CLIP)
         moved = mean + max(self._smoothing, 1 / (count + 1)) * (ratio - mean)
         moved = min(max(moved, 1 / MAX_RATIO), MAX_RATIO)
         means[what] = (moved, count + 1)
-        shown = self._shown.get((width, height), {}).get(what, 1.0)
+        shown = self._shown.get(key, {}).get(what, 1.0)
         if abs(moved / shown - 1) > TOLERANCE:
-            self._stale.add((width, height))
+            self._stale.add(key)
 
-    def _corrected_class(self, width: int, height: int, means: dict[int | str, tuple[float, int]]) -> ClassCost:
+    def _know_branches(self, num_branches: int) -> None:
+        """A single class with so many branches would be all that others are estimated from: give it company."""
+        base = self._base.with_branches(num_branches)
+        if base is not self._base:
+            self._base, self._profile = base, self._profile.with_branches(num_branches)
+
+    def _corrected_class(self, key: str, means: dict[int | str, tuple[float, int]]) -> ClassCost:
         def ratio(what: int | str) -> float:
             return means[what][0] if what in means else 1.0
 
-        cost, known = self._base.cost(width, height), self._base.classes.get(f"{width}x{height}")
+        cost, known = self._base.cost(key), self._base.classes.get(key)
         return ClassCost(
             step_ms={degree: step_s * 1e3 * ratio(degree) for degree, step_s in cost.step_by_degree_s.items()},
             encode_ms=cost.encode_s * 1e3 * ratio("encode"),
@@ -93,3 +104,22 @@ class CostModel:
             encode_j=known.encode_j if known is not None else None,
             decode_j=known.decode_j if known is not None else None,
         )
+
+
+class CostModels:
+    """A `CostModel` for each model that the devices serve."""
+
+    def __init__(self, profiles: Mapping[str, Profile]) -> None:
+        self._models = {model: CostModel(profile) for model, profile in profiles.items()}
+        self._tables = CostTables(profiles=dict(profiles))
+
+    def __getitem__(self, model: str) -> CostModel:
+        return self._models[model]
+
+    @property
+    def tables(self) -> CostTables:
+        """The corrected tables; a new value only once one of them is."""
+        profiles = self._tables.profiles
+        if any([cost_model.profile is not profiles[model] for model, cost_model in self._models.items()]):
+            self._tables = CostTables(profiles={model: m.profile for model, m in self._models.items()})
+        return self._tables

@@ -1,21 +1,28 @@
 """Which degrees a policy may use for a request, and how long its chunks are. Pure arithmetic over the cost table."""
 
-from collections.abc import Sequence
+import functools
 
-from tetrion.engine.planning.profile import MEMO_SIZES, Profile, SizeCost
+from tetrion.engine.model_spec import legal_degrees
+from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.profile import MEMO_KEYS, Profile, SizeCost
 from tetrion.engine.planning.snapshot import RequestView, Snapshot
+from tetrion.engine.shape import parse_cost_key
 
 MIN_SPEED_UP = 1.02
 
+ClassName = tuple[str, str]
+"""Model, cost key: requests of one class cost the same."""
+
 
 class DegreeTable:
-    """The useful degrees of one size: legal, in the profile, at most the number of devices, and each at least 2 %
+    """The useful degrees of one class: legal, in the profile, at most the number of devices, and each at least 2 %
     faster than every narrower one (CPU workers that share cores often gain nothing).
 
     `degrees` ascending; `step_s[degree]` seconds (0.0 where not useful); `speed[degree]`: steps per time, relative to
     the narrowest (0.0 where not useful); `largest[n]`: the widest useful degree that fits on n devices (0: none);
     `work_s`: GPU-seconds of one step at the narrowest, the measure of size among requests. `step_j[degree]` joules
-    (0.0 where not useful), empty if those of any useful degree are not known.
+    (0.0 where not useful), empty if those of any useful degree are not known; `legal`: all degrees that
+    the devices can form.
     """
 
     __slots__ = (
@@ -23,6 +30,7 @@ class DegreeTable:
         "degrees",
         "fastest_step_s",
         "largest",
+        "legal",
         "narrowest",
         "speed",
         "step_j",
@@ -31,9 +39,11 @@ class DegreeTable:
         "work_s",
     )
 
-    def __init__(self, cost: SizeCost, legal_degrees: Sequence[int], num_devices: int) -> None:
+    def __init__(self, cost: SizeCost, legal: tuple[int, ...], num_devices: int) -> None:
+        """`legal`: ascending, at most `num_devices`."""
         self.cost = cost
-        self.degrees = useful_degrees(cost, legal_degrees, num_devices)
+        self.degrees = useful_degrees(cost, legal)
+        self.legal = legal
         self.step_s = [0.0] * (num_devices + 1)
         self.largest = [0] * (num_devices + 1)
         for degree in self.degrees:
@@ -49,22 +59,16 @@ class DegreeTable:
         self.step_j = [known_j[degree] if degree else 0.0 for degree in useful] if has_joules else []
 
 
-def legal_on(legal_degrees: Sequence[int], num_devices: int) -> tuple[int, ...]:
-    """Legal degrees that `num_devices` devices can form, ascending. One device is always enough for degree 1."""
-    return tuple(sorted({degree for degree in legal_degrees if 1 <= degree <= num_devices})) or (1,)
-
-
-def usable_degrees(cost: SizeCost, legal_degrees: Sequence[int], num_devices: int) -> tuple[int, ...]:
+def usable_degrees(cost: SizeCost, legal: tuple[int, ...]) -> tuple[int, ...]:
     """Legal degrees with a known cost; if there is none, the narrowest legal one, so that nobody is unservable."""
-    legal = legal_on(legal_degrees, num_devices)
     return tuple(degree for degree in legal if degree in cost.step_by_degree_s) or legal[:1]
 
 
-def useful_degrees(cost: SizeCost, legal_degrees: Sequence[int], num_devices: int) -> tuple[int, ...]:
+def useful_degrees(cost: SizeCost, legal: tuple[int, ...]) -> tuple[int, ...]:
     """Usable degrees of which each is at least 2 % faster than the one before."""
     useful: list[int] = []
     best_s = float("inf")
-    for degree in usable_degrees(cost, legal_degrees, num_devices):
+    for degree in usable_degrees(cost, legal):
         step_s = cost.step_s(degree)
         if step_s * MIN_SPEED_UP <= best_s:
             useful.append(degree)
@@ -72,36 +76,52 @@ def useful_degrees(cost: SizeCost, legal_degrees: Sequence[int], num_devices: in
     return tuple(useful)
 
 
+def legal_for(profile: Profile, key: str, num_devices: int) -> tuple[int, ...]:
+    """Degrees that `num_devices` can form for this key, ascending. One device is always enough for degree 1."""
+    return legal_degrees(profile.heads, parse_cost_key(key).num_branches, num_devices)
+
+
 def chunk_steps(request: RequestView, step_s: float, chunk_s: float) -> int:
     """Steps of the next chunk: as many whole steps as `chunk_s` holds, at least one, at most those remaining."""
     return max(1, min(int(chunk_s / step_s + 1e-9), request.num_steps - request.step_index))
 
 
-class DegreeTables(dict[tuple[int, int], DegreeTable]):
-    """The table of each size (width, height), made when it is first asked for."""
+class DegreeTables(dict[ClassName, DegreeTable]):
+    """The table of each (model, cost key), made when it is first asked for."""
 
-    def __init__(self, profile: Profile, legal_degrees: Sequence[int], num_devices: int) -> None:
+    def __init__(self, costs: CostTables, num_devices: int) -> None:
         super().__init__()
-        self._profile = profile
-        self._legal_degrees = tuple(legal_degrees)
+        self._costs = costs
         self._num_devices = num_devices
 
-    def __missing__(self, size: tuple[int, int]) -> DegreeTable:
-        if len(self) >= MEMO_SIZES:
+    @functools.cached_property
+    def group_sizes(self) -> tuple[int, ...]:
+        """How many devices a static group may have, ascending: degrees that some class of the cost tables has, and
+        those at which some model's heads are shared out evenly."""
+        sizes: set[int] = set()
+        for model, profile in self._costs.profiles.items():
+            sizes.update([n for n in range(1, self._num_devices + 1) if profile.heads % n == 0])
+            for table in [self[model, key] for key in profile.classes]:
+                sizes.update(usable_degrees(table.cost, table.legal))
+        return tuple(sorted(sizes))
+
+    def __missing__(self, name: ClassName) -> DegreeTable:
+        if len(self) >= MEMO_KEYS:
             self.clear()
-        cost, key = self._profile.cost(*size), (DegreeTable, self._legal_degrees, self._num_devices)
-        table = cost.derived.get(key)
+        model, key = name
+        profile, num_devices = self._costs.profiles[model], self._num_devices
+        cost, legal = profile.cost(key), legal_for(profile, key, num_devices)
+        table = cost.derived.get((DegreeTable, num_devices))
         if table is None:
-            table = cost.derived[key] = DegreeTable(cost, self._legal_degrees, self._num_devices)
-        self[size] = table
+            table = cost.derived[DegreeTable, num_devices] = DegreeTable(cost, legal, num_devices)
+        self[name] = table
         return table
 
 
 def degree_tables(snapshot: Snapshot) -> DegreeTables:
-    """The tables of a snapshot's profile and devices; they live as long as the profile does."""
-    profile, legal_degrees, num_devices = snapshot.profile, snapshot.legal_degrees, len(snapshot.devices)
-    key = (DegreeTables, legal_degrees, num_devices)
-    tables = profile.derived.get(key)
+    """The tables of a snapshot's costs and devices; they live as long as the costs do."""
+    costs, num_devices = snapshot.costs, len(snapshot.devices)
+    tables = costs.derived.get((DegreeTables, num_devices))
     if tables is None:
-        tables = profile.derived[key] = DegreeTables(profile, legal_degrees, num_devices)
+        tables = costs.derived[DegreeTables, num_devices] = DegreeTables(costs, num_devices)
     return tables

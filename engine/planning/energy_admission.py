@@ -7,43 +7,41 @@ Pure arithmetic.
 import math
 
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_mode import ROUNDING_J, cheapest_plan
-from tetrion.engine.planning.profile import Profile, parse_size
 from tetrion.engine.planning.slo import denoise_due_s
-from tetrion.engine.request import BudgetUnmeetable, CheapestPlan, EnergyWish, ImageRequest, RequestError
+from tetrion.engine.request import BudgetUnmeetable, CheapestPlan, EnergyWish, RequestError, ResolvedRequest
 
 POLICY = "horizon"
 
 
-def check_wish(params: ImageRequest, tables: DegreeTables, config: PlannerConfig) -> None:
+def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerConfig) -> None:
     """Raises RequestError for a mode or budget that cannot be planned for, BudgetUnmeetable for one too small."""
-    wish = params.energy
-    if wish == EnergyWish() or params.force_degrees:
+    asked, params = resolved.asked, resolved.params
+    wish = asked.energy
+    if wish == EnergyWish() or asked.force_degrees:
         return
-    assert params.width is not None and params.height is not None and params.num_steps is not None
-    size = params.width, params.height
+    name = params.model, params.shape.cost_key
     needs_joules = wish.budget_j is not None or wish.mode not in (None, "fastest")
-    if needs_joules and (reason := why_not(tables[size], size, config)):
+    if needs_joules and (reason := why_not(tables[name], name[1], config)):
         raise RequestError("energy.mode" if wish.budget_j is None else "energy.budget_j", reason)
     if wish.budget_j is not None:
-        cheapest = cheapest_for(tables[size], params.num_steps, None if params.slo_ms is None else params.slo_ms / 1e3)
+        cheapest = cheapest_for(tables[name], params.num_steps, None if asked.slo_ms is None else asked.slo_ms / 1e3)
         if cheapest.joules > wish.budget_j + ROUNDING_J:
             raise BudgetUnmeetable(wish.budget_j, cheapest)
 
 
-def check_default(
-    profile: Profile | None, legal_degrees: tuple[int, ...], num_devices: int, config: PlannerConfig
-) -> None:
-    """Raises ValueError if an engine cannot have `config.energy`. `profile` None: the table will be measured at the
+def check_default(costs: CostTables | None, num_devices: int, config: PlannerConfig) -> None:
+    """Raises ValueError if an engine cannot have `config.energy`. `costs` None: some table will be measured at the
     start, and has no joules."""
     if config.energy == "fastest":
         return
     reason = "the cost table measured at the start has no joules (step_j); name one that has with profile"
-    if profile is not None:
-        tables = DegreeTables(profile, legal_degrees, num_devices)
-        sizes = map(parse_size, profile.classes)
-        reason = next(filter(None, (why_not(tables[size], size, config) for size in sizes)), "")
+    if costs is not None:
+        tables = DegreeTables(costs, num_devices)
+        names = [(model, key) for model, profile in costs.profiles.items() for key in profile.classes]
+        reason = next(filter(None, (why_not(tables[name], name[1], config) for name in names)), "")
     if reason:
         raise ValueError(f"planner.energy: {config.energy!r} is not possible: {reason}")
 
@@ -66,11 +64,11 @@ def cheapest_for(table: DegreeTable, num_steps: int, slo_s: float | None) -> Che
     )
 
 
-def why_not(table: DegreeTable, size: tuple[int, int], config: PlannerConfig) -> str:
-    """Why nothing of this size can be planned by its joules; empty if it can."""
+def why_not(table: DegreeTable, key: str, config: PlannerConfig) -> str:
+    """Why nothing of this cost key can be planned by its joules; empty if it can."""
     if config.policy != POLICY:
         return f"only the policy {POLICY} plans by energy, this engine runs {config.policy}"
     unknown = [degree for degree in table.degrees if degree not in table.cost.step_by_degree_j]
     if not unknown:
         return ""
-    return f"the profile has no joules (step_j) for {size[0]}x{size[1]} at degree {', '.join(map(str, unknown))}"
+    return f"the profile has no joules (step_j) for {key} at degree {', '.join(map(str, unknown))}"

@@ -125,10 +125,10 @@ def set_patient_aside(works: Sequence[Work], now_s: float) -> list[Work]:
     return held
 
 
-def may_be_patient(params: ImageRequest, config: PlannerConfig) -> bool:
+def may_be_patient(asked: ImageRequest, config: PlannerConfig) -> bool:
     """Whether a request is patient when it comes, if nothing else is to be done."""
-    mode = params.energy.mode or config.energy
-    return mode == "least-energy" and params.slo_ms is not None and params.slo_ms >= PATIENT_SLACK_S * 1e3
+    mode = asked.energy.mode or config.energy
+    return mode == "least-energy" and asked.slo_ms is not None and asked.slo_ms >= PATIENT_SLACK_S * 1e3
 
 
 def is_patient(work: Work) -> bool:

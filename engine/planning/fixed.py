@@ -6,7 +6,7 @@ Devices that are left over when K does not divide their number stay idle, as the
 
 from collections.abc import Sequence
 
-from tetrion.engine.planning.degrees import chunk_steps, legal_on, usable_degrees
+from tetrion.engine.planning.degrees import chunk_steps, degree_tables, usable_degrees
 from tetrion.engine.planning.slo import arrival_order
 from tetrion.engine.planning.snapshot import Assignment, Planner, RequestView, RoundPlan, Snapshot
 
@@ -14,8 +14,8 @@ Group = tuple[int, ...]
 
 
 def fixed_planner(group_size: int) -> Planner:
-    """The policy `fixed-<group_size>`. Where `group_size` is not legal or exceeds the devices (that are left), the
-    largest legal degree below it takes its place; the same inside a group for a size whose profile lacks it."""
+    """The policy `fixed-<group_size>`. Where `group_size` is no size for a group or exceeds the devices (that are
+    left), the largest below it takes its place; inside a group, the largest degree that the class of a request has."""
     if group_size < 1:
         raise ValueError(f"policy: fixed-K needs K of at least 1, got {group_size}")
 
@@ -43,7 +43,7 @@ def static_groups(snapshot: Snapshot, group_size: int) -> list[Group]:
     ids = [device.device_id for device in snapshot.devices]
     if not ids:
         return []
-    size = legal_on(snapshot.legal_degrees, max(1, min(group_size, len(ids))))[-1]
+    size = max(degree for degree in degree_tables(snapshot).group_sizes if degree <= group_size)
     return [tuple(ids[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
 
 
@@ -64,12 +64,12 @@ def _assign(snapshot: Snapshot, request: RequestView, group: Group) -> Assignmen
     if request.stage != "denoise":
         holder = next((device for device in request.members if device in group), group[0])
         return Assignment(request_id=request.request_id, stage=request.stage, members=(holder,))
-    cost = snapshot.profile.cost(request.width, request.height)
-    degree = usable_degrees(cost, snapshot.legal_degrees, len(group))[-1]
+    table = degree_tables(snapshot)[request.model, request.cost_key]
+    degree = usable_degrees(table.cost, tuple([d for d in table.legal if d <= len(group)]))[-1]
     return Assignment(
         request_id=request.request_id,
         stage="denoise",
         members=group[:degree],
         step_index=request.step_index,
-        chunk_steps=chunk_steps(request, cost.step_s(degree), snapshot.config.chunk_s),
+        chunk_steps=chunk_steps(request, table.cost.step_s(degree), snapshot.config.chunk_s),
     )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tetrion.engine.planning.degrees import chunk_steps, legal_on
+from tetrion.engine.planning.degrees import chunk_steps, degree_tables
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import arrival_order, urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, RoundPlan, Snapshot
@@ -88,7 +88,7 @@ class _Reservations:
         self.snapshot = snapshot
         self.builder = RoundBuilder(snapshot)
         self.open = set(self.builder.free_s)
-        self.legal = legal_on(snapshot.legal_degrees, len(self.open))
+        self.tables = degree_tables(snapshot)
 
     def start_or_reserve(self, request: RequestView) -> None:
         """Start a ready request, or keep the devices it needs free for it."""
@@ -126,10 +126,12 @@ class _Reservations:
         return msgspec.structs.replace(self.snapshot, requests=requests, backlog=(), devices=devices)
 
     def _degree(self, request: RequestView) -> int:
-        return pinned_degree(request, self.legal) if request.stage == "denoise" else 1
+        if request.stage != "denoise":
+            return 1
+        return pinned_degree(request, self.tables[request.model, request.cost_key].legal)
 
     def _step_s(self, request: RequestView, degree: int) -> float:
-        return self.snapshot.profile.step_s(request.width, request.height, degree)
+        return self.snapshot.costs.cost(request.model, request.cost_key).step_s(degree)
 
     def _chunk_steps(self, request: RequestView, step_s: float) -> int:
         return pinned_chunk_steps(request, step_s, self.snapshot.config.chunk_s)

@@ -104,7 +104,7 @@ class _Tick:
             if self.builder.idle and self.builder.is_ready(request):
                 end_s = self.builder.free_s[self.builder.start(request, claimed=claimed).members[0]]
             else:
-                encode_s = self.tables[request.width, request.height].cost.encode_s
+                encode_s = self.tables[request.model, request.cost_key].cost.encode_s
                 end_s = max(request.ready_s, min(self.builder.free_s.values())) + encode_s
             self.encode_end_s[request.request_id] = end_s
 
@@ -119,7 +119,7 @@ class _Tick:
             self.late = sorted(self.late + backlog, key=lambda work: urgency(work.view, self.config))
 
     def _work(self, request: RequestView) -> Work:
-        table = self.tables[request.width, request.height]
+        table = self.tables[request.model, request.cost_key]
         start_s, is_ready = self.now_s, True
         if request.stage == "encode":
             start_s, is_ready = self.encode_end_s[request.request_id], False
@@ -195,7 +195,7 @@ class _Tick:
         if left <= 0:
             return []
         late = [work for work in self.late if work not in self.rescued][:LATE_ITEMS]
-        widen(list(self._options(_first_of_each_size(late, left), left, 1.0)), left)
+        widen(list(self._options(_first_of_each_class(late, left), left, 1.0)), left)
         return [work for work in late if work.target]
 
     def _options(self, works: Sequence[Work], left: int, value: float) -> Iterator[tuple[Work, list[Option]]]:
@@ -244,7 +244,7 @@ class _Tick:
 
     def _affordable_steps(self, view: RequestView, degree: int) -> int:
         """Steps that the budget leaves for a chunk; one where it leaves none."""
-        table, start_s = self.tables[view.width, view.height], max(self.now_s, view.ready_s)
+        table, start_s = self.tables[view.model, view.cost_key], max(self.now_s, view.ready_s)
         return max(1, affordable_steps(view, table, degree, self.config, start_s))
 
     def _start_others(self, works: Sequence[Work], room: int) -> Iterator[tuple[RequestView, int]]:
@@ -272,7 +272,7 @@ class _Tick:
             if work.is_ready and not work.target:
                 yield work.view, work.table, True
         for view in self.snapshot.backlog[LATE_ITEMS:BACKLOG_LOOKED_AT]:
-            yield view, self.tables[view.width, view.height], True
+            yield view, self.tables[view.model, view.cost_key], True
 
     def _promised(self) -> int:
         """Devices that requests whose chunk or encode still runs will take in addition to those they have."""
@@ -311,8 +311,8 @@ def _freed_s(ends: Sequence[tuple[float, int]], num_devices: int) -> float:
     return math.inf
 
 
-def _first_of_each_size(works: Sequence[Work], num: int) -> list[Work]:
-    """The first `num` of each size. On so many devices no more can start, and to the knapsack they are all alike."""
+def _first_of_each_class(works: Sequence[Work], num: int) -> list[Work]:
+    """The first `num` of each class. On so many devices no more can start, and to the knapsack they are all alike."""
     counts: dict[DegreeTable, int] = {}
     first = []
     for work in works:

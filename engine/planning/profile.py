@@ -2,31 +2,36 @@
 
 A value: it never changes, knows no clock and no device. `correction.CostModel` makes new ones from observed times.
 
-Sizes that were not measured are estimated from the number of pixels (proportional to image tokens): log-log
-interpolation between the neighbouring classes; outside, the slope of the outermost pair continues, clamped to
-[0, 2] (attention is quadratic at worst), or cost is proportional to tokens where only one class is known. Values of
-smaller classes act as a lower bound for larger ones, so that noise in the table cannot make a larger picture cheaper.
+Costs are asked for by the text of a `CostKey`. What was not measured is estimated from classes with as many guidance
+branches, by the number of pixels (proportional to image rows) plus 256 a reference row: log-log interpolation between
+the neighbouring classes; outside, the slope of the outermost pair continues, clamped to [0, 2] (attention is quadratic
+at worst), or cost is proportional where only one class is known. Values of smaller classes act as a lower bound for
+larger ones, so that noise in the table cannot make a larger picture cheaper. Where no class has as many branches, see
+`in_branches`.
 """
 
 import bisect
 import functools
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from tetrion.engine.shape import CostKey, parse_cost_key
+
 MAX_SLOPE = 2.0
 MIN_COST_S = 1e-9
-MEMO_SIZES = 1024
+MEMO_KEYS = 1024
+PIXELS_PER_REFERENCE_ROW = 256
 
-_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+Points = list[tuple[int, float]]
+"""(Pixels, cost), ascending."""
 
 
 class ClassCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Cost of one size. `step_ms`: degree -> milliseconds of one denoising step; `step_j`: degree -> joules of one
+    """Cost of one class. `step_ms`: degree -> milliseconds of one denoising step; `step_j`: degree -> joules of one
     step over all members (optional); `encode_ms` and `decode_ms` are on one device, `encode_j` and `decode_j` its
     joules (optional)."""
 
@@ -39,9 +44,9 @@ class ClassCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SizeCost(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """Cost of one size, measured or estimated. `step_by_degree_s` has only the profile's own degrees,
-    `step_by_degree_j` (joules over all members) those of them for which some size has joules; `encode_j` and `decode_j`
-    are never estimated."""
+    """Cost of one key, measured or estimated (`is_estimated`). `step_by_degree_s` has only the profile's own degrees,
+    `step_by_degree_j` (joules over all members) those of them for which some class has joules; `encode_j` and
+    `decode_j` are never estimated."""
 
     degrees: tuple[int, ...]
     step_by_degree_s: dict[int, float]
@@ -50,6 +55,7 @@ class SizeCost(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     step_by_degree_j: dict[int, float] = {}
     encode_j: float | None = None
     decode_j: float | None = None
+    is_estimated: bool = False
 
     @functools.cached_property
     def derived(self) -> dict[Any, Any]:
@@ -76,8 +82,9 @@ class SizeCost(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Measured cost table of one model on one kind of device; a table written by hand works.
 
-    `heads`: attention heads of the model. `classes`: "WIDTHxHEIGHT" -> cost. The other fields say where the figures
-    come from; further ones go under `meta` (unknown fields of a file are ignored). Raises ValueError when malformed.
+    `heads`: attention heads of the model. `classes`: text of a `CostKey` ("WIDTHxHEIGHT") -> cost. The other fields say
+    where the figures come from; further ones go under `meta` (unknown fields of a file are ignored). Raises ValueError
+    when malformed.
     """
 
     heads: int
@@ -97,90 +104,161 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             _check_class(key, cost, self.heads)
 
     @functools.cached_property
-    def _memo(self) -> dict[tuple[int, int], SizeCost]:
+    def _memo(self) -> dict[str, SizeCost]:
         # Not part of the value: what `cost` has worked out so far.
         return {}
 
     @functools.cached_property
-    def derived(self) -> dict[Any, Any]:
-        """Not part of the value: what others have worked out from it and keep for as long as it lives."""
-        return {}
-
-    @functools.cached_property
-    def _by_pixels(self) -> list[tuple[int, ClassCost]]:
-        return sorted(((w * h, self.classes[f"{w}x{h}"]) for w, h in map(parse_size, self.classes)), key=_first)
+    def _by_branches(self) -> dict[int, "_Curves"]:
+        keys = {parse_cost_key(text): cost for text, cost in self.classes.items()}
+        return {
+            num_branches: _Curves({key: cost for key, cost in keys.items() if key.num_branches == num_branches})
+            for num_branches in sorted({key.num_branches for key in keys})
+        }
 
     def with_classes(self, changed: Mapping[str, ClassCost]) -> "Profile":
-        """The same table with other costs of some sizes, or with more sizes. What was worked out of the sizes that it
-        names and that do not change is kept: a correction concerns one of them, many times a minute."""
+        """The same table with other costs of some classes, or with more classes. What was worked out of the classes
+        that it names and that do not change is kept: a correction concerns one of them, many times a minute."""
         other = msgspec.structs.replace(self, classes={**self.classes, **changed})
         before = [self.classes[name].step_j if name in self.classes else {} for name in changed]
-        if before == [cost.step_j for cost in changed.values()]:  # joules are estimated from those of all sizes
-            for (width, height), cost in self._memo.items():
-                names = {f"{width}x{height}", f"{height}x{width}"}
+        if before == [cost.step_j for cost in changed.values()]:  # joules are estimated from those of all classes
+            for key, cost in self._memo.items():
+                names = {key, _transposed(key)}
                 if not names.isdisjoint(self.classes) and names.isdisjoint(changed):
-                    other._memo[width, height] = cost
+                    other._memo[key] = cost
         return other
 
-    def cost(self, width: int, height: int) -> SizeCost:
-        """Everything about one size (pixels), measured or estimated."""
-        found = self._memo.get((width, height))
+    def with_branches(self, num_branches: int) -> "Profile":
+        """The same table with classes of so many guidance branches, estimated from the others if there are none."""
+        if num_branches in self._by_branches:
+            return self
+        estimated = {}
+        for text in self.classes:
+            key = msgspec.structs.replace(parse_cost_key(text), num_branches=num_branches).text
+            estimated[key] = _as_class(self.cost(key))
+        return self.with_classes(estimated)
+
+    def cost(self, key: str) -> SizeCost:
+        """Everything about one key, measured or estimated. Raises ValueError for what is no text of a `CostKey`."""
+        found = self._memo.get(key)
         if found is None:
-            if width < 1 or height < 1:
-                raise ValueError(f"size: width and height must be at least 1, got {width}x{height}")
-            if len(self._memo) >= MEMO_SIZES:
+            worked_out = self._work_out(parse_cost_key(key))
+            if len(self._memo) >= MEMO_KEYS:
                 self._memo.clear()
-            found = self._memo[width, height] = self._work_out(width, height)
+            found = self._memo[key] = worked_out
         return found
 
-    def degrees(self, width: int, height: int) -> tuple[int, ...]:
-        """Degrees with a known cost at this size, ascending. Policies use no others."""
-        return self.cost(width, height).degrees
+    def measured(self, key: str) -> ClassCost | None:
+        """The class of this key, or of the one with width and height exchanged; None: it would be estimated."""
+        found = self.classes.get(key)
+        return self.classes.get(_transposed(key)) if found is None else found
 
-    def step_s(self, width: int, height: int, degree: int) -> float:
+    def degrees(self, key: str) -> tuple[int, ...]:
+        """Degrees with a known cost for this key, ascending. Policies use no others."""
+        return self.cost(key).degrees
+
+    def step_s(self, key: str, degree: int) -> float:
         """Seconds of one denoising step."""
-        return self.cost(width, height).step_s(degree)
+        return self.cost(key).step_s(degree)
 
-    def encode_s(self, width: int, height: int) -> float:
-        """Seconds of the text encode (and the starting noise) of one request of this size."""
-        return self.cost(width, height).encode_s
+    def encode_s(self, key: str) -> float:
+        """Seconds of the text encode (and the starting noise) of one request."""
+        return self.cost(key).encode_s
 
-    def decode_s(self, width: int, height: int) -> float:
+    def decode_s(self, key: str) -> float:
         """Seconds of the VAE decode of one picture."""
-        return self.cost(width, height).decode_s
+        return self.cost(key).decode_s
 
-    def _work_out(self, width: int, height: int) -> SizeCost:
-        exact = self.classes.get(f"{width}x{height}") or self.classes.get(f"{height}x{width}")
-        table, pixels = self._by_pixels, width * height
-        if exact is not None:
-            step = {d: exact.step_ms[d] / 1e3 for d in sorted(exact.step_ms)}
-            return SizeCost(
-                degrees=tuple(step),
-                step_by_degree_s=step,
-                encode_s=exact.encode_ms / 1e3,
-                decode_s=exact.decode_ms / 1e3,
-                step_by_degree_j=self._joules(step, pixels) | exact.step_j,
-                encode_j=exact.encode_j,
-                decode_j=exact.decode_j,
-            )
-        i = bisect.bisect_left(table, pixels, key=_first)
+    def _work_out(self, key: CostKey) -> SizeCost:
+        exact, curves = self.measured(key.text), self._by_branches.get(key.num_branches)
+        if curves is None:
+            known = min(self._by_branches)
+            other = self.cost(msgspec.structs.replace(key, num_branches=known).text)
+            return in_branches(other, known, key.num_branches)
+        if exact is None:
+            return curves.estimate(key)
+        step = {d: exact.step_ms[d] / 1e3 for d in sorted(exact.step_ms)}
+        return SizeCost(
+            degrees=tuple(step),
+            step_by_degree_s=step,
+            encode_s=exact.encode_ms / 1e3,
+            decode_s=exact.decode_ms / 1e3,
+            step_by_degree_j=curves.joules(step, key) | exact.step_j,
+            encode_j=exact.encode_j,
+            decode_j=exact.decode_j,
+        )
+
+
+class _Curves:
+    """The classes with one number of guidance branches, and what lies between them."""
+
+    def __init__(self, classes: Mapping[CostKey, ClassCost]) -> None:
+        self._by_work = sorted([(_work(key), cost) for key, cost in classes.items()], key=_first)
+        self._by_pixels = sorted([(key.pixels, cost) for key, cost in classes.items()], key=_first)
+
+    def estimate(self, key: CostKey) -> SizeCost:
+        table, work = self._by_work, _work(key)
+        i = bisect.bisect_left(table, work, key=_first)
         neighbours = [cost for _, cost in table[max(i - 1, 0) : i + 1]]
         degrees = set.intersection(*(set(cost.step_ms) for cost in neighbours)) or set(neighbours[0].step_ms)
         step = {}
         for degree in sorted(degrees):
-            step[degree] = _at([(n, c.step_ms[degree]) for n, c in table if degree in c.step_ms], pixels) / 1e3
+            step[degree] = _at([(n, c.step_ms[degree]) for n, c in table if degree in c.step_ms], work) / 1e3
         return SizeCost(
             degrees=tuple(step),
             step_by_degree_s=step,
-            encode_s=_at([(n, c.encode_ms) for n, c in table], pixels) / 1e3,
-            decode_s=_at([(n, c.decode_ms) for n, c in table], pixels) / 1e3,
-            step_by_degree_j=self._joules(step, pixels),
+            encode_s=_at([(n, c.encode_ms) for n, c in table], work) / 1e3,
+            decode_s=_at([(n, c.decode_ms) for n, c in self._by_pixels], key.pixels) / 1e3,
+            step_by_degree_j=self.joules(step, key),
+            is_estimated=True,
         )
 
-    def _joules(self, degrees: Iterable[int], pixels: int) -> dict[int, float]:
-        """Joules of a step, estimated for the degrees that some size has them for."""
-        known = {d: [(n, c.step_j[d]) for n, c in self._by_pixels if d in c.step_j] for d in degrees}
-        return {degree: _at(points, pixels) for degree, points in known.items() if points}
+    def joules(self, degrees: Iterable[int], key: CostKey) -> dict[int, float]:
+        """Joules of a step, estimated for the degrees that some class has them for."""
+        known = {d: [(n, c.step_j[d]) for n, c in self._by_work if d in c.step_j] for d in degrees}
+        return {degree: _at(points, _work(key)) for degree, points in known.items() if points}
+
+
+def in_branches(cost: SizeCost, known: int, wanted: int) -> SizeCost:
+    """The cost with `wanted` guidance branches, estimated from that with `known` ones.
+
+    At a degree that `wanted` divides, the branches go apart: each on its share of the devices, all at once. At others
+    they go in turn. (What partners send each other in between is negligible.) A prompt a branch is encoded.
+    """
+    step_s = _apart_or_in_turn(_alone(cost.step_by_degree_s, known, 1), wanted, 1)
+    return SizeCost(
+        degrees=tuple(step_s),
+        step_by_degree_s=step_s,
+        encode_s=cost.encode_s / known * wanted,
+        decode_s=cost.decode_s,
+        step_by_degree_j=_apart_or_in_turn(_alone(cost.step_by_degree_j, known, known), wanted, wanted),
+        decode_j=cost.decode_j,
+        is_estimated=True,
+    )
+
+
+def _alone(table: Mapping[int, float], num_branches: int, parts: int) -> dict[int, float]:
+    """Degree -> cost of one of the branches. `parts`: how many of that cost those make that go apart (one time passes
+    for all of them, but each takes its joules)."""
+    in_turn = {degree: value / num_branches for degree, value in table.items() if degree % num_branches}
+    return in_turn | {n // num_branches: value / parts for n, value in table.items() if n % num_branches == 0}
+
+
+def _apart_or_in_turn(table: Mapping[int, float], num_branches: int, parts: int) -> dict[int, float]:
+    """Degree -> cost of all branches, of which one costs what `table` says. `parts` as above."""
+    costs = {degree: value * num_branches for degree, value in table.items() if degree % num_branches}
+    costs |= {degree * num_branches: value * parts for degree, value in table.items()}
+    return {degree: costs[degree] for degree in sorted(costs)}
+
+
+def _as_class(cost: SizeCost) -> ClassCost:
+    return ClassCost(
+        step_ms={degree: step_s * 1e3 for degree, step_s in cost.step_by_degree_s.items()},
+        encode_ms=cost.encode_s * 1e3,
+        decode_ms=cost.decode_s * 1e3,
+        step_j=dict(cost.step_by_degree_j),
+        decode_j=cost.decode_j,
+    )
 
 
 def parse_profile(data: bytes | str) -> Profile:
@@ -205,21 +283,16 @@ def read_profile(path: Path) -> Profile:
         raise ValueError(f"{path}: {error}") from None
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) of "WIDTHxHEIGHT"; ValueError if it is not of that form."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f'profile: classes: expected sizes like "1024x1024", got {text!r}')
-    return int(match[1]), int(match[2])
-
-
 def _check_class(key: str, cost: ClassCost, heads: int) -> None:
-    parse_size(key)
+    try:
+        max_degree = heads * parse_cost_key(key).num_branches
+    except ValueError as error:
+        raise ValueError(f"profile: classes: {error}") from None
     where = f"profile: classes.{key}"
     if not cost.step_ms:
         raise ValueError(f"{where}.step_ms: must have at least one degree")
     for name, table in (("step_ms", cost.step_ms), ("step_j", cost.step_j)):
-        _check_table(f"{where}.{name}", table, heads)
+        _check_table(f"{where}.{name}", table, max_degree)
     for name, value in (("encode_ms", cost.encode_ms), ("decode_ms", cost.decode_ms)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{where}.{name}: must be at least 0 and finite, got {value}")
@@ -228,21 +301,31 @@ def _check_class(key: str, cost: ClassCost, heads: int) -> None:
             raise ValueError(f"{where}.{name}: must be at least 0 and finite, got {joules}")
 
 
-def _check_table(where: str, table: Mapping[int, float], heads: int) -> None:
+def _check_table(where: str, table: Mapping[int, float], max_degree: int) -> None:
     for degree, value in table.items():
-        if not 1 <= degree <= heads:
-            raise ValueError(f"{where}: degree {degree} must be from 1 to {heads} (heads)")
+        if not 1 <= degree <= max_degree:
+            raise ValueError(f"{where}: degree {degree} must be from 1 to {max_degree} (heads × branches)")
         if not 0 < value < math.inf:
             raise ValueError(f"{where}.{degree}: must be above 0 and finite, got {value}")
+
+
+@functools.lru_cache(MEMO_KEYS)
+def _transposed(text: str) -> str:
+    """The text of the key with width and height exchanged."""
+    return parse_cost_key(text).transposed.text
+
+
+def _work(key: CostKey) -> int:
+    return key.pixels + PIXELS_PER_REFERENCE_ROW * key.reference
 
 
 def _first(pair: tuple[int, Any]) -> int:
     return pair[0]
 
 
-def _at(points: list[tuple[int, float]], pixels: int) -> float:
+def _at(points: Points, pixels: int) -> float:
     """The value at `pixels` of the curve through `points` (ascending), as the module docstring says."""
-    curve: list[tuple[int, float]] = []
+    curve: Points = []
     highest = MIN_COST_S
     for n, value in points:
         highest = max(highest, value)

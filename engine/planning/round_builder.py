@@ -38,7 +38,7 @@ class RoundBuilder:
     ) -> Assignment:
         """Assign the request's stage to `degree` idle devices (`claimed` ones last), which are busy then until
         `free_s`; `num_steps` overrides the chunk's usual length."""
-        cost = self.snapshot.profile.cost(request.width, request.height)
+        cost = self.snapshot.costs.cost(request.model, request.cost_key)
         members = choose_members(request.members, degree, self.idle, self.free_s.__getitem__, claimed)
         step_index = steps = 0
         if request.stage == "denoise":

@@ -1,4 +1,4 @@
-"""The `rssp` policy: one fixed degree for each resolution, first come first served.
+"""The `rssp` policy: one fixed degree for each class, first come first served.
 
 The degree is the one with the shortest step that the profile knows (a wider one counts only if it is faster). The
 first request in line that does not fit waits, and all behind it wait too.
@@ -19,7 +19,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     requests = sorted(snapshot.all_requests, key=arrival_order)
     start_aux(builder, requests)
     for request in ready_to_denoise(builder, requests):
-        degree = tables[request.width, request.height].widest
+        degree = tables[request.model, request.cost_key].widest
         if degree > len(builder.idle):
             break
         builder.start(request, degree)

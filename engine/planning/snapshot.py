@@ -5,22 +5,23 @@ from typing import Literal, Protocol
 import msgspec
 
 from tetrion.engine.config import EnergyMode, PlannerConfig
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost_tables import CostTables
 
 Stage = Literal["encode", "denoise", "decode"]
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
-    """One admitted request. `stage` is what it needs next, startable from `ready_s` on (now or earlier: at once;
-    later: when its running command is predicted to end, `members` being busy with it until then). `step_index` is
-    the number of steps done by `ready_s`; `members` are the devices that hold, or by then will hold, its latents.
-    `deadline_s` is None without an SLO. `weight`: worth of meeting it, all factors multiplied. `budget_j`: joules that
-    it may still take, None: any number. A request whose last stage already runs is not in the snapshot."""
+    """One admitted request. `model` and `cost_key` (the text of a `CostKey`) say what its stages cost. `stage` is what
+    it needs next, startable from `ready_s` on (now or earlier: at once; later: when its running command is predicted to
+    end, `members` being busy with it until then). `step_index` is the number of steps done by `ready_s`; `members` are
+    the devices that hold, or by then will hold, its latents. `deadline_s` is None without an SLO. `weight`: worth of
+    meeting it, all factors multiplied. `budget_j`: joules that it may still take, None: any number. A request whose
+    last stage already runs is not in the snapshot."""
 
     request_id: str
     stage: Stage
-    width: int
-    height: int
+    model: str
+    cost_key: str
     step_index: int
     num_steps: int
     arrival_s: float
@@ -52,8 +53,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     now_s: float
     requests: tuple[RequestView, ...]
     devices: tuple[DeviceView, ...]
-    legal_degrees: tuple[int, ...]
-    profile: Profile
+    costs: CostTables
     config: PlannerConfig
     backlog: tuple[RequestView, ...] = ()
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from tetrion.engine.planning.degrees import DegreeTable, degree_tables, useful_degrees
+from tetrion.engine.planning.degrees import ClassName, DegreeTable, degree_tables
 from tetrion.engine.planning.forward_fill import Work
 from tetrion.engine.planning.leftover import Option, gain, widen
-from tetrion.engine.planning.profile import SizeCost, parse_size
+from tetrion.engine.planning.profile import SizeCost
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, urgency
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot
@@ -33,7 +33,7 @@ OPENING_S = 0.040
 OVERRUN = 0.02
 """Chunks may end this share of a round after it: small overheads must not cost a step."""
 
-Tables = dict[tuple[int, int], DegreeTable]
+Tables = dict[ClassName, DegreeTable]
 
 
 def plan_continuously(snapshot: Snapshot) -> RoundPlan:
@@ -70,10 +70,9 @@ def rounds_planner(steps_per_round: int) -> Planner:
 
 
 def round_s(snapshot: Snapshot, steps_per_round: int) -> float:
-    """Length of a round: so many steps of the profile's slowest class at the widest degree of the machine."""
-    costs = (snapshot.profile.cost(*parse_size(size)) for size in snapshot.profile.classes)
-    num_devices = len(snapshot.devices)
-    slowest_s = max(c.step_s(useful_degrees(c, snapshot.legal_degrees, num_devices)[-1]) for c in costs)
+    """Length of a round: so many steps of the slowest class in the cost tables at the widest degree of the machine."""
+    tables, profiles = degree_tables(snapshot), snapshot.costs.profiles
+    slowest_s = max(tables[model, key].fastest_step_s for model, profile in profiles.items() for key in profile.classes)
     return GRID_S * math.ceil(steps_per_round * slowest_s / GRID_S - 1e-9)
 
 
@@ -130,11 +129,11 @@ def _saving_degrees(work: Work, next_s: float) -> list[Option]:
 def _paced_tables(snapshot: Snapshot, length_s: float) -> Tables:
     """Tables whose steps take as long as they do when only whole steps fit in a round."""
     true_tables, tables = degree_tables(snapshot), {}
-    for size in {(request.width, request.height) for request in snapshot.all_requests}:
-        table = true_tables[size]
-        paced = DegreeTable(_paced(table.cost, length_s), snapshot.legal_degrees, len(snapshot.devices))
+    for name in {(request.model, request.cost_key) for request in snapshot.all_requests}:
+        table = true_tables[name]
+        paced = DegreeTable(_paced(table.cost, length_s), table.legal, len(snapshot.devices))
         paced.fastest_step_s = table.fastest_step_s  # "definitely late" is judged by the true step, as published
-        tables[size] = paced
+        tables[name] = paced
     return tables
 
 
@@ -154,7 +153,7 @@ def _begin(builder: RoundBuilder, tables: Tables) -> list[Work]:
     start_aux(builder, requests)
     works = []
     for request in ready_to_denoise(builder, requests):
-        table = tables[request.width, request.height]
+        table = tables[request.model, request.cost_key]
         due = denoise_due_s(due_s(request, snapshot.config), table.cost.decode_s)
         works.append(Work(request, table, max(snapshot.now_s, request.ready_s), due, True))
     return works
@@ -165,6 +164,6 @@ def _start(builder: RoundBuilder, works: Sequence[Work], fitting: Callable[[floa
     starting = [work for work in works if work.target]
     wanted = [set(work.view.members[: work.target]) for work in starting]
     for i, work in enumerate(starting):
-        step_s = builder.snapshot.profile.step_s(work.view.width, work.view.height, work.target)
+        step_s = builder.snapshot.costs.cost(work.view.model, work.view.cost_key).step_s(work.target)
         num_steps = max(1, min(fitting(step_s, work.start_s), work.remaining))
         builder.start(work.view, work.target, claimed=set().union(*wanted[i + 1 :]), num_steps=num_steps)

@@ -20,7 +20,8 @@ from tetrion.engine.models.family import Constant, Model
 from tetrion.engine.models.ops import Ops
 from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Rope
 from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
-from tetrion.engine.shape import Params, StepShape
+from tetrion.engine.params import Params
+from tetrion.engine.shape import StepShape
 from tetrion.engine.worker.work_queue import Work, WorkQueue
 
 TABLE_STEPS = 32
@@ -132,7 +133,7 @@ class Denoiser:
         self, model: Model, ops: Ops, exchange: Exchange, queue: WorkQueue, step: Tensor, dtype: torch.dtype
     ) -> None:
         spec, network = model.spec, model.network
-        changing = next(field for field in spec.fields if field.changes)
+        changing = spec.latents
         self.model, self.queue, self.dtype = model, queue, dtype
         self.channels = network.out_channels
         self._num_state_rows = changing.width // network.out_channels

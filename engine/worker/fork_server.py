@@ -1,14 +1,17 @@
 """The process that CPU workers are forked from: it imports their libraries once, which takes seconds, then waits.
 
     engine   ForkServer ─── `ForkRequest`, descriptors ──▶ main ── fork ──▶ worker
-             ForkedWorker ◀── `Forked`, pidfd; `Exited` ──┘
+             ForkedWorker ◀────── `Forked`, `Exited` ─────┘
 
-It ends with the engine, or when the engine has no more use for it; its workers outlast it, and have the environment
-and the folder that it was started with. Linux only. Not for GPU workers: a library that touches CUDA while it is
+Whatever fails on the way (no process, no descriptor), the status socket is closed without `Forked`, and there is no
+worker. `Exited` is sent before the worker is reaped: until then its pid is nobody else's. The server ends with the
+engine, or when the engine has no more use for it; its workers outlast it, and have the environment and the folder that
+it was started with. Linux only. Not for GPU workers: a library that touches CUDA while it is
 imported would spoil CUDA for every fork.
 """
 
 import contextlib
+import errno
 import fcntl
 import gc
 import os
@@ -51,33 +54,44 @@ class Server:
 
     def _receive(self) -> bool:
         data, fds, _, _ = socket.recv_fds(self._engine, MAX_REQUEST_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        if data:
-            self._fork(msgspec.json.decode(data, type=ForkRequest), socket.socket(fileno=fds[0]), fds[1:])
-        for fd in fds[1:]:
-            os.close(fd)
+        try:
+            if data:
+                self._fork(msgspec.json.decode(data, type=ForkRequest), fds)
+        except OSError:
+            traceback.print_exc()
+        finally:
+            for fd in fds:
+                os.close(fd)
         return bool(data)
 
-    def _fork(self, request: ForkRequest, status: socket.socket, fds: list[int]) -> None:
-        try:
+    def _fork(self, request: ForkRequest, fds: list[int]) -> None:
+        """Raises OSError; there is no worker then. `fds` are still the caller's."""
+        if len(fds) != 1 + len(request.fds):
+            raise OSError(errno.EMFILE, f"{len(fds)} of {1 + len(request.fds)} descriptors came, no more were free")
+        with contextlib.ExitStack() as undo:
+            status = undo.enter_context(socket.socket(fileno=os.dup(fds[0])))
             pid = os.fork()
-        except OSError:  # too many processes: the closed socket says that there is no worker
-            traceback.print_exc()
-            status.close()
-            return
-        if pid == 0:
-            self._become_worker(request, status, fds)
-        pidfd = os.pidfd_open(pid)
-        with contextlib.suppress(ConnectionError):  # the engine has gone: the worker will see it too
-            socket.send_fds(status, [msgspec.json.encode(Forked(pid=pid))], [pidfd])
-        self._workers[pidfd] = (pid, status)
-        self._selector.register(pidfd, selectors.EVENT_READ)
+            if pid == 0:
+                self._become_worker(request, status, fds)
+            undo.callback(kill_and_reap, pid)
+            pidfd = os.pidfd_open(pid)
+            undo.callback(os.close, pidfd)
+            self._selector.register(pidfd, selectors.EVENT_READ)
+            undo.callback(self._selector.unregister, pidfd)
+            with contextlib.suppress(ConnectionError):  # the engine has gone: the worker will see it too
+                status.send(msgspec.json.encode(Forked(pid=pid)))
+            self._workers[pidfd] = (pid, status)
+            undo.pop_all()
 
     def _reap(self, pidfd: int) -> None:
         self._selector.unregister(pidfd)
         pid, status = self._workers.pop(pidfd)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        with contextlib.suppress(ConnectionError):
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        with contextlib.suppress(OSError):  # the engine has gone; or it learns no more than that the socket is closed
             status.send(msgspec.json.encode(Exited(code=code)))
+        os.waitpid(pid, 0)
         status.close()
         os.close(pidfd)
 
@@ -89,8 +103,9 @@ class Server:
                 os.close(pidfd)
                 sibling.close()
             status.close()
+            os.close(fds[0])
             self._engine.close()
-            move_descriptors(fds, request.fds)
+            move_descriptors(fds[1:], request.fds)
             os.setpgid(0, 0)  # of its own: Ctrl-C in a terminal reaches the engine alone, which then ends its workers
             run(request.spec)
             code = 0
@@ -101,6 +116,11 @@ class Server:
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)  # without what the server would do at its own end
+
+
+def kill_and_reap(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def move_descriptors(fds: Sequence[int], numbers: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """Workers that are forked from a process which has their libraries loaded: the engine's side of `fork_server`."""
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -8,16 +9,18 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import ClassVar
 
 import msgspec
 
-from tetrion.engine.worker.process import KILL_AFTER_S, TERMINATE_AFTER_S, how_it_ended
+from tetrion.engine.worker.process import how_it_ended
 from tetrion.engine.worker.reproducible import gemm_environment
 from tetrion.engine.worker.spec import Exited, Forked, ForkRequest, WorkerSpec
 
 SEND_TIMEOUT_S = 5.0
 EXIT_TIMEOUT_S = 1.0
+"""So long a worker that is gone waits for its exit status: its fork server may be stopped."""
 MAX_STATUS_BYTES = 1024
 
 
@@ -32,14 +35,18 @@ class ForkServer:
         self._owner = os.getpid()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(SEND_TIMEOUT_S)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tetrion.engine.worker.fork_server", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | gemm_environment(),
-                process_group=0,
-            )
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "tetrion.engine.worker.fork_server", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=os.environ | gemm_environment(),
+                    process_group=0,
+                )
+        except BaseException:
+            self._socket.close()
+            raise
 
     @classmethod
     def acquire(cls) -> "ForkServer":
@@ -68,9 +75,9 @@ class ForkServer:
         """Whether it can still be asked; a process that was forked from its owner cannot."""
         return self._owner == os.getpid() and self._process.poll() is None
 
-    def fork(self, spec: WorkerSpec, fds: tuple[int, ...]) -> "ForkedWorker":
-        """Ask for a worker that inherits `fds`, and do not wait for it: it may turn out that there is none. Raises
-        OSError."""
+    def fork(self, spec: WorkerSpec, fds: tuple[int, ...], life_fd: int) -> "ForkedWorker":
+        """Ask for a worker that inherits `fds`, and do not wait for it: it may turn out that there is none. `life_fd`:
+        the read end of its life pipe, which stays open until it has ended. Raises OSError."""
         inherited = (*(fd for fd in (1, 2) if is_open(fd)), *fds)
         request = msgspec.json.encode(ForkRequest(spec=spec, fds=inherited))
         status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -81,104 +88,153 @@ class ForkServer:
             except BaseException:
                 status.close()
                 raise
-        return ForkedWorker(self, status)
+        return ForkedWorker(self, status, life_fd)
 
     def kill(self) -> None:
         """For a server that does not do as it is asked: whoever waits for a worker learns that there will be none."""
         self._process.kill()
 
     def how_it_ended(self) -> str | None:
-        """None if it runs, also a moment from now."""
-        try:
-            return how_it_ended(self._process.wait(EXIT_TIMEOUT_S))
-        except subprocess.TimeoutExpired:
-            return None
+        """None while it runs."""
+        code = self._process.poll()
+        return None if code is None else how_it_ended(code)
 
 
 class ForkedWorker:
-    """Not our child: known by its pidfd, which comes over the status socket once it has been forked."""
+    """Not our child. What is known of it comes over the status socket: `Forked`, then `Exited`; end-of-file without
+    them if the server could not fork, or died.
 
-    def __init__(self, server: ForkServer, status: socket.socket) -> None:
+    From its launch on this takes no descriptor that it could not do without: a death must be seen when none is free.
+    The pidfd is opened as soon as the worker says that it has started, by its pid, which is nobody else's then: the
+    server says `Exited` *before* it reaps the worker, so as long as it has not, the pid is not free. (Opening first
+    and looking at the socket afterwards leaves no gap.) If there is no descriptor for a pidfd, the worker is signalled
+    by its pid, with the same argument, and its end is seen by its life pipe. That suffices: Linux takes a dying
+    process's memory from each of its threads before it closes the files they share, so nothing it computed is stored
+    after the pipe is closed.
+    """
+
+    def __init__(self, server: ForkServer, status: socket.socket, life_fd: int) -> None:
         """Internal: see `ForkServer.fork`."""
         self._server = server
         self._status = status
-        self._lock = threading.Lock()
+        self._life_fd = life_fd
         self._pid: int | None = None
         self._pidfd: int | None = None
-        self._is_gone = False
+        self._code: int | None = None
+        self._is_cut_off = False
+        """Whether nothing more will come over the status socket."""
+        self._gone_s: float | None = None
+        self._end: str | None = None
 
     @property
     def pid(self) -> int:
-        self._learn()
         assert self._pid is not None, "asked for before the worker has said that it runs"
         return self._pid
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether it has ended because its server, which runs, could not fork it."""
+        return self._end is not None and self._pid is None and self._server.is_running
+
+    def started(self, pid: int) -> None:
+        """The worker says that it has started."""
+        self._pid = pid
+        self._listen()
+        self._take_pidfd()
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
 
-    def end(self) -> str:
-        for timeout_s, stronger in ((TERMINATE_AFTER_S, signal.SIGTERM), (KILL_AFTER_S, signal.SIGKILL)):
-            if self._wait(timeout_s):
-                break
-            self._signal(stronger)
-        self._wait(None)
-        code = self._exit_code()
-        with self._lock:
-            self._is_gone = True
-            self._status.close()
-            if self._pidfd is not None:
-                os.close(self._pidfd)
-        if code is not None:
-            return how_it_ended(code)
-        server = self._server.how_it_ended()
-        return "could not be forked" if server is None else f"no exit status, its fork server {server}"
+    def how_it_ended(self) -> str | None:
+        if self._end is None:
+            self._listen()
+            if self._is_gone():
+                self._end = self._verdict()
+                if self._end is not None:
+                    self._close()
+        return self._end
+
+    def _listen(self) -> None:
+        """Take what has come over the status socket."""
+        while not self._is_cut_off and is_readable(self._status.fileno()):
+            try:
+                data = self._status.recv(MAX_STATUS_BYTES)
+            except ConnectionError:
+                data = b""
+            if not data:
+                self._is_cut_off = True
+                return
+            match msgspec.json.decode(data, type=Forked | Exited):
+                case Forked(pid=pid):
+                    self._pid = pid
+                case Exited(code=code):
+                    self._code, self._is_cut_off = code, True
+
+    def _take_pidfd(self) -> None:
+        """Unless the worker is gone, or no descriptor is free."""
+        if self._pidfd is None and self._pid is not None and self._code is None:
+            with contextlib.suppress(OSError):
+                self._pidfd = os.pidfd_open(self._pid)
+            self._listen()
+            if self._code is not None:
+                self._drop_pidfd()  # it may have been reaped before: whose it is cannot be said
 
     def _signal(self, number: signal.Signals) -> None:
-        self._learn()
-        with self._lock:
-            if self._is_gone:
-                return
-            if self._pidfd is None:
-                self._server.kill()
-                return
+        if self._end is not None:
+            return
+        self._listen()
+        self._take_pidfd()
+        if self._pid is None and not self._is_cut_off:
+            self._server.kill()
+        elif self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+        elif self._pid is not None and self._code is None and not is_readable(self._life_fd):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, number)
 
-    def _learn(self) -> None:
-        """Take the first message if it has come."""
-        with self._lock:
-            if self._pidfd is None and not self._is_gone and is_readable(self._status.fileno(), 0.0):
-                data, fds, _, _ = socket.recv_fds(self._status, MAX_STATUS_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-                if data:
-                    forked = msgspec.json.decode(data, type=Forked)
-                    self._pid, self._pidfd = forked.pid, fds[0]
-                else:
-                    self._is_gone = True
-
-    def _wait(self, timeout_s: float | None) -> bool:
+    def _is_gone(self) -> bool:
         """Whether the process is gone, or will never be."""
-        if self._pidfd is None:
-            if not is_readable(self._status.fileno(), timeout_s):
-                return False
-            self._learn()
-        return self._pidfd is None or is_readable(self._pidfd, timeout_s)
+        if self._code is not None or (self._is_cut_off and self._pid is None):
+            return True
+        return is_readable(self._life_fd if self._pidfd is None else self._pidfd)
 
-    def _exit_code(self) -> int | None:
-        """Of a process that is gone; None if the server died before it could say."""
-        if self._pidfd is None:
+    def _verdict(self) -> str | None:
+        """How a process that is gone has ended; None: it will be said in a moment."""
+        if self._code is not None:
+            return how_it_ended(self._code)
+        server = self._server.how_it_ended()
+        if self._is_cut_off and server is not None:
+            return f"no exit status, its fork server {server}"
+        now_s = time.monotonic()
+        if self._gone_s is None:
+            self._gone_s = now_s
+        if now_s < self._gone_s + EXIT_TIMEOUT_S:
             return None
-        with contextlib.suppress(ConnectionError):
-            if data := self._status.recv(MAX_STATUS_BYTES):
-                return msgspec.json.decode(data, type=Exited).code
-        return None
+        return "could not be forked" if self._pid is None else "no exit status, its fork server does not answer"
+
+    def _close(self) -> None:
+        self._is_cut_off = True
+        self._status.close()
+        self._drop_pidfd()
+
+    def _drop_pidfd(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
 
 
 def can_fork() -> bool:
     """Whether this system has pidfds."""
     try:
         os.close(os.pidfd_open(os.getpid()))
-    except (AttributeError, OSError):
+    except AttributeError:
         return False
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     return True
 
 
@@ -190,7 +246,8 @@ def is_open(fd: int) -> bool:
     return True
 
 
-def is_readable(fd: int, timeout_s: float | None) -> bool:
+def is_readable(fd: int) -> bool:
+    """Whether there is something to read by now, be it the end of the file."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+    return bool(poll.poll(0))

@@ -13,14 +13,15 @@ class Launcher:
         self._forks = kind == "cpu" and can_fork()
         self._server: ForkServer | None = None
 
-    def launch(self, spec: WorkerSpec, fds: tuple[int, ...]) -> WorkerProcess:
-        """Start a worker that inherits `fds`. Raises OSError."""
+    def launch(self, spec: WorkerSpec, fds: tuple[int, ...], life_fd: int) -> WorkerProcess:
+        """Start a worker that inherits `fds`. `life_fd`: the read end of its life pipe. Raises OSError; nothing is
+        left then."""
         if not self._forks:
             return SpawnedWorker(spec, fds)
         if self._server is None or not self._server.is_running:
             self.close()
             self._server = ForkServer.acquire()
-        return self._server.fork(spec, fds)
+        return self._server.fork(spec, fds, life_fd)
 
     def close(self) -> None:
         """Start no more workers."""

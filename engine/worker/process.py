@@ -14,20 +14,27 @@ import msgspec
 from tetrion.engine.worker.reproducible import gemm_environment
 from tetrion.engine.worker.spec import WorkerSpec
 
-TERMINATE_AFTER_S = 5.0
-KILL_AFTER_S = 2.0
-
 
 class WorkerProcess(Protocol):
+    """Nothing here blocks, needs a thread, or takes a descriptor that it could not do without: a death must be seen
+    when the machine has nothing to spare. Everything may raise OSError, and may be tried again."""
+
     @property
     def pid(self) -> int: ...
 
+    @property
+    def was_refused(self) -> bool:
+        """Whether there has never been such a process, because the machine had no room for one just then."""
+
+    def started(self, pid: int) -> None:
+        """The worker says that it has started."""
+
+    def terminate(self) -> None: ...
+
     def kill(self) -> None: ...
 
-    def end(self) -> str:
-        """Wait for a worker that was told to shut down or has closed its life pipe; terminate, then kill, one that
-        does not go. Returns how it ended, for people: it computes and stores nothing any more. Blocks.
-        """
+    def how_it_ended(self) -> str | None:
+        """For people: it computes and stores nothing any more. None while that cannot be said."""
 
 
 class SpawnedWorker:
@@ -44,21 +51,24 @@ class SpawnedWorker:
             process_group=0,
         )
 
+    was_refused = False
+
     @property
     def pid(self) -> int:
         return self._process.pid
 
+    def started(self, pid: int) -> None:
+        """It is our child: its pid is known, and nobody else's until we have reaped it."""
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
     def kill(self) -> None:
         self._process.kill()
 
-    def end(self) -> str:
-        for timeout_s, stronger in ((TERMINATE_AFTER_S, self._process.terminate), (KILL_AFTER_S, self._process.kill)):
-            try:
-                self._process.wait(timeout_s)
-                break
-            except subprocess.TimeoutExpired:
-                stronger()
-        return how_it_ended(self._process.wait())
+    def how_it_ended(self) -> str | None:
+        code = self._process.poll()
+        return None if code is None else how_it_ended(code)
 
 
 def how_it_ended(code: int) -> str:

@@ -81,7 +81,7 @@ class Resident(NamedTuple):
     @property
     def latents(self) -> str:
         """The field that steps change."""
-        return next(field.name for field in self.model.spec.fields if field.changes)
+        return self.model.spec.latents.name
 
 
 class Runner:
@@ -124,7 +124,7 @@ class Runner:
 
     def encode(self, command: EncodePrompt) -> None:
         it, params = self._residents[command.params.model], command.params
-        prompts = (command.prompt, command.negative_prompt)[: params.shape.num_branches]
+        prompts = (command.prompt, command.negative_prompt or "")[: params.shape.num_branches]
         started = self._queue.mark()
         embeddings = [it.encoders.embedding(prompt) for prompt in prompts]
         for branch, embedding in enumerate(embeddings):

@@ -38,12 +38,12 @@ class ForkRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The first message on the status socket; a pidfd comes with it."""
+    """The first message on the status socket."""
 
     pid: int
 
 
 class Exited(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The last one. `code`: the exit status, or minus the signal that ended the worker."""
+    """The last one, sent before the worker is reaped. `code`: the exit status, or minus the signal that ended it."""
 
     code: int

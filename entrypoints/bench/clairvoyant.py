@@ -37,9 +37,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tetrion.engine.planning.degrees import usable_degrees
+from tetrion.engine.planning.degrees import legal_for, usable_degrees
 from tetrion.engine.planning.profile import Profile
-from tetrion.entrypoints.bench.simulation import simulated_spec
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.errors import InputError
 
@@ -119,8 +118,8 @@ def attainment_bound(
 
 def _work(request: TraceRequest, profile: Profile, num_devices: int, scale: float, step_overhead_s: float) -> Work:
     assert request.slo_s is not None
-    cost = profile.cost(request.width, request.height)
-    degrees = usable_degrees(cost, simulated_spec(profile).legal_degrees(num_devices), num_devices)
+    cost = profile.cost(request.cost_key)
+    degrees = usable_degrees(cost, legal_for(profile, request.cost_key, num_devices))
     return Work(
         arrival_s=request.arrival_s,
         deadline_s=request.arrival_s + request.slo_s + DEADLINE_TOLERANCE_S,

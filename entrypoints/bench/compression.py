@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tetrion.engine.planning.degrees import usable_degrees
-from tetrion.engine.planning.profile import Profile, SizeCost
-from tetrion.entrypoints.bench.simulation import simulated_spec
+from tetrion.engine.planning.degrees import legal_for, usable_degrees
+from tetrion.engine.planning.profile import Profile
+from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
 
 SLO_HEADROOM = 1.1
@@ -23,8 +23,9 @@ def calibrated_slo_s(
     devices allow (on four: 4, on two: 2), takes 1/1.1 of its SLO: with base SLOs for another GPU, deadlines here are as
     tight as they were there."""
     largest = max(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1])
-    cost = profile.cost(*sizes[largest])
-    alone_s = cost.encode_s + num_steps * cost.step_s(_degrees(cost, profile, num_devices)[-1]) + cost.decode_s
+    key = cost_key_of_size(sizes[largest])
+    cost = profile.cost(key)
+    alone_s = cost.encode_s + num_steps * cost.step_s(_degrees(key, profile, num_devices)[-1]) + cost.decode_s
     factor = SLO_HEADROOM * alone_s / base_slo_s[largest]
     return tuple(slo_s * factor for slo_s in base_slo_s)
 
@@ -40,16 +41,16 @@ def load_of(
     """Share of the devices' time that arrivals take whose requests all run at their narrowest degree, encode and decode
     included. `shares`: of each of `sizes`. At 1 the machine is saturated whatever the policy."""
     device_s = 0.0
-    for (width, height), share in zip(sizes, shares, strict=True):
-        cost = profile.cost(width, height)
-        degree = _degrees(cost, profile, num_devices)[0]
+    for key, share in zip(map(cost_key_of_size, sizes), shares, strict=True):
+        cost = profile.cost(key)
+        degree = _degrees(key, profile, num_devices)[0]
         device_s += share * (cost.encode_s + num_steps * degree * cost.step_s(degree) + cost.decode_s)
     return rate_per_min / 60 * device_s / num_devices
 
 
-def _degrees(cost: SizeCost, profile: Profile, num_devices: int) -> Sequence[int]:
+def _degrees(key: str, profile: Profile, num_devices: int) -> Sequence[int]:
     """Ascending."""
-    return usable_degrees(cost, simulated_spec(profile).legal_degrees(num_devices), num_devices)
+    return usable_degrees(profile.cost(key), legal_for(profile, key, num_devices))
 
 
 def compress(trace: Trace, factor: int, profile: Profile) -> Trace:
@@ -68,7 +69,7 @@ def _compressed(request: TraceRequest, factor: int, profile: Profile) -> TraceRe
         raise ValueError(f"compress: {request.num_steps} steps cannot be divided by {factor}")
     slo_s = request.slo_s
     if slo_s is not None:
-        aux_s = profile.encode_s(request.width, request.height) + profile.decode_s(request.width, request.height)
+        aux_s = profile.encode_s(request.cost_key) + profile.decode_s(request.cost_key)
         slo_s = aux_s + (slo_s - aux_s) / factor
     return msgspec.structs.replace(
         request, arrival_s=request.arrival_s / factor, num_steps=request.num_steps // factor, slo_s=slo_s

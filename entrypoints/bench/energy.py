@@ -16,6 +16,7 @@ from tetrion.engine.api import AsyncEngine
 from tetrion.engine.energy.meter import MeterUnavailable
 from tetrion.engine.energy.windows import CounterWindows, EnergyWindows, WindowEnergy, ZeusWindows
 from tetrion.engine.profile_files import chosen_profile
+from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.energy_export import export
 from tetrion.entrypoints.bench.energy_points import (
     EnergyPoint,
@@ -225,7 +226,7 @@ def _plan_of_sweep(engine: AsyncEngine, points: Sequence[EnergyPoint], options: 
     def latency_s(point: EnergyPoint) -> float | None:
         if profile is None:
             return None
-        cost = profile.cost(point.width, point.height)
+        cost = profile.cost(cost_key_of_size((point.width, point.height)))
         return cost.encode_s + point.num_steps * cost.step_s(point.degree) + cost.decode_s
 
     return describe(points, options, latency_s)

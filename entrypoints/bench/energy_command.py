@@ -71,7 +71,7 @@ def _run(
     **kept: Any,
 ) -> int:
     from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S
-    from tetrion.engine.request import MAX_STEPS
+    from tetrion.engine.resolve import MAX_STEPS
     from tetrion.entrypoints.arguments import parse_degrees
     from tetrion.entrypoints.bench.energy import command
     from tetrion.entrypoints.bench.energy_points import SweepOptions

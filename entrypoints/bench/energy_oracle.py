@@ -81,7 +81,7 @@ ORACLES = {"cheapest-degree": cheapest_degree, "cheapest-mixture": cheapest_mixt
 
 def oracle(name: str, trace: Trace, tables: DegreeTables, step_overhead_s: float = 0.0) -> list[Spent]:
     """Every request as the oracle of that name draws it."""
-    return [_alone(name, request, tables[request.width, request.height], step_overhead_s) for request in trace]
+    return [_alone(name, request, tables[request.model, request.cost_key], step_overhead_s) for request in trace]
 
 
 def spent(
@@ -93,7 +93,7 @@ def spent(
     return [
         Spent(
             size=(outcome.request.width, outcome.request.height),
-            joules=_joules(tables[outcome.request.width, outcome.request.height], outcome.degrees),
+            joules=_joules(tables[outcome.request.model, outcome.request.cost_key], outcome.degrees),
             gpu_s=outcome.gpu_s or 0.0,
             is_met=outcome.is_met,
             latency_s=outcome.latency_s,

@@ -15,16 +15,18 @@ from typing import Any, get_args
 import msgspec
 
 from tetrion.engine.config import EnergyMode, PlannerConfig
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import why_not
 from tetrion.engine.planning.profile import Profile, read_profile
+from tetrion.engine.shape import cost_key_of_size
 from tetrion.engine.simulated import Disturbance
 from tetrion.entrypoints.bench import energy_oracle
 from tetrion.entrypoints.bench.energy_oracle import Spent
 from tetrion.entrypoints.bench.live import EmbeddedSystem
 from tetrion.entrypoints.bench.outcomes import Mode, Run
 from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
-from tetrion.entrypoints.bench.simulation import MAX_DEVICES, simulate, simulated_spec
+from tetrion.entrypoints.bench.simulation import MAX_DEVICES, simulate
 from tetrion.entrypoints.bench.slo import grid
 from tetrion.entrypoints.bench.slo_points import Point, points
 from tetrion.entrypoints.bench.workloads import Trace
@@ -107,10 +109,9 @@ def measure(
 
 def tables_for(options: SavingOptions, sizes: set[tuple[int, int]]) -> DegreeTables:
     """Raises InputError if the profile has no joules for one of them."""
-    legal_degrees = simulated_spec(options.profile).legal_degrees(options.num_devices)
-    tables = DegreeTables(options.profile, legal_degrees, options.num_devices)
-    for size in sorted(sizes):
-        if reason := why_not(tables[size], size, options.planner):
+    tables = DegreeTables(CostTables(profiles={"": options.profile}), options.num_devices)
+    for key in map(cost_key_of_size, sorted(sizes)):
+        if reason := why_not(tables["", key], key, options.planner):
             raise InputError(f"profile: {reason}")
     return tables
 

@@ -26,8 +26,8 @@ from tetrion.engine.request import (
     ImageRequest,
     RequestCancelled,
     RequestError,
-    resolve_request,
 )
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
 from tetrion.entrypoints.bench.recording import Recorder

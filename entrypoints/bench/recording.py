@@ -271,10 +271,6 @@ class _RecordedExecutor:
     def alive(self) -> frozenset[int]:
         return self._executor.alive
 
-    @property
-    def returning(self) -> frozenset[int]:
-        return self._executor.returning
-
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
         taken = self._executor.submit(command, members)
         if taken:

@@ -23,8 +23,10 @@ import numpy as np
 
 from tetrion.engine.commands import predict_s
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import ClassCost, Profile, read_profile
 from tetrion.engine.planning.snapshot import Stage
+from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.outcomes import Chunk, Run
 from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings, stage_of
@@ -83,6 +85,7 @@ class _Replayer:
         self._recording = recording
         self._planned = profile or recording.profile
         self._table = profile or measured_profile(recording)
+        self._costs = CostTables(profiles={"": self._table})
         self._overhead_s = chunk_overhead_s(recording.chunks) if recording.mode == "live" else 0.0
         self._slowdown = drift_of(recording, self._table) if drift else lambda _: 1.0
         self._spread = spread_of(recording)
@@ -99,8 +102,9 @@ class _Replayer:
 
         def duration(command: Command, _: float) -> float:
             assert isinstance(command, EncodePrompt | Denoise | Decode)
-            ratios = spread.get(((command.width, command.height), stage_of(command)), [1.0])
-            seconds = predict_s(command, self._table) * draw.choice(ratios) * self._slowdown(recorder.now_s() - start_s)
+            shape = command.params.shape
+            ratios = spread.get((shape.size, stage_of(command)), [1.0])
+            seconds = predict_s(command, self._costs) * draw.choice(ratios) * self._slowdown(recorder.now_s() - start_s)
             return seconds + (self._overhead_s if isinstance(command, Denoise) else 0.0)
 
         return simulate(
@@ -125,14 +129,14 @@ def measured_profile(recording: Recording) -> Profile:
     mean_ms = {key: 1e3 * sum(s for s, _ in got) / sum(n for _, n in got) for key, got in times.items()}
     classes = dict(recording.profile.classes)
     for size in {size for size, _ in mean_ms}:
-        classes[f"{size[0]}x{size[1]}"] = _measured_class(recording.profile, size, mean_ms)
+        classes[cost_key_of_size(size)] = _measured_class(recording.profile, size, mean_ms)
     return msgspec.structs.replace(recording.profile, classes=classes)
 
 
 def _measured_class(
     profile: Profile, size: tuple[int, int], mean_ms: dict[tuple[tuple[int, int], str | int], float]
 ) -> ClassCost:
-    known = profile.cost(*size)
+    known = profile.cost(cost_key_of_size(size))
     return ClassCost(
         step_ms={
             degree: mean_ms.get((size, degree), 1e3 * step_s) for degree, step_s in known.step_by_degree_s.items()
@@ -155,7 +159,7 @@ def _times(recording: Recording, profile: Profile) -> Iterator[tuple[Chunk, floa
     """Each command that brought a result, what it took, and what `profile` says."""
     for chunk in recording.chunks:
         request = recording.run.outcomes[chunk.request].request
-        cost = profile.cost(request.width, request.height)
+        cost = profile.cost(request.cost_key)
         stages_s = {"encode": cost.encode_s, "decode": cost.decode_s}
         said_s = stages_s.get(chunk.stage) or chunk.chunk_steps * cost.step_s(len(chunk.members))
         if not chunk.failed:

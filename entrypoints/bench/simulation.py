@@ -7,18 +7,20 @@ Arrivals happen at their times whatever the state of the system (open loop).
 import asyncio
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command
-from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.params import Params
+from tetrion.engine.planning.correction import CostModels
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output
+from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, ResolvedRequest
+from tetrion.engine.shape import StepShape
 from tetrion.engine.simulated import Disturbance, SimulatedExecutor
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
 from tetrion.entrypoints.bench.recording import Recorder
@@ -27,6 +29,8 @@ from tetrion.entrypoints.bench.workloads import TraceRequest
 MAX_INFLIGHT = 4096
 MAX_QUEUED = 100_000
 MAX_DEVICES = 1024
+PIXELS_PER_ROW, TEXT_ROWS = 16, 512
+"""As FLUX.1 has them; nothing in a simulation depends on them."""
 
 
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +89,7 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
 def simulate(
     trace: Sequence[TraceRequest],
     *,
-    profile: Profile,
+    profile: Profile | Mapping[str, Profile],
     policy: str,
     num_devices: int,
     duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
@@ -96,10 +100,12 @@ def simulate(
 ) -> Run:
     """Run `trace` (in order of arrival) to its end. Deterministic but for `decision_s`.
 
+    `profile`: the model's cost table; of several models by the name that requests have in `TraceRequest.model`.
     `duration(command, seconds)` may change what a command costs (see `Disturbance`). `max_inflight`: requests that the
     policy sees at once (a server's default is 64; here nearly all, so that policies are compared and not admission).
     `recorder` is given every command.
-    Raises ValueError for an unknown policy, too few devices, too long a trace or a loss of a device that is not there.
+    Raises ValueError for an unknown policy, too few devices, too long a trace, a model without a table or a loss of a
+    device that is not there.
     """
     if num_devices < 1:
         raise ValueError(f"devices: must be at least 1, got {num_devices}")
@@ -113,14 +119,17 @@ def simulate(
         max_queued=MAX_QUEUED,
         planner=msgspec.structs.replace(planner_config or PlannerConfig(), policy=policy),
     )
-    return _Simulation(trace, profile, num_devices, duration, losses, config, recorder or Recorder()).to_end()
+    costs = CostTables(profiles={"": profile} if isinstance(profile, Profile) else dict(profile))
+    if unknown := {request.model for request in trace} - set(costs.profiles):
+        raise ValueError(f"trace: model: {min(unknown)!r} has no cost table")
+    return _Simulation(trace, costs, num_devices, duration, losses, config, recorder or Recorder()).to_end()
 
 
 class _Simulation:
     def __init__(
         self,
         trace: Sequence[TraceRequest],
-        profile: Profile,
+        costs: CostTables,
         num_devices: int,
         duration: Callable[[Command, float], float],
         losses: Sequence[Loss],
@@ -131,12 +140,11 @@ class _Simulation:
         self.finished: list[tuple[float | None, tuple[int, ...]]] = [(None, ())] * len(trace)
         self.num_alive = len(trace)
         self.recorder = recorder
-        self.executor = SimulatedExecutor(profile, num_devices, duration)
+        self.executor = SimulatedExecutor(costs, num_devices, duration)
         self.loop = EngineLoop(
             executor=recorder.wrap_executor(self.executor),
             planner=recorder.wrap_planner(get_planner(config.planner.policy)),
-            cost_model=CostModel(profile),
-            spec=simulated_spec(profile),
+            cost_models=CostModels(costs.profiles),
             config=config,
             outputs=self._receive,
         )
@@ -158,7 +166,7 @@ class _Simulation:
 
     def _arrive(self, number: int) -> None:
         if self.executor.alive:
-            self.loop.submit(as_image_request(self.trace[number], number))
+            self.loop.submit(_resolved(self.trace[number], number))
         else:
             self._ended()
 
@@ -211,25 +219,15 @@ def as_image_request(request: TraceRequest, number: int, run: int = 0) -> ImageR
     )
 
 
-def simulated_spec(profile: Profile) -> ModelSpec:
-    """A model of which only the number of heads matters: it decides the legal degrees."""
-    return ModelSpec(
-        name=profile.model or "simulated",
-        path="",
-        architecture="simulated",
-        num_heads=profile.heads,
-        head_dim=128,
-        in_channels=64,
-        text_dim=1,
-        pooled_dim=1,
-        guidance_embeds=False,
-        vae_scale_factor=8,
-        scheduler=SchedulerSpec(),
-        num_steps=28,
+def _resolved(request: TraceRequest, number: int) -> ResolvedRequest:
+    """Request `number` of a trace for simulated devices, which draw any size in any number of branches."""
+    rows = (request.width // PIXELS_PER_ROW) * (request.height // PIXELS_PER_ROW)
+    text = (TEXT_ROWS,) * request.num_branches
+    params = Params(
+        model=request.model,
+        shape=StepShape(width=request.width, height=request.height, image=rows, text=text),
+        num_steps=request.num_steps,
         guidance=0.0,
-        max_text_tokens=512,
-        min_size=16,
-        max_size=65536,
-        default_width=1024,
-        default_height=1024,
+        seed=number,
     )
+    return ResolvedRequest(asked=as_image_request(request, number), params=params)

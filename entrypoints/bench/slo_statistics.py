@@ -125,7 +125,7 @@ def predicted_joules(runs: Sequence[Run], profile: Profile) -> float | None:
     """Joules per picture of the denoising steps, as the profile's `step_j` has them; None where it lacks one."""
     total, num = 0.0, 0
     for outcome in (outcome for run in runs for outcome in run.outcomes if outcome.finished_s is not None):
-        known = profile.classes.get(f"{outcome.request.width}x{outcome.request.height}")
+        known = profile.measured(outcome.request.cost_key)
         if known is None or any(degree not in known.step_j for degree in outcome.degrees):
             return None
         total, num = total + sum(known.step_j[degree] for degree in outcome.degrees), num + 1

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tetrion.engine.config import parse_devices
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.bench import step_on_cpus
 from tetrion.entrypoints.bench.figures import check_png

@@ -34,7 +34,7 @@ async def compare_with_diffusers(model: str, num_threads: int, num_steps: int, r
             *(engine.spec.path, str(num_threads), str(engine.spec.max_text_tokens)),
         )
         try:
-            for px in (size for size in SIZES if size <= engine.spec.max_size):
+            for px in (size for size in SIZES if size <= engine.spec.sizes.max):
                 ours, theirs = [], []
                 for seed in range(repeats + 1):
                     request = ImageRequest(prompt=PROMPT, width=px, height=px, num_steps=num_steps, seed=seed)
@@ -60,7 +60,7 @@ async def compare_degrees(model: str, num_workers: int, num_steps: int, repeats:
     config = EngineConfig(model=model, devices=f"cpu:{num_workers}", num_threads=1)
     async with AsyncEngine(config) as engine:
         degrees = engine.spec.legal_degrees(num_workers)
-        for px in (size for size in SIZES if size <= engine.spec.max_size):
+        for px in (size for size in SIZES if size <= engine.spec.sizes.max):
             step_ms: dict[int, list[float]] = {degree: [] for degree in degrees}
             for seed in range(repeats + 1):
                 for degree in degrees:

@@ -196,7 +196,7 @@ class StepBench:
 
     def _sizes(self) -> tuple[Size, ...]:
         """The model's usual size comes first: what comes last may be cut."""
-        usual = self._spec.default_width, self._spec.default_height
+        usual = self._spec.sizes.default
         return tuple(sorted(self._options.sizes, key=lambda size: size != usual))
 
     def _profile(self) -> Profile | None:
@@ -220,7 +220,7 @@ class StepBench:
         if reason or not lacking:
             return
         points: dict[str, Point] = {str(px_of(size)): (size, degree) for size, _ in lacking}
-        unit = self._spec.size_multiple
+        unit = self._spec.sizes.multiple
         job = {
             "transformer": str(Path(self._spec.path) / "transformer"),
             "device": self._devices[0].kind,

@@ -18,11 +18,12 @@ from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Denoised, Event
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
-from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, resolve_request
+from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.bench.line_process import LineProcess
 
 Row = dict[str, Any]
@@ -154,8 +155,7 @@ async def idle_gaps(
     loop = EngineLoop(
         executor=cast(Executor, listener),
         planner=get_planner(config.planner.policy),
-        cost_model=CostModel(profile),
-        spec=spec,
+        cost_models=CostModels({spec.name: profile}),
         config=config,
         outputs=receive,
     )

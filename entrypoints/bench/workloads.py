@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from tetrion.engine.shape import CostKey
+
 Size = tuple[int, int]
 Arrivals = Literal["poisson", "gamma", "diurnal"]
 
@@ -23,7 +25,8 @@ MIXES = ("uniform", "skewed")
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line of a trace file. `arrival_s` from the start of the trace; `slo_s` None: no deadline."""
+    """One line of a trace file. `arrival_s` from the start of the trace; `slo_s` None: no deadline; `model` "": the
+    only one; `num_branches`: of guidance (only a simulation takes more than one)."""
 
     arrival_s: Annotated[float, Meta(ge=0, le=1e9)]
     width: Annotated[int, Meta(ge=1, le=65536)]
@@ -31,6 +34,13 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_steps: Annotated[int, Meta(ge=1, le=1000)]
     slo_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
     weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    model: str = ""
+    num_branches: Annotated[int, Meta(ge=1, le=2)] = 1
+
+    @property
+    def cost_key(self) -> str:
+        """The text of its `CostKey`."""
+        return CostKey(width=self.width, height=self.height, num_branches=self.num_branches).text
 
 
 Trace = tuple[TraceRequest, ...]

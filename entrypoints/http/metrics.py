@@ -87,12 +87,12 @@ class _EngineCollector(Collector):
             "Joules of all GPUs: active, idle and unattributed make up their counters.",
             labels=LABELS,
         )
-        model, energy = self._engine.spec.name, stats.energy
-        for ((width, height), phase), joules in sorted((energy.active_j or {}).items()):
-            family.add_metric((model, f"{width}x{height}", phase, "active"), joules)
+        own, energy = self._engine.spec.name, stats.energy
+        for (model, cost_key, phase), joules in sorted((energy.active_j or {}).items()):
+            family.add_metric((model, cost_key, phase, "active"), joules)
         for state, total_j in (("idle", energy.idle_j), ("unattributed", energy.unattributed_j)):
             if total_j is not None:
-                family.add_metric((model, "", "", state), total_j)
+                family.add_metric((own, "", "", state), total_j)
         return family
 
 

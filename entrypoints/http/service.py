@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 1 << 20
 RANDOM_SEEDS = 2**32
 OVERLOAD_RETRY_AFTER_S = 1
+NO_WORKER_RETRY_AFTER_S = 5
 LONG_WAIT_S = 60
 
 T = TypeVar("T")
@@ -96,8 +97,22 @@ class ImageService:
         return _json(self._model())
 
     async def health(self, request: Request) -> Response:
-        """`GET /health`: this process answers."""
+        """`GET /health`: this process answers, and is not without any worker. (One that stays so ends by itself.)"""
+        if self.is_ready and not self._num_alive():
+            raise ApiError(
+                503,
+                "No worker is alive; they are being started.",
+                code="no_worker",
+                retry_after_s=NO_WORKER_RETRY_AFTER_S,
+            )
         return _json({"status": "ok"})
+
+    def _num_alive(self) -> int:
+        """0 also of an engine that has ended."""
+        try:
+            return self._engine.stats().num_alive
+        except GenerationError:
+            return 0
 
     async def ready(self, request: Request) -> Response:
         """`GET /ready`: the engine takes requests."""
@@ -189,7 +204,7 @@ class ImageService:
                 text = (await asyncio.to_thread(base64.b64encode, encoded)).decode()
                 data.append(schema.describe_picture(result, b64_json=text))
         first = results[0]
-        num_image_tokens = self._engine.spec.num_image_tokens(first.width, first.height) * len(results)
+        num_image_tokens = self._engine.spec.sizes.num_rows(first.width, first.height) * len(results)
         return schema.GenerationResponse(
             created=int(time.time()),
             output_format=picture_format,

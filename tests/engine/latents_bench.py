@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.executor import WorkerLost
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import CopyLatents, Denoise, EncodePrompt, Failed, GroupCommand, LatentsCopied
-from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.process_executor import ProcessExecutor
+from tetrion.engine.request import ImageRequest
+from tetrion.engine.resolve import resolve_request
 
 Schedule = list[tuple[tuple[int, ...], int]]
 """Chunks: (members, steps)."""
@@ -48,10 +50,10 @@ class LatentsBench:
     async def _latents(
         self, size: tuple[int, int], slot: int, first: int, schedule: Schedule
     ) -> npt.NDArray[np.float32]:
-        width, height = size
-        state_id = next(self._ids)
-        common = {"request_id": "r", "state_id": state_id, "slot": slot, "width": width, "height": height}
-        due = [self._submit(EncodePrompt(command_id=next(self._ids), prompt="a ring", seed=3, **common), (first,))]
+        asked = ImageRequest(prompt="a ring", seed=3, width=size[0], height=size[1], num_steps=self.num_steps)
+        params = resolve_request(asked, self.spec, self.num_devices).params
+        common = {"request_id": "r", "state_id": next(self._ids), "slot": slot, "params": params}
+        due = [self._submit(EncodePrompt(command_id=next(self._ids), prompt=asked.prompt, **common), (first,))]
         holders, step_index = (first,), 0
         for members, chunk_steps in schedule:
             chunk = Denoise(
@@ -62,8 +64,6 @@ class LatentsBench:
                 source=holders[-1],
                 step_index=step_index,
                 chunk_steps=chunk_steps,
-                num_steps=self.num_steps,
-                guidance=self.spec.guidance,
                 **common,
             )
             due.append(self._submit(chunk, members))

@@ -6,7 +6,8 @@ import pytest
 from tests.engine.test_loop import PROFILE, SPEC, Simulation
 from tetrion.engine.planning.energy_admission import cheapest_for
 from tetrion.engine.planning.profile import ClassCost
-from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, RequestError, resolve_request
+from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, RequestError
+from tetrion.engine.resolve import resolve_request
 
 STEP_J = {1: 60.0, 2: 70.0, 3: 85.0, 4: 100.0}
 
@@ -45,7 +46,7 @@ def test_the_servers_mode_holds_for_requests_that_name_none() -> None:
 @pytest.mark.parametrize("mode", ["fastest", "balanced", "least-energy"])
 def test_a_budget_that_is_accepted_is_kept_and_so_is_the_deadline(mode: str, slo_ms: float | None) -> None:
     simulation = Simulation(profile=WITH_JOULES)
-    table = simulation.loop._degree_tables()[512, 512]
+    table = simulation.loop._degree_tables()[SPEC.name, "512x512"]
     cheapest = cheapest_for(table, 12, None if slo_ms is None else slo_ms / 1e3)
     energy = EnergyWish(mode=mode, budget_j=cheapest.joules + 20)  # type: ignore[arg-type]
     degrees = drawn(energy, slo_ms=slo_ms)
@@ -54,8 +55,8 @@ def test_a_budget_that_is_accepted_is_kept_and_so_is_the_deadline(mode: str, slo
 
 def test_a_budget_is_kept_at_a_size_whose_joules_are_estimated() -> None:
     simulation = Simulation(profile=WITH_JOULES)
-    step_j = WITH_JOULES.cost(256, 256).step_by_degree_j
-    budget_j = 1.1 * cheapest_for(simulation.loop._degree_tables()[256, 256], 12, None).joules
+    step_j = WITH_JOULES.cost("256x256").step_by_degree_j
+    budget_j = 1.1 * cheapest_for(simulation.loop._degree_tables()[SPEC.name, "256x256"], 12, None).joules
     simulation.request("a", width=256, height=256, energy=EnergyWish(budget_j=budget_j))
     simulation.run()
     degrees = simulation.results["a"].degrees

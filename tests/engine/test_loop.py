@@ -15,13 +15,15 @@ from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command, Denoise, Event
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModels
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Snapshot
 from tetrion.engine.recovery import MAX_ATTEMPTS
 from tetrion.engine.request import (
     DeadlineUnmeetable,
+    EngineEnded,
     EngineOverloaded,
     Failure,
     GenerationError,
@@ -30,8 +32,8 @@ from tetrion.engine.request import (
     Output,
     Progress,
     RequestCancelled,
-    resolve_request,
 )
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedExecutor
 
 SPEC = make_spec()
@@ -45,6 +47,13 @@ PROFILE = msgspec.convert(
     },
     Profile,
 )
+
+
+def costs_of(profile: Profile) -> CostTables:
+    return CostTables(profiles={SPEC.name: profile})
+
+
+COSTS = costs_of(PROFILE)
 
 
 class Simulation:
@@ -64,24 +73,23 @@ class Simulation:
         self.results: dict[str, ImageResult] = {}
         self.failures: dict[str, Exception] = {}
         self.progress: dict[str, list[Progress]] = {}
-        self.executor = executor or SimulatedExecutor(profile, num_devices, self._spy(duration))
+        self.executor = executor or SimulatedExecutor(costs_of(profile), num_devices, self._spy(duration))
         planner = PlannerConfig(policy=policy, **planner or {})  # type: ignore[arg-type]
         engine_config = EngineConfig(planner=planner, **config)  # type: ignore[arg-type]
         self.loop = EngineLoop(
             executor=self.executor,
             planner=get_planner(policy),
-            cost_model=CostModel(profile),
-            spec=SPEC,
+            cost_models=CostModels({SPEC.name: profile}),
             config=engine_config,
             outputs=self._receive,
         )
         self._due = 0
 
     def request(self, request_id: str, at_s: float = 0.0, **fields: object) -> None:
-        params = ImageRequest(**({"prompt": "x", "seed": 1, "request_id": request_id} | fields))  # type: ignore[arg-type]
-        params = resolve_request(params, SPEC, len(self.executor.device_ids))
+        asked = ImageRequest(**({"prompt": "x", "seed": 1, "request_id": request_id} | fields))  # type: ignore[arg-type]
+        resolved = resolve_request(asked, SPEC, len(self.executor.device_ids))
         self._due += 1
-        self.executor.at(at_s, lambda: self.loop.submit(params) and None)
+        self.executor.at(at_s, lambda: self.loop.submit(resolved) and None)
 
     def run(self) -> None:
         self.executor.at(10_000.0, self.loop.stop)
@@ -131,7 +139,7 @@ def test_a_picture_that_cannot_be_copied_fails_its_request_alone() -> None:
             else:
                 super().take_image(image_slot, size, finish, receive)
 
-    simulation = Simulation(executor=OutOfMemory(PROFILE, 2))
+    simulation = Simulation(executor=OutOfMemory(COSTS, 2))
     simulation.request("large", width=512, height=512)
     simulation.request("small", width=128, height=128)
     simulation.run()
@@ -165,7 +173,7 @@ def test_a_plan_does_not_depend_on_which_member_answers_first(every_s: float, sl
     is there."""
 
     def degrees(answer_gap_s: float) -> dict[str, tuple[int, ...]]:
-        executor = SimulatedExecutor(PROFILE, 4, lambda _, seconds: 0.8 * seconds, answer_gap_s=answer_gap_s)
+        executor = SimulatedExecutor(COSTS, 4, lambda _, seconds: 0.8 * seconds, answer_gap_s=answer_gap_s)
         simulation = Simulation(executor=executor)
         for number in range(3):
             at_s = every_s * number
@@ -181,7 +189,7 @@ def test_answers_between_the_first_and_the_last_ask_for_no_plan() -> None:
     decide."""
 
     def decisions_and_commands(answer_gap_s: float) -> tuple[int, int]:
-        executor = SimulatedExecutor(PROFILE, 5, answer_gap_s=answer_gap_s)
+        executor = SimulatedExecutor(COSTS, 5, answer_gap_s=answer_gap_s)
         simulation, snapshots = Simulation(executor=executor, policy="fixed-4"), list[Snapshot]()
         planner, submit, num_commands = simulation.loop.planner, executor.submit, itertools.count()
         simulation.loop.planner = lambda snapshot: snapshots.append(snapshot) or planner(snapshot)  # type: ignore[func-returns-value]
@@ -215,7 +223,7 @@ def test_waits_that_end_early_put_no_plan_off(policy: str) -> None:
         simulation.run()
         return [simulation.results[f"{number}"].latency_s for number in range(4)]
 
-    assert latencies_s(Impatient(PROFILE, 4)) == pytest.approx(latencies_s(SimulatedExecutor(PROFILE, 4)), abs=0.002)
+    assert latencies_s(Impatient(COSTS, 4)) == pytest.approx(latencies_s(SimulatedExecutor(COSTS, 4)), abs=0.002)
 
 
 def test_forced_degrees_are_used_step_by_step() -> None:
@@ -285,7 +293,8 @@ def test_without_workers_requests_fail_instead_of_waiting() -> None:
         simulation.request(f"r{number}", width=512, height=512)
     simulation.executor.at(0.5, lambda: simulation.executor.lose(0))
     simulation.executor.at(0.6, lambda: simulation.executor.lose(1))
-    simulation.run()
+    with pytest.raises(EngineEnded, match="no worker has been alive for 120 s"):
+        simulation.run()
     assert len(simulation.failures) == 3
     assert all(isinstance(error, GenerationError) for error in simulation.failures.values())
 
@@ -295,8 +304,9 @@ def test_the_last_worker_lost_ends_those_that_hold_nothing_yet() -> None:
     for number in range(5):
         simulation.request(f"r{number}", width=512, height=512)
     simulation.executor.at(0.001, lambda: simulation.executor.lose(0))
-    simulation.run()
-    assert len(simulation.failures) == 5 and simulation.executor.now_s() < 1
+    with pytest.raises(EngineEnded, match="no worker has been alive for 120 s"):
+        simulation.run()
+    assert len(simulation.failures) == 5 and simulation.executor.now_s() < 125
 
 
 def test_a_worker_that_hangs_is_replaced_by_the_others() -> None:

@@ -8,9 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tetrion.engine import messages
+from tetrion.engine.params import Params
+from tetrion.engine.shape import StepShape
 
 IDS = st.integers(0, 2**63 - 1)
 DEVICES = st.lists(st.integers(0, 63), min_size=1, unique=True).map(tuple)
+PARAMS = st.builds(
+    Params,
+    model=st.text(),
+    shape=st.builds(
+        StepShape,
+        width=st.integers(16, 4096),
+        height=st.integers(16, 4096),
+        image=st.integers(1, 65536),
+        text=st.lists(st.integers(1, 512), min_size=1, max_size=2).map(tuple),
+    ),
+    num_steps=st.integers(1, 1000),
+    guidance=st.floats(0, 100),
+    true_cfg_scale=st.floats(1, 100),
+    seed=IDS,
+)
 DENOISE = st.builds(
     messages.Denoise,
     command_id=IDS,
@@ -23,10 +40,7 @@ DENOISE = st.builds(
     source=st.integers(0, 63),
     step_index=st.integers(0, 1000),
     chunk_steps=st.integers(1, 1000),
-    num_steps=st.integers(1, 1000),
-    width=st.integers(16, 4096),
-    height=st.integers(16, 4096),
-    guidance=st.floats(0, 100),
+    params=PARAMS,
 )
 FAILED = st.builds(messages.Failed, command_id=IDS, device_id=st.integers(0, 63))
 

@@ -3,8 +3,8 @@
 import numpy as np
 
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import Denoised, Encoded, Event
-from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.probe import ChunkTimes, Probe, chunk_times
 from tetrion.engine.process_executor import ProcessExecutor

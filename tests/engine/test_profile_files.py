@@ -46,7 +46,7 @@ def test_the_committed_table_of_these_gpus(committed: Path) -> None:
     assert choose("cuda:0,1") is None
     write_profile(committed, 1, 2)
     chosen = choose("cuda:0,1")
-    assert chosen is not None and chosen.step_s(512, 512, 2) == 0.005
+    assert chosen is not None and chosen.step_s("512x512", 2) == 0.005
 
 
 def test_a_table_that_lacks_a_degree_is_not_taken(committed: Path) -> None:
@@ -63,14 +63,14 @@ def test_the_users_own_table_comes_first_unless_caches_are_off(committed: Path) 
     write_profile(committed, 1, 2)
     write_profile(profile_files.cache_folder(), 1, 2, ms=30.0)
     own, installed = choose("cuda:0,1"), choose("cuda:0,1", EngineConfig(profile_cache=False))
-    assert own is not None and own.step_s(512, 512, 1) == 0.030
-    assert installed is not None and installed.step_s(512, 512, 1) == 0.010
+    assert own is not None and own.step_s("512x512", 1) == 0.030
+    assert installed is not None and installed.step_s("512x512", 1) == 0.010
 
 
 def test_a_named_table_holds_everywhere(committed: Path, tmp_path: Path) -> None:
     path = write_profile(tmp_path / "mine", 1)
     chosen = choose("cpu:2", EngineConfig(profile=str(path)))
-    assert chosen is not None and chosen.degrees(512, 512) == (1,)
+    assert chosen is not None and chosen.degrees("512x512") == (1,)
 
 
 def test_a_named_table_that_cannot_be_used(committed: Path, tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ told to reset.
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Collection
 from itertools import combinations
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.test_loop import PROFILE, SPEC, Simulation
-from tetrion.engine.messages import BarriersReset, Command, Denoise, ResetBarriers
-from tetrion.engine.request import GenerationError, ImageRequest, resolve_request
+from tests.engine.test_loop import COSTS, Simulation
+from tetrion.engine.messages import BarriersReset, Command, Decode, Denoise, ResetBarriers
+from tetrion.engine.request import EngineEnded, Failure, Output
 from tetrion.engine.simulated import SimulatedCommand, SimulatedExecutor
 
 
@@ -25,7 +27,7 @@ class CountingExecutor(SimulatedExecutor):
     """`draw` decides how many barriers a chunk passes before it is cut off, and how late answers are."""
 
     def __init__(self, num_devices: int, draw: random.Random, respawn_s: float | None) -> None:
-        super().__init__(PROFILE, num_devices, lambda _, seconds: seconds * draw.uniform(0.7, 1.4), respawn_s)
+        super().__init__(COSTS, num_devices, lambda _, seconds: seconds * draw.uniform(0.7, 1.4), respawn_s)
         self.counts: Counter[tuple[int, int]] = Counter()
         self.counters: Counter[tuple[int, int]] = Counter()
         self.disagreements: list[tuple[int, int]] = []
@@ -156,7 +158,7 @@ def test_the_others_go_on_while_a_worker_joins() -> None:
                 return True
             return super().submit(command, members)
 
-    simulation = Simulation(2, executor=SlowNewcomer(PROFILE, 2, respawn_s=1.0))
+    simulation = Simulation(2, executor=SlowNewcomer(COSTS, 2, respawn_s=1.0))
     simulation.request("a", width=512, height=512, num_steps=40, force_degrees=(1,))
     simulation.request("b", at_s=6.0, width=512, height=512)
     simulation.executor.at(0.5, lambda: simulation.executor.lose(1))
@@ -170,12 +172,125 @@ def test_requests_wait_when_every_worker_is_gone_for_a_while() -> None:
     assert len(simulation.results) == 12 and simulation.executor.now_s() > 4.0
 
 
-def test_nobody_waits_for_workers_that_do_not_come_back() -> None:
-    simulation = Simulation(1)
+def test_an_engine_that_has_no_worker_for_too_long_ends_with_all_its_requests() -> None:
+    simulation = Simulation(1, no_worker_timeout_s=30.0)
     simulation.request("a", width=512, height=512, num_steps=100)
-    simulation.request("b", at_s=0.2)
+    simulation.request("b", at_s=20.0)
     simulation.executor.at(1.0, lambda: simulation.executor.lose(0))
+    with pytest.raises(EngineEnded, match=r"no worker has been alive for 30 s; .* worker 0: simulated loss"):
+        simulation.run()
+    assert set(simulation.failures) == {"a", "b"} and simulation.executor.now_s() == pytest.approx(31.0, abs=1.5)
+    assert all(isinstance(error, EngineEnded) for error in simulation.failures.values())
+
+
+def test_a_worker_that_is_back_in_time_keeps_the_engine_from_ending() -> None:
+    simulation = Simulation(1, executor=SimulatedExecutor(COSTS, 1, respawn_s=29.0), no_worker_timeout_s=30.0)
+    simulation.request("a", width=512, height=512, num_steps=100)
+    for at_s in (1.0, 31.0):
+        simulation.executor.at(at_s, lambda: simulation.executor.lose(0))
     simulation.run()
-    assert set(simulation.failures) == {"a", "b"} and simulation.executor.now_s() == 1.0
-    with pytest.raises(GenerationError, match="no worker is alive, and none is being started"):
-        simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="c", seed=1), SPEC, 1))
+    assert set(simulation.results) == {"a"}
+
+
+class SilentExecutor(SimulatedExecutor):
+    """Devices in `silent` do not react to an abort, and take `dies_after_s` to die when they are killed."""
+
+    def __init__(self, num_devices: int, silent: set[int], dies_after_s: float, respawn_s: float | None) -> None:
+        super().__init__(COSTS, num_devices, respawn_s=respawn_s)
+        self.silent = silent
+        self.killed: list[tuple[float, int]] = []
+        self._dies_after_s = dies_after_s
+
+    def abort(self, device_ids: Collection[int]) -> None:
+        super().abort(set(device_ids) - self.silent)
+
+    def kill(self, device_id: int, reason: str) -> None:
+        if device_id in dict(self.killed).values() or device_id not in self.alive:
+            return
+        self.killed.append((self.now_s(), device_id))
+        self.at(self.now_s() + self._dies_after_s, lambda: self.lose(device_id))
+
+    def lose(self, device_id: int) -> None:
+        super().lose(device_id)
+        self.silent.discard(device_id)
+
+
+def drained_for_ever(dies_after_s: float, **config: object) -> Simulation:
+    """Two devices in one group, of which one dies and the other does not even react to an abort."""
+    executor = SilentExecutor(2, {0}, dies_after_s, respawn_s=1.0)
+    simulation = Simulation(2, executor=executor, stall_timeout_s=5.0, **config)
+    simulation.request("a", width=512, height=512, num_steps=100, force_degrees=(2,))
+    simulation.request("b", at_s=7.0, width=512, height=512)
+    executor.at(1.0, lambda: executor.lose(1))
+    return simulation
+
+
+def test_a_drain_that_does_not_end_fails_its_requests_with_the_reason_and_later_ones_are_served() -> None:
+    simulation = drained_for_ever(dies_after_s=20.0)
+    failed_s: list[float] = []
+    outputs = simulation.loop._books._outputs
+
+    def note(output: Output) -> None:
+        if isinstance(output, Failure):
+            failed_s.append(simulation.executor.now_s())
+        outputs(output)
+
+    simulation.loop._books._outputs = note
+    simulation.run()
+    assert isinstance(simulation.executor, SilentExecutor)
+    assert [device_id for _, device_id in simulation.executor.killed] == [0]
+    assert failed_s == [pytest.approx(6.0, abs=1.5)], "at once, not when the loss is reported"
+    assert re.fullmatch(r"simulated loss; then worker 0 did not answer for [56] s", str(simulation.failures["a"])), (
+        simulation.failures
+    )
+    assert set(simulation.results) == {"b"}
+
+
+def test_an_engine_whose_recovery_never_ends_gives_itself_up() -> None:
+    simulation = drained_for_ever(dies_after_s=10_000.0, no_worker_timeout_s=20.0)
+    with pytest.raises(EngineEnded, match="worker 0 neither answers nor ends"):
+        simulation.run()
+    assert set(simulation.failures) == {"a", "b"}
+
+
+def test_the_id_of_a_request_that_failed_in_a_drain_may_be_used_again_at_once() -> None:
+    simulation = drained_for_ever(dies_after_s=4.0)
+    simulation.request("a", at_s=8.0, width=512, height=512, num_steps=20)
+    simulation.run()
+    assert set(simulation.failures) == {"a"} and set(simulation.results) == {"a", "b"}
+    assert len(simulation.results["a"].degrees) == 20
+
+
+def test_nobody_is_killed_for_the_sake_of_one_whose_loss_is_about_to_be_reported() -> None:
+    """The end of a dead worker may take long to be certain; its partner waits in a barrier meanwhile."""
+
+    class LateNews(SimulatedExecutor):
+        killed: ClassVar[list[int]] = []
+        is_unreported = False
+
+        def lose(self, device_id: int) -> None:
+            self.alive -= {device_id}
+            self._unanswered[device_id].clear()
+            self.is_unreported = True
+            self.at(self.now_s() + 30.0, lambda: self.report(device_id))
+
+        def report(self, device_id: int) -> None:
+            self.is_unreported = False
+            super().lose(device_id)
+
+        def submit(self, command: Command, members: tuple[int, ...]) -> bool:
+            if not self.is_unreported or not isinstance(command, Denoise | Decode):
+                return super().submit(command, members)
+            for member in set(members) & self.alive:  # behind the chunk in which it waits for the dead one
+                self._unanswered[member][next(self._order)] = command
+            return True
+
+        def kill(self, device_id: int, reason: str) -> None:
+            self.killed.append(device_id)
+
+    executor = LateNews(COSTS, 2, respawn_s=1.0)
+    simulation = Simulation(2, executor=executor, stall_timeout_s=5.0)
+    simulation.request("a", width=512, height=512, num_steps=20, force_degrees=(2,))
+    executor.at(1.0, lambda: executor.lose(1))
+    simulation.run()
+    assert set(simulation.results) == {"a"} and not executor.killed

@@ -8,13 +8,19 @@ import msgspec
 import pytest
 
 from tetrion.engine.messages import Denoise, EncodePrompt
+from tetrion.engine.params import Params
+from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import Profile
+from tetrion.engine.shape import StepShape
 from tetrion.engine.simulated import Disturbance, SimulatedExecutor
 
 PROFILE = msgspec.convert(
     {"heads": 12, "classes": {"128x128": {"step_ms": {1: 20, 2: 12}, "encode_ms": 5, "decode_ms": 10}}}, Profile
 )
-ENCODE = EncodePrompt(command_id=1, request_id="r", state_id=1, slot=0, prompt="a b", width=128, height=128, seed=0)
+COSTS = CostTables(profiles={"": PROFILE})
+SHAPE = StepShape(width=128, height=128, image=64, text=(64,))
+PARAMS = Params(model="", shape=SHAPE, num_steps=12, guidance=0.0, seed=0)
+ENCODE = EncodePrompt(command_id=1, request_id="r", state_id=1, slot=0, params=PARAMS, prompt="a b")
 
 
 def chunk(members: tuple[int, ...], holders: tuple[int, ...]) -> Denoise:
@@ -29,10 +35,7 @@ def chunk(members: tuple[int, ...], holders: tuple[int, ...]) -> Denoise:
         source=holders[0],
         step_index=0,
         chunk_steps=5,
-        num_steps=12,
-        width=128,
-        height=128,
-        guidance=0.0,
+        params=PARAMS,
     )
 
 
@@ -61,7 +64,7 @@ def test_impossible_disturbances_are_refused(field: str, value: float) -> None:
 
 
 def test_what_happens_in_a_wait_does_not_cut_the_next_one_short() -> None:
-    executor = SimulatedExecutor(PROFILE, 1)
+    executor = SimulatedExecutor(COSTS, 1)
     executor.at(1.0, executor.wake)
     asyncio.run(executor.wait(5.0))
     assert executor.now_s() == 1.0
@@ -74,11 +77,11 @@ def test_what_happens_in_a_wait_does_not_cut_the_next_one_short() -> None:
 
 def test_time_stands_still_when_nothing_will_ever_happen() -> None:
     with pytest.raises(RuntimeError, match="nothing will ever happen"):
-        asyncio.run(SimulatedExecutor(PROFILE, 1).wait(None))
+        asyncio.run(SimulatedExecutor(COSTS, 1).wait(None))
 
 
 def test_a_group_starts_when_its_last_member_and_the_state_are_there() -> None:
-    executor = SimulatedExecutor(PROFILE, 2)
+    executor = SimulatedExecutor(COSTS, 2)
     executor.submit(ENCODE, (0,))
     executor.submit(chunk((0, 1), (0,)), (0, 1))
     ended = []

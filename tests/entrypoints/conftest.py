@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from tests.engine.specs import make_spec
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.loop_statistics import LoopFigures
-from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
 from tetrion.engine.request import (
     BudgetUnmeetable,
     CheapestPlan,
@@ -28,30 +28,11 @@ from tetrion.engine.request import (
     ImageResult,
     Progress,
     RequestCancelled,
-    resolve_request,
 )
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.cli import run
 
-SPEC = ModelSpec(
-    name="shapes",
-    path="",
-    architecture="flux",
-    num_heads=12,
-    head_dim=32,
-    in_channels=64,
-    text_dim=64,
-    pooled_dim=64,
-    guidance_embeds=False,
-    vae_scale_factor=8,
-    scheduler=SchedulerSpec(),
-    num_steps=4,
-    guidance=0.0,
-    max_text_tokens=64,
-    min_size=128,
-    max_size=512,
-    default_width=256,
-    default_height=256,
-)
+SPEC = make_spec(name="shapes", path="", in_channels=64, pooled_dim=64, num_steps=4)
 
 
 NO_ENERGY = EnergyFigures(
@@ -165,6 +146,7 @@ class FakeEngine:
         self.energy = NO_ENERGY
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
+        self.num_alive = len(self.devices)
         self.death: GenerationError | None = None
         self._ended = asyncio.Event()
 
@@ -196,7 +178,7 @@ class FakeEngine:
     def submit(self, request: ImageRequest) -> FakeHandle:
         if not self.is_running:
             raise GenerationError("the engine is not running")
-        resolved = resolve_request(request, self.spec, len(self.devices))
+        resolved = resolve_request(request, self.spec, len(self.devices)).asked
         if "full" in resolved.prompt:
             raise EngineOverloaded("4096 requests are queued")
         if "hopeless" in resolved.prompt:
@@ -212,10 +194,9 @@ class FakeEngine:
     def stats(self) -> FakeStats:
         if self.death is not None:
             raise self.death
-        num = len(self.devices)
         return FakeStats(
-            num_devices=num,
-            num_alive=num,
+            num_devices=len(self.devices),
+            num_alive=self.num_alive,
             num_queued=0,
             num_admitted=0,
             energy=self.energy,

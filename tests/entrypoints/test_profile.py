@@ -27,7 +27,7 @@ async def test_the_table_is_what_an_engine_plans_with(tmp_path: Path, capsys: Ca
     assert await asyncio.to_thread(run, [*arguments, "--output", str(path)]) == 0
     profile = read_profile(path)
     assert (profile.heads, profile.model, list(profile.classes)) == (12, "shapes", ["128x128", "256x128"])
-    assert profile.degrees(256, 128) == (1, 2)
+    assert profile.degrees("256x128") == (1, 2)
     assert profile.command == f"tetrion {' '.join(arguments[:1] + arguments[5:])} --output {path} " + " ".join(
         arguments[1:3] + arguments[3:5]
     )

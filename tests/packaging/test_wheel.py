@@ -42,7 +42,7 @@ def test_the_installed_wheel_finds_its_model(wheel: Path, tmp_path: Path) -> Non
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "from tetrion.engine.models.locate import resolve_model;"
-        "from tetrion.engine.model_spec import read_model_spec;"
+        "from tetrion.engine.families.registry import read_model_spec;"
         "import tetrion.entrypoints.cli as cli;"
         "print(read_model_spec(resolve_model('shapes')).path); print(cli.__file__)"
     )

@@ -5,25 +5,28 @@ import queue
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from tests.engine.test_loop import PROFILE, SPEC
+from tests.engine.test_loop import COSTS, PROFILE, SPEC, costs_of
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.commands import encode_command
 from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
+from tetrion.engine.energy.quantum import Share
 from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.replay import ReplayMeter
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command
-from tetrion.engine.planning.correction import CostModel
+from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.profile import ClassCost, Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.request import ImageRequest, ImageResult, Output, resolve_request
+from tetrion.engine.request import ImageRequest, ImageResult, Output
 from tetrion.engine.request_table import Request
+from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedExecutor
 
 UUIDS = {0: "GPU-a", 1: "GPU-b"}
@@ -47,12 +50,11 @@ class MeteredLoop:
         self.account = account
         self.gain, self.powers_a_counter = gain, 1
         self.results: dict[str, ImageResult] = {}
-        self.executor = SimulatedExecutor(profile, 2)
+        self.executor = SimulatedExecutor(costs_of(profile), 2)
         self.loop = EngineLoop(
             executor=self.executor,
             planner=get_planner("horizon"),
-            cost_model=CostModel(profile),
-            spec=SPEC,
+            cost_models=CostModels({SPEC.name: profile}),
             config=EngineConfig(planner=PlannerConfig()),
             outputs=self._receive,
             energy=account,
@@ -92,7 +94,7 @@ class MeteredLoop:
 
 def replayed_account(**options: object) -> EnergyAccount:
     meter = ReplayMeter([Reading(time_s=0.0, joules=dict.fromkeys(UUIDS.values(), 0.0), watts={})])
-    return EnergyAccount(meter, UUIDS, SPEC.num_image_tokens, **options)  # type: ignore[arg-type]
+    return EnergyAccount(meter, UUIDS, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("powers_a_counter", [1, 40])
@@ -160,7 +162,7 @@ async def test_a_receipt_says_phases_idle_share_and_uncertainty() -> None:
 
 
 async def test_the_model_meter_books_what_the_profile_says_and_what_the_fastest_plan_would_have_taken() -> None:
-    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS, SPEC.num_image_tokens), WITH_JOULES)
+    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS), WITH_JOULES)
     metered.request("a", at_s=0.0, num_steps=10, force_degrees=(1,) * 4 + (2,))
     metered.executor.at(20.0, metered.loop.stop)
     await metered.run()
@@ -173,7 +175,7 @@ async def test_the_model_meter_books_what_the_profile_says_and_what_the_fastest_
 
 
 async def test_what_the_profile_does_not_say_is_none_and_not_zero() -> None:
-    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS, SPEC.num_image_tokens))
+    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS))
     metered.request("a", at_s=0.0, num_steps=2)
     metered.executor.at(20.0, metered.loop.stop)
     await metered.run()
@@ -185,7 +187,7 @@ async def test_what_the_profile_does_not_say_is_none_and_not_zero() -> None:
 async def test_what_was_saved_is_told_even_where_some_phase_has_no_joules() -> None:
     cost = msgspec.structs.replace(WITH_JOULES.classes["512x512"], encode_j=None)
     profile = msgspec.structs.replace(WITH_JOULES, classes={"512x512": cost})
-    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS, SPEC.num_image_tokens), profile)
+    metered = MeteredLoop(EnergyAccount(ModelMeter(()), UUIDS), profile)
     metered.request("a", at_s=0.0, num_steps=10, force_degrees=(1,))
     metered.executor.at(20.0, metered.loop.stop)
     await metered.run()
@@ -195,7 +197,7 @@ async def test_what_was_saved_is_told_even_where_some_phase_has_no_joules() -> N
 
 
 async def test_without_a_meter_every_field_is_none_and_says_why() -> None:
-    metered = MeteredLoop(EnergyAccount(NoMeter("no GPU here"), UUIDS, SPEC.num_image_tokens))
+    metered = MeteredLoop(EnergyAccount(NoMeter("no GPU here"), UUIDS))
     metered.request("a", at_s=0.0, num_steps=2)
     metered.executor.at(20.0, metered.loop.stop)
     await metered.run()
@@ -217,12 +219,12 @@ async def test_a_meter_that_never_reads_gives_no_joules() -> None:
 def test_a_lost_member_leaves_nothing_open() -> None:
     account = replayed_account()
     request = Request(resolve_request(ImageRequest(prompt="x", seed=1, request_id="a"), SPEC, 2), 0.0)
-    account.sent(encode_command(request, 7), (0,), PROFILE, 1.0)
+    account.sent(encode_command(request, 7), (0,), COSTS, 1.0)
     for i in range(5):
         account.receive(Reading(time_s=i * 0.5, joules={"GPU-a": 300.0 * i}, watts={"GPU-a": 600.0}))
     account.failed(7, 0, 2.0)
-    facts = RequestFacts(request_id="a", size=(512, 512), degrees=())
-    receipt = account.ended(facts, PROFILE, 2.0)()
+    facts = RequestFacts(request_id="a", model=SPEC.name, cost_key="512x512", degrees=())
+    receipt = account.ended(facts, COSTS, 2.0)()
     assert receipt.active_j == pytest.approx(600.0)
     account.answered(7, 0, 1.0, 2.0, 2.0)  # what comes later is nobody's
     for i in range(5, 20):
@@ -251,10 +253,10 @@ def test_receipts_come_from_other_threads_while_the_loop_goes_on_telling() -> No
         for i in range(count):
             params = ImageRequest(prompt="x", seed=1, request_id=f"r{i}")
             request = Request(resolve_request(params, SPEC, 2), i / 100)
-            account.sent(encode_command(request, i), (0,), PROFILE, i / 100)
+            account.sent(encode_command(request, i), (0,), COSTS, i / 100)
             account.answered(i, 0, i / 100, (i + 1) / 100, (i + 1) / 100)
-            facts = RequestFacts(request_id=f"r{i}", size=request.size, degrees=())
-            ends.put(account.ended(facts, PROFILE, (i + 1) / 100))
+            facts = RequestFacts(request_id=f"r{i}", model=SPEC.name, cost_key=request.cost_key, degrees=())
+            ends.put(account.ended(facts, COSTS, (i + 1) / 100))
         ends.put(None)
         reading.result()
         made = receipts.result()
@@ -304,3 +306,26 @@ async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> No
     assert result.energy.method == "replay"
     assert "active_j" not in result.energy.reasons, result.energy.reasons
     assert result.energy.active_j == pytest.approx(busy_s * 500.0, rel=0.05)
+
+
+async def test_what_cannot_be_booked_costs_its_request_the_receipt_and_nobody_else(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes next works off what was noted for all."""
+
+    def share(request_id: str, *place: Any) -> Share:
+        if request_id == "bad":
+            raise ZeroDivisionError("spoilt")
+        return Share(request_id, *place)
+
+    monkeypatch.setattr("tetrion.engine.energy.account.Share", share)
+    account = EnergyAccount(ModelMeter(tuple(UUIDS.values())), UUIDS)
+    metered = MeteredLoop(account, WITH_JOULES)
+    metered.request("bad", at_s=0.1, width=128, height=128)
+    metered.request("good", at_s=0.1)
+    metered.executor.at(30.0, metered.loop.stop)
+    await metered.run()
+    assert metered.results["good"].energy.active_j is not None
+    assert "could not be kept" in metered.results["bad"].energy.reasons["active_j"]
+    assert "the account of request bad could not be kept" in caplog.text
+    assert not account._sent and not account._spent

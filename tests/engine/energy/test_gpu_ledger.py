@@ -14,7 +14,7 @@ WATTS = st.floats(0, 1500)
 
 
 def share(request_id: str = "a") -> Share:
-    return Share(request_id, "denoise", (1024, 1024))
+    return Share(request_id, "denoise", "tiny", "1024x1024")
 
 
 def quantum(

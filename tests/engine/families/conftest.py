@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,8 @@ from diffusers import DiffusionPipeline
 
 from tests.engine.families.pipelines import CASES, NEGATIVE, PROMPT, Case
 from tests.engine.families.ranks import Ranks
-from tetrion.engine.families import sd3
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
-from tetrion.engine.shape import Params
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.params import Params
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,6 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("checkpoint")
     pipeline = case.pipeline()
     case.save(pipeline, folder)
-    ours = Ranks(read_spec(folder), case.num_devices)
+    ours = Ranks(read_model_spec(folder), case.num_devices)
     yield Loaded(case, pipeline, ours)
     ours.close()
-
-
-def read_spec(folder: Path) -> ModelSpec:
-    is_sd3 = sd3.PIPELINE in (folder / "model_index.json").read_text()
-    return sd3.read(folder) if is_sd3 else read_model_spec(folder)

@@ -19,7 +19,7 @@ from tetrion.engine.parallel.cpu_exchange import CpuExchange
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import AbortWords, slot_version
-from tetrion.engine.shape import Params
+from tetrion.engine.params import Params
 from tetrion.engine.worker.denoiser import Denoiser, State
 from tetrion.engine.worker.work_queue import ImmediateQueue
 

@@ -1,39 +1,49 @@
-"""When a worker that died is started again, and when no more."""
+"""When a worker that died is started again: always, after ever longer pauses that a time of service forgives."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.engine.fleet.respawn import MAX_DEATHS, RespawnPolicy
-from tetrion.engine.recovery import MAX_ATTEMPTS
+from tetrion.engine.fleet.respawn import LONGEST_PAUSE_S, LONGEST_REFUSED_PAUSE_S, SERVED_S, RespawnPolicy
 
 
-def test_the_pauses_grow_and_the_last_death_is_final() -> None:
-    policy = RespawnPolicy(max_deaths=4, window_s=60.0, pause_s=1.0)
-    assert [policy.died(0, time_s) for time_s in (10.0, 11.0, 13.0, 16.0)] == [0.0, 1.0, 2.0, None]
-    assert policy.died(1, 16.0) == 0.0, "every worker has its own count"
+def test_the_pauses_double_up_to_a_minute_and_nobody_is_given_up() -> None:
+    policy = RespawnPolicy()
+    assert [policy.died(0, float(time_s)) for time_s in range(9)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert policy.died(1, 16.0) == 1, "every worker has its own count"
+    assert [policy.died(0, 1e6) for _ in range(2000)] == [60] * 2000
 
 
-def test_deaths_long_ago_do_not_count_if_the_worker_has_served_since() -> None:
-    policy = RespawnPolicy(max_deaths=3, window_s=60.0)
-    for number in range(20):
-        assert policy.died(0, 100.0 * number) == 0.0
-        policy.ready(0, 100.0 * number + 5.0)
-
-
-def test_a_worker_that_never_comes_up_is_given_up_however_long_it_takes() -> None:
-    policy = RespawnPolicy(max_deaths=3, window_s=60.0)
+def test_ten_seconds_of_service_make_all_earlier_deaths_forgotten() -> None:
+    policy = RespawnPolicy()
     policy.ready(0, 0.0)
-    assert [policy.died(0, 100.0 * number) for number in (1, 2, 3)] == [0.0, 1.0, None]
+    assert policy.died(0, 9.9) == 1
+    policy.ready(0, 11.0)
+    assert policy.died(0, 20.9) == 2, "9.9 seconds are too few"
+    policy.ready(0, 23.0)
+    assert policy.died(0, 33.0) == 1
+    assert policy.died(0, 100.0) == 2, "it has not come up in between"
 
 
-@given(st.lists(st.floats(0, 1000), min_size=1).map(sorted))
-def test_it_is_given_up_exactly_when_the_window_is_full(deaths_s: list[float]) -> None:
-    policy = RespawnPolicy(max_deaths=3, window_s=60.0)
-    for number, died_s in enumerate(deaths_s):
-        recent = sum(earlier_s >= died_s - 60.0 for earlier_s in deaths_s[: number + 1])
-        assert (policy.died(0, died_s) is None) == (recent >= 3)
-        policy.ready(0, died_s)
+def test_a_process_there_was_no_room_for_is_tried_again_soon_and_is_no_death() -> None:
+    policy = RespawnPolicy()
+    assert [policy.refused(0) for _ in range(5)] == [1, 2, 4, 4, 4]
+    assert policy.died(0, 50.0) == 1
+    policy.ready(0, 51.0)
+    assert policy.refused(0) == 1
 
 
-def test_one_request_cannot_use_up_a_worker() -> None:
-    assert MAX_DEATHS > MAX_ATTEMPTS
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 30) | st.none())))
+def test_pauses_never_exceed_a_minute_and_only_service_shortens_them(lives: list[tuple[float, float | None]]) -> None:
+    """Each life: how long its start took, and how long it served, if it came up."""
+    policy, now_s, previous_s = RespawnPolicy(), 0.0, 0.0
+    for start_s, service_s in lives:
+        now_s += start_s
+        if service_s is not None:
+            policy.ready(0, now_s)
+        ready_s, now_s = now_s, now_s + (service_s or 0.0)
+        pause_s = policy.died(0, now_s)
+        has_served = service_s is not None and now_s - ready_s >= SERVED_S
+        wanted_s = 1.0 if has_served or not previous_s else min(LONGEST_PAUSE_S, 2 * previous_s)
+        assert pause_s == wanted_s
+        assert 0 < policy.refused(0) <= LONGEST_REFUSED_PAUSE_S
+        now_s, previous_s = now_s + pause_s, pause_s

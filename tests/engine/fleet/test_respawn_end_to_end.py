@@ -5,21 +5,32 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import psutil
 import pytest
 import pytest_asyncio
 
-from tetrion.engine.api import AsyncEngine
+from tetrion.engine.api import AsyncEngine, RequestHandle
 from tetrion.engine.config import EngineConfig
+from tetrion.engine.fleet import respawn
 from tetrion.engine.request import GenerationError, ImageRequest, ImageResult
+from tetrion.engine.worker.forked import ForkedWorker
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server")]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server", "short_pauses")]
 PATIENCE_S = 150.0
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are started again after hundredths of a second."""
+    for name in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S"):
+        monkeypatch.setattr(respawn, name, 0.02)
 
 
 def small(**fields: object) -> ImageRequest:
@@ -52,6 +63,42 @@ def held() -> Counter[str]:
     return Counter(names)
 
 
+@contextlib.contextmanager
+def no_free_descriptor() -> Iterator[None]:
+    """Every descriptor that this process may have is taken, also those that a dead worker leaves."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, hard))
+    taken: list[int] = []
+
+    def take() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+
+    async def keep_taking() -> None:
+        while True:
+            take()
+            await asyncio.sleep(0.002)
+
+    take()
+    taking = asyncio.create_task(keep_taking())
+    try:
+        yield
+    finally:
+        taking.cancel()
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def progress_of(handle: RequestHandle) -> None:
+    """Wait until a step of the request has been carried out."""
+    async with asyncio.timeout(PATIENCE_S):
+        async for progress in handle:
+            if progress.step_index:
+                return
+
+
 async def all_alive(engine: AsyncEngine, other_than: dict[int, int]) -> None:
     """Wait until every worker serves, each one of `other_than` as another process."""
     async with asyncio.timeout(PATIENCE_S):
@@ -61,7 +108,7 @@ async def all_alive(engine: AsyncEngine, other_than: dict[int, int]) -> None:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def pair(fork_server: None) -> AsyncIterator[AsyncEngine]:
-    """Shared: each of its workers may be killed three times in all (engine/respawn.py)."""
+    """Shared by tests that each kill a worker or two, which are started again at once."""
     async with AsyncEngine(EngineConfig(devices="cpu:2", num_threads=1)) as running:
         yield running
 
@@ -103,7 +150,7 @@ async def test_a_worker_killed_while_it_starts_is_started_once_more(pair: AsyncE
         while not (starting := worker_processes() - others):
             await asyncio.sleep(0.02)
     os.kill(starting.pop(), signal.SIGKILL)
-    assert (await draw(pair)).degrees == (1,) * 8, "the other goes on"
+    await draw(pair)
     await all_alive(pair, {0: pids[0]})
     assert (await draw(pair, force_degrees=(2,))).degrees == (2,) * 8
 
@@ -122,26 +169,133 @@ async def test_with_all_workers_gone_requests_wait_for_the_next(pair: AsyncEngin
     await all_alive(pair, pids)
 
 
-async def test_a_worker_that_cannot_live_is_given_up_and_requests_fail(
+async def test_an_engine_whose_every_worker_is_killed_again_and_again_draws(pair: AsyncEngine) -> None:
+    reference, held_before, mine = await draw(pair), held(), worker_processes()
+    for _ in range(10):
+        pids = pair.worker_pids()
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        await all_alive(pair, pids)
+    assert digest(await draw(pair)) == digest(reference)
+    assert digest(await draw(pair, force_degrees=(2,))) == digest(reference)
+    assert held() == held_before and len(worker_processes()) == len(mine)
+
+
+async def test_an_engine_that_has_no_worker_for_too_long_ends(
     own_fork_server: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     held_before, others = held(), worker_processes()
-    async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as engine:
+    async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1, no_worker_timeout_s=3.0)) as engine:
         handle = engine.submit(small(width=512, height=512, num_steps=100))
-        await asyncio.sleep(0.2)
+        await progress_of(handle)
         monkeypatch.setattr(sys, "executable", "/bin/false")
         os.kill(psutil.Process(engine.worker_pids()[0]).ppid(), signal.SIGKILL)
         os.kill(engine.worker_pids()[0], signal.SIGKILL)
-        with pytest.raises(GenerationError, match="no worker is alive"):
-            await asyncio.wait_for(handle.result(), PATIENCE_S)
-        with pytest.raises(GenerationError, match="no worker is alive"):
+        while engine.worker_pids():
+            await asyncio.sleep(0.01)
+        waiting = engine.submit(small())
+        death = await asyncio.wait_for(engine.ended(), PATIENCE_S)
+        assert re.match(r"no worker has been alive for 3 s; the last one lost, worker 0: no exit status", str(death))
+        for each in (handle, waiting):
+            with pytest.raises(GenerationError, match="no worker has been alive for 3 s"):
+                await asyncio.wait_for(each.result(), PATIENCE_S)
+        with pytest.raises(GenerationError, match="no worker has been alive for 3 s"):
             engine.submit(small())
-        assert engine.stats().num_alive == 0
-    given_up = "worker 0 is given up, it died too often; the last time: no exit status, its fork server"
-    assert f"{given_up} exited with status 1" in caplog.text
+    again = r"worker 0 is started again in 0\.02 s; the reason: no exit status, its fork server "
+    assert re.search(again + "exited with status 1", caplog.text)
     assert "worker 0 was lost: no exit status, its fork server killed by signal 9" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
     assert held() == held_before and worker_processes() == others
+
+
+async def test_a_death_when_no_descriptor_is_free_is_reported_at_once(pair: AsyncEngine) -> None:
+    reference, pids, held_before = await draw(pair), pair.worker_pids(), held()
+    handle = pair.submit(small(width=256, height=256, num_steps=30, force_degrees=(2,)))
+    await progress_of(handle)
+    with no_free_descriptor():
+        os.kill(pids[1], signal.SIGKILL)
+        while len(pair.worker_pids()) > 1:
+            await asyncio.sleep(0.01)
+        assert digest(await draw(pair)) == digest(reference), "the other goes on, descriptors or not"
+        assert list(pair.worker_pids()) == [0]
+    async with asyncio.timeout(PATIENCE_S):
+        await handle.result()
+        await all_alive(pair, {1: pids[1]})
+    assert (await draw(pair, force_degrees=(2,))).degrees == (2,) * 8
+    assert held() == held_before
+
+
+async def test_with_all_workers_and_all_descriptors_gone_requests_are_answered_when_there_are_descriptors_again(
+    pair: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference, pids, held_before = await draw(pair), pair.worker_pids(), held()
+    handles = [pair.submit(small(num_steps=8)) for _ in range(3)]
+    await progress_of(handles[0])
+    with no_free_descriptor():
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        while pair.worker_pids():
+            await asyncio.sleep(0.01)
+        handles.append(pair.submit(small()))
+        while caplog.text.count("the reason: it cannot be started: [Errno 24] Too many open files") < 5:
+            await asyncio.sleep(0.01)
+        assert not pair.worker_pids()
+    async with asyncio.timeout(PATIENCE_S):
+        results = [await handle.result() for handle in handles]
+    assert {digest(result) for result in results} == {digest(reference)}
+    await all_alive(pair, pids)
+    assert held() == held_before
+
+
+async def test_descriptors_that_run_out_while_a_worker_starts_do_not_keep_it_from_coming_up(pair: AsyncEngine) -> None:
+    """Nor from being killed afterwards: it has no pidfd."""
+    pids, others, held_before = pair.worker_pids(), worker_processes(), held()
+    os.kill(pids[0], signal.SIGKILL)
+    async with asyncio.timeout(PATIENCE_S):
+        while not worker_processes() - others:
+            await asyncio.sleep(0.001)
+    with no_free_descriptor():
+        await all_alive(pair, {0: pids[0]})
+        os.kill(pair.worker_pids()[0], signal.SIGKILL)
+        while len(pair.worker_pids()) > 1:
+            await asyncio.sleep(0.01)
+        await draw(pair)
+    async with asyncio.timeout(PATIENCE_S):
+        await all_alive(pair, pids | {1: 0})
+    assert (await draw(pair, force_degrees=(2,))).degrees == (2,) * 8
+    assert held() == held_before
+
+
+async def test_a_burial_that_fails_is_still_a_loss(pair: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: ForkedWorker) -> str:
+        raise IndexError("list index out of range")
+
+    reference, pids = await draw(pair), pair.worker_pids()
+    handle = pair.submit(small(num_steps=8, force_degrees=(2,)))
+    with monkeypatch.context() as patch:
+        patch.setattr(ForkedWorker, "how_it_ended", broken)
+        os.kill(pids[1], signal.SIGKILL)
+        assert digest(await asyncio.wait_for(handle.result(), PATIENCE_S)) == digest(reference)
+    await all_alive(pair, {1: pids[1]})
+
+
+async def test_a_stopped_worker_is_killed_and_what_waited_for_it_in_a_drain_fails_with_the_reason(
+    own_fork_server: None,
+) -> None:
+    """One member of a group dies, the other is stopped: it does not even react to being aborted."""
+    async with AsyncEngine(EngineConfig(devices="cpu:2", num_threads=1, stall_timeout_s=1.0)) as engine:
+        reference, pids = await draw(engine), engine.worker_pids()
+        handle = engine.submit(small(num_steps=200, force_degrees=(2,)))
+        await progress_of(handle)
+        os.kill(pids[0], signal.SIGSTOP)
+        os.kill(pids[1], signal.SIGKILL)
+        late = engine.submit(small())
+        with pytest.raises(GenerationError, match=r"killed by signal 9; then worker 0 did not answer for [1-9]+ s"):
+            await asyncio.wait_for(handle.result(), PATIENCE_S)
+        assert digest(await asyncio.wait_for(late.result(), PATIENCE_S)) == digest(reference)
+        await all_alive(engine, pids)
+        assert (await draw(engine, force_degrees=(2,))).degrees == (2,) * 8
 
 
 async def test_a_worker_lost_at_the_start_fails_it(own_fork_server: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.model_spec import read_model_spec
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.ops import ReferenceOps
 from tetrion.engine.models.registry import load_shared
 from tetrion.engine.parallel.exchange import Rope, Stream
-from tetrion.engine.shape import Params
+from tetrion.engine.params import Params
 from tetrion.kernels.reference import attention, guided_step, qk_norm_rope
 
 T5_DIM, CLIP_DIM = 24, 20

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 from torch.nn import functional
 
-from tetrion.engine.model_spec import read_model_spec
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.encoders import ClipEncoder, T5Encoder, one_thread
 from tetrion.engine.models.loading import component_tensors, load_to_device
 from tetrion.engine.models.registry import components_of

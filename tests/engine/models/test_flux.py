@@ -17,7 +17,8 @@ from tetrion.engine.models.flux import FluxTransformer, project_text, read_confi
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.parallel.exchange import Rope, Stream
 from tetrion.engine.parallel.group import GroupPlan, Shard, plan_group
-from tetrion.engine.shape import Params, StepShape
+from tetrion.engine.params import Params
+from tetrion.engine.shape import StepShape
 from tetrion.kernels.reference import attention, qk_norm_rope
 
 

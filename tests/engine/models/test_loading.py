@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.engine.models.conftest import Loaded
-from tetrion.engine.model_spec import CheckpointError, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.loading import Component, ComponentFiles, Part, attach, component_tensors, publish
 from tetrion.engine.models.ops import ReferenceOps
 from tetrion.engine.models.registry import load_shared

@@ -3,7 +3,8 @@
 import msgspec
 import pytest
 
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.memory_budget import TILED_PIXELS, MemoryBudget, memory_budget
 from tetrion.engine.models.registry import components_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from tetrion.engine.model_spec import read_model_spec
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.locate import resolve_model
 
 PROMPT = "a red circle above a blue square"

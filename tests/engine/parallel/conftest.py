@@ -14,7 +14,8 @@ from typing import IO, Any, ClassVar
 import msgspec
 import pytest
 
-from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
+from tests.engine.specs import make_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import ControlLayout, SlabLayout, slab_layout
 from tetrion.engine.parallel.words import AbortWords
 
@@ -135,10 +136,9 @@ def anonymous_file(num_bytes: int) -> int:
 
 def tiny_spec(num_heads: int = 6) -> ModelSpec:
     """At most 13 text rows a branch and 100 image rows; 6 heads of 8."""
-    return ModelSpec(
-        name="tiny", path="", architecture="flux", num_heads=num_heads, head_dim=8, in_channels=16, text_dim=12,
-        pooled_dim=10, guidance_embeds=False, vae_scale_factor=8, scheduler=SchedulerSpec(), num_steps=4, guidance=0.0,
-        max_text_tokens=13, min_size=16, max_size=160, default_width=160, default_height=160,
+    return make_spec(
+        num_heads=num_heads, head_dim=8, pooled_dim=10, num_steps=4, max_text_tokens=13, min_size=16, max_size=160,
+        default_size=(160, 160),
     )  # fmt: skip
 
 

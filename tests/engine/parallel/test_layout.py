@@ -8,20 +8,24 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.engine.parallel.toy_models import SPECS
-from tetrion.engine.model_spec import ModelSpec, SchedulerSpec
+from tests.engine.specs import make_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.group import BranchLayout, plan_group
 from tetrion.engine.parallel.layout import CACHE_LINE, PAGE, ControlLayout, SlabLayout, slab_layout
 from tetrion.engine.shape import StepShape
 
 flux_specs = st.builds(
-    ModelSpec,
-    name=st.just("flux"), path=st.just(""), architecture=st.just("flux"), num_heads=st.integers(1, 40),
-    head_dim=st.sampled_from([8, 32, 128]), in_channels=st.sampled_from([4, 16, 64]), text_dim=st.integers(1, 4096),
-    pooled_dim=st.integers(1, 768), guidance_embeds=st.just(False), vae_scale_factor=st.just(8),
-    scheduler=st.just(SchedulerSpec()), num_steps=st.just(4), guidance=st.just(0.0),
-    max_text_tokens=st.integers(1, 512), min_size=st.just(16), max_size=st.integers(8, 128).map(lambda n: 16 * n),
-    default_width=st.just(128), default_height=st.just(128), max_branches=st.integers(1, 2),
-)  # fmt: skip
+    make_spec,
+    name=st.just("flux"),
+    num_heads=st.integers(1, 40),
+    head_dim=st.sampled_from([8, 32, 128]),
+    in_channels=st.sampled_from([4, 16, 64]),
+    pooled_dim=st.integers(1, 768),
+    max_text_tokens=st.integers(1, 512),
+    min_size=st.just(16),
+    max_size=st.integers(8, 128).map(lambda n: 16 * n),
+    max_branches=st.integers(1, 2),
+)
 spec_lists = st.tuples(flux_specs, st.lists(st.sampled_from(sorted(SPECS)), unique=True)).map(
     lambda drawn: [drawn[0], *(SPECS[name] for name in drawn[1])]
 )

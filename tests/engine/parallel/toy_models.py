@@ -8,44 +8,27 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tetrion.engine.model_spec import ModelSpec, SchedulerSpec, SlotField
+from tests.engine.specs import make_spec
+from tetrion.engine.model_spec import ModelSpec, Rows, SlotField
 from tetrion.engine.parallel.exchange import Rope, Stream
 from tetrion.engine.parallel.group import GroupPlan
 from tetrion.engine.shape import StepShape
 
 HEAD_DIM, CHANNELS, STATE_ROWS, TEXT_DIM, POOLED_DIM = 8, 8, 2, 12, 10
-MAX_ROWS = {"text": 13, "image": 100, "reference": 20, "one": 1}
 
 
-class ToySpec(ModelSpec, frozen=True, kw_only=True):
-    """A model with any segments, whose solver keeps two rows of state behind each token."""
-
-    order: tuple[str, ...]
-
-    @property
-    def segments(self) -> tuple[str, ...]:
-        return self.order
-
-    @property
-    def fields(self) -> tuple[SlotField, ...]:
-        constants = (
-            SlotField(name="text", rows="text", width=TEXT_DIM, per_branch=True),
-            SlotField(name="pooled", rows="one", width=POOLED_DIM, per_branch=True),
-            SlotField(name="reference", rows="reference", width=CHANNELS),
-        )
-        state = SlotField(name="latents", rows="image", width=STATE_ROWS * CHANNELS, fp32=True, changes=True)
-        return (*constants[: 3 if "reference" in self.order else 2], state)
-
-    def max_rows(self, kind: str) -> int:
-        return MAX_ROWS[kind]
-
-
-def toy_spec(name: str, order: tuple[str, ...], num_heads: int) -> ToySpec:
-    return ToySpec(
-        name=name, path="", architecture="toy", num_heads=num_heads, head_dim=HEAD_DIM, in_channels=CHANNELS,
-        text_dim=TEXT_DIM, pooled_dim=POOLED_DIM, guidance_embeds=False, vae_scale_factor=8,
-        scheduler=SchedulerSpec(), num_steps=4, guidance=0.0, max_text_tokens=13, min_size=16, max_size=160,
-        default_width=160, default_height=160, order=order,
+def toy_spec(name: str, segments: tuple[Rows, ...], num_heads: int) -> ModelSpec:
+    """A model whose solver keeps two rows of state behind each token."""
+    constants = (
+        SlotField(name="text", rows="text", width=TEXT_DIM, per_branch=True),
+        SlotField(name="pooled", rows="one", width=POOLED_DIM, per_branch=True),
+        SlotField(name="reference", rows="reference", width=CHANNELS),
+    )
+    state = SlotField(name="latents", rows="image", width=STATE_ROWS * CHANNELS, fp32=True, changes=True)
+    return make_spec(
+        name=name, family="toy", num_heads=num_heads, head_dim=HEAD_DIM, segments=segments, max_text_tokens=13,
+        fields=(*constants[: 3 if "reference" in segments else 2], state), max_reference_rows=20, min_size=16,
+        max_size=160, default_size=(160, 160),
     )  # fmt: skip
 
 
@@ -63,7 +46,7 @@ SPECS = {
 class ToyNetwork:
     """A pass over the sequence for one branch and one step, for one member. Element-wise but for attention."""
 
-    def __init__(self, spec: ToySpec, shape: StepShape, plan: GroupPlan, device_id: int, branch: int) -> None:
+    def __init__(self, spec: ModelSpec, shape: StepShape, plan: GroupPlan, device_id: int, branch: int) -> None:
         self._spec, self._branch = spec, branch
         self._shard, self._counts = plan.shard_of(device_id), plan.counts
         self._canonical = plan.canonical_rows(self._shard)

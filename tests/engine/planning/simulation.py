@@ -12,6 +12,8 @@ import msgspec
 import numpy
 
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.degrees import legal_for
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, Planner, RequestView, RoundPlan, Snapshot, Stage
@@ -41,6 +43,11 @@ def make_profile(classes: dict[str, dict[str, object]]) -> Profile:
     return msgspec.convert({"heads": HEADS, "classes": classes}, Profile)
 
 
+def costs_of(profile: Profile) -> CostTables:
+    """The tables of a pool that serves one model, whose name is empty."""
+    return CostTables(profiles={"": profile})
+
+
 def legal_degrees(num_devices: int) -> tuple[int, ...]:
     return tuple(n for n in range(1, num_devices + 1) if HEADS % n == 0)
 
@@ -66,6 +73,10 @@ class SimRequest:
     degrees: list[int] = field(default_factory=list)
 
     @property
+    def cost_key(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
     def deadline_s(self) -> float | None:
         return None if self.slo_s is None else self.arrival_s + self.slo_s
 
@@ -79,8 +90,8 @@ class SimRequest:
         return RequestView(
             request_id=self.request_id,
             stage=self.stage,
-            width=self.width,
-            height=self.height,
+            model="",
+            cost_key=self.cost_key,
             step_index=self.step_index,
             num_steps=self.num_steps,
             arrival_s=self.arrival_s,
@@ -108,13 +119,12 @@ class Simulation:
     ) -> None:
         self.planner = planner
         self.trace = list(trace)
-        self.profile = profile
+        self.costs = costs_of(profile)
         self.config = config or PlannerConfig()
         self.on_plan = on_plan
         self.step_overhead_s, self.regroup_s = overhead_s
         self.free_s = dict.fromkeys(range(num_devices), 0.0)
         self.alive: dict[str, SimRequest] = {}
-        self.legal = legal_degrees(num_devices)
         self.num_plans = 0
 
     def run(self, until_s: float = math.inf) -> list[SimRequest]:
@@ -155,15 +165,14 @@ class Simulation:
             now_s=now_s,
             requests=tuple(sorted(views, key=lambda view: urgency(view, self.config))),
             devices=tuple(DeviceView(device_id=d, free_s=max(t, now_s)) for d, t in self.free_s.items()),
-            legal_degrees=self.legal,
-            profile=self.profile,
+            costs=self.costs,
             config=self.config,
         )
 
     def start(self, assignment: Assignment, now_s: float) -> float:
         request = self.alive[assignment.request_id]
         start_s = max(now_s, request.ready_s, *(self.free_s[device] for device in assignment.members))
-        cost = self.profile.cost(request.width, request.height)
+        cost = self.costs.cost("", request.cost_key)
         if assignment.stage == "denoise":
             end_s = start_s + assignment.chunk_steps * (cost.step_s(len(assignment.members)) + self.step_overhead_s)
             end_s += self.regroup_s * (assignment.members != request.members)
@@ -196,7 +205,8 @@ def check_plan(snapshot: Snapshot, plan: RoundPlan) -> None:
         assert request.ready_s <= limit_s, "not ready"
         assert all(free_s[device] <= limit_s for device in assignment.members), "not free"
         if assignment.stage == "denoise":
-            assert len(assignment.members) in snapshot.legal_degrees
+            profile, num_devices = snapshot.costs.profiles[request.model], len(snapshot.devices)
+            assert len(assignment.members) in legal_for(profile, request.cost_key, num_devices)
             assert assignment.step_index == request.step_index
             assert 1 <= assignment.chunk_steps <= request.num_steps - request.step_index
         else:

@@ -9,7 +9,7 @@ from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.admission import earliest_deadline_s
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
 
-from .simulation import flux_profile, legal_degrees
+from .simulation import costs_of, flux_profile
 from .test_plans import NOW_S, snapshots
 
 PROFILE = flux_profile()
@@ -21,8 +21,8 @@ def newcomer(slo_s: float | None, request_id: str = "new", px: int = 1024) -> Re
     return RequestView(
         request_id=request_id,
         stage="encode",
-        width=px,
-        height=px,
+        model="",
+        cost_key=f"{px}x{px}",
         step_index=0,
         num_steps=28,
         arrival_s=NOW_S,
@@ -36,14 +36,13 @@ def busy(requests: tuple[RequestView, ...] = (), num_devices: int = 8, until_s: 
         now_s=NOW_S,
         requests=requests,
         devices=tuple(DeviceView(device_id=i, free_s=until_s) for i in range(num_devices)),
-        legal_degrees=legal_degrees(num_devices),
-        profile=PROFILE,
+        costs=costs_of(PROFILE),
         config=PlannerConfig(),
     )
 
 
 def test_alone_the_earliest_deadline_is_what_the_widest_degree_takes() -> None:
-    fastest_s = ENCODE_S + 28 * PROFILE.step_s(1024, 1024, 8) + DECODE_S + MARGIN_S
+    fastest_s = ENCODE_S + 28 * PROFILE.step_s("1024x1024", 8) + DECODE_S + MARGIN_S
     assert earliest_deadline_s(busy(), newcomer(fastest_s + 0.001)) is None
     assert earliest_deadline_s(busy(), newcomer(fastest_s - 0.001)) == pytest.approx(NOW_S + fastest_s)
     later = busy(until_s=NOW_S + 0.4)
@@ -56,7 +55,7 @@ def test_without_an_slo_nobody_is_refused() -> None:
 
 
 def test_those_before_count_but_those_without_slo_give_way() -> None:
-    one_device = 28 * PROFILE.step_s(1024, 1024, 1)
+    one_device = 28 * PROFILE.step_s("1024x1024", 1)
     before = tuple(newcomer(2 * one_device, f"r{i}") for i in range(2))
     refused = earliest_deadline_s(busy(before, num_devices=1), newcomer(1.5 * one_device))
     assert refused is None, "it would displace a later one"

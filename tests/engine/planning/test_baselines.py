@@ -11,7 +11,7 @@ from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
 from tetrion.engine.planning.tetriserve import decide, least_gpu_time_mix, round_s
 
-from .simulation import make_profile
+from .simulation import costs_of, make_profile
 
 PROFILE = make_profile(
     {
@@ -29,8 +29,8 @@ def request(
     given: dict[str, object] = {
         "request_id": request_id,
         "stage": "denoise",
-        "width": px,
-        "height": px,
+        "model": "",
+        "cost_key": f"{px}x{px}",
         "step_index": 0,
         "num_steps": 10,
         "arrival_s": arrival_s,
@@ -47,8 +47,7 @@ def snapshot(
         now_s=now_s,
         requests=tuple(msgspec.structs.replace(r, ready_s=max(r.ready_s, now_s)) for r in requests),
         devices=tuple(DeviceView(device_id=i, free_s=max(now_s, time_s)) for i, time_s in enumerate(free_s)),
-        legal_degrees=(1, 2, 3, 4),
-        profile=PROFILE,
+        costs=costs_of(PROFILE),
         config=PlannerConfig(),
     )
 
@@ -99,7 +98,7 @@ def test_best_fit_serves_the_earliest_deadline_first_and_the_next_with_what_is_l
 
 
 def work(request_id: str, budget_s: float, px: int = 1024, num_steps: int = 10) -> Work:
-    table = DegreeTable(PROFILE.cost(px, px), (1, 2, 4), 4)
+    table = DegreeTable(PROFILE.cost(f"{px}x{px}"), (1, 2, 4), 4)
     return Work(request(request_id, px=px, num_steps=num_steps), table, 0.0, budget_s, True)
 
 
@@ -175,7 +174,7 @@ def test_the_clock_of_the_rounds_ignores_small_corrections_of_the_profile() -> N
     step_ms = {1: 200.0, 2: 120.0, 4: 79.9}
     faster = make_profile({"1024x1024": {"step_ms": step_ms, "encode_ms": 25, "decode_ms": 90}})
     assert isinstance(faster, Profile)
-    assert round_s(msgspec.structs.replace(snapshot([]), profile=faster), 5) == pytest.approx(ROUND_S)
+    assert round_s(msgspec.structs.replace(snapshot([]), costs=costs_of(faster)), 5) == pytest.approx(ROUND_S)
 
 
 @pytest.mark.parametrize("name", ["tetriserve-g0", "tetriserve-g", "tetriserve-2", "tetriserve-continuous-2", "rssp-1"])

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.engine.specs import make_spec
 from tetrion.engine.config import EnergyMode, PlannerConfig
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_admission import cheapest_for, check_default, check_wish
@@ -22,8 +23,10 @@ from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.slo import MARGIN_S
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
 from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, RequestError
+from tetrion.engine.resolve import resolve_request
+from tetrion.engine.shape import cost_key_of_size
 
-from .simulation import SIZES, check_plan, flux_profile, legal_degrees
+from .simulation import SIZES, check_plan, costs_of, flux_profile
 from .test_horizon import NOW_S, by_id, plan, request
 from .test_plans import snapshots
 from .test_plans import test_horizon_leaves_no_device_idle_except_on_purpose as no_device_is_idle_but_on_purpose
@@ -45,8 +48,8 @@ def with_joules(profile: Profile, watts: float = 600.0) -> Profile:
 PROFILE = with_joules(flux_profile())
 
 
-def table(size: tuple[int, int], num_devices: int = 8) -> DegreeTable:
-    return DegreeTables(PROFILE, legal_degrees(num_devices), num_devices)[size]
+def table(key: str, num_devices: int = 8) -> DegreeTable:
+    return DegreeTables(costs_of(PROFILE), num_devices)["", key]
 
 
 def draw_alone(view: RequestView, num_devices: int, **config: object) -> tuple[float, float, tuple[int, ...]]:
@@ -57,12 +60,11 @@ def draw_alone(view: RequestView, num_devices: int, **config: object) -> tuple[f
             now_s=now_s,
             requests=(view,),
             devices=tuple(DeviceView(device_id=i, free_s=now_s) for i in range(num_devices)),
-            legal_degrees=legal_degrees(num_devices),
-            profile=PROFILE,
+            costs=costs_of(PROFILE),
             config=PlannerConfig(**config),  # type: ignore[arg-type]
         )
         (chunk,) = PLANNER(snapshot).assignments
-        degree, cost = len(chunk.members), PROFILE.cost(view.width, view.height)
+        degree, cost = len(chunk.members), PROFILE.cost(view.cost_key)
         spent_j = chunk.chunk_steps * cost.step_by_degree_j[degree]
         joules, now_s = joules + spent_j, now_s + chunk.chunk_steps * cost.step_s(degree)
         degrees += [degree] * chunk.chunk_steps
@@ -88,9 +90,9 @@ alone = st.fixed_dictionaries(
 
 def alone_view(size: tuple[int, int], num_devices: int, num_steps: int, room: float, **fields: object) -> RequestView:
     """A request whose deadline leaves `room` times the seconds that the fastest degree takes."""
-    cost = table(size, num_devices)
+    cost = table(cost_key_of_size(size), num_devices)
     due_s = NOW_S + room * num_steps * cost.fastest_step_s + cost.cost.decode_s + 2 * MARGIN_S
-    return request("a", width=size[0], height=size[1], num_steps=num_steps, deadline_s=due_s, **fields)
+    return request("a", cost_key=cost_key_of_size(size), num_steps=num_steps, deadline_s=due_s, **fields)
 
 
 @settings(max_examples=25, deadline=None)
@@ -106,7 +108,7 @@ def test_any_mode_keeps_the_contract_repeats_and_lets_nobody_in_a_hurry_wait(
         )
         for view in snapshot.requests
     )
-    snapshot = msgspec.structs.replace(snapshot, requests=requests, profile=PROFILE)
+    snapshot = msgspec.structs.replace(snapshot, requests=requests, costs=costs_of(PROFILE))
     plan = PLANNER(snapshot)
     check_plan(snapshot, plan)
     assert PLANNER(snapshot) == plan
@@ -130,7 +132,7 @@ def test_alone_least_energy_takes_no_more_than_balanced_nor_that_than_fastest_an
         view = alone_view(**case, energy_mode=mode)  # type: ignore[arg-type]
         taken[mode], end_s, _ = draw_alone(view, case["num_devices"])  # type: ignore[arg-type]
         assert view.deadline_s is not None
-        assert end_s + PROFILE.decode_s(view.width, view.height) <= view.deadline_s
+        assert end_s + PROFILE.decode_s(view.cost_key) <= view.deadline_s
     assert taken["least-energy"] <= taken["balanced"] + 1e-6 <= taken["fastest"] + 2e-6
 
 
@@ -140,7 +142,7 @@ def test_a_budget_that_the_cheapest_plan_meets_is_kept_in_every_mode(
     case: dict[str, object], mode: EnergyMode, share: float
 ) -> None:
     view = alone_view(**case, energy_mode=mode)  # type: ignore[arg-type]
-    costs = table((view.width, view.height), case["num_devices"])  # type: ignore[arg-type]
+    costs = table(view.cost_key, case["num_devices"])  # type: ignore[arg-type]
     assert view.deadline_s is not None
     available_s = view.deadline_s - NOW_S - costs.cost.decode_s - MARGIN_S
     cheapest = cheapest_plan(costs, view.num_steps, available_s)
@@ -159,7 +161,7 @@ def test_a_budget_that_the_cheapest_plan_meets_is_kept_in_every_mode(
 def test_the_cheapest_plan_is_no_dearer_than_any_mixture_of_two_degrees(
     size: tuple[int, int], num_steps: int, seconds: float
 ) -> None:
-    costs, best = table(size), math.inf
+    costs, best = table(cost_key_of_size(size)), math.inf
     for a in costs.degrees:
         for b in costs.degrees:
             for n in range(num_steps + 1):
@@ -208,7 +210,7 @@ def test_a_wider_degree_that_takes_less_is_preferred() -> None:
 
 def test_late_requests_are_still_served() -> None:
     for size in SIZES:
-        view = request("a", width=size[0], height=size[1], deadline_s=NOW_S + 0.01, energy_mode="least-energy")
+        view = request("a", cost_key=cost_key_of_size(size), deadline_s=NOW_S + 0.01, energy_mode="least-energy")
         assert planned([view]).keys() == {"a"}
         assert planned([msgspec.structs.replace(view, budget_j=1.0)]).keys() == {"a"}
 
@@ -231,7 +233,7 @@ def test_with_hours_of_slack_one_goes_on_and_the_others_wait_but_nobody_in_a_hur
 def test_more_patient_work_takes_more_devices_before_its_deadline_is_near() -> None:
     due_s = NOW_S + PATIENT_SLACK_S + 600  # one device does 600 s / (28 × 0.8245 s) = 25 of these by then
     patient = [
-        request(f"p{i:03d}", width=2048, height=2048, deadline_s=due_s, energy_mode="least-energy") for i in range(60)
+        request(f"p{i:03d}", cost_key="2048x2048", deadline_s=due_s, energy_mode="least-energy") for i in range(60)
     ]
     assert len(planned(patient)) == 3
 
@@ -243,7 +245,9 @@ def wish(**fields: object) -> ImageRequest:
 
 
 def check(params: ImageRequest, profile: Profile = PROFILE, **config: object) -> None:
-    check_wish(params, DegreeTables(profile, legal_degrees(4), 4), PlannerConfig(**config))  # type: ignore[arg-type]
+    spec = make_spec(name="", num_heads=24, max_size=2048)
+    tables = DegreeTables(costs_of(profile), 4)
+    check_wish(resolve_request(params, spec, 4), tables, PlannerConfig(**config))  # type: ignore[arg-type]
 
 
 def test_a_budget_is_refused_with_the_cheapest_plan_that_meets_the_deadline() -> None:
@@ -260,7 +264,7 @@ def test_a_budget_is_refused_with_the_cheapest_plan_that_meets_the_deadline() ->
     assert len(cheapest.degrees) == 28 and set(cheapest.degrees) == {3, 1}
     assert cheapest.seconds <= 3.0 and cheapest.joules > exact_j and cheapest.uncounted == () and cheapest.in_time
     check(wish(budget_j=cheapest.joules, slo_ms=3000.0))
-    hopeless = cheapest_for(table((1024, 1024), 4), 28, 0.5)
+    hopeless = cheapest_for(table("1024x1024", 4), 28, 0.5)
     assert hopeless.joules == pytest.approx(exact_j), "a deadline that nobody meets is not the budget's business"
     with pytest.raises(BudgetUnmeetable, match=r"the cheapest plan takes 2792 J in .*, and none meets the deadline"):
         check(wish(budget_j=2000.0, slo_ms=500.0))
@@ -286,16 +290,16 @@ def test_without_joules_modes_and_budgets_are_refused() -> None:
 
 def test_a_mode_as_the_default_needs_joules_too() -> None:
     for mode in MODES:
-        check_default(PROFILE, legal_degrees(4), 4, PlannerConfig(energy=mode))
-    check_default(None, legal_degrees(4), 4, PlannerConfig())
-    for profile, reason in ((flux_profile(), "no joules"), (None, "measured at the start has no joules")):
+        check_default(costs_of(PROFILE), 4, PlannerConfig(energy=mode))
+    check_default(None, 4, PlannerConfig())
+    for costs, reason in ((costs_of(flux_profile()), "no joules"), (None, "measured at the start has no joules")):
         with pytest.raises(ValueError, match=rf"planner\.energy: 'balanced' is not possible: .*{reason}"):
-            check_default(profile, legal_degrees(4), 4, PlannerConfig(energy="balanced"))
+            check_default(costs, 4, PlannerConfig(energy="balanced"))
 
 
 @given(pixels=st.integers(16, 4096))
 def test_joules_of_sizes_in_between_are_estimated_and_grow(pixels: int) -> None:
     assume((pixels, pixels) not in SIZES)
-    joules, larger = (PROFILE.cost(side, side).step_by_degree_j for side in (pixels, pixels + 16))
+    joules, larger = (PROFILE.cost(f"{side}x{side}").step_by_degree_j for side in (pixels, pixels + 16))
     assert joules.keys() == {1, 2, 3, 4, 6, 8}
     assert all(0 < joules[degree] <= larger[degree] + 1e-9 for degree in joules)

@@ -34,7 +34,7 @@ def test_any_plan_keeps_the_contract_and_repeats(policy: str, snapshot: Snapshot
     check_plan(snapshot, plan)
     assert planner(snapshot) == plan
     assert msgspec.json.encode(snapshot) == before
-    usable = {request.request_id: PROFILE.degrees(request.width, request.height) for request in snapshot.requests}
+    usable = {request.request_id: PROFILE.degrees(request.cost_key) for request in snapshot.requests}
     assert all(len(a.members) in usable[a.request_id] for a in plan.assignments if a.stage == "denoise")
 
 

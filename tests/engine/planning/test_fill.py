@@ -13,6 +13,7 @@ from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.leftover import gain, widen
 from tetrion.engine.planning.placement import choose_members
 from tetrion.engine.planning.snapshot import RequestView
+from tetrion.engine.shape import cost_key_of_size
 
 from .simulation import SIZES, flux_profile, legal_degrees, make_profile
 
@@ -20,15 +21,15 @@ DEVICES = 8
 
 
 def table(size: int = 2, num_devices: int = DEVICES) -> DegreeTable:
-    return DegreeTable(flux_profile().cost(*SIZES[size]), legal_degrees(num_devices), num_devices)
+    return DegreeTable(flux_profile().cost(cost_key_of_size(SIZES[size])), legal_degrees(num_devices), num_devices)
 
 
 def work(name: str, size: int, due_s: float, steps: int = 28, start_s: float = 0.0, weight: float = 1.0) -> Work:
     view = RequestView(
         request_id=name,
         stage="denoise",
-        width=SIZES[size][0],
-        height=SIZES[size][1],
+        model="",
+        cost_key=cost_key_of_size(SIZES[size]),
         step_index=0,
         num_steps=steps,
         arrival_s=0.0,
@@ -41,12 +42,12 @@ def work(name: str, size: int, due_s: float, steps: int = 28, start_s: float = 0
 
 def test_degrees_that_gain_nothing_are_not_useful() -> None:
     shared_cores = {"step_ms": {1: 100.0, 2: 99.5, 3: 130.0, 4: 60.0}, "encode_ms": 1, "decode_ms": 1}
-    cost = make_profile({"64x64": shared_cores}).cost(64, 64)
-    assert useful_degrees(cost, (1, 2, 3, 4, 6), 8) == (1, 4)
-    assert useful_degrees(cost, (1, 2, 3, 4, 6), 3) == (1,)
-    only_wide = make_profile({"64x64": {"step_ms": {4: 60.0}, "encode_ms": 1, "decode_ms": 1}}).cost(64, 64)
-    assert useful_degrees(only_wide, (1, 2, 4), 8) == (4,)
-    assert useful_degrees(only_wide, (1, 2, 4), 2) == (1,), "nothing else is possible"
+    cost = make_profile({"64x64": shared_cores}).cost("64x64")
+    assert useful_degrees(cost, (1, 2, 3, 4, 6)) == (1, 4)
+    assert useful_degrees(cost, (1, 2, 3)) == (1,)
+    only_wide = make_profile({"64x64": {"step_ms": {4: 60.0}, "encode_ms": 1, "decode_ms": 1}}).cost("64x64")
+    assert useful_degrees(only_wide, (1, 2, 4)) == (4,)
+    assert useful_degrees(only_wide, (1, 2)) == (1,), "nothing else is possible"
     assert DegreeTable(cost, (1, 2, 3, 4), 6).largest == [0, 1, 1, 1, 4, 4, 4]
 
 

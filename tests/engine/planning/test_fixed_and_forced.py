@@ -6,7 +6,7 @@ from tetrion.engine.planning.forced import pinned_chunk_steps, pinned_degree
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
 
-from .simulation import SimRequest, Simulation, flux_profile, legal_degrees, make_profile
+from .simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 
 
 def snapshot(num_devices: int, **fields: object) -> Snapshot:
@@ -14,8 +14,7 @@ def snapshot(num_devices: int, **fields: object) -> Snapshot:
         "now_s": 0.0,
         "requests": (),
         "devices": tuple(DeviceView(device_id=i, free_s=0.0) for i in range(num_devices)),
-        "legal_degrees": legal_degrees(num_devices),
-        "profile": flux_profile(),
+        "costs": costs_of(flux_profile()),
         "config": PlannerConfig(),
     }
     return Snapshot(**{**values, **fields})  # type: ignore[arg-type]
@@ -24,8 +23,8 @@ def snapshot(num_devices: int, **fields: object) -> Snapshot:
 def request(request_id: str, **fields: object) -> RequestView:
     values: dict[str, object] = {
         "stage": "denoise",
-        "width": 512,
-        "height": 512,
+        "model": "",
+        "cost_key": "512x512",
         "step_index": 0,
         "num_steps": 12,
         "arrival_s": 0.0,
@@ -73,7 +72,7 @@ def test_fixed_serves_in_order_of_arrival_and_keeps_the_group() -> None:
 
 def test_fixed_falls_back_to_a_degree_that_the_profile_has() -> None:
     sparse = make_profile({"512x512": {"step_ms": {1: 9.0, 2: 6.0}, "encode_ms": 1, "decode_ms": 1}})
-    plan = fixed_planner(4)(snapshot(4, profile=sparse, requests=(request("a"),)))
+    plan = fixed_planner(4)(snapshot(4, costs=costs_of(sparse), requests=(request("a"),)))
     assert plan.assignments[0].members == (0, 1)
 
 

@@ -7,7 +7,7 @@ from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
 
-from .simulation import SimRequest, Simulation, flux_profile, legal_degrees, make_profile
+from .simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 
 NOW_S = 100.0
 
@@ -16,8 +16,8 @@ def request(request_id: str, **fields: object) -> RequestView:
     """A 1024² request ready to denoise, with a deadline far away."""
     values: dict[str, object] = {
         "stage": "denoise",
-        "width": 1024,
-        "height": 1024,
+        "model": "",
+        "cost_key": "1024x1024",
         "step_index": 0,
         "num_steps": 28,
         "arrival_s": NOW_S,
@@ -32,8 +32,7 @@ def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **co
         now_s=NOW_S,
         requests=tuple(sorted(requests, key=lambda r: urgency(r, PlannerConfig(**config)))),
         devices=tuple(DeviceView(device_id=i, free_s=NOW_S + wait_s) for i, wait_s in enumerate(free_in_s)),
-        legal_degrees=legal_degrees(len(free_in_s)),
-        profile=profile or flux_profile(),
+        costs=costs_of(profile or flux_profile()),
         config=PlannerConfig(**config),
     )
     return get_planner("horizon")(snapshot)
@@ -64,9 +63,9 @@ def test_decode_goes_before_encode_before_denoise_and_stays_where_the_latents_ar
 def test_a_chunk_holds_as_many_whole_steps_as_fit() -> None:
     chunk = by_id(plan([request("a", step_index=3)], [0.0]))["a"]
     assert (chunk.step_index, chunk.chunk_steps) == (3, 1)
-    chunk = by_id(plan([request("a", width=256, height=256)], [0.0]))["a"]
+    chunk = by_id(plan([request("a", cost_key="256x256")], [0.0]))["a"]
     assert chunk.chunk_steps == 4
-    chunk = by_id(plan([request("a", width=256, height=256, step_index=26)], [0.0]))["a"]
+    chunk = by_id(plan([request("a", cost_key="256x256", step_index=26)], [0.0]))["a"]
     assert chunk.chunk_steps == 2
 
 
@@ -114,7 +113,7 @@ def test_the_rescue_is_a_switch() -> None:
 def test_weights_decide_who_is_given_up() -> None:
     def crowd(weight: float) -> list[RequestView]:
         return [
-            request("large", width=2048, height=2048, deadline_s=NOW_S + 4.8, weight=weight),
+            request("large", cost_key="2048x2048", deadline_s=NOW_S + 4.8, weight=weight),
             *(request(f"s{i}", deadline_s=NOW_S + 2.3) for i in range(2)),
         ]
 
@@ -123,7 +122,7 @@ def test_weights_decide_who_is_given_up() -> None:
 
 
 def test_only_so_many_of_the_most_urgent_are_weighed_against_each_other() -> None:
-    step_s = flux_profile().step_s(1024, 1024, 1)
+    step_s = flux_profile().step_s("1024x1024", 1)
     crowd = [request(f"r{i}", deadline_s=NOW_S + 0.13 + 28 * step_s + 0.01 * (i + 1)) for i in range(4)]
     assert len(by_id(plan(crowd, [0.0] * 4))) == 4
     few = by_id(plan(crowd, [0.0] * 4, max_candidates=1))
@@ -141,7 +140,7 @@ def test_previous_members_stay_in_order() -> None:
 
 
 def test_it_waits_for_a_device_that_is_free_soon_and_says_when_to_wake_it() -> None:
-    tight = request("a", width=2048, height=2048, deadline_s=NOW_S + 0.48 + 28 * 0.4699 + 0.06)
+    tight = request("a", cost_key="2048x2048", deadline_s=NOW_S + 0.48 + 28 * 0.4699 + 0.06)
     soon = plan([tight], [0.0, 0.020])
     assert soon.assignments == ()
     assert soon.wake_s is not None and math.isclose(soon.wake_s, NOW_S + 0.020 - 0.005)
@@ -188,12 +187,12 @@ def test_overload_with_slos_does_not_starve_those_without() -> None:
 
 def test_a_request_that_needs_all_devices_waits_for_a_short_one_and_not_for_a_long_one() -> None:
     """On two devices a step of 2048² takes 0.5 s longer on one: the short one is let through on both, not beside it."""
-    cost = flux_profile().cost(2048, 2048)
+    cost = flux_profile().cost("2048x2048")
     due_s = NOW_S + 10 * cost.step_s(2) + cost.decode_s + 1.0
-    large = request("large", width=2048, height=2048, step_index=18, deadline_s=due_s)
-    short = request("short", width=256, height=256, step_index=24, deadline_s=NOW_S + 1)
+    large = request("large", cost_key="2048x2048", step_index=18, deadline_s=due_s)
+    short = request("short", cost_key="256x256", step_index=24, deadline_s=NOW_S + 1)
     long = request("long", step_index=22, deadline_s=NOW_S + 2)
-    patient = request("large", width=2048, height=2048, step_index=18)
+    patient = request("large", cost_key="2048x2048", step_index=18)
     for requests, expected in (
         ([large, short], {"short": 2}),
         ([large, long], {"long": 1, "large": 1}),

@@ -12,6 +12,7 @@ from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
+from tetrion.engine.shape import cost_key_of_size
 
 from .simulation import (
     SIZES,
@@ -19,6 +20,7 @@ from .simulation import (
     Simulation,
     attainment,
     check_plan,
+    costs_of,
     flux_profile,
     legal_degrees,
     planner_point_trace,
@@ -48,8 +50,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             RequestView(
                 request_id=f"r{i:02d}",
                 stage=stage,
-                width=(size := draw(st.sampled_from((*SIZES, (640, 384)))))[0],
-                height=size[1],
+                model="",
+                cost_key=cost_key_of_size(draw(st.sampled_from((*SIZES, (640, 384))))),
                 step_index={"encode": 0, "decode": 28}.get(stage, draw(st.integers(0, 27))),
                 num_steps=28,
                 arrival_s=arrival_s,
@@ -73,8 +75,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         now_s=NOW_S,
         requests=tuple(sorted(requests, key=lambda request: urgency(request, config))),
         devices=tuple(DeviceView(device_id=device, free_s=time_s) for device, time_s in free_s.items()),
-        legal_degrees=legal_degrees(num_devices),
-        profile=PROFILE,
+        costs=costs_of(PROFILE),
         config=config,
     )
 
@@ -89,7 +90,7 @@ def test_any_plan_keeps_the_contract_and_repeats(policy: str, snapshot: Snapshot
     check_plan(snapshot, plan)
     assert planner(snapshot) == plan
     assert msgspec.json.encode(snapshot) == before
-    usable = {request.request_id: set(PROFILE.degrees(request.width, request.height)) for request in snapshot.requests}
+    usable = {request.request_id: set(PROFILE.degrees(request.cost_key)) for request in snapshot.requests}
     assert all(len(a.members) in usable[a.request_id] for a in plan.assignments if a.stage == "denoise")
 
 
@@ -113,9 +114,7 @@ def test_horizon_leaves_no_device_idle_except_on_purpose(snapshot: Snapshot) -> 
     if any(request.force_degrees for request in snapshot.requests) or not idle:
         return
     assert all(request.stage == "denoise" for request in left), "an encode or decode waits beside an idle device"
-    blocks = [
-        PROFILE.step_s(r.width, r.height, 1) > 2 * snapshot.config.chunk_s for r in left if r.deadline_s is not None
-    ]
+    blocks = [PROFILE.step_s(r.cost_key, 1) > 2 * snapshot.config.chunk_s for r in left if r.deadline_s is not None]
     patient = [r for r in left if r.deadline_s is None]
     if not idle_on_purpose(snapshot, plan):
         assert not patient and all(blocks), (left, idle)

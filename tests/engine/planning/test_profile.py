@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.engine.planning.profile import ClassCost, Profile, parse_profile, parse_size, read_profile
+from tetrion.engine.planning.profile import ClassCost, Profile, parse_profile, read_profile
+from tetrion.engine.shape import cost_key_of_size
 
 from .simulation import flux_profile, make_profile
 
@@ -17,10 +18,10 @@ BY_HAND = """{"heads": 24, "classes": {"1024x1024": {"step_ms": {"1": 164.7, "2"
 
 def test_a_table_written_by_hand_works() -> None:
     profile = parse_profile(BY_HAND)
-    assert profile.degrees(1024, 1024) == (1, 2, 4)
-    assert profile.step_s(1024, 1024, 2) == pytest.approx(0.1057)
-    assert profile.encode_s(1024, 1024) == pytest.approx(0.025)
-    assert profile.decode_s(1024, 1024) == pytest.approx(0.120)
+    assert profile.degrees("1024x1024") == (1, 2, 4)
+    assert profile.step_s("1024x1024", 2) == pytest.approx(0.1057)
+    assert profile.encode_s("1024x1024") == pytest.approx(0.025)
+    assert profile.decode_s("1024x1024") == pytest.approx(0.120)
     assert profile.gpu == "H100"
     assert profile.classes["1024x1024"].step_j == {1: 90.5}
     assert parse_profile(msgspec.json.encode(profile)) == profile
@@ -32,7 +33,7 @@ def test_a_table_written_by_hand_works() -> None:
         ({"heads": 0}, r"heads: must be at least 1, got 0"),
         ({"classes": {}}, r"classes: must name at least one size"),
         ({"classes": {"big": {}}}, r"\$\.classes\[\.\.\.\]"),
-        ({"size": "1024"}, r'expected sizes like "1024x1024", got \'1024\''),
+        ({"size": "1024"}, r'expected sizes like "1024x1024" .*, got \'1024\''),
         ({"step_ms": {}}, r"classes\.64x64\.step_ms: must have at least one degree"),
         ({"step_ms": {"1": -3.0}}, r"classes\.64x64\.step_ms\.1: must be above 0 and finite, got -3"),
         ({"step_ms": {"25": 3.0}}, r"degree 25 must be from 1 to 24"),
@@ -68,64 +69,63 @@ def test_estimates_grow_with_the_picture_and_are_positive(sides: list[int]) -> N
     profile = flux_profile()
     sizes = sorted(side * 16 for side in sides)
     for degree in (1, 4, 8):
-        times = [profile.step_s(side, side, degree) for side in sizes]
+        times = [profile.step_s(f"{side}x{side}", degree) for side in sizes]
         assert all(time_s > 0 for time_s in times)
         assert all(small <= large * (1 + 1e-9) for small, large in itertools.pairwise(times))
-    assert all(profile.decode_s(side, side) > 0 for side in sizes)
+    assert all(profile.decode_s(f"{side}x{side}") > 0 for side in sizes)
 
 
 def test_estimates_lie_between_the_neighbours() -> None:
     profile = flux_profile()
-    assert 0.1647 < profile.step_s(1408, 1408, 1) < 0.8245
-    assert profile.step_s(1024, 512, 2) == pytest.approx(profile.step_s(512, 1024, 2))
-    assert profile.step_s(4096, 4096, 1) <= 0.8245 * 16
-    assert profile.step_s(512, 512, 1) == pytest.approx(0.0535)
+    assert 0.1647 < profile.step_s("1408x1408", 1) < 0.8245
+    assert profile.step_s("1024x512", 2) == pytest.approx(profile.step_s("512x1024", 2))
+    assert profile.step_s("4096x4096", 1) <= 0.8245 * 16
+    assert profile.step_s("512x512", 1) == pytest.approx(0.0535)
 
 
 def test_noise_cannot_make_a_larger_picture_cheaper() -> None:
     cost = {"encode_ms": 1, "decode_ms": 1}
     profile = make_profile({"64x64": {"step_ms": {1: 9.0}, **cost}, "128x128": {"step_ms": {1: 8.0}, **cost}})
-    assert profile.step_s(96, 96, 1) == pytest.approx(0.009)
-    assert profile.step_s(256, 256, 1) == pytest.approx(0.009)
-    assert profile.step_s(128, 128, 1) == pytest.approx(0.008)
+    assert profile.step_s("96x96", 1) == pytest.approx(0.009)
+    assert profile.step_s("256x256", 1) == pytest.approx(0.009)
+    assert profile.step_s("128x128", 1) == pytest.approx(0.008)
 
 
 def test_one_class_scales_with_its_tokens_and_free_stages_stay_free() -> None:
     profile = make_profile({"64x64": {"step_ms": {1: 10.0, 2: 6.0}, "encode_ms": 0, "decode_ms": 0}})
-    assert profile.step_s(128, 64, 2) == pytest.approx(0.012)
-    assert profile.encode_s(64, 64) == 0
-    assert 0 <= profile.decode_s(128, 128) < 1e-6
+    assert profile.step_s("128x64", 2) == pytest.approx(0.012)
+    assert profile.encode_s("64x64") == 0
+    assert 0 <= profile.decode_s("128x128") < 1e-6
 
 
 def test_degrees_that_the_table_lacks_are_not_offered_but_can_be_estimated() -> None:
     profile = parse_profile(BY_HAND)
-    assert 3 not in profile.degrees(1024, 1024)
-    assert 0.0598 < profile.step_s(1024, 1024, 3) < 0.1057
-    assert profile.step_s(1024, 1024, 8) == pytest.approx(0.0598)
+    assert 3 not in profile.degrees("1024x1024")
+    assert 0.0598 < profile.step_s("1024x1024", 3) < 0.1057
+    assert profile.step_s("1024x1024", 8) == pytest.approx(0.0598)
     with pytest.raises(ValueError, match="degree: must be at least 1, got 0"):
-        profile.step_s(1024, 1024, 0)
-    with pytest.raises(ValueError, match="at least 1, got 0x16"):
-        profile.cost(0, 16)
+        profile.step_s("1024x1024", 0)
+    with pytest.raises(ValueError, match=r"expected sizes like .*, got '0x16'"):
+        profile.cost("0x16")
 
 
 def test_an_interpolated_size_offers_what_both_neighbours_offer() -> None:
     cost = {"encode_ms": 1, "decode_ms": 1}
     small, large = {1: 9.0, 2: 6.0, 3: 5.0}, {1: 90.0, 2: 50.0, 4: 30.0}
     profile = make_profile({"64x64": {"step_ms": small, **cost}, "256x256": {"step_ms": large, **cost}})
-    assert profile.degrees(128, 128) == (1, 2)
-    assert profile.degrees(512, 512) == (1, 2, 4)
+    assert profile.degrees("128x128") == (1, 2)
+    assert profile.degrees("512x512") == (1, 2, 4)
 
 
 def test_a_profile_is_a_value() -> None:
     profile = flux_profile()
     before = msgspec.json.encode(profile)
-    profile.cost(640, 480)
+    profile.cost("640x480")
     assert msgspec.json.encode(profile) == before
     assert profile == flux_profile()
     with pytest.raises(AttributeError):
         profile.heads = 3  # type: ignore[misc]
     assert isinstance(profile, Profile)
-    assert parse_size("640x480") == (640, 480)
 
 
 VALUES, DEGREES = st.floats(1.0, 1000.0), st.sampled_from([1, 2, 4])
@@ -148,9 +148,58 @@ def test_a_changed_table_says_what_a_new_one_would(
         changed = {name: msgspec.structs.replace(cost, step_j=known[name]) for name, cost in changed.items()}
     sizes = [(256, 256), (512, 512), (512, 256), (256, 512), (1024, 1024), (384, 384)]
     profile = Profile(heads=24, classes=before)
-    asked = [profile.cost(*size) for size in sizes]
+    keys = [cost_key_of_size(size) for size in sizes]
+    asked = [profile.cost(key) for key in keys]
     corrected, new = profile.with_classes(changed), Profile(heads=24, classes={**before, **changed})
-    assert [corrected.cost(*size) for size in sizes] == [new.cost(*size) for size in sizes]
-    assert [profile.cost(*size) for size in sizes] == asked
+    assert [corrected.cost(key) for key in keys] == [new.cost(key) for key in keys]
+    assert [profile.cost(key) for key in keys] == asked
     if keeps_joules and "512x512" in before and "512x512" not in changed:
-        assert corrected.cost(512, 512) is profile.cost(512, 512)
+        assert corrected.cost("512x512") is profile.cost("512x512")
+
+
+two_branches = st.dictionaries(st.sampled_from(["256x256*2", "512x512*2"]), COSTS, min_size=1)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4, 6, 8, 12, 16])
+def test_two_branches_go_in_turn_at_odd_degrees_and_apart_at_even_ones(degree: int) -> None:
+    profile = flux_profile()
+    one, two = profile.cost("640x384"), profile.cost("640x384*2")
+    assert two.is_estimated and degree in two.degrees
+    assert two.step_s(degree) == pytest.approx(2 * one.step_s(degree) if degree % 2 else one.step_s(degree // 2))
+    assert two.encode_s == pytest.approx(2 * one.encode_s) and two.decode_s == one.decode_s
+
+
+def test_joules_of_two_branches_are_twice_those_of_one() -> None:
+    cost = {"step_ms": {1: 90.0, 2: 50.0}, "step_j": {1: 9.0, 2: 11.0}, "encode_ms": 1, "decode_ms": 1}
+    profile = make_profile({"64x64": cost})
+    assert profile.cost("64x64*2").step_by_degree_j == {1: 18.0, 2: 18.0, 4: 22.0}
+
+
+def test_a_table_of_two_branches_prices_one() -> None:
+    cost = {"step_ms": {1: 90.0, 2: 50.0, 4: 30.0}, "step_j": {2: 12.0}, "encode_ms": 2, "decode_ms": 1}
+    one = make_profile({"64x64*2": cost}).cost("64x64")
+    assert one.step_by_degree_s == pytest.approx({1: 0.050, 2: 0.030})
+    assert (one.encode_s, one.decode_s, one.step_by_degree_j) == (0.001, 0.001, {1: 6.0})
+
+
+@given(classes=TABLES, twos=two_branches, key=st.sampled_from(["256x256", "768x768", "256x512"]))
+def test_classes_with_other_branches_say_nothing(
+    classes: dict[str, ClassCost], twos: dict[str, ClassCost], key: str
+) -> None:
+    both, ones = Profile(heads=24, classes=classes | twos), Profile(heads=24, classes=classes)
+    assert both.cost(key) == ones.cost(key)
+    assert both.cost(f"{key}*2") == Profile(heads=24, classes=twos).cost(f"{key}*2")
+
+
+@given(rows=st.lists(st.integers(0, 16384), min_size=2, max_size=2), key=st.sampled_from(["256x256", "1024x1024x9"]))
+def test_reference_rows_cost_steps_and_no_decode(rows: list[int], key: str) -> None:
+    few, many = (flux_profile().cost(f"{key}+r{n}" if n else key) for n in sorted(rows))
+    assert few.decode_s == many.decode_s
+    assert all(few.step_s(degree) <= many.step_s(degree) * (1 + 1e-9) for degree in few.degrees)
+
+
+def test_degrees_of_two_branches_reach_twice_the_heads() -> None:
+    cost = {"encode_ms": 1, "decode_ms": 1}
+    assert make_profile({"64x64*2": {"step_ms": {48: 3.0}, **cost}}).degrees("64x64*2") == (48,)
+    with pytest.raises(ValueError, match="degree 48 must be from 1 to 24"):
+        make_profile({"64x64": {"step_ms": {48: 3.0}, **cost}})

@@ -9,6 +9,8 @@ from typing import Any, get_origin
 import msgspec
 import pytest
 
+from tetrion.engine.params import Params
+from tetrion.engine.shape import StepShape
 from tetrion.engine.transport.channel import (
     Channel,
     ChannelSpec,
@@ -32,6 +34,8 @@ PORTABLE = [
     pytest.param(("file", "pipe"), id="file+pipe"),
 ]
 
+NO_PARAMS = Params(model="", shape=StepShape(width=0, height=0, image=0, text=()), num_steps=0, guidance=0.0, seed=0)
+
 
 @pytest.fixture(params=PORTABLE)
 def kinds(request: pytest.FixtureRequest) -> tuple[Backing, DoorbellKind]:
@@ -44,7 +48,16 @@ def fill() -> Callable[..., Any]:
     """A function that makes a message of a type from the fields that matter; zero and empty for the others."""
 
     def make(message_type: type[msgspec.Struct], **fields: Any) -> msgspec.Struct:
-        empty = {"int": 0, "float": 0.0, "str": "", "bool": False, "tuple": ()}
+        empty = {
+            "int": 0,
+            "float": 0.0,
+            "str": "",
+            "bool": False,
+            "tuple": (),
+            "Params": NO_PARAMS,
+            "Union": None,
+            "UnionType": None,
+        }
         types = {field.name: field.type for field in msgspec.structs.fields(message_type)}
         names = {name: (get_origin(field_type) or field_type).__name__ for name, field_type in types.items()}
         return message_type(**({name: empty[type_name] for name, type_name in names.items()} | fields))

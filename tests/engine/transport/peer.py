@@ -2,7 +2,7 @@
 worker of its own, says so on its standard output, and then waits to be killed.
 
 The worker answers `EncodePrompt` with a `Failed` that repeats the prompt, `Ping(n)` with one `Pong(n)`,
-`LoadWeights(n)` with n `Pong`s in a row, `CopyLatents` by a pause of `width` µs and then a `Pong`.
+`LoadWeights(n)` with n `Pong`s in a row, `CopyLatents` by a pause of `slot` µs and then a `Pong`.
 """
 
 import os
@@ -29,7 +29,7 @@ def work(worker: WorkerEnd) -> None:
             case LoadWeights(command_id=n):
                 for i in range(n):
                     send(Pong(command_id=i, device_id=0))
-            case CopyLatents(command_id=n, width=microseconds):
+            case CopyLatents(command_id=n, slot=microseconds):
                 time.sleep(microseconds * 1e-6)
                 send(Pong(command_id=n, device_id=0))
             case other:

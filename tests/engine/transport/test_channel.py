@@ -38,7 +38,7 @@ def life() -> Iterator[tuple[int, int]]:
 
 
 def test_messages_arrive_as_they_were_sent(both_ends: MakeEnds, fill: Fill) -> None:
-    denoise = fill(Denoise, command_id=1, request_id="r", members=(2, 0), guidance=3.5)
+    denoise = fill(Denoise, command_id=1, request_id="r", members=(2, 0), chunk_steps=3)
     engine, worker = both_ends()
     assert send_to_all([engine.commands], denoise)
     assert worker.commands.receive(1.0) == denoise
@@ -63,7 +63,7 @@ def test_a_group_command_goes_to_all_or_to_none(both_ends: MakeEnds) -> None:
 
 
 def test_a_too_long_group_command_is_found_even_if_another_ring_is_full(both_ends: MakeEnds, fill: Fill) -> None:
-    denoise = fill(Denoise, command_id=1, request_id="r", members=(2, 0), guidance=3.5)
+    denoise = fill(Denoise, command_id=1, request_id="r", members=(2, 0), chunk_steps=3)
     (full, full_worker), (small, small_worker) = both_ends(4096), both_ends(64)
     while send_to_all([full.commands], denoise):
         pass

@@ -118,7 +118,7 @@ def test_no_wake_up_is_lost(start: Callable[..., Worker], fill: Fill, spin_s: fl
     """Pauses on both sides drawn around the moments at which the other goes to sleep."""
     worker, draw = start(spin_s=spin_s), random.Random(2)
     for i in range(2500):
-        send_to_all([worker.engine.commands], fill(CopyLatents, command_id=i, width=draw.choice((0, 0, 1, 30))))
+        send_to_all([worker.engine.commands], fill(CopyLatents, command_id=i, slot=draw.choice((0, 0, 1, 30))))
         busy_until_s = time.perf_counter() + draw.choice((0.0, draw.uniform(0, 150e-6)))
         while time.perf_counter() < busy_until_s:
             pass
@@ -138,7 +138,7 @@ def test_an_event_loop_sleeps_until_something_happens(
         rung = asyncio.Event()
         asyncio.get_running_loop().add_reader(worker.engine.events.fileno(), rung.set)
         for i in range(500):
-            command = fill(CopyLatents, command_id=i, width=draw.choice((0, 1, 50, 300)))
+            command = fill(CopyLatents, command_id=i, slot=draw.choice((0, 1, 50, 300)))
             send_to_all([worker.engine.commands], command)
             while not (events := worker.engine.events.drain()):
                 rung.clear()

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tetrion.engine.config import DeviceSpec
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import Command, Event
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
-from tetrion.engine.shape import Params
+from tetrion.engine.params import Params
 from tetrion.engine.transport.channel import ChannelSpec, RingSpec
 from tetrion.engine.transport.image_slab import ImageSlab
 from tetrion.engine.transport.segment import SharedSegment
@@ -72,7 +73,7 @@ class Memory:
         control = ControlLayout(num_devices=num_devices).num_bytes
         self.control = SharedSegment.create("control", control)
         self._slabs = [SharedSegment.create("slab", self.layout.num_bytes) for _ in range(num_devices)]
-        self.images = ImageSlab.create(2, 3 * 4 * model.max_size**2)
+        self.images = ImageSlab.create(2, 3 * 4 * model.sizes.max**2)
 
     def spec(self, device_id: int) -> WorkerSpec:
         nothing = RingSpec(segment_fd=-1, segment_bytes=0, bell_read_fd=-1, bell_write_fd=-1)

@@ -16,7 +16,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import Model
 from tetrion.engine.parallel.exchange import Exchange
 from tetrion.engine.parallel.words import slot_version
-from tetrion.engine.shape import Params
+from tetrion.engine.params import Params
 from tetrion.engine.worker import denoiser as denoiser_module
 from tetrion.engine.worker.cpu import CpuBackend
 from tetrion.engine.worker.denoiser import TABLE_STEPS, Denoiser, State, table_parts

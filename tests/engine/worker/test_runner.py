@@ -31,7 +31,7 @@ from tetrion.engine.messages import (
 )
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.words import AbortWords
-from tetrion.engine.shape import Params
+from tetrion.engine.params import Params
 
 WIDTH, HEIGHT, NUM_STEPS, SLOT = 20, 8, 2, 1
 LOAD = LoadWeights(command_id=1, publish=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tetrion.engine.model_spec import ModelSpec, read_model_spec
+from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.dummy import DummyFiles
 from tetrion.engine.models.family import LatentCodec, Model, TextEncoding
@@ -22,8 +23,8 @@ from tetrion.engine.parallel.device_exchange import DeviceExchange, SharedResour
 from tetrion.engine.parallel.device_memory import DeviceMemory
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 from tetrion.engine.parallel.words import slot_version
+from tetrion.engine.params import Params
 from tetrion.engine.sampling.flow_match import euler_schedule, pack_latents, sigmas, timesteps
-from tetrion.engine.shape import Params
 from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker.denoiser import Denoiser, State
 from tetrion.engine.worker.work_queue import CudaQueue

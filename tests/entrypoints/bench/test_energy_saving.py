@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.planning.simulation import costs_of
 from tests.engine.planning.test_energy_mode import PROFILE
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.entrypoints.bench.energy_oracle import ORACLES, Spent, by_class, idle_j, oracle, saving, spent, totals
@@ -46,7 +47,7 @@ def request(slo_s: float | None, size: int = 1024) -> TraceRequest:
 
 
 def joules_at(name: str, slo_s: float | None) -> float:
-    (one,) = oracle(name, (request(slo_s),), DegreeTables(PROFILE, (1, 2, 3, 4, 6, 8), 8))
+    (one,) = oracle(name, (request(slo_s),), DegreeTables(costs_of(PROFILE), 8))
     return one.joules - 25.0  # encode and decode
 
 
@@ -84,7 +85,7 @@ def test_figures_of_a_point() -> None:
 def test_a_run_counts_the_degrees_that_it_used() -> None:
     outcome = Outcome(request=request(9.0), finished_s=4.0, gpu_s=5.0, degrees=(1, 1, 4))
     failed = Outcome(request=request(9.0), finished_s=None, gpu_s=1.0, degrees=(8,))
-    (one,) = spent([outcome, failed], DegreeTables(PROFILE, (1, 2, 4), 4), {0: 1234.0})
+    (one,) = spent([outcome, failed], DegreeTables(costs_of(PROFILE), 4), {0: 1234.0})
     assert by_class([one], None)["all"].metered_j_per_image == 1234.0
     assert one.joules == pytest.approx(600 * (2 * 0.1647 + 4 * 0.0598) + 25.0) and one.is_met
 

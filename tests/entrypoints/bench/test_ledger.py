@@ -13,7 +13,7 @@ def test_shares_are_of_all_windows() -> None:
     figures = EnergyFigures(
         source="nvml",
         reason="",
-        active_j={((256, 256), "denoise"): 700.0, ((512, 512), "decode"): 100.0},
+        active_j={("shapes", "256x256", "denoise"): 700.0, ("shapes", "512x512", "decode"): 100.0},
         idle_j=180.0,
         unattributed_j=20.0,
         counter_j=1000.0,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import Denoised
-from tetrion.engine.model_spec import read_model_spec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.probe import ChunkTimes
 from tetrion.entrypoints.bench import step_on_gpus

@@ -356,9 +356,25 @@ async def test_before_the_engine_is_ready(served: Served) -> None:
 
 async def test_a_dead_engine_is_not_ready(served: Served) -> None:
     served.engine.die()
-    assert (await served.http.get("/health")).status_code == (await served.http.get("/metrics")).status_code == 200
+    assert (await served.http.get("/metrics")).status_code == 200
+    assert (await served.http.get("/health")).status_code == 503
     for response in (await served.http.get("/ready"), await served.post()):
         assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
+
+
+async def test_without_a_worker_the_server_is_not_healthy_until_one_is_back(served: Served) -> None:
+    served.engine.num_alive = 0
+    response = await served.http.get("/health")
+    assert (response.status_code, error_of(response)["code"], response.headers["retry-after"]) == (
+        503,
+        "no_worker",
+        "5",
+    )
+    assert error_of(response)["type"] == "server_error"
+    assert (await served.http.get("/ready")).status_code == 503
+    assert (await served.post()).status_code == 200, "requests wait for a worker"
+    served.engine.num_alive = 1
+    assert (await served.http.get("/health")).json() == {"status": "ok"}
 
 
 async def test_request_ids(served: Served) -> None:

@@ -21,14 +21,21 @@ from openai.types import ImagesResponse
 from PIL import Image
 
 TETRION = str(Path(sys.executable).with_name("tetrion"))
+WITH_LITTLE_PATIENCE = """
+import sys
+import msgspec
+from tetrion.engine.api import AsyncEngine
+from tetrion.entrypoints.cli import run
+sys.exit(run(sys.argv[1:], lambda config: AsyncEngine(msgspec.structs.replace(config, no_worker_timeout_s=5.0))))
+"""
 SIZES = ("128x128", "144x128", "128x160", "208x128", "160x144")
 
 
 class Server:
     """A `tetrion serve` process that is ready."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [TETRION, "serve", "--port", "0", *arguments]
+    def __init__(self, *arguments: str, program: tuple[str, ...] = (TETRION,)) -> None:
+        command = [*program, "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         self.stderr: list[str] = []
         self._is_ready = threading.Event()
@@ -191,6 +198,35 @@ async def test_a_killed_worker_means_an_error_or_a_picture_but_no_hang() -> None
         assert (await asyncio.to_thread(httpx.get, f"{server.url}/health")).status_code == 200
     finally:
         assert await asyncio.to_thread(server.stop) == 0
+
+
+async def test_a_server_without_workers_is_unhealthy_then_exits_with_1() -> None:
+    """Its fork server is stopped, so that none can be started again."""
+    program = (sys.executable, "-P", "-c", WITH_LITTLE_PATIENCE)
+    server = await asyncio.to_thread(Server, "--devices", "cpu:2", program=program)
+    try:
+        (fork_server,) = psutil.Process(server.process.pid).children()
+        workers = fork_server.children()
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            assert (await http.get("/health")).status_code == 200
+            body = {"prompt": "a star", "num_inference_steps": 1000, "size": "512x512"}
+            posting = asyncio.create_task(http.post("/v1/images/generations", json=body))
+            fork_server.suspend()
+            for worker in workers:
+                worker.kill()
+            async with asyncio.timeout(5):
+                while (response := await http.get("/health")).status_code == 200:
+                    await asyncio.sleep(0.01)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "no_worker")
+            assert int(response.headers["retry-after"]) > 0
+            answer = await posting
+        assert answer.status_code == 500 and "no worker has been alive for 5 s" in answer.json()["error"]["message"]
+        assert await asyncio.to_thread(server.process.wait, 60) == 1
+        assert "tetrion: error: generation failed: no worker has been alive for 5 s" in server.stderr[-1]
+        assert not any("Traceback" in line for line in server.stderr)
+        assert not psutil.wait_procs([fork_server, *workers], timeout=20)[1]
+    finally:
+        server.stop(signal.SIGKILL)
 
 
 async def test_a_second_signal_answers_what_it_cuts_off() -> None:

@@ -1,0 +1,326 @@
+"""From what a caller asks for to what the engine draws: types settled, bounds checked, defaults filled in.
+
+The one place where a caller's values are looked at. They may come from numpy, torch, pandas or anywhere: a value's own
+methods may raise, lie or answer differently each time, so each is asked once, and what it answers is kept as an exact
+`int`, `float`, `str` or `tuple`. Nothing behind this module ever meets another type, and all of it can be encoded
+for a worker.
+"""
+
+import itertools
+import operator
+import re
+import secrets
+import uuid
+from collections.abc import Callable, Mapping, Set
+from typing import Any, TypeVar, get_args
+
+import msgspec
+
+from tetrion.engine.config import EnergyMode
+from tetrion.engine.families.registry import family_of
+from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.params import NO_CFG, Params
+from tetrion.engine.request import EnergyWish, ImageRequest, RequestError, ResolvedRequest
+from tetrion.engine.shape import StepShape
+from tetrion.engine.shown import shown
+
+MAX_PROMPT_CHARS = 32_000
+MAX_NAME_CHARS = 256
+"""Of `request_id` and `tenant`."""
+MAX_SEED = 2**63 - 1
+RANDOM_SEEDS = 2**32
+"""Seeds of requests that give none are below this: short enough to be written down."""
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100
+OPTIONAL_INPUTS = ("negative_prompt", "true_cfg_scale")
+"""Fields of a request that not every model takes (`ModelSpec.inputs`)."""
+MAX_SLO_MS = 86_400_000
+MAX_PRIORITY = 1_000_000
+MAX_WEIGHT = 1e6
+MAX_BUDGET_J = 1e9
+
+_REAL_DTYPE = re.compile(r"(<dtype: ')?(torch\.)?(u?int|b?float)[0-9]+|[<>=|]?[iuf][0-9]+")
+"""What numpy, torch and their like call their whole and real numbers. Their booleans, texts, dates and complex numbers
+have `__float__` or `__index__` as well."""
+
+_T = TypeVar("_T")
+
+
+def resolve_request(
+    request: ImageRequest | str, specs: ModelSpec | Mapping[str, ModelSpec], num_devices: int
+) -> ResolvedRequest:
+    """The request in exact builtin types with every default filled in, checked against the model; a string is a prompt
+    with all defaults. Without a seed it gets a random one, without an id a new one, without a model the first.
+
+    `specs`: of the models that there are, by name; or of the only one.
+
+    Raises RequestError.
+    """
+    if issubclass(type(request), str):
+        request = ImageRequest(prompt=request)  # type: ignore[arg-type]
+    if not issubclass(type(request), ImageRequest):
+        raise RequestError("request", f"must be an ImageRequest or a prompt, got {shown(request)}")
+    asked = _Fields(request, "")
+    specs = {specs.name: specs} if isinstance(specs, ModelSpec) else specs
+    spec = specs[asked.read("model", _one_of(specs), next(iter(specs)))]
+    prompt = asked.read("prompt", _prompt)
+    negative_prompt = asked.read_optional("negative_prompt", _negative_prompt)
+    width = asked.read("width", _side_of(spec), spec.sizes.default[0])
+    height = asked.read("height", _side_of(spec), spec.sizes.default[1])
+    num_steps = asked.read("num_steps", _whole_from(1, MAX_STEPS), spec.num_steps)
+    guidance = asked.read("guidance", _real_from(0, MAX_GUIDANCE), spec.guidance)
+    true_cfg_scale = asked.read_optional("true_cfg_scale", _real_from(0, MAX_GUIDANCE))
+    seed = asked.read_optional("seed", _whole_from(0, MAX_SEED))
+    seed = secrets.randbelow(RANDOM_SEEDS) if seed is None else seed
+    slo_ms = asked.read_optional("slo_ms", _real_above_0(MAX_SLO_MS, " (a day)"))
+    priority = asked.read("priority", _whole_from(-MAX_PRIORITY, MAX_PRIORITY))
+    weight = asked.read("weight", _real_above_0(MAX_WEIGHT))
+    tenant = asked.read("tenant", _tenant)
+    energy = asked.read("energy", _energy)
+    settled = ImageRequest(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        model=spec.name,
+        width=width,
+        height=height,
+        num_steps=num_steps,
+        guidance=guidance,
+        true_cfg_scale=true_cfg_scale,
+        seed=seed,
+        slo_ms=slo_ms,
+        priority=priority,
+        weight=weight,
+        tenant=tenant,
+        energy=energy,
+        request_id=asked.read("request_id", _request_id) or uuid.uuid4().hex,
+    )
+    shape = _shape(settled, spec)
+    legal = spec.legal_degrees(num_devices, shape.num_branches)
+    force_degrees = asked.read("force_degrees", _degrees_of(legal, num_steps))
+    if force_degrees and energy != EnergyWish():
+        raise RequestError("energy", "cannot be given with force_degrees, which leave nothing to choose")
+    params = Params(
+        model=spec.name,
+        shape=shape,
+        num_steps=num_steps,
+        guidance=guidance,
+        true_cfg_scale=NO_CFG if true_cfg_scale is None else true_cfg_scale,
+        seed=seed,
+    )
+    return ResolvedRequest(asked=msgspec.structs.replace(settled, force_degrees=force_degrees), params=params)
+
+
+def _shape(settled: ImageRequest, spec: ModelSpec) -> StepShape:
+    """As the model's family makes it. Raises RequestError for what the model does not take."""
+    for field in OPTIONAL_INPUTS:
+        if getattr(settled, field) is not None and field not in spec.inputs:
+            raise RequestError(field, f"is no input of model {spec.name!r}")
+    family = family_of(spec.family)
+    family.check(spec, settled)
+    return family.shape(spec, settled)
+
+
+# Any value as one of a builtin type -------------------------------------------------------------------------------
+
+
+def whole_number(field: str, value: object) -> int:
+    """What has `__index__`: `int`, numpy's and torch's whole numbers, but no boolean. Raises RequestError."""
+    if type(value) is int:
+        return value
+    try:
+        if _may_be_number(value):
+            return operator.index(value)  # type: ignore[arg-type]
+    except Exception:  # a stranger's method
+        pass
+    raise RequestError(field, f"must be a whole number, got {shown(value)}")
+
+
+def real_number(field: str, value: object) -> float:
+    """What has `__float__` or `__index__`: `float`, `Fraction`, `Decimal`, numpy's and torch's scalars, but no boolean,
+    text or complex number. NaN is one, which is within no bounds. Raises RequestError."""
+    if type(value) is float:
+        return value
+    try:
+        if _may_be_number(value) and _is_convertible(type(value)):
+            return float(value)  # type: ignore[arg-type]
+    except Exception:  # a stranger's method, or it is too large
+        pass
+    raise RequestError(field, f"must be a number, got {shown(value)}")
+
+
+def text(field: str, value: object, max_chars: int) -> str:
+    """A `str`, or what a subclass of it holds. Raises RequestError, also for lone surrogates: they are in no encoding
+    (bytes that are not UTF-8 reach Python as such)."""
+    if not issubclass(type(value), str):
+        raise RequestError(field, f"must be text, got {shown(value)}")
+    num_chars = str.__len__(value)  # type: ignore[arg-type]
+    if num_chars > max_chars:
+        raise RequestError(field, f"has {num_chars} characters, at most {max_chars} are allowed")
+    exact = str.__str__(value)
+    try:
+        exact.encode()
+    except UnicodeEncodeError:
+        raise RequestError(field, "must be valid Unicode text (UTF-8)") from None
+    return exact
+
+
+def _may_be_number(value: object) -> bool:
+    kind = type(value)
+    if issubclass(kind, (bool, str, bytes, bytearray)):
+        return False
+    dtype = getattr(value, "dtype", None)
+    return dtype is None or _REAL_DTYPE.fullmatch(str(dtype).removesuffix("'>")) is not None
+
+
+def _is_convertible(kind: type) -> bool:
+    """`float` also reads texts and buffers."""
+    return hasattr(kind, "__float__") or hasattr(kind, "__index__")
+
+
+# Fields -----------------------------------------------------------------------------------------------------------
+
+_Read = Callable[[str, object], _T]
+
+
+class _Fields:
+    """The fields of a caller's struct, each read once. `prefix`: what errors put before their names."""
+
+    def __init__(self, struct: Any, prefix: str) -> None:
+        self._struct, self._prefix = struct, prefix
+
+    def read(self, field: str, as_exact: _Read[_T], default: object = None) -> _T:
+        """`default` stands for None, unless it is None itself."""
+        value = self._value(field)
+        return as_exact(self._prefix + field, default if value is None else value)
+
+    def read_optional(self, field: str, as_exact: _Read[_T]) -> _T | None:
+        value = self._value(field)
+        return None if value is None else as_exact(self._prefix + field, value)
+
+    def _value(self, field: str) -> object:
+        try:
+            return getattr(self._struct, field)
+        except Exception:  # never set, or a subclass's own
+            raise RequestError(self._prefix + field, "cannot be read") from None
+
+
+def _whole_from(low: int, high: int) -> _Read[int]:
+    def read(field: str, value: object) -> int:
+        number = whole_number(field, value)
+        if not low <= number <= high:
+            raise RequestError(field, f"must be from {low} to {high}, got {shown(number)}")
+        return number
+
+    return read
+
+
+def _real_from(low: float, high: float) -> _Read[float]:
+    def read(field: str, value: object) -> float:
+        number = real_number(field, value)
+        if not low <= number <= high:
+            raise RequestError(field, f"must be from {low:.10g} to {high:.10g}, got {number}")
+        return number
+
+    return read
+
+
+def _real_above_0(high: float, unit: str = "") -> _Read[float]:
+    def read(field: str, value: object) -> float:
+        number = real_number(field, value)
+        if not 0 < number <= high:
+            raise RequestError(field, f"must be above 0 and at most {high:.10g}{unit}, got {number}")
+        return number
+
+    return read
+
+
+def _prompt(field: str, value: object) -> str:
+    prompt = text(field, value, MAX_PROMPT_CHARS)
+    if not prompt.strip():
+        raise RequestError(field, "must not be empty")
+    return prompt
+
+
+def _negative_prompt(field: str, value: object) -> str:
+    return text(field, value, MAX_PROMPT_CHARS)
+
+
+def _one_of(specs: Mapping[str, ModelSpec]) -> _Read[str]:
+    def read(field: str, value: object) -> str:
+        name = text(field, value, MAX_NAME_CHARS)
+        if name not in specs:
+            raise RequestError(field, f"must be one of {', '.join(specs)}, got {shown(name)}")
+        return name
+
+    return read
+
+
+def _request_id(field: str, value: object) -> str:
+    """It is written to logs: one line, and one that can be found again."""
+    name = text(field, value, MAX_NAME_CHARS)
+    if name and not (name.isprintable() and name.strip()):
+        raise RequestError(field, f"must be printable and not blank, got {shown(name)}")
+    return name
+
+
+def _tenant(field: str, value: object) -> str:
+    return text(field, value, MAX_NAME_CHARS)
+
+
+def _side_of(spec: ModelSpec) -> _Read[int]:
+    def read(field: str, value: object) -> int:
+        pixels = whole_number(field, value)
+        sizes = spec.sizes
+        if not sizes.accept(pixels):
+            raise RequestError(
+                field,
+                f"must be a multiple of {sizes.multiple} from {sizes.min} to {sizes.max}"
+                f" for model {spec.name!r}, got {shown(pixels)}",
+            )
+        return pixels
+
+    return read
+
+
+def _degrees_of(legal: tuple[int, ...], num_steps: int) -> _Read[tuple[int, ...]]:
+    def read(field: str, value: object) -> tuple[int, ...]:
+        entries = _entries(field, value, num_steps + 1)
+        if len(entries) > num_steps:
+            raise RequestError(field, f"has more than {num_steps} entries for {num_steps} steps")
+        degrees = tuple([whole_number(field, entry) for entry in entries])
+        for degree in degrees:
+            if degree not in legal:
+                raise RequestError(field, f"{shown(degree)} is not one of {', '.join(map(str, legal))}")
+        return degrees
+
+    return read
+
+
+def _entries(field: str, value: object, max_entries: int) -> list[object]:
+    """The first of a list, tuple, array: of what has an order and a length. What can be read only once would be another
+    request the next time. Raises RequestError."""
+    try:
+        kind = type(value)
+        if hasattr(kind, "__len__") and not issubclass(kind, (str, bytes, bytearray, memoryview, Mapping, Set)):
+            return list(itertools.islice(value, max_entries))  # type: ignore[call-overload]
+    except Exception:  # a stranger's iterator, or none
+        pass
+    raise RequestError(field, f"must be a sequence of whole numbers, got {shown(value)}")
+
+
+def _energy(field: str, value: object) -> EnergyWish:
+    if not issubclass(type(value), EnergyWish):
+        raise RequestError(field, f"must be an EnergyWish, got {shown(value)}")
+    asked = _Fields(value, f"{field}.")
+    return EnergyWish(
+        mode=asked.read_optional("mode", _mode),
+        budget_j=asked.read_optional("budget_j", _real_above_0(MAX_BUDGET_J)),
+    )
+
+
+def _mode(field: str, value: object) -> EnergyMode:
+    modes = get_args(EnergyMode)
+    name = text(field, value, MAX_NAME_CHARS)
+    if name not in modes:
+        raise RequestError(field, f"must be one of {', '.join(modes)}, got {shown(name)}")
+    return name  # type: ignore[return-value]
