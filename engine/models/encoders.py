@@ -18,7 +18,8 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.model_spec import CheckpointError, has_tokenizer
+from tetrion.engine.families.checkpoint import has_tokenizer
+from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.dummy import HashTokenizer, module_shapes
 from tetrion.engine.models.loading import build_module
 from tetrion.engine.models.tokenizers import LibraryTokenizer, Tokenizer
