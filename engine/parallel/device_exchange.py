@@ -74,8 +74,8 @@ def raise_for_status(status: Sequence[int]) -> None:
 
 
 class SharedResources:
-    """What the exchanges of all models of a worker have in common, sized for the largest. Make it once all slabs of
-    host memory are where they stay (see DeviceMemory)."""
+    """What the exchanges of all models of a worker have in common, sized for the largest. Groups and swaps are to be
+    made only once all slabs are where they stay (see DeviceMemory)."""
 
     def __init__(
         self,
