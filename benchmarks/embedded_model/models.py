@@ -109,7 +109,7 @@ SHAPES_SD3 = EmbeddedModel(
     },
     targets={"one": 0.88, "two": 0.75},
     sampling_choices=tuple(
-        SamplingChoice({"shift": shift}, guidance) for shift, guidance in product((3.0, 4.0), (2.0, 3.0, 4.5))
+        SamplingChoice({"shift": shift}, guidance) for shift, guidance in product((4.0, 5.0), (3.0, 4.5, 6.0, 8.0))
     ),
 )
 
