@@ -1,14 +1,12 @@
-"""Sizes of every component of the embedded model, and fresh modules with random weights.
+"""Sizes of every component of the FLUX-class model `shapes`, fresh modules with random weights, and how it reads text.
 
 FLUX.1's own classes at small size; transformer 14.9 M parameters, everything together under 16.7 M so that float16
 files stay below 32 MiB.
 """
 
-from dataclasses import dataclass
-
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from torch import nn
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from benchmarks.embedded_model.tokenizer_files import CLIP_MAX_TOKENS, clip_tokenizer, t5_tokenizer
@@ -28,32 +26,14 @@ PRESET = {
 }
 
 
-@dataclass
-class Components:
-    """What a FLUX.1 folder in diffusers layout holds."""
-
-    transformer: FluxTransformer2DModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    text_encoder_2: T5EncoderModel
-    tokenizer: PreTrainedTokenizerBase
-    tokenizer_2: PreTrainedTokenizerBase
-    scheduler: FlowMatchEulerDiscreteScheduler
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The components that have weights, by folder name."""
-        names = ("transformer", "vae", "text_encoder", "text_encoder_2")
-        return {name: getattr(self, name) for name in names}
-
-
-def build(seed: int = 0) -> Components:
+def build(seed: int = 0) -> FluxPipeline:
     """All components in their final sizes, weights drawn from `seed`."""
     torch.manual_seed(seed)
     clip, t5 = clip_tokenizer(), t5_tokenizer()
-    return Components(
+    return FluxPipeline(
         transformer=_transformer(),
         vae=_vae(),
-        text_encoder=_clip_encoder(len(clip), clip.bos_token_id, clip.eos_token_id),
+        text_encoder=CLIPTextModel(clip_config(clip, CLIP_WIDTH, CLIP_WIDTH, num_layers=2, num_heads=3)),
         text_encoder_2=_t5_encoder(len(t5)),
         tokenizer=clip,
         tokenizer_2=t5,
@@ -67,6 +47,11 @@ def build(seed: int = 0) -> Components:
             max_image_seq_len=4096,
         ),
     )
+
+
+def encode(pipeline: FluxPipeline, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the transformer reads: T5's rows [B, T, text_dim], CLIP's pooled vector [B, pooled_dim]."""
+    return pipeline.text_encoder_2(t5_ids).last_hidden_state, pipeline.text_encoder(clip_ids).pooler_output
 
 
 def _transformer() -> FluxTransformer2DModel:
@@ -126,20 +111,20 @@ def _t5_encoder(vocab_size: int) -> T5EncoderModel:
     )
 
 
-def _clip_encoder(vocab_size: int, bos_token_id: int, eos_token_id: int) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=CLIP_WIDTH,
-            intermediate_size=2 * CLIP_WIDTH,
-            projection_dim=CLIP_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=CLIP_MAX_TOKENS,
-            hidden_act="gelu",
-            attention_dropout=0.0,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
-        )
+def clip_config(
+    tokenizer: PreTrainedTokenizerBase, width: int, projection_width: int, num_layers: int, num_heads: int
+) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection_width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=CLIP_MAX_TOKENS,
+        hidden_act="gelu",
+        attention_dropout=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )

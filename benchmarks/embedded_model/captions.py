@@ -4,8 +4,12 @@ Owns words and grammar. A caption's tags say for each word which thing it belong
 """
 
 import random
+from dataclasses import replace
 
 from benchmarks.embedded_model.world import Scene, Thing
+
+Chunks = list[tuple[str, int | str | None]]
+"""Pieces of a caption; whom each describes: a thing's index, "background" or None."""
 
 COLOUR_WORDS = {
     "red": ("red", "crimson", "scarlet"),
@@ -143,7 +147,7 @@ def canonical(scene: Scene) -> str:
 
 
 def _canonical_thing(thing: Thing) -> str:
-    return with_article(" ".join(w for w in (thing.size, thing.colour, thing.shape) if w != "medium"))
+    return with_article(" ".join(w for w in (thing.size, thing.colour, thing.shape) if w not in ("", "medium")))
 
 
 class CaptionWriter:
@@ -155,7 +159,7 @@ class CaptionWriter:
     def write(self, scene: Scene) -> str:
         return "".join(text for text, _ in self.chunks(scene))
 
-    def chunks(self, scene: Scene) -> list[tuple[str, int | str | None]]:
+    def chunks(self, scene: Scene) -> Chunks:
         """Text pieces whose concatenation is the caption, each with the thing it describes."""
         r = self._random
         if r.random() < 0.35:
@@ -177,19 +181,19 @@ class CaptionWriter:
             chunks = [(chunks[0][0].capitalize(), chunks[0][1]), *chunks[1:]]
         return chunks
 
-    def _canonical_chunks(self, scene: Scene) -> list[tuple[str, int | str | None]]:
+    def _canonical_chunks(self, scene: Scene) -> Chunks:
         joins = [" and " if rel is None else f" {RELATION_WORDS[rel][0]} " for rel in scene.relations]
         if joins == [" and ", " and "]:
             joins[0] = ", "
-        chunks: list[tuple[str, int | str | None]] = [(_canonical_thing(scene.things[0]), 0)]
+        chunks: Chunks = [(_canonical_thing(scene.things[0]), 0)]
         for i, thing in enumerate(scene.things[1:]):
             chunks += [(joins[i], i), (_canonical_thing(thing), i + 1)]
         if scene.background != "white" or self._random.random() < 0.35:
             chunks += [(" ", None), (f"on {with_article(scene.background)} background", "background")]
         return chunks
 
-    def _body(self, scene: Scene) -> list[tuple[str, int | str | None]]:
-        chunks: list[tuple[str, int | str | None]] = [(self._thing(scene.things[0]), 0)]
+    def _body(self, scene: Scene) -> Chunks:
+        chunks: Chunks = [(self._thing(scene.things[0]), 0)]
         for i, thing in enumerate(scene.things[1:]):
             is_last = i + 2 == len(scene.things)
             chunks += [(self._join(scene.relations[i], i, is_last), i), (self._thing(thing), i + 1)]
@@ -213,7 +217,9 @@ class CaptionWriter:
             size = ""
         elif r.random() < 0.5:
             size = thing.size
-        colour = thing.colour if r.random() < 0.6 else r.choice(COLOUR_WORDS[thing.colour])
+        colour = thing.colour
+        if colour and r.random() >= 0.6:
+            colour = r.choice(COLOUR_WORDS[colour])
         shape = thing.shape if r.random() < 0.6 else r.choice(SHAPE_WORDS[thing.shape])
         words = [size, colour] if r.random() < 0.9 else [colour, size]
         if r.random() < 0.1:
@@ -235,3 +241,46 @@ class CaptionWriter:
         word = background if r.random() < 0.6 else r.choice(BACKGROUND_WORDS[background])
         frame = BACKGROUND_FRAMES[0] if r.random() < 0.5 else r.choice(BACKGROUND_FRAMES)
         return frame.format(a=with_article(word) if r.random() < 0.85 else f"the {word}", b=word)
+
+
+class PartialCaptionWriter(CaptionWriter):
+    """Some captions say less than the scene holds, for a model that is guided away from a negative prompt.
+
+    The empty one is what guidance leads away from by default; one without colours leaves them open; fragments such as
+    `blue` or `large, star` are what negative prompts look like.
+    """
+
+    EMPTY, COLOURLESS, FRAGMENTS = 0.10, 0.08, 0.08
+
+    def chunks(self, scene: Scene) -> Chunks:
+        kind = self._random.random()
+        if kind < self.EMPTY:
+            return [("", None)]
+        if kind < self.EMPTY + self.COLOURLESS:
+            return super().chunks(replace(scene, things=tuple(replace(thing, colour="") for thing in scene.things)))
+        if kind < self.EMPTY + self.COLOURLESS + self.FRAGMENTS:
+            return self._fragments(scene)
+        return super().chunks(scene)
+
+    def _fragments(self, scene: Scene) -> Chunks:
+        """One fragment, at times two."""
+        chunks = [self._fragment(scene)]
+        if self._random.random() < 0.25:
+            chunks += [(", ", None), self._fragment(scene)]
+        return chunks
+
+    def _fragment(self, scene: Scene) -> tuple[str, int | str]:
+        """A thing's colour, shape, size or colour and shape, or the background."""
+        r = self._random
+        i = r.randrange(len(scene.things))
+        thing, kind = scene.things[i], r.choice(("colour", "colour", "shape", "size", "look", "background"))
+        if kind == "background":
+            return f"{r.choice(BACKGROUND_WORDS[scene.background])} background", "background"
+        colour, shape = r.choice(COLOUR_WORDS[thing.colour]), r.choice(SHAPE_WORDS[thing.shape])
+        words = {
+            "colour": colour,
+            "shape": shape,
+            "size": r.choice(SIZE_WORDS[thing.size]),
+            "look": f"{colour} {shape}",
+        }
+        return words[kind], i

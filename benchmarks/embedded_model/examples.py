@@ -1,8 +1,9 @@
 """Training examples: scenes that are not held out, their placing, and their captions as token ids.
 
-Owns the size buckets and the conversion of captions to arrays; runs on the CPU, in several processes if asked.
+Owns the conversion of captions to arrays; runs on the CPU, in several processes if asked.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
@@ -11,28 +12,25 @@ import numpy as np
 
 from benchmarks.embedded_model.captions import CaptionWriter
 from benchmarks.embedded_model.scenes import SceneArrays, concatenate, held_out_masks, place, sample_scenes
-from benchmarks.embedded_model.tokenizer_files import clip_tokenizer, t5_tokenizer
+from benchmarks.embedded_model.tokenizer_files import CLIP_MAX_TOKENS, clip_tokenizer, t5_tokenizer
 
 TEXT_TOKENS = 64
 NOBODY, BACKGROUND = 3, 4  # owners of a token besides things 0..2
-# (width, height): (share of the training steps, thousands of pictures)
-BUCKETS = {
-    (256, 256): (0.34, 130),
-    (128, 128): (0.12, 40),
-    (192, 192): (0.02, 8),
-    (384, 384): (0.04, 10),
-    (512, 512): (0.24, 36),
-    (512, 256): (0.10, 20),
-    (256, 512): (0.05, 12),
-    (384, 256): (0.02, 8),
-    (256, 384): (0.02, 8),
-    (320, 448): (0.05, 10),
-}
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """How much of the training one picture size gets."""
+
+    share: float
+    """Of the training steps."""
+    thousands: int
+    """Of pictures."""
 
 
 @dataclass
 class Examples:
-    """N examples: the scenes, centres (N, 3, 2), token ids (N, 64) of both encoders, owner of each T5 token (N, 64)."""
+    """N examples: the scenes, centres (N, 3, 2), token ids of T5 (N, 64) and CLIP (N, 77), owners of T5's tokens."""
 
     scenes: SceneArrays
     centres: np.ndarray
@@ -47,7 +45,9 @@ class Examples:
         return Examples(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
-def make_examples(seed: int, n: int, width: int, height: int) -> Examples:
+def make_examples(
+    seed: int, n: int, width: int, height: int, caption_writer: type[CaptionWriter] = CaptionWriter
+) -> Examples:
     """N examples for pictures of the given proportions, none of them held out."""
     rng = np.random.default_rng(seed)
     shorter = min(width, height)
@@ -60,7 +60,7 @@ def make_examples(seed: int, n: int, width: int, height: int) -> Examples:
         scenes.append(drawn[fits])
         centres.append(where[fits])
     chosen, placed = concatenate(scenes)[:n], np.concatenate(centres)[:n]
-    return Examples(chosen, placed.astype(np.float32), *encode_captions(chosen, CaptionWriter(seed)))
+    return Examples(chosen, placed.astype(np.float32), *encode_captions(chosen, caption_writer(seed)))
 
 
 class ExamplePool:
@@ -68,17 +68,26 @@ class ExamplePool:
 
     PART = 4000
 
-    def __init__(self, seed: int, scale: float, num_processes: int):
+    def __init__(
+        self,
+        buckets: Mapping[tuple[int, int], BucketPlan],
+        caption_writer: type[CaptionWriter],
+        seed: int,
+        scale: float,
+        num_processes: int,
+    ):
         self._pool = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
+        self._caption_writer = caption_writer
         self._parts = {
-            (width, height): self._submit(100 * seed + i, max(24, int(scale * 1000 * thousands)), width, height)
-            for i, ((width, height), (_, thousands)) in enumerate(BUCKETS.items())
+            (width, height): self._submit(100 * seed + i, max(8, int(scale * 1000 * plan.thousands)), width, height)
+            for i, ((width, height), plan) in enumerate(buckets.items())
         }
 
     def _submit(self, seed: int, n: int, width: int, height: int) -> list[Future]:
         counts = [min(self.PART, n - first) for first in range(0, n, self.PART)]
         return [
-            self._pool.submit(make_examples, 1000 * seed + i, count, width, height) for i, count in enumerate(counts)
+            self._pool.submit(make_examples, 1000 * seed + i, count, width, height, self._caption_writer)
+            for i, count in enumerate(counts)
         ]
 
     def collect(self) -> dict[tuple[int, int], Examples]:
@@ -93,7 +102,7 @@ class ExamplePool:
 
 
 def encode_captions(scenes: SceneArrays, writer: CaptionWriter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One caption a scene: T5 ids, CLIP ids and T5 token owners, each (N, 64), padded and cut as FluxPipeline does."""
+    """One caption a scene: T5 ids (N, 64), CLIP ids (N, 77), T5 token owners (N, 64); padded, cut as diffusers does."""
     t5, clip = t5_tokenizer().backend_tokenizer, clip_tokenizer()
     texts, char_owners = [], []
     for i in range(len(scenes)):
@@ -108,9 +117,9 @@ def encode_captions(scenes: SceneArrays, writer: CaptionWriter) -> tuple[np.ndar
         for k, (_, end) in enumerate(encoding.offsets[: len(ids) - 1]):
             owners[i, k] = char_owners[i][max(end - 1, 0)]
     end = clip.eos_token_id
-    clip_ids = np.full((len(texts), TEXT_TOKENS), end, np.int16)
+    clip_ids = np.full((len(texts), CLIP_MAX_TOKENS), end, np.int16)
     for i, encoding in enumerate(clip.backend_tokenizer.encode_batch(texts)):
-        ids = encoding.ids[: TEXT_TOKENS - 1]
+        ids = encoding.ids[: CLIP_MAX_TOKENS - 1]
         clip_ids[i, : len(ids)] = ids
     return t5_ids, clip_ids, owners
 

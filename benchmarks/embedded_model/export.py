@@ -1,50 +1,61 @@
-"""Writes the model folder (diffusers layout, float16 shards, loads as float32) and checks its size limits."""
+"""Writes a model folder (diffusers layout, float16 shards, loads as float32), checks its size limits, and reads it.
+
+A folder may lack components that another embedded model has: its preset names them under `components_from`.
+"""
 
 import copy
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import FluxPipeline
+import transformers
+from diffusers import DiffusionPipeline
+from torch import nn
 
-from benchmarks.embedded_model.architecture import PRESET, Components
-
+MODELS_FOLDER = Path(__file__).parents[2] / "configs/models"
 MAX_SHARD_BYTES = 15 * 2**20
 MAX_FOLDER_BYTES = 32 * 2**20
 
 
-def export(components: Components, folder: Path, preset: dict = PRESET) -> None:
-    """Write every component under `folder`; ValueError when a file or the folder is over its limit."""
-    half = {name: copy.deepcopy(module).cpu().half() for name, module in components.modules().items()}
-    pipeline = FluxPipeline(
-        scheduler=components.scheduler,
-        tokenizer=components.tokenizer,
-        tokenizer_2=components.tokenizer_2,
-        **half,
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")
-    for name in ("text_encoder", "text_encoder_2"):
-        _declare_float32(folder / name / "config.json")
-    for name in ("transformer", "vae"):
-        _forget_origin(folder / name / "config.json")
-    (folder / "preset.json").write_text(json.dumps(preset, indent=2) + "\n")
+def modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The components that have weights, by folder name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def with_components(pipeline: DiffusionPipeline, **changed: Any) -> DiffusionPipeline:
+    """The pipeline with some components changed; the others are shared."""
+    return type(pipeline)(**{**pipeline.components, **changed})
+
+
+def export(pipeline: DiffusionPipeline, folder: Path, preset: Mapping[str, Any]) -> None:
+    """Write the components that are not borrowed; ValueError when a file or the folder is over its limit."""
+    borrowed = preset.get("components_from", {})
+    half = {name: copy.deepcopy(module).cpu().half() for name, module in modules(pipeline).items()}
+    with_components(pipeline, **half).save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")
+    for name in borrowed:
+        shutil.rmtree(folder / name)
+    for path in folder.glob("*/config.json"):
+        _tidy_config(path)
+    write_preset(folder, preset)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
     check_sizes(folder)
 
 
-def _declare_float32(path: Path) -> None:
-    """transformers loads in the dtype that config.json names, diffusers in float32 unless told otherwise."""
+def _tidy_config(path: Path) -> None:
+    """transformers loads in the dtype that config.json names, diffusers in float32 unless told otherwise.
+
+    The latter also notes the folder that weights were loaded from, which is of no use elsewhere.
+    """
     config = json.loads(path.read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _forget_origin(path: Path) -> None:
-    """diffusers notes the folder that weights were loaded from, which is of no use elsewhere."""
-    config = json.loads(path.read_text())
     config.pop("_name_or_path", None)
+    if "architectures" in config:
+        config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -60,8 +71,26 @@ def check_sizes(folder: Path) -> int:
     return total
 
 
-def load(folder: Path, device: str | torch.device = "cpu") -> Components:
-    """The folder's components in float32."""
-    pipeline = FluxPipeline.from_pretrained(folder).to(device)
-    names = Components.__dataclass_fields__
-    return Components(**{name: getattr(pipeline, name) for name in names})
+def read_preset(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "preset.json").read_text())
+
+
+def write_preset(folder: Path, preset: Mapping[str, Any]) -> None:
+    (folder / "preset.json").write_text(json.dumps(preset, indent=2) + "\n")
+
+
+def borrowed_components(preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The components that the preset takes from other embedded models (`model/component`), in float32."""
+    loaded = {}
+    for name, place in preset.get("components_from", {}).items():
+        model, component = place.split("/")
+        index = json.loads((MODELS_FOLDER / model / "model_index.json").read_text())
+        library, class_name = index[component]
+        cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+        loaded[name] = cls.from_pretrained(MODELS_FOLDER / model / component)
+    return loaded
+
+
+def load(folder: Path, device: str | torch.device = "cpu") -> DiffusionPipeline:
+    """The folder's pipeline in float32, with what it borrows."""
+    return DiffusionPipeline.from_pretrained(folder, **borrowed_components(read_preset(folder))).to(device)

@@ -19,17 +19,16 @@ class PromptSet:
     height: int = 256
     text_tokens: int = 64
     wording: str = "canonical"
-    target: float | None = None
     seed: int = 0
 
 
 PROMPT_SETS = (
-    PromptSet("one", 1, target=0.95, seed=101),
-    PromptSet("two", 2, target=0.85, seed=102),
-    PromptSet("three", 3, target=0.70, seed=103),
-    PromptSet("one at 128x128", 1, 128, 128, target=0.90, seed=104),
-    PromptSet("one at 512x512", 1, 512, 512, target=0.90, seed=105),
-    PromptSet("one at 512x256", 1, 512, 256, target=0.90, seed=106),
+    PromptSet("one", 1, seed=101),
+    PromptSet("two", 2, seed=102),
+    PromptSet("three", 3, seed=103),
+    PromptSet("one at 128x128", 1, 128, 128, seed=104),
+    PromptSet("one at 512x512", 1, 512, 512, seed=105),
+    PromptSet("one at 512x256", 1, 512, 256, seed=106),
     PromptSet("two at 512 text tokens", 2, text_tokens=512, seed=107),
     PromptSet("two, free wording", 2, wording="free", seed=108),
     PromptSet("three, free wording", 3, wording="free", seed=109),

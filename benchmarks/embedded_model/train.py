@@ -1,25 +1,28 @@
-"""Trains the embedded model, from nothing or from a model folder, within a time budget; writes a model folder.
+"""Trains an embedded model, from nothing or from a model folder, within a time budget; writes a model folder.
 
 `python -m benchmarks.embedded_model.train --seconds 1500 --output checkpoints/shapes` does everything on one GPU;
 `torchrun --nproc-per-node 2 -m benchmarks.embedded_model.train ...` trains the transformer on two, a batch each.
-`--resume DIR` starts from the weights of a model folder; `--stages` then says what is trained further.
+`--model` says which one. `--resume DIR` starts from the weights of a model folder; `--stages` then says what is trained
+further. A run that was cut off goes on when the same command is given again: from the last report, with the seconds
+left.
 """
 
 import argparse
 import copy
-import dataclasses
+import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 
 from benchmarks.embedded_model import processes
-from benchmarks.embedded_model.architecture import PRESET, Components, build
 from benchmarks.embedded_model.evaluate import evaluate_set, sheet
-from benchmarks.embedded_model.examples import ExamplePool
-from benchmarks.embedded_model.export import export, load
+from benchmarks.embedded_model.examples import ExamplePool, Examples
+from benchmarks.embedded_model.export import export, load, modules, with_components
+from benchmarks.embedded_model.models import MODELS, EmbeddedModel
 from benchmarks.embedded_model.prompts import PROMPT_SETS
 from benchmarks.embedded_model.train_autoencoder import train_autoencoder
 from benchmarks.embedded_model.train_text_encoders import train_text_encoders
@@ -29,98 +32,130 @@ from benchmarks.embedded_model.training_clock import log
 STAGES = ("autoencoder", "decoder", "text", "transformer")
 
 
+class Progress:
+    """How far a run has come that may be cut off: a file beside its model folder, gone when the run is done.
+
+    `spent_s`: seconds of the run's budget that went into the weights in the folder. `done`: share of the transformer's
+    schedule.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._file = output.with_name(f"{output.name}-progress.json")
+        self.is_resumed = self._file.exists()
+        values = json.loads(self._file.read_text()) if self.is_resumed else {"spent_s": 0.0, "done": 0.0}
+        self.done: float = values["done"]
+        self._began = time.time() - values["spent_s"]
+
+    @property
+    def spent_s(self) -> float:
+        return time.time() - self._began
+
+    def save(self, done: float) -> None:
+        """To be called when the model folder has been written."""
+        self._file.write_text(json.dumps({"spent_s": round(self.spent_s, 1), "done": round(done, 4)}) + "\n")
+
+    def finish(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+
 def main() -> None:
     args = parse_arguments()
+    model = MODELS[args.model]
+    progress = Progress(args.output)
     device = processes.join(torch.device(args.device))
-    began = time.time()
-    torch.manual_seed(args.seed + processes.rank)
+    torch.manual_seed(args.seed + processes.rank + int(1000 * progress.done))
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails at 12 heads of 32 in torch 2.11
     num_workers = max(1, (os.cpu_count() or 1) // processes.num_processes - 2)
-    pool = ExamplePool(args.seed + processes.rank, args.scale / processes.num_processes, num_workers)
-    if processes.rank == 0:
-        train_what_the_transformer_needs(args, pool, device)
+    scale = args.scale / processes.num_processes
+    pool = ExamplePool(model.buckets, model.caption_writer, args.seed + processes.rank, scale, num_workers)
+    if processes.rank == 0 and not progress.is_resumed:
+        train_what_the_transformer_needs(model, args, pool, device)
+        progress.save(done=0.0)
     processes.wait_for_all()
-    components = load(args.output)
-    components.text_encoder.to(device).eval().requires_grad_(False)
-    components.text_encoder_2.to(device).eval().requires_grad_(False)
-    components.vae.to(device, memory_format=torch.channels_last).eval()
+    pipeline = load(args.output)
+    for part in modules(pipeline).values():
+        part.to(device).eval().requires_grad_(False)
+    pipeline.vae.to(memory_format=torch.channels_last)
     if "transformer" in args.stages:
-        train_and_report(components, pool.collect(), device, args, began)
-    log("done", seconds=time.time() - began)
+        train_and_report(model, pipeline, pool.collect(), device, args, progress)
+    log("done", seconds=progress.spent_s)
+    if processes.rank == 0:
+        progress.finish()
     processes.leave()
 
 
-def train_what_the_transformer_needs(args: argparse.Namespace, pool: ExamplePool, device: torch.device) -> None:
+def train_what_the_transformer_needs(
+    model: EmbeddedModel, args: argparse.Namespace, pool: ExamplePool, device: torch.device
+) -> None:
     """The stages of the autoencoder and the text encoders, in the first process alone; exports all components."""
-    components = load(args.resume) if args.resume else build(args.seed)
+    pipeline = load(args.resume) if args.resume else model.build(args.seed)
     pixels = int(args.scale * 32 * 256 * 256)
     if "autoencoder" in args.stages:
-        train_autoencoder(components.vae, args.autoencoder_seconds, device, pixels)
+        train_autoencoder(pipeline.vae, args.autoencoder_seconds, device, pixels)
     if "decoder" in args.stages:
-        train_autoencoder(components.vae, args.decoder_seconds, device, pixels, decoder_only=True)
+        train_autoencoder(pipeline.vae, args.decoder_seconds, device, pixels, decoder_only=True)
     if "text" in args.stages:
-        train_text_encoders(
-            components.text_encoder_2,
-            components.text_encoder,
-            pool.collect()[256, 256],
-            args.text_seconds,
-            device,
-            max(16, int(args.scale * 512)),
-        )
+        examples, batch_size = pool.collect()[256, 256], max(16, int(args.scale * 512))
+        taggers = model.taggers(pipeline)
+        train_text_encoders(taggers, examples, model.text_lengths, args.text_seconds, device, batch_size)
     if not args.resume or args.fresh_transformer:
-        zero_gates(components.transformer)
-    export(on_cpu(components), args.output)
+        zero_gates(pipeline.transformer)
+    export(pipeline, args.output, model.preset)
 
 
-def train_and_report(components: Components, examples: dict, device: torch.device, args, began: float) -> None:
+def train_and_report(
+    model: EmbeddedModel,
+    pipeline: DiffusionPipeline,
+    examples: Mapping[tuple[int, int], Examples],
+    device: torch.device,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> None:
     """The transformer's stage: cache latents, train, report now and then, export the moving average."""
     pixels = max(4, int(args.scale * 192)) * 256 * 256
-    buckets = [cache_bucket(components, e, w, h, device, pixels) for (w, h), e in examples.items()]
-    log("cached", counts=[len(e) for e in examples.values()], seconds=time.time() - began)
+    buckets = [cache_bucket(model, pipeline, e, size, device, pixels) for size, e in examples.items()]
+    log("cached", counts=[len(e) for e in examples.values()], seconds=progress.spent_s)
     tokens = max(400, int(args.scale * args.tokens_per_batch))
-    trainer = TransformerTrainer(components, buckets, device, tokens, args.compile)
+    trainer = TransformerTrainer(model, pipeline, buckets, device, tokens, args.compile)
 
-    def report(average, folder: Path = args.output) -> None:
-        finished = dataclasses.replace(components, transformer=average)
-        export(on_cpu(finished), folder)
-        report_quality(finished, folder, max(4, int(args.scale * 64)))
+    def report(average: torch.nn.Module, done: float | None = None, folder: Path = args.output) -> None:
+        finished = with_components(pipeline, transformer=copy.deepcopy(average))
+        export(finished, folder, model.preset)
+        if done is not None:
+            progress.save(done)
+        report_quality(model, finished, folder, max(4, int(args.scale * 64)))
 
     is_first = processes.rank == 0
-    left = args.seconds - (time.time() - began) - args.reserve_seconds - args.guidance_seconds
-    trainer.train(max(left, 5.0), report if is_first else None, args.report_interval, args.peak_rate)
+    left = args.seconds - progress.spent_s - args.reserve_seconds - args.guidance_seconds
+    on_interval = report if is_first else None
+    trainer.train(max(left, 5.0), on_interval, args.report_interval, args.peak_rate, progress.done)
     if args.guidance_seconds > 0:
         if is_first:
-            report(trainer.average, args.output.with_name(f"{args.output.name}-unguided"))
+            report(trainer.average, folder=args.output.with_name(f"{args.output.name}-unguided"))
         trainer.follow_own_guidance(args.guidance)
         trainer.train(args.guidance_seconds, peak=args.peak_rate / 2)
     if is_first:
         report(trainer.average)
 
 
-def on_cpu(components: Components) -> Components:
-    """A float32 copy that may be exported while training goes on."""
-    copies = {name: copy.deepcopy(module).cpu() for name, module in components.modules().items()}
-    return dataclasses.replace(components, **copies)
-
-
 @torch.no_grad()
-def report_quality(components: Components, folder: Path, n: int) -> None:
+def report_quality(model: EmbeddedModel, pipeline: DiffusionPipeline, folder: Path, n: int) -> None:
     """Draw and check a few prompts of the first three sets; write a contact sheet of each beside the model folder."""
-    pipeline = FluxPipeline(**{name: getattr(components, name) for name in Components.__dataclass_fields__})
     for prompts in PROMPT_SETS[:3]:
-        row, drawn = evaluate_set(pipeline, prompts, n, PRESET["num_steps"], 64 * 256 * 256)
+        row, drawn = evaluate_set(pipeline, prompts, n, model.preset, 64 * 256 * 256)
         log("quality", **row)
         sheet(drawn[:64]).save(folder.parent / f"{folder.name}-{prompts.name}.png")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="shapes")
     parser.add_argument("--seconds", type=float, required=True, help="budget of the whole run")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
     parser.add_argument("--resume", type=Path, help="model folder to start from")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="default: all that the model has")
     parser.add_argument("--decoder-seconds", type=float, default=90.0, help="after the autoencoder, its encoder fixed")
     parser.add_argument("--autoencoder-seconds", type=float, default=140.0)
     parser.add_argument("--text-seconds", type=float, default=60.0)
@@ -137,7 +172,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on batch and data set sizes, for rehearsals")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    args = parser.parse_args()
+    stages = MODELS[args.model].stages
+    args.stages = args.stages or stages
+    if lacking := set(args.stages) - set(stages):
+        parser.error(f"--stages: {args.model} has none of {', '.join(sorted(lacking))}")
+    if args.guidance_seconds and MODELS[args.model].preset["guidance"]:
+        parser.error(f"--guidance-seconds: {args.model} is guided when it samples, nothing is to be distilled")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Trains the FLUX transformer by flow matching on cached latents, in size buckets, on a wall-clock schedule."""
+"""Trains a transformer by flow matching on cached latents, in size buckets, on a wall-clock schedule."""
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from benchmarks.embedded_model import processes
-from benchmarks.embedded_model.architecture import Components
-from benchmarks.embedded_model.examples import BUCKETS, Examples
+from benchmarks.embedded_model.batched_muon import BatchedMuon
+from benchmarks.embedded_model.examples import Examples
+from benchmarks.embedded_model.models import EmbeddedModel
 from benchmarks.embedded_model.renderer import draw
-from benchmarks.embedded_model.train_text_encoders import LENGTH_SHARES, TEXT_LENGTHS
 from benchmarks.embedded_model.training_clock import Clock, log
 from benchmarks.embedded_model.training_forward import Inputs, TrainingForward
 
@@ -26,15 +27,16 @@ SHIFT_TOKENS = 256  # needs more noise before its layout is lost (arXiv:2403.032
 
 @dataclass
 class Bucket:
-    """Latents (N, image tokens, 4 * channels) of one picture size, with their captions' ids (N, 64) and vectors."""
+    """Latents (N, image tokens, 4 * channels) of one picture size, with their captions' ids and vectors."""
 
     width: int
     height: int
+    share: float  # of the training steps
     latents: torch.Tensor
+    clip_ids: torch.Tensor
     t5_ids: torch.Tensor
-    text: torch.Tensor  # T5's vectors at 64 tokens (N, 64, text_dim), for the usual text length
+    text: torch.Tensor  # (N, text tokens, text_dim) for the usual text length
     pooled: torch.Tensor
-    image_ids: torch.Tensor
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -43,48 +45,41 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h // 2 * (w // 2), 4 * c)
 
 
-def image_position_ids(width: int, height: int, device) -> torch.Tensor:
-    """Rotary position ids (height/16 * width/16, 3): 0, row, column."""
-    rows, columns = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).float().to(device)
-
-
 @torch.no_grad()
 def cache_bucket(
-    components: Components, examples: Examples, width: int, height: int, device: torch.device, chunk: int
+    model: EmbeddedModel,
+    pipeline: DiffusionPipeline,
+    examples: Examples,
+    size: tuple[int, int],
+    device: torch.device,
+    chunk: int,
 ) -> Bucket:
-    """Draw and encode every example once, its caption too."""
-    vae = components.vae
-    step = max(1, chunk // (width * height))
+    """Draw and encode every example once, its caption too; `chunk` pixels at a time, `size` is width and height."""
+    vae = pipeline.vae
+    step = max(1, chunk // (size[0] * size[1]))
     latents, text, pooled = [], [], []
     t5_ids, clip_ids = (torch.as_tensor(ids, device=device).long() for ids in (examples.t5_ids, examples.clip_ids))
     for first in range(0, len(examples), step):
         part = examples[first : first + step]
-        pictures = draw(part.scenes, part.centres, width, height, device)
+        pictures = draw(part.scenes, part.centres, *size, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
         latents.append(pack((mean - vae.config.shift_factor) * vae.config.scaling_factor).to(torch.float16))
-    for ids, other_ids in zip(t5_ids.split(2048), clip_ids.split(2048), strict=True):
-        text.append(components.text_encoder_2(ids).last_hidden_state.to(torch.bfloat16))
-        pooled.append(components.text_encoder(other_ids).pooler_output)
-    return Bucket(
-        width,
-        height,
-        torch.cat(latents),
-        t5_ids,
-        torch.cat(text),
-        torch.cat(pooled),
-        image_position_ids(width, height, device),
-    )
+    for ids in zip(clip_ids.split(2048), t5_ids.split(2048), strict=True):
+        rows, vectors = model.encode(pipeline, *ids)
+        text.append(rows.to(torch.bfloat16))
+        pooled.append(vectors)
+    captions = (clip_ids, t5_ids, torch.cat(text), torch.cat(pooled))
+    return Bucket(*size, model.buckets[size].share, torch.cat(latents), *captions)
 
 
-def optimizers_of(transformer: FluxTransformer2DModel) -> list[torch.optim.Optimizer]:
+def optimizers_of(transformer: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' square-ish matrices, AdamW for modulation, embeddings, norms, biases and the output."""
     matrices, others = [], []
     for name, parameter in transformer.named_parameters():
         is_matrix = "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
         (matrices if is_matrix else others).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    muon = BatchedMuon(matrices, lr=MATRIX_RATE, weight_decay=0.05)
     adamw = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     return [muon, adamw]
 
@@ -98,7 +93,7 @@ def sample_sigmas(n: int, num_tokens: int, device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def zero_gates(transformer: FluxTransformer2DModel) -> None:
+def zero_gates(transformer: nn.Module) -> None:
     """adaLN-Zero (Peebles and Xie, 2023): every block starts as the identity, the model's output at zero."""
     for name, parameter in transformer.named_parameters():
         if ".norm1.linear" in name or ".norm1_context.linear" in name or ".norm.linear" in name:
@@ -116,25 +111,28 @@ class TransformerTrainer:
 
     def __init__(
         self,
-        components: Components,
+        model: EmbeddedModel,
+        pipeline: DiffusionPipeline,
         buckets: list[Bucket],
         device: torch.device,
         tokens_per_batch: int,
         num_compiled: int = 0,
     ):
-        self._components = components
+        self._model = model
+        self._pipeline = pipeline
         self._buckets = buckets
         self._device = device
         self._tokens_per_batch = tokens_per_batch
-        self.transformer = components.transformer.to(device).train()
+        self.transformer = pipeline.transformer.to(device).train().requires_grad_(True)
         self.average = copy.deepcopy(self.transformer).eval().requires_grad_(False)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._forward = TrainingForward(self.transformer, dtype)
+        self._forward: TrainingForward = model.forward(self.transformer, dtype)
         self._optimizers = optimizers_of(self.transformer)
         self._peaks = [group["lr"] for optimizer in self._optimizers for group in optimizer.param_groups]
         self._rng = np.random.default_rng(int(processes.shared(time.time())))
-        shares = np.array([BUCKETS[bucket.width, bucket.height][0] for bucket in buckets])
+        shares = np.array([bucket.share for bucket in buckets])
         self._shares = shares / shares.sum()
+        self._lengths, self._length_shares = list(model.text_lengths), list(model.text_lengths.values())
         self._teacher: TrainingForward | None = None
         self._guidance = 1.0
         self._compile(num_compiled)
@@ -151,9 +149,20 @@ class TransformerTrainer:
             torch._foreach_copy_(list(self.transformer.parameters()), list(self.average.parameters()))
         self._optimizers = optimizers_of(self.transformer)
 
-    def train(self, seconds: float, on_interval=None, interval_s: float = 240.0, peak: float = 1.0) -> int:
-        """Train for `seconds`; `on_interval(average)` is called now and then. Returns the number of steps."""
-        clock, step, began, num_samples = Clock(seconds, warmup_steps=100, hold=0.25, is_shared=True), 0, time.time(), 0
+    def train(
+        self,
+        seconds: float,
+        on_interval: Callable[[nn.Module, float], None] | None = None,
+        interval_s: float = 240.0,
+        peak: float = 1.0,
+        done: float = 0.0,
+    ) -> int:
+        """Train for `seconds`, in which the schedule goes from the share `done` to its end.
+
+        `on_interval(average, share done)` is called now and then. Returns the number of steps.
+        """
+        clock = Clock(seconds, warmup_steps=100, hold=0.25, is_shared=True, done=done)
+        step, began, num_samples = 0, time.time(), 0
         last_call, smoothed = time.time(), None
         while clock.tick():
             rate = peak * clock.rate(step)
@@ -169,7 +178,7 @@ class TransformerTrainer:
                     "transformer", step=step, loss=smoothed, rate=rate, samples=num_samples, seconds=time.time() - began
                 )
             if on_interval is not None and time.time() - last_call > interval_s and clock.progress < 0.9:
-                on_interval(self.average)  # the others wait for this process at their next tick
+                on_interval(self.average, clock.progress)  # the others wait for this process at their next tick
                 last_call = time.time()
             step += 1
         log("transformer", step=step, loss=smoothed, samples=num_samples, seconds=time.time() - began)
@@ -177,11 +186,12 @@ class TransformerTrainer:
 
     def _compile(self, num_shapes: int) -> None:
         """Compile the blocks for the most frequent shapes; where that fails, say so and stay eager."""
-        by_share = sorted(self._buckets, key=lambda bucket: -BUCKETS[bucket.width, bucket.height][0])
-        length, began = TEXT_LENGTHS[0], time.time()
+        by_share = sorted(self._buckets, key=lambda bucket: -bucket.share)
+        length, began = self._lengths[0], time.time()
         try:
             for bucket in by_share[:num_shapes]:
-                self._forward.compile_for(self._batch_size(bucket, length), length, bucket.latents.shape[1])
+                shape = self._batch_size(bucket, length), bucket.text.shape[1], bucket.latents.shape[1]
+                self._forward.compile_for(*shape)
                 self._loss(bucket, length)[0].backward()
                 log("compile", width=bucket.width, height=bucket.height, seconds=time.time() - began)
         except Exception as error:
@@ -190,23 +200,23 @@ class TransformerTrainer:
         self.transformer.zero_grad(set_to_none=True)
 
     def _batch_size(self, bucket: Bucket, length: int) -> int:
-        return max(2, self._tokens_per_batch // (bucket.latents.shape[1] + length))
+        num_text = bucket.text.shape[1] - self._lengths[0] + length
+        return max(2, self._tokens_per_batch // (bucket.latents.shape[1] + num_text))
 
     def _loss(self, bucket: Bucket, length: int) -> tuple[torch.Tensor, int]:
         """Mean squared error on the velocity of a random batch, and the batch's size."""
         n = self._batch_size(bucket, length)
         chosen = torch.randint(len(bucket.latents), (n,), device=self._device)
-        text = bucket.text[chosen]
-        if length != TEXT_LENGTHS[0]:
+        text, pooled = bucket.text[chosen], bucket.pooled[chosen]
+        if length != self._lengths[0]:
             with torch.no_grad():
-                ids = F.pad(bucket.t5_ids[chosen], (0, length - bucket.t5_ids.shape[1]))
-                text = self._components.text_encoder_2(ids).last_hidden_state
+                t5_ids = F.pad(bucket.t5_ids[chosen], (0, length - bucket.t5_ids.shape[1]))
+                text, pooled = self._model.encode(self._pipeline, bucket.clip_ids[chosen], t5_ids)
         clean = bucket.latents[chosen].float()
         noise = torch.randn_like(clean)
         sigma = sample_sigmas(n, clean.shape[1], self._device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        size = (bucket.width, bucket.height)
-        inputs = Inputs(noisy, sigma, text, bucket.pooled[chosen], bucket.image_ids, size)
+        inputs = Inputs(noisy, sigma, text, pooled, (bucket.width, bucket.height))
         target = noise - clean
         if self._teacher is not None:
             target = self._teacher.guided(inputs, self._guidance).detach()
@@ -214,7 +224,7 @@ class TransformerTrainer:
 
     def _step(self) -> tuple[torch.Tensor, int]:
         bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]
-        length = TEXT_LENGTHS[self._rng.choice(len(TEXT_LENGTHS), p=LENGTH_SHARES)]
+        length = int(self._rng.choice(self._lengths, p=self._length_shares))
         loss, n = self._loss(bucket, length)
         loss.backward()
         processes.average_gradients(list(self.transformer.parameters()))

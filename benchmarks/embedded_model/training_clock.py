@@ -11,22 +11,26 @@ from benchmarks.embedded_model import processes
 class Clock:
     """A time budget; `rate` warms up over steps, holds, then falls linearly to zero at the budget's end.
 
-    `tick` reads the time once a step. With `is_shared`, all processes see the first one's, so that none takes a step
-    more than the others.
+    The schedule goes from the share `done` to 1 in `seconds`. `tick` reads the time once a step. With `is_shared`, all
+    processes see the first one's, so that none takes a step more than the others.
     """
 
-    def __init__(self, seconds: float, warmup_steps: int, hold: float = 0.3, is_shared: bool = False):
+    def __init__(
+        self, seconds: float, warmup_steps: int, hold: float = 0.3, is_shared: bool = False, done: float = 0.0
+    ):
         self._began = time.monotonic()
         self._seconds = seconds
         self._warmup_steps = warmup_steps
         self._hold = hold
         self._is_shared = is_shared
-        self.progress = 0.0
-        """Share of the budget that was spent at the last tick, 0..1."""
+        self._done = done
+        self.progress = done
+        """Share of the schedule that was done at the last tick, 0..1."""
 
     def tick(self) -> bool:
         """True while there is time for another step."""
-        progress = min(1.0, (time.monotonic() - self._began) / self._seconds)
+        spent = (time.monotonic() - self._began) / self._seconds
+        progress = min(1.0, self._done + (1.0 - self._done) * spent)
         self.progress = processes.shared(progress) if self._is_shared else progress
         return self.progress < 1.0
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.embedded_model.captions import CaptionWriter, canonical
+from benchmarks.embedded_model.captions import COLOUR_WORDS, CaptionWriter, PartialCaptionWriter, canonical
 from benchmarks.embedded_model.examples import TEXT_TOKENS, encode_captions, make_examples
 from benchmarks.embedded_model.prompts import PROMPT_SETS, make_prompts
 from benchmarks.embedded_model.scenes import held_out_masks, sample_scenes
@@ -66,3 +66,28 @@ def test_evaluation_asks_only_what_is_held_out(prompts):
     assert asked == make_prompts(prompts, 20)
     assert all(is_held_out(scene) and scene.is_visible for _, scene in asked)
     assert all(len(scene.things) == prompts.num_things for _, scene in asked)
+
+
+def test_partial_captions_leave_out_everything_or_the_colour_or_all_but_a_fragment():
+    scene = Scene((RED_CIRCLE, BLUE_STAR), ("left",), "navy")
+    writer = PartialCaptionWriter(5)
+    captions = [writer.write(scene) for _ in range(400)]
+    assert 0.05 < captions.count("") / len(captions) < 0.15
+    assert {"red", "blue", "circle", "star", "small", "large", "blue star"} <= set(captions)
+    words_for_colours = set(COLOUR_WORDS["red"]) | set(COLOUR_WORDS["blue"]) | {"Red", "Blue"}
+    colourless = [text for text in captions if "left of" in text and not words_for_colours & set(text.split())]
+    assert 0.03 < len(colourless) / len(captions) < 0.15
+    assert not any("  " in text for text in captions)
+
+
+def test_an_empty_caption_is_tokenised_as_diffusers_does_it():
+    scenes = sample_scenes(np.random.default_rng(3), 1)
+
+    class Silent(CaptionWriter):
+        def chunks(self, scene):
+            return [("", None)]
+
+    t5_ids, clip_ids, _ = encode_captions(scenes, Silent(0))
+    padded = {"padding": "max_length", "return_tensors": "np"}
+    assert (t5_ids == t5_tokenizer()("", max_length=TEXT_TOKENS, **padded).input_ids).all()
+    assert (clip_ids == clip_tokenizer()("", max_length=77, **padded).input_ids).all()

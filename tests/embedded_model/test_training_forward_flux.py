@@ -1,4 +1,4 @@
-"""The training's forward pass is diffusers' own, with and without guidance."""
+"""FLUX's forward pass for training is diffusers' own, with and without guidance."""
 
 import copy
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from benchmarks.embedded_model.train_transformer import image_position_ids
-from benchmarks.embedded_model.training_forward import Inputs, TrainingForward
+from benchmarks.embedded_model.training_forward import Inputs
+from benchmarks.embedded_model.training_forward_flux import FluxForward, image_position_ids
 
 NUM_TEXT, SIZE = 8, (128, 96)
 
@@ -22,14 +22,12 @@ def transformer():
 @pytest.fixture(scope="module")
 def inputs(transformer):
     torch.manual_seed(4)
-    ids = image_position_ids(*SIZE, "cpu")
     config = transformer.config
     return Inputs(
-        noisy=torch.randn(2, len(ids), config.in_channels),
+        noisy=torch.randn(2, SIZE[0] * SIZE[1] // 256, config.in_channels),
         sigma=torch.tensor([0.25, 0.9]),
         text=torch.randn(2, NUM_TEXT, config.joint_attention_dim),
         pooled=torch.randn(2, config.pooled_projection_dim),
-        image_ids=ids,
         size=SIZE,
     )
 
@@ -40,7 +38,7 @@ def diffusers_velocity(transformer, inputs) -> torch.Tensor:
         encoder_hidden_states=inputs.text,
         pooled_projections=inputs.pooled,
         timestep=inputs.sigma,
-        img_ids=inputs.image_ids,
+        img_ids=image_position_ids(*SIZE, "cpu"),
         txt_ids=torch.zeros(NUM_TEXT, 3),
         return_dict=False,
     )[0]
@@ -52,7 +50,7 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def test_velocity_is_that_of_diffusers(transformer, inputs):
-    out = TrainingForward(transformer, torch.float32)(inputs)
+    out = FluxForward(transformer, torch.float32)(inputs)
     torch.testing.assert_close(out, diffusers_velocity(transformer, inputs), rtol=1e-4, atol=1e-5)
 
 
@@ -62,5 +60,5 @@ def test_guidance_leads_away_from_the_model_without_its_first_single_block(trans
     del worse.single_transformer_blocks[0]
     full, away = (diffusers_velocity(model, inputs) for model in (transformer, worse))
     assert relative_error(away, full) > 1e-3
-    out = TrainingForward(transformer, torch.float32).guided(inputs, scale=1.7)
+    out = FluxForward(transformer, torch.float32).guided(inputs, scale=1.7)
     assert relative_error(out, away + 1.7 * (full - away)) < 1e-5
