@@ -16,7 +16,7 @@ import pytest_asyncio
 import torch
 
 from tests.engine import test_resolve as misfits
-from tetrion.engine.api import AsyncEngine
+from tetrion.engine.api import AsyncEngine, RequestHandle
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.guarded_planner import FALLBACK
 from tetrion.engine.messages import Command, Denoise, EncodePrompt
@@ -85,15 +85,14 @@ class Watched:
     later: str = ""
 
     @asynccontextmanager
-    async def beside_a_neighbour(self) -> AsyncIterator[None]:
-        """What is done inside meets a picture of 200 steps under way; the workers are the same ones afterwards."""
+    async def beside_a_neighbour(self) -> AsyncIterator[RequestHandle]:
+        """What is done inside begins beside a picture of 200 steps; the workers are the same ones afterwards."""
         pids = self.engine.worker_pids()
         handle = self.engine.submit(NEIGHBOUR)
         async for progress in handle:
             if progress.step_index:
                 break
-        yield
-        assert not handle.done, "the neighbour was to run all the while"
+        yield handle
         later = self.engine.submit(small())
         assert digest(await asyncio.wait_for(handle.result(), PATIENCE_S)) == self.neighbour
         assert digest(await asyncio.wait_for(later.result(), PATIENCE_S)) == self.later
@@ -153,18 +152,12 @@ async def test_whatever_one_asks_for_his_neighbour_and_a_later_request_are_drawn
     watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = watched.engine
-    async with watched.beside_a_neighbour():
+    async with watched.beside_a_neighbour() as neighbour:
         for field, request in bad_requests():
             with pytest.raises(RequestError) as caught:
                 engine.submit(request)
             assert caught.value.field == field
             await asyncio.sleep(0)
-        for request in WELCOME:
-            result = await draw(engine, request)
-            assert digest(result) == watched.later, "as with numbers and texts of Python's own"
-            assert type(result.seed) is int and type(result.prompt) is type(result.request_id) is str
-        for prompt in ODD:
-            await draw(engine, small(prompt=prompt, request_id="é" * 256, tenant="\0" * 256, num_steps=1))
         settled = msgspec.structs.replace(small(), guidance=0.0)
         monkeypatch.setattr("tetrion.engine.api.resolve_request", lambda request, spec, num_devices: request)
         for number, fields in enumerate(UNSENDABLE):
@@ -172,6 +165,13 @@ async def test_whatever_one_asks_for_his_neighbour_and_a_later_request_are_drawn
                 await draw(engine, msgspec.structs.replace(settled, request_id=f"unsendable-{number}", **fields))
             assert f"request unsendable-{number} failed" in caplog.text
         monkeypatch.undo()
+        assert not neighbour.done, "nothing of this takes as long as he does"
+        for request in WELCOME:
+            result = await draw(engine, request)
+            assert digest(result) == watched.later, "as with numbers and texts of Python's own"
+            assert type(result.seed) is int and type(result.prompt) is type(result.request_id) is str
+        for prompt in ODD:
+            await draw(engine, small(prompt=prompt, request_id="é" * 256, tenant="\0" * 256, num_steps=1))
 
 
 async def test_errors_of_the_engine_s_own_cost_the_requests_they_concern(
@@ -194,6 +194,5 @@ async def test_errors_of_the_engine_s_own_cost_the_requests_they_concern(
         monkeypatch.undo()
         assert "request bad-books failed" in caplog.text
         spoiler.spoils_plans = True
-        while engine.stats().policy != FALLBACK:
-            await asyncio.sleep(0.01)
-        assert f"{FALLBACK} plans in its place" in caplog.text
+        assert digest(await draw(engine, small())) == watched.later
+        assert engine.stats().policy == FALLBACK and f"{FALLBACK} plans in its place" in caplog.text
