@@ -16,7 +16,7 @@ from tetrion.engine.models.loading import planned_shapes
 from tetrion.engine.models.ops import Linear
 from tetrion.engine.models.registry import family_module
 from tetrion.engine.parallel.exchange import Stream
-from tetrion.engine.parallel.group import GroupShape
+from tetrion.engine.parallel.group import BranchLayout, GroupShape
 from tetrion.engine.shape import StepShape
 from tetrion.kernels.reference import Branch
 
@@ -46,9 +46,18 @@ class Attention(NamedTuple):
 Operator = Gemm | Attention
 
 
-def step_operators(spec: ModelSpec, shape: StepShape, degree: int, branch: int = 0) -> list[Operator]:
-    """What the device with most rows and heads computes in one pass of a branch at `degree`. Modulation vectors are no
-    part of it."""
+def step_operators(spec: ModelSpec, shape: StepShape, degree: int) -> list[Operator]:
+    """What the device with most rows and heads computes in a step at `degree`, all guidance branches that its part of
+    the group evaluates. Modulation vectors are no part of it."""
+    layout = BranchLayout(members=tuple(range(degree)), num_branches=shape.num_branches)
+    part_degree = len(layout.part_of(0))
+    return [
+        operator for branch in layout.branches_of(0) for operator in pass_operators(spec, shape, part_degree, branch)
+    ]
+
+
+def pass_operators(spec: ModelSpec, shape: StepShape, degree: int, branch: int) -> list[Operator]:
+    """Of one evaluation of the network for a branch, by the first of `degree` members."""
     most_heads = -(-spec.num_heads // degree)
     group = GroupShape(shape.counts(spec.segments, branch), degree, most_heads)
     recorder = Recorder(spec, group)

@@ -19,7 +19,7 @@ from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, ResolvedRequest
+from tetrion.engine.request import EngineEnded, Failure, ImageRequest, ImageResult, Output, ResolvedRequest
 from tetrion.engine.shape import StepShape
 from tetrion.engine.simulated import Disturbance, SimulatedExecutor
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
@@ -154,7 +154,7 @@ class _Simulation:
             self.executor.at(loss.time_s, lambda loss=loss: self._lose(loss.device_id))  # type: ignore[misc]
 
     def to_end(self) -> Run:
-        with _without_collector():
+        with _without_collector(), contextlib.suppress(EngineEnded):  # without workers the rest of the trace fails
             asyncio.run(self.loop.run())
         return self.recorder.run(
             self.trace,

@@ -74,8 +74,9 @@ async def time_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: in
 
 
 async def _prepare_floor(floor: LineProcess, spec: ModelSpec, size: Size, degree: int) -> None:
-    shape = msgspec.to_builtins(spec.shape(*size))
-    await floor.ask({"shape": shape, "degree": degree}, FLOOR_TIMEOUT_S)
+    asked = ImageRequest(prompt=PROMPT, width=size[0], height=size[1])
+    shape = resolve_request(asked, spec, degree).params.shape
+    await floor.ask({"shape": msgspec.to_builtins(shape), "degree": degree}, FLOOR_TIMEOUT_S)
 
 
 async def _floor_ms(floor: LineProcess, seconds: float) -> list[float]:
