@@ -4,14 +4,10 @@
 """
 
 import functools
-from typing import Literal
 
 import msgspec
 
-from tetrion.engine.shape import StepShape
-
-Rows = Literal["text", "image", "reference", "one"]
-"""How many rows a field has: those of a segment, or one for the whole request."""
+from tetrion.engine.shape import Rows, StepShape
 
 MAX_UNEVENNESS = 1.2
 """24 heads on 7 devices are 4 on the fullest, as many as on 6: attention has 28 places for 24 heads and gains nothing,

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -12,6 +13,10 @@ COST_KEY = (
 )
 """The texts of cost keys, as a regular expression."""
 _COST_KEY = re.compile(COST_KEY)
+
+
+Rows = Literal["text", "image", "reference", "one"]
+"""How many rows a tensor has: those of a segment, or one for the whole request."""
 
 
 class CostKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +67,7 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True):
     def num_branches(self) -> int:
         return len(self.text)
 
-    def rows(self, kind: str, branch: int = 0) -> int:
+    def rows(self, kind: Rows, branch: int = 0) -> int:
         """Rows of a segment, or of a slot's field: `one` has one."""
         match kind:
             case "text":
@@ -73,9 +78,8 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True):
                 return self.reference
             case "one":
                 return 1
-        raise ValueError(f"no segment is called {kind!r}")
 
-    def counts(self, segments: Sequence[str], branch: int = 0) -> tuple[int, ...]:
+    def counts(self, segments: Sequence[Rows], branch: int = 0) -> tuple[int, ...]:
         """Rows of each of a family's segments, in its canonical order."""
         return tuple(self.rows(segment, branch) for segment in segments)
 

@@ -65,7 +65,7 @@ def memory_budget(
     """Of a device that has all of `specs` and decodes all pictures whole. `components`: by model. Weights and
     activations have the slab's element size. Raises CheckpointError for missing tensors."""
     itemsize = layout.itemsize
-    weights = {}
+    weights: dict[str, int] = {}
     for spec in specs:
         for key, shape in planned_shapes(components[spec.name]).items():
             name = key.partition("/")[0] if len(specs) == 1 else f"{spec.name}/{key.partition('/')[0]}"

@@ -49,7 +49,8 @@ class Completions(Protocol):
 class Backend(Protocol):
     """What one kind of device does in its own way."""
 
-    queue: WorkQueue
+    @property
+    def queue(self) -> WorkQueue: ...
 
     @property
     def slab(self) -> PeerSlab | None:
