@@ -32,8 +32,8 @@ import msgspec
 from benchmarks.proof_folder import Budget, ProofFolder, Setup, refuse_to_mix, run_s
 from benchmarks.proof_results import write_results
 from tetrion.engine.config import DeviceSpec, parse_devices
-from tetrion.engine.gpus import visible_gpus
-from tetrion.engine.machine import cpu_name
+from tetrion.engine.hardware.gpus import visible_gpus
+from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.planning.registry import get_planner
 from tetrion.entrypoints.bench.live import EmbeddedSystem
 from tetrion.entrypoints.bench.record import commit, host_facts

@@ -23,9 +23,9 @@ from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import Metering
 from tetrion.engine.energy.sampler import SamplerCost
-from tetrion.engine.event_loop import new_event_loop
 from tetrion.engine.executor import Executor
 from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.hardware.event_loop import new_event_loop
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec

@@ -17,8 +17,8 @@ import numpy as np
 
 from tetrion.engine.checkpoint_identity import checkpoint_identity
 from tetrion.engine.config import EngineConfig, threads_per_worker
-from tetrion.engine.gpus import visible_gpus
-from tetrion.engine.machine import cpu_name
+from tetrion.engine.hardware.gpus import visible_gpus
+from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.probe import Probe, Size

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from tetrion.engine.gpus import visible_gpus
+from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.shape import COST_KEY
 
 PositiveInt = Annotated[int, Meta(ge=1)]

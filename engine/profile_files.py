@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from tetrion.engine.config import DeviceSpec, EngineConfig
-from tetrion.engine.gpus import visible_gpus
+from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.profile import Profile, read_profile
 

@@ -19,7 +19,7 @@ from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import open_meter
 from tetrion.engine.energy.nvml import canonical_uuid
 from tetrion.engine.families.registry import read_model_spec
-from tetrion.engine.machine import cpu_name
+from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.profile import ClassCost, Profile

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.event_loop import new_event_loop
+from tetrion.engine.hardware.event_loop import new_event_loop
 from tetrion.entrypoints.errors import InputError
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from tetrion.engine.machine import cpu_name
+from tetrion.engine.hardware.host import cpu_name
 
 
 def gemm_environment(environment: Mapping[str, str] = os.environ, cpu: str | None = None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import msgspec
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.windows import EnergyWindows, WindowEnergy
-from tetrion.engine.gpu_facts import gpu_facts
+from tetrion.engine.hardware.nvml import gpu_facts
 from tetrion.engine.request import EngineOverloaded, GenerationError, ImageRequest, ImageResult
 from tetrion.entrypoints.bench.energy_points import (
     MIN_WINDOWS,

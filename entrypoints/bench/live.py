@@ -14,7 +14,7 @@ import msgspec
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EnergyMode
 from tetrion.engine.energy.receipt import Receipt
-from tetrion.engine.event_loop import new_event_loop
+from tetrion.engine.hardware.event_loop import new_event_loop
 from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.profile import Profile

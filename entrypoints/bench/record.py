@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tetrion.engine.gpu_facts import gpu_facts
-from tetrion.engine.machine import describe_host
+from tetrion.engine.hardware.host import describe_host
+from tetrion.engine.hardware.nvml import gpu_facts
 from tetrion.entrypoints.errors import InputError
 
 

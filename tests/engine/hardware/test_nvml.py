@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tetrion.engine.gpu_facts import gpu_facts
+from tetrion.engine.hardware.nvml import gpu_facts
 
 
 class NVMLError(Exception):

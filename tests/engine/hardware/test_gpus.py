@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tetrion.engine import gpus
+from tetrion.engine.hardware import gpus
 
 
 @pytest.fixture(autouse=True)

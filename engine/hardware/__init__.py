@@ -1,0 +1,1 @@
+"""What is asked of the machine: its GPUs, its processor, its event loop. No torch."""
