@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
+from tetrion.engine.errors import shown
 from tetrion.engine.planning.degrees import degree_tables
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, Planner, RequestView, RoundPlan, Snapshot
-from tetrion.engine.shown import shown
 
 logger = logging.getLogger(__name__)
 FALLBACK = "fixed-1"

@@ -17,6 +17,15 @@ from tetrion.engine.bookkeeping import Answer, Bookkeeper
 from tetrion.engine.commands import command_for
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.account import EnergyAccount, unmetered_account
+from tetrion.engine.errors import (
+    DeadlineUnmeetable,
+    EngineEnded,
+    EngineOverloaded,
+    GenerationError,
+    RequestCancelled,
+    RequestError,
+    shown,
+)
 from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
 from tetrion.engine.guarded_planner import GuardedPlanner
 from tetrion.engine.inflight import InFlightTable
@@ -43,18 +52,8 @@ from tetrion.engine.planning.energy_mode import may_be_patient
 from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
 from tetrion.engine.recovery import Recovery
 from tetrion.engine.refusals import Refusals
-from tetrion.engine.request import (
-    DeadlineUnmeetable,
-    EngineEnded,
-    EngineOverloaded,
-    GenerationError,
-    Output,
-    RequestCancelled,
-    RequestError,
-    ResolvedRequest,
-)
+from tetrion.engine.request import Output, ResolvedRequest
 from tetrion.engine.request_table import Request, RequestTable
-from tetrion.engine.shown import shown
 
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000

@@ -35,14 +35,14 @@ import logging
 from collections.abc import Collection, Iterator
 
 from tetrion.engine.bookkeeping import Bookkeeper
+from tetrion.engine.errors import EngineEnded, GenerationError
 from tetrion.engine.executor import Executor, WorkerLost
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.messages import BarriersReset, Failed, ResetBarriers
-from tetrion.engine.request import EngineEnded, GenerationError
+from tetrion.engine.request import MAX_ATTEMPTS
 from tetrion.engine.request_table import Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
-MAX_ATTEMPTS = 3
 STALL_CHECK_S = 0.5
 """So often it is looked at whether an answer is overdue: stalls are a matter of seconds."""
 STOOD_STILL_S = 5.0

@@ -8,72 +8,61 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.config import EnergyMode
-from tetrion.engine.energy.receipt import NOT_METERED, Receipt
 from tetrion.engine.params import Params
 
-
-class RequestError(ValueError):
-    """A request is not acceptable; `field` names what is wrong with it, the message names the bound."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
+MAX_ATTEMPTS = 3
+"""So often a request is begun before a loss of workers ends it."""
 
 
-class CheapestPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What an energy budget is refused with. `degrees`: of each step; `seconds` from encode to decode on idle devices;
-    `joules` as the profile has them, without the stages in `uncounted`, which it does not know; `in_time`: whether it
-    meets the deadline, None if there is none."""
-
-    joules: float
-    seconds: float
-    degrees: tuple[int, ...]
-    uncounted: tuple[str, ...] = ()
-    in_time: bool | None = None
-
-    @property
-    def text(self) -> str:
-        runs = [f"{self.degrees.count(d)} steps at degree {d}" for d in dict.fromkeys(self.degrees)]
-        without = f", without {' and '.join(self.uncounted)}, of which no joules are known" if self.uncounted else ""
-        what = f"{self.joules:.4g} J in {self.seconds:.3g} s ({', '.join(runs)}{without})"
-        if self.in_time is None:
-            return f"the cheapest plan takes {what}"
-        if self.in_time:
-            return f"the cheapest plan that meets the deadline takes {what}"
-        return f"the cheapest plan takes {what}, and none meets the deadline"
+JOULES_PER_WH = 3600.0
 
 
-class BudgetUnmeetable(RequestError):
-    """No plan that meets the deadline takes so few joules. `cheapest`: the one that takes least; of those that are late
-    if all are."""
+class PhaseJoules(msgspec.Struct, frozen=True, kw_only=True):
+    """Active joules by phase; None: none was metered in it."""
 
-    def __init__(self, budget_j: float, cheapest: CheapestPlan) -> None:
-        super().__init__("energy.budget_j", f"{budget_j:g} J cannot be met: {cheapest.text}")
-        self.cheapest = cheapest
-
-
-class EngineOverloaded(RuntimeError):
-    """The queue is full; try again later."""
+    encode: float | None = None
+    denoise: float | None = None
+    decode: float | None = None
 
 
-class DeadlineUnmeetable(EngineOverloaded):
-    """Refused at once, since its picture would come too late. `earliest_slo_ms`: the SLO that could be met now."""
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """Joules of one request on all of its GPUs. A field that is not known is None, and `reasons` says why.
 
-    def __init__(self, slo_ms: float, earliest_slo_ms: float) -> None:
-        super().__init__(f"slo_ms: {slo_ms:g} cannot be met now, the earliest that can is {earliest_slo_ms:g}")
-        self.earliest_slo_ms = earliest_slo_ms
+    `active_j`: while its own work ran. `idle_share_j`: its part of what idle GPUs drew while it was under way, divided
+    equally among the requests of that moment. `wh`: both together, in watt-hours. `method`: the meter. `uncertainty_j`:
+    half-width around `active_j`: what power samples were off by (twice the root mean square) where no counter has
+    closed the account yet, and a reading's distance at both ends. `degrees`: GPUs at each step. `fastest_plan_j`: what
+    the fastest degrees would have taken; `saved_j`: what its own saved against them; both by the profile's joules.
+    `co2e_g`: grams, if an intensity is set up.
+    """
+
+    method: str = "none"
+    active_j: float | None = None
+    idle_share_j: float | None = None
+    phases: PhaseJoules | None = None
+    wh: float | None = None
+    uncertainty_j: float | None = None
+    degrees: tuple[int, ...] = ()
+    fastest_plan_j: float | None = None
+    saved_j: float | None = None
+    co2e_g: float | None = None
+    reasons: dict[str, str] = {}
 
 
-class GenerationError(RuntimeError):
-    """An accepted request could not be served (worker lost, out of memory, ...)."""
+def unmetered(reason: str, degrees: tuple[int, ...] = (), method: str = "none", has_intensity: bool = False) -> Receipt:
+    """A receipt without joules. `has_intensity`: one of carbon is set up, so that `co2e_g` lacks a reason, too."""
+    names = ["active_j", "idle_share_j", "phases", "wh", "uncertainty_j", "fastest_plan_j", "saved_j"]
+    names += ["co2e_g"] * has_intensity
+    return Receipt(method=method, degrees=degrees, reasons=dict.fromkeys(names, reason))
 
 
-class EngineEnded(GenerationError):
-    """The engine gave itself up: it could not serve, and did not expect to any more. The message says why."""
+def with_saving(receipt: Receipt, saved_j: float) -> Receipt:
+    """A receipt without joules that knows what was saved all the same: the profile says it."""
+    reasons = {name: reason for name, reason in receipt.reasons.items() if name != "saved_j"}
+    return msgspec.structs.replace(receipt, saved_j=saved_j, reasons=reasons)
 
 
-class RequestCancelled(Exception):
-    """The request was cancelled before its picture was finished."""
+NOT_METERED = unmetered("the engine that drew this has no energy account")
 
 
 class EnergyWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,8 +14,8 @@ import enum
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tetrion.engine.energy.receipt import Receipt
-from tetrion.engine.request import EngineOverloaded, ImageResult, Progress, RequestError, ResolvedRequest
+from tetrion.engine.errors import EngineOverloaded, RequestError
+from tetrion.engine.request import ImageResult, Progress, Receipt, ResolvedRequest
 
 
 class RequestState(enum.Enum):

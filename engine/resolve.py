@@ -17,12 +17,12 @@ from typing import Any, TypeVar, get_args
 import msgspec
 
 from tetrion.engine.config import EnergyMode
+from tetrion.engine.errors import RequestError, shown
 from tetrion.engine.families.registry import family_of
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.params import NO_CFG, Params
-from tetrion.engine.request import EnergyWish, ImageRequest, RequestError, ResolvedRequest
+from tetrion.engine.request import EnergyWish, ImageRequest, ResolvedRequest
 from tetrion.engine.shape import StepShape
-from tetrion.engine.shown import shown
 
 MAX_PROMPT_CHARS = 32_000
 MAX_NAME_CHARS = 256

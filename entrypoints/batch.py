@@ -24,14 +24,8 @@ from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
 from tetrion.engine.checkpoint_identity import checkpoint_identity
-from tetrion.engine.request import (
-    EngineOverloaded,
-    GenerationError,
-    ImageRequest,
-    ImageResult,
-    RequestCancelled,
-    RequestError,
-)
+from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError
+from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import drawing, pictures
 from tetrion.entrypoints.batch_lines import BadLine, BatchItem, parse_lines, read_lines

@@ -14,7 +14,8 @@ from typing import Annotated
 
 import msgspec
 
-from tetrion.engine.request import EnergyWish, ImageRequest, RequestError
+from tetrion.engine.errors import RequestError
+from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.errors import InputError
 

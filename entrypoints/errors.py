@@ -5,14 +5,8 @@ An exception that is not listed here is a defect: it keeps its traceback. Knows 
 """
 
 from tetrion.engine.energy.early_check import MeteringError
+from tetrion.engine.errors import DeadlineUnmeetable, EngineOverloaded, GenerationError, RequestCancelled, RequestError
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.request import (
-    DeadlineUnmeetable,
-    EngineOverloaded,
-    GenerationError,
-    RequestCancelled,
-    RequestError,
-)
 from tetrion.engine.transport.segment import SharedMemoryError
 
 EXIT_FAILED = 1

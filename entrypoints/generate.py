@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from tetrion.engine.energy.receipt import Receipt
-from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, Progress
+from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, Progress, Receipt
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import parse_size

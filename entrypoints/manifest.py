@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from tetrion.engine.energy.receipt import Receipt
+from tetrion.engine.request import Receipt
 from tetrion.entrypoints.pictures import naming, replace_file
 
 FILE_NAME = "manifest.jsonl"

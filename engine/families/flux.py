@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.errors import RequestError
 from tetrion.engine.families.base import Family
 from tetrion.engine.families.checkpoint import (
     SCHEDULER_FILE,
@@ -19,7 +20,7 @@ from tetrion.engine.families.checkpoint import (
     read_scheduler,
 )
 from tetrion.engine.model_spec import ModelSpec, Sizes, SlotField
-from tetrion.engine.request import ImageRequest, RequestError
+from tetrion.engine.request import ImageRequest
 from tetrion.engine.shape import StepShape
 
 WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")

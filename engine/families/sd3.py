@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.errors import RequestError
 from tetrion.engine.families.base import Family
 from tetrion.engine.families.checkpoint import (
     INDEX_FILE,
@@ -31,7 +32,7 @@ from tetrion.engine.families.checkpoint import (
     read_scheduler,
 )
 from tetrion.engine.model_spec import CheckpointError, ModelSpec, Sizes, SlotField
-from tetrion.engine.request import ImageRequest, RequestError
+from tetrion.engine.request import ImageRequest
 from tetrion.engine.shape import StepShape
 
 CLIPS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.api import AsyncEngine
-from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.windows import EnergyWindows, WindowEnergy
+from tetrion.engine.errors import EngineOverloaded, GenerationError
 from tetrion.engine.hardware.nvml import gpu_facts
-from tetrion.engine.request import EngineOverloaded, GenerationError, ImageRequest, ImageResult
+from tetrion.engine.request import ImageRequest, ImageResult, Receipt
 from tetrion.entrypoints.bench.energy_points import (
     MIN_WINDOWS,
     NUM_WARM_UPS,

@@ -13,20 +13,13 @@ import msgspec
 
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EnergyMode
-from tetrion.engine.energy.receipt import Receipt
+from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError
 from tetrion.engine.hardware.event_loop import new_event_loop
 from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.request import (
-    EnergyWish,
-    EngineOverloaded,
-    GenerationError,
-    ImageRequest,
-    RequestCancelled,
-    RequestError,
-)
+from tetrion.engine.request import EnergyWish, ImageRequest, Receipt
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from tetrion.engine.config import EngineConfig, PlannerConfig
+from tetrion.engine.errors import EngineEnded
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command
 from tetrion.engine.params import Params
@@ -19,7 +20,7 @@ from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.request import EngineEnded, Failure, ImageRequest, ImageResult, Output, ResolvedRequest
+from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, ResolvedRequest
 from tetrion.engine.shape import StepShape
 from tetrion.engine.simulated import Disturbance, SimulatedExecutor
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run

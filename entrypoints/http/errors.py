@@ -6,7 +6,7 @@ OpenAI's client retries 408, 409, 429 and 5xx twice unless told not to by `x-sho
 import msgspec
 from starlette.responses import Response
 
-from tetrion.engine.request import CheapestPlan
+from tetrion.engine.errors import CheapestPlan
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -14,7 +14,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from tetrion.engine.energy.quantum import PHASES
-from tetrion.engine.request import GenerationError, ImageResult
+from tetrion.engine.errors import GenerationError
+from tetrion.engine.request import ImageResult
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, EngineStats

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from tetrion.engine.energy.receipt import Receipt
-from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, ImageResult, RequestError
+from tetrion.engine.errors import BudgetUnmeetable, RequestError
+from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, Receipt
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError

@@ -20,15 +20,8 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from tetrion.engine.request import (
-    DeadlineUnmeetable,
-    EngineOverloaded,
-    GenerationError,
-    ImageRequest,
-    ImageResult,
-    RequestCancelled,
-    RequestError,
-)
+from tetrion.engine.errors import DeadlineUnmeetable, EngineOverloaded, GenerationError, RequestCancelled, RequestError
+from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import schema
 from tetrion.entrypoints.http.errors import ApiError

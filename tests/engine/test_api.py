@@ -3,9 +3,10 @@
 import psutil
 import pytest
 
-from tetrion.engine.api import AsyncEngine, Engine
+from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig, MeteringConfig
 from tetrion.engine.energy.early_check import MeteringError
+from tetrion.engine.sync_engine import Engine
 
 BAD = [
     (MeteringConfig(carbon="-5"), "carbon: grams per kWh must be at least 0"),

@@ -4,9 +4,10 @@ import msgspec
 import pytest
 
 from tests.engine.test_loop import PROFILE, SPEC, Simulation
+from tetrion.engine.errors import BudgetUnmeetable, RequestError
 from tetrion.engine.planning.energy_admission import cheapest_for
 from tetrion.engine.planning.profile import ClassCost
-from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, RequestError
+from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.engine.resolve import resolve_request
 
 STEP_J = {1: 60.0, 2: 70.0, 3: 85.0, 4: 100.0}

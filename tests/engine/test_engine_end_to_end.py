@@ -13,10 +13,12 @@ import numpy as np
 import psutil
 import pytest
 
-from tetrion.engine.api import AsyncEngine, Engine
+from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig, PlannerConfig
+from tetrion.engine.errors import GenerationError, RequestCancelled, RequestError
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.request import GenerationError, ImageRequest, ImageResult, Progress, RequestCancelled, RequestError
+from tetrion.engine.request import ImageRequest, ImageResult, Progress
+from tetrion.engine.sync_engine import Engine
 
 pytestmark = pytest.mark.usefixtures("fork_server")
 

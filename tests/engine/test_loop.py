@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EngineConfig, PlannerConfig
+from tetrion.engine.errors import DeadlineUnmeetable, EngineEnded, EngineOverloaded, GenerationError, RequestCancelled
 from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command, Denoise, Event
@@ -20,19 +21,7 @@ from tetrion.engine.planning.cost_tables import CostTables
 from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.snapshot import Snapshot
-from tetrion.engine.recovery import MAX_ATTEMPTS
-from tetrion.engine.request import (
-    DeadlineUnmeetable,
-    EngineEnded,
-    EngineOverloaded,
-    Failure,
-    GenerationError,
-    ImageRequest,
-    ImageResult,
-    Output,
-    Progress,
-    RequestCancelled,
-)
+from tetrion.engine.request import MAX_ATTEMPTS, Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedExecutor
 

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
-from tetrion.engine.request import EngineOverloaded, ImageRequest, RequestError
+from tetrion.engine.errors import EngineOverloaded, RequestError
+from tetrion.engine.request import ImageRequest
 from tetrion.engine.request_table import LEGAL_TRANSITIONS, TERMINAL_STATES, Request, RequestState, RequestTable
 from tetrion.engine.resolve import resolve_request
 

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
-from tetrion.engine.request import EnergyWish, ImageRequest, RequestError
+from tetrion.engine.errors import RequestError
+from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.engine.resolve import resolve_request
 
 SPEC = make_spec()

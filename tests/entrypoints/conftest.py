@@ -17,18 +17,16 @@ from tests.engine.specs import make_spec
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.sampler import SamplerCost
-from tetrion.engine.loop_statistics import LoopFigures
-from tetrion.engine.request import (
+from tetrion.engine.errors import (
     BudgetUnmeetable,
     CheapestPlan,
     DeadlineUnmeetable,
     EngineOverloaded,
     GenerationError,
-    ImageRequest,
-    ImageResult,
-    Progress,
     RequestCancelled,
 )
+from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.request import ImageRequest, ImageResult, Progress
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.cli import run
 

@@ -12,8 +12,8 @@ import pytest
 from tests.entrypoints.conftest import FakeFactory
 from tetrion.engine.energy.early_check import MeteringError
 from tetrion.engine.energy.meter import MeterUnavailable
+from tetrion.engine.errors import DeadlineUnmeetable, GenerationError
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.request import DeadlineUnmeetable, GenerationError
 from tetrion.engine.transport.segment import SharedMemoryError
 from tetrion.entrypoints.cli import run
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.entrypoints.conftest import FakeEngine
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.request import GenerationError, ImageRequest
+from tetrion.engine.errors import GenerationError
+from tetrion.engine.request import ImageRequest
 from tetrion.entrypoints import drawing
 
 REQUESTS = [ImageRequest(prompt=str(i)) for i in range(20)]

@@ -17,14 +17,13 @@ from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
 from tetrion.engine.energy.quantum import Share
-from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.replay import ReplayMeter
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command
 from tetrion.engine.planning.correction import CostModels
 from tetrion.engine.planning.profile import ClassCost, Profile
 from tetrion.engine.planning.registry import get_planner
-from tetrion.engine.request import ImageRequest, ImageResult, Output
+from tetrion.engine.request import ImageRequest, ImageResult, Output, Receipt
 from tetrion.engine.request_table import Request
 from tetrion.engine.resolve import resolve_request
 from tetrion.engine.simulated import SimulatedExecutor

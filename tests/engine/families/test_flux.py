@@ -3,8 +3,9 @@
 import pytest
 
 from tests.engine.specs import make_spec
+from tetrion.engine.errors import RequestError
 from tetrion.engine.families.flux import FAMILY
-from tetrion.engine.request import ImageRequest, RequestError
+from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
 
 SPEC = make_spec()

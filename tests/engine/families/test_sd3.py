@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tetrion.engine.errors import RequestError
 from tetrion.engine.families.checkpoint import embedded_folder
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.families.sd3 import FAMILY, has_t5
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
-from tetrion.engine.request import ImageRequest, RequestError
+from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
 
 

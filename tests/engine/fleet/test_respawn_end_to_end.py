@@ -18,8 +18,9 @@ import pytest_asyncio
 
 from tetrion.engine.api import AsyncEngine, RequestHandle
 from tetrion.engine.config import EngineConfig
+from tetrion.engine.errors import GenerationError
 from tetrion.engine.fleet import respawn
-from tetrion.engine.request import GenerationError, ImageRequest, ImageResult
+from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.engine.worker.forked import ForkedWorker
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server", "short_pauses")]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EnergyMode, PlannerConfig
+from tetrion.engine.errors import BudgetUnmeetable, RequestError
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_admission import cheapest_for, check_default, check_wish
 from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S, cheapest_plan
@@ -22,7 +23,7 @@ from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.registry import get_planner
 from tetrion.engine.planning.slo import MARGIN_S
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
-from tetrion.engine.request import BudgetUnmeetable, EnergyWish, ImageRequest, RequestError
+from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.engine.resolve import resolve_request
 from tetrion.engine.shape import cost_key_of_size
 

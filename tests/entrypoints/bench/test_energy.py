@@ -18,9 +18,8 @@ from tests.entrypoints.conftest import draw
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.meter import NoMeter, Reading
-from tetrion.engine.energy.receipt import Receipt
 from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
-from tetrion.engine.request import ImageRequest, ImageResult
+from tetrion.engine.request import ImageRequest, ImageResult, Receipt
 from tetrion.entrypoints.bench import energy
 from tetrion.entrypoints.bench.energy import table
 from tetrion.entrypoints.bench.energy_export import export

@@ -9,9 +9,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.entrypoints.conftest import NO_ENERGY, draw
 from tests.entrypoints.http.test_app import Served, serving
 from tetrion.engine.energy.figures import EnergyFigures, MeterErrors
-from tetrion.engine.energy.receipt import PhaseJoules, Receipt
+from tetrion.engine.errors import GenerationError
 from tetrion.engine.loop_statistics import LoopFigures
-from tetrion.engine.request import GenerationError, ImageRequest
+from tetrion.engine.request import ImageRequest, PhaseJoules, Receipt
 from tetrion.entrypoints.http.metrics import BUCKETS_J, Metrics
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.entrypoints.conftest import FakeEngine, FakeFactory
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.request import GenerationError
+from tetrion.engine.errors import GenerationError
 from tetrion.entrypoints.cli import run
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http import server

@@ -1,0 +1,94 @@
+"""Why a request is refused, fails or ends early: the exceptions of the engine's users."""
+
+import reprlib
+
+import msgspec
+
+MAX_CHARS = 80
+
+
+_short = reprlib.Repr()
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, cut to `MAX_CHARS` characters or so; of a value that cannot be shown its type."""
+    try:
+        text = _short.repr(_beginning(value))
+    except Exception:  # its `__repr__` is a stranger's, and a whole number of thousands of digits has none
+        text = f"a value of type {type(value).__name__}"
+    if len(text) > 2 * MAX_CHARS:
+        text = f"{text[: 2 * MAX_CHARS]}..."
+    return "".join([c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text])
+
+
+def _beginning(value: object) -> object:
+    """Of text and bytes, which may be long, no more than is shown."""
+    if issubclass(type(value), str):
+        return str.__str__(value)[: MAX_CHARS + 1]
+    if issubclass(type(value), (bytes, bytearray)):
+        return bytes(value[: MAX_CHARS + 1])  # type: ignore[index]
+    return value
+
+
+class RequestError(ValueError):
+    """A request is not acceptable; `field` names what is wrong with it, the message names the bound."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class CheapestPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What an energy budget is refused with. `degrees`: of each step; `seconds` from encode to decode on idle devices;
+    `joules` as the profile has them, without the stages in `uncounted`, which it does not know; `in_time`: whether it
+    meets the deadline, None if there is none."""
+
+    joules: float
+    seconds: float
+    degrees: tuple[int, ...]
+    uncounted: tuple[str, ...] = ()
+    in_time: bool | None = None
+
+    @property
+    def text(self) -> str:
+        runs = [f"{self.degrees.count(d)} steps at degree {d}" for d in dict.fromkeys(self.degrees)]
+        without = f", without {' and '.join(self.uncounted)}, of which no joules are known" if self.uncounted else ""
+        what = f"{self.joules:.4g} J in {self.seconds:.3g} s ({', '.join(runs)}{without})"
+        if self.in_time is None:
+            return f"the cheapest plan takes {what}"
+        if self.in_time:
+            return f"the cheapest plan that meets the deadline takes {what}"
+        return f"the cheapest plan takes {what}, and none meets the deadline"
+
+
+class BudgetUnmeetable(RequestError):
+    """No plan that meets the deadline takes so few joules. `cheapest`: the one that takes least; of those that are late
+    if all are."""
+
+    def __init__(self, budget_j: float, cheapest: CheapestPlan) -> None:
+        super().__init__("energy.budget_j", f"{budget_j:g} J cannot be met: {cheapest.text}")
+        self.cheapest = cheapest
+
+
+class EngineOverloaded(RuntimeError):
+    """The queue is full; try again later."""
+
+
+class DeadlineUnmeetable(EngineOverloaded):
+    """Refused at once, since its picture would come too late. `earliest_slo_ms`: the SLO that could be met now."""
+
+    def __init__(self, slo_ms: float, earliest_slo_ms: float) -> None:
+        super().__init__(f"slo_ms: {slo_ms:g} cannot be met now, the earliest that can is {earliest_slo_ms:g}")
+        self.earliest_slo_ms = earliest_slo_ms
+
+
+class GenerationError(RuntimeError):
+    """An accepted request could not be served (worker lost, out of memory, ...)."""
+
+
+class EngineEnded(GenerationError):
+    """The engine gave itself up: it could not serve, and did not expect to any more. The message says why."""
+
+
+class RequestCancelled(Exception):
+    """The request was cancelled before its picture was finished."""
