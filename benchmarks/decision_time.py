@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.cost_tables import CostTables
-from tetrion.engine.planning.profile import Profile, read_profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.cost.profile import Profile, read_profile
+from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, Snapshot
 from tetrion.engine.shape import cost_key_of_size

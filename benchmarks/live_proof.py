@@ -34,7 +34,7 @@ from benchmarks.proof_results import write_results
 from tetrion.engine.config import DeviceSpec, parse_devices
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.hardware.host import cpu_name
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.entrypoints.bench.live import EmbeddedSystem
 from tetrion.entrypoints.bench.record import commit, host_facts
 from tetrion.entrypoints.bench.slo import as_input_error, grid

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from tetrion.engine.planning.profile import Profile, read_profile
+from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.entrypoints.bench.record import write_whole
 from tetrion.entrypoints.bench.recorded_system import is_recorded
 from tetrion.entrypoints.bench.recording import Recording, read_recordings, write_recordings

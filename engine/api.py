@@ -27,11 +27,11 @@ from tetrion.engine.loop import EngineLoop
 from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.planning.correction import CostModels
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.cost.correction import CostModels
+from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.energy_admission import check_default
-from tetrion.engine.planning.profile import Profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import chosen_profile

@@ -12,14 +12,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from tetrion.engine.commands import predict_j, predict_s
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.errors import GenerationError, RequestCancelled, shown
 from tetrion.engine.executor import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics
 from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, GroupCommand
-from tetrion.engine.planning.correction import CostModel, CostModels
+from tetrion.engine.planning.cost.correction import CostModel, CostModels
+from tetrion.engine.planning.cost.predict import predict_j, predict_s
 from tetrion.engine.request import Failure, Output, Receipt
 from tetrion.engine.request_table import TERMINAL_STATES, Request, RequestState, RequestTable
 

@@ -20,7 +20,7 @@ from tetrion.engine.config import EngineConfig, threads_per_worker
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.probe import Probe, Size
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import cache_folder

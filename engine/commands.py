@@ -1,9 +1,8 @@
-"""From an assignment to the command that carries it out, and how long that is predicted to take."""
+"""From an assignment to the command that carries it out."""
 
 from collections.abc import Callable
 
-from tetrion.engine.messages import CopyLatents, Decode, Denoise, EncodePrompt, GroupCommand
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
 from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.request_table import Request
 
@@ -70,31 +69,3 @@ def decode_command(request: Request, command_id: int, device_id: int, image_slot
         params=request.params,
         image_slot=image_slot,
     )
-
-
-def predict_s(command: GroupCommand, costs: CostTables) -> float:
-    """Seconds the command will take once its devices are free."""
-    cost = costs.cost(command.params.model, command.params.shape.cost_key)
-    match command:
-        case EncodePrompt():
-            return cost.encode_s
-        case Denoise():
-            return command.chunk_steps * cost.step_s(len(command.members))
-        case Decode():
-            return cost.decode_s
-        case CopyLatents():
-            return 0.0
-
-
-def predict_j(command: GroupCommand, costs: CostTables) -> float:
-    """Joules the command will take over all of its members, as far as the profile knows or estimates them."""
-    cost = costs.cost(command.params.model, command.params.shape.cost_key)
-    match command:
-        case EncodePrompt():
-            return cost.encode_j or 0.0
-        case Denoise():
-            return command.chunk_steps * cost.step_by_degree_j.get(len(command.members), 0.0)
-        case Decode():
-            return cost.decode_j or 0.0
-        case CopyLatents():
-            return 0.0

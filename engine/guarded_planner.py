@@ -20,7 +20,7 @@ import msgspec
 
 from tetrion.engine.errors import shown
 from tetrion.engine.planning.degrees import degree_tables
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, Planner, RequestView, RoundPlan, Snapshot
 
 logger = logging.getLogger(__name__)

@@ -45,7 +45,7 @@ from tetrion.engine.messages import (
 )
 from tetrion.engine.outlook import Outlook
 from tetrion.engine.planning.admission import earliest_deadline_s
-from tetrion.engine.planning.correction import CostModels
+from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient

@@ -15,7 +15,7 @@ from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executor import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.messages import Decode
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot, Stage
 from tetrion.engine.request_table import Request, RequestState, RequestTable

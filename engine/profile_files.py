@@ -11,7 +11,7 @@ from pathlib import Path
 from tetrion.engine.config import DeviceSpec, EngineConfig
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.profile import Profile, read_profile
+from tetrion.engine.planning.cost.profile import Profile, read_profile
 
 PACKAGE = "tetrion.configs.profiles"
 

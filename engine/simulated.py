@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from tetrion.engine.commands import predict_s
 from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.messages import (
     BarriersReset,
@@ -29,7 +28,8 @@ from tetrion.engine.messages import (
     Failed,
     ResetBarriers,
 )
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.cost.predict import predict_s
+from tetrion.engine.planning.cost.tables import CostTables
 
 SimulatedCommand = EncodePrompt | Denoise | Decode
 

@@ -22,7 +22,7 @@ from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.planning.profile import ClassCost, Profile
+from tetrion.engine.planning.cost.profile import ClassCost, Profile
 from tetrion.engine.probe import Probe, Size
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import cache_folder, profile_file_name, single_gpu_name

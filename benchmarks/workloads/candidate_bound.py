@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.profile import Profile, read_profile
+from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.simulation import simulate
 from tetrion.entrypoints.bench.workloads import Workload, base_slo_s, make_trace

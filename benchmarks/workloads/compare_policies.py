@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.compression import load_of
 from tetrion.entrypoints.bench.record import commit, make_record, write_record
 from tetrion.entrypoints.bench.simulation import SimulatedSystem

@@ -22,7 +22,7 @@ from tetrion.engine.energy.meter import MODEL, EnergyMeter, NoMeter, Reading
 from tetrion.engine.energy.modelled import command_j, fastest_degree, steps_j
 from tetrion.engine.energy.quantum import PHASES, Phase, Quantum, Share
 from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.request import JOULES_PER_WH, PhaseJoules, Receipt, unmetered, with_saving
 
 logger = logging.getLogger(__name__)

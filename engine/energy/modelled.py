@@ -6,7 +6,7 @@ Pure arithmetic on cost tables. What a table does not say is None: nothing is gu
 from collections.abc import Iterable
 
 from tetrion.engine.messages import CopyLatents, Decode, Denoise, EncodePrompt, GroupCommand
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.cost.tables import CostTables
 
 
 def command_j(command: GroupCommand, costs: CostTables) -> float | None:

@@ -3,8 +3,8 @@
 import functools
 
 from tetrion.engine.model_spec import legal_degrees
-from tetrion.engine.planning.cost_tables import CostTables
-from tetrion.engine.planning.profile import MEMO_KEYS, Profile, SizeCost
+from tetrion.engine.planning.cost.profile import MEMO_KEYS, Profile, SizeCost
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.snapshot import RequestView, Snapshot
 from tetrion.engine.shape import parse_cost_key
 

@@ -8,7 +8,7 @@ import math
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.errors import BudgetUnmeetable, CheapestPlan, RequestError
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_mode import ROUNDING_J, cheapest_plan
 from tetrion.engine.planning.slo import denoise_due_s

@@ -5,7 +5,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from tetrion.engine.config import EnergyMode, PlannerConfig
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.cost.tables import CostTables
 
 Stage = Literal["encode", "denoise", "decode"]
 

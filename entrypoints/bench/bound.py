@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tetrion.engine.planning.profile import read_profile
+from tetrion.engine.planning.cost.profile import read_profile
 from tetrion.entrypoints.bench.clairvoyant import DEFAULT_BLOCK, DEFAULT_TIME_LIMIT_S, Bound, attainment_bound
 from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.slo import grid

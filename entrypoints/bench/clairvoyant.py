@@ -37,8 +37,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.degrees import legal_for, usable_degrees
-from tetrion.engine.planning.profile import Profile
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.errors import InputError
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.degrees import legal_for, usable_degrees
-from tetrion.engine.planning.profile import Profile
 from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
 

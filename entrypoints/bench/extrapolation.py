@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from tetrion.engine.planning.profile import ClassCost, Profile
+from tetrion.engine.planning.cost.profile import ClassCost, Profile
 
 RULE = "floor × (measured step / floor) at the widest degree that was measured"
 

@@ -17,8 +17,8 @@ from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCanc
 from tetrion.engine.hardware.event_loop import new_event_loop
 from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.profile import Profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.request import EnergyWish, ImageRequest, Receipt
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.bench.ledger import ledger_facts

@@ -30,7 +30,7 @@ from tetrion.engine.messages import (
     Pong,
     Started,
 )
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot, Stage
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
 from tetrion.entrypoints.bench.record import write_whole

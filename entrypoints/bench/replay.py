@@ -21,10 +21,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tetrion.engine.commands import predict_s
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
-from tetrion.engine.planning.cost_tables import CostTables
-from tetrion.engine.planning.profile import ClassCost, Profile, read_profile
+from tetrion.engine.planning.cost.predict import predict_s
+from tetrion.engine.planning.cost.profile import ClassCost, Profile, read_profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.snapshot import Stage
 from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.outcomes import Chunk, Run

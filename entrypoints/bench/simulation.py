@@ -16,10 +16,10 @@ from tetrion.engine.errors import EngineEnded
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command
 from tetrion.engine.params import Params
-from tetrion.engine.planning.correction import CostModels
-from tetrion.engine.planning.cost_tables import CostTables
-from tetrion.engine.planning.profile import Profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.cost.correction import CostModels
+from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, ResolvedRequest
 from tetrion.engine.shape import StepShape
 from tetrion.engine.simulated import Disturbance, SimulatedExecutor

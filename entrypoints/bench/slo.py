@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetrion.engine.planning.profile import Profile, read_profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.cost.profile import Profile, read_profile
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.attainment_plots import draw_attainment
 from tetrion.entrypoints.bench.extrapolation import extrapolated, read_floors

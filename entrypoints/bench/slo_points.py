@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress, load_of
 from tetrion.entrypoints.bench.simulation import MAX_QUEUED
 from tetrion.entrypoints.bench.workloads import (

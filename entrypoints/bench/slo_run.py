@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.clairvoyant import DEFAULT_TIME_LIMIT_S, attainment_bound
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
 from tetrion.entrypoints.bench.recording import Recording

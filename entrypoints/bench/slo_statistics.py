@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.outcomes import Outcome, Run
 
 Row = dict[str, Any]

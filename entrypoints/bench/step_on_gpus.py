@@ -17,7 +17,7 @@ from tetrion.engine.config import DeviceSpec, EngineConfig
 from tetrion.engine.errors import GenerationError
 from tetrion.engine.hardware.nvml import gpu_facts
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.profile import ClassCost, Profile
+from tetrion.engine.planning.cost.profile import ClassCost, Profile
 from tetrion.engine.probe import Probe, Size
 from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.entrypoints.bench.line_process import LineProcess, ProcessFailed

@@ -18,9 +18,9 @@ from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Denoised, Event
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.planning.correction import CostModels
-from tetrion.engine.planning.profile import Profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.cost.correction import CostModels
+from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output
 from tetrion.engine.resolve import resolve_request

@@ -14,7 +14,7 @@ from tetrion.engine.calibration import Calibrator, _cache_path
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.process_executor import ProcessExecutor
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from tests.engine.test_loop import PROFILE, SPEC, Simulation
 from tetrion.engine.errors import BudgetUnmeetable, RequestError
+from tetrion.engine.planning.cost.profile import ClassCost
 from tetrion.engine.planning.energy_admission import cheapest_for
-from tetrion.engine.planning.profile import ClassCost
 from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.engine.resolve import resolve_request
 

@@ -15,7 +15,7 @@ from tetrion.engine.errors import EngineEnded, GenerationError
 from tetrion.engine.executor import Finish, Receive
 from tetrion.engine.guarded_planner import FALLBACK, MAX_FAILURES, GuardedPlanner, PlanFault, check_plan
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
 from tetrion.engine.refusals import Refusals
 from tetrion.engine.request import Failure, ImageRequest, Output, Progress

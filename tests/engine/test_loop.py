@@ -16,10 +16,10 @@ from tetrion.engine.errors import DeadlineUnmeetable, EngineEnded, EngineOverloa
 from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command, Denoise, Event
-from tetrion.engine.planning.correction import CostModels
-from tetrion.engine.planning.cost_tables import CostTables
-from tetrion.engine.planning.profile import Profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.cost.correction import CostModels
+from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Snapshot
 from tetrion.engine.request import MAX_ATTEMPTS, Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import resolve_request

@@ -8,7 +8,7 @@ import pytest
 from tests.engine.specs import make_spec
 from tetrion.engine import config, profile_files
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.profile_files import chosen_profile, profile_file_name
 
 H100 = "NVIDIA H100 80GB HBM3"

@@ -5,7 +5,7 @@ import pytest
 
 from tests.engine.planning.test_energy_mode import with_joules
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.recording import Recorder
 from tetrion.entrypoints.bench.simulation import simulate
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest

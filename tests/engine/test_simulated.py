@@ -9,8 +9,8 @@ import pytest
 
 from tetrion.engine.messages import Denoise, EncodePrompt
 from tetrion.engine.params import Params
-from tetrion.engine.planning.cost_tables import CostTables
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.shape import StepShape
 from tetrion.engine.simulated import Disturbance, SimulatedExecutor
 

@@ -9,7 +9,7 @@ from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.meter import EnergyMeter, NoMeter, Reading
 from tetrion.engine.energy.metering import CPU_ONLY
-from tetrion.engine.planning.profile import read_profile
+from tetrion.engine.planning.cost.profile import read_profile
 from tetrion.entrypoints.cli import run
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.profile import checked_degrees, checked_sizes

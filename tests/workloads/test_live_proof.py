@@ -10,7 +10,7 @@ import pytest
 from benchmarks import live_proof, proof_folder
 from benchmarks.proof_folder import Budget, ProofFolder, Setup, refuse_to_mix, run_s
 from benchmarks.proof_results import write_results
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.recorded_system import RecordedSystem
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid, Point, points

@@ -20,9 +20,9 @@ from tetrion.engine.energy.quantum import Share
 from tetrion.engine.energy.replay import ReplayMeter
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command
-from tetrion.engine.planning.correction import CostModels
-from tetrion.engine.planning.profile import ClassCost, Profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.cost.correction import CostModels
+from tetrion.engine.planning.cost.profile import ClassCost, Profile
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.request import ImageRequest, ImageResult, Output, Receipt
 from tetrion.engine.request_table import Request
 from tetrion.engine.resolve import resolve_request

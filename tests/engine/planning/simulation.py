@@ -12,9 +12,9 @@ import msgspec
 import numpy
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.cost_tables import CostTables
+from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import legal_for
-from tetrion.engine.planning.profile import Profile
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, Planner, RequestView, RoundPlan, Snapshot, Stage
 

@@ -12,15 +12,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.engine.planning.policies.test_horizon import NOW_S, by_id, plan, request
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EnergyMode, PlannerConfig
 from tetrion.engine.errors import BudgetUnmeetable, RequestError
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_admission import cheapest_for, check_default, check_wish
 from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S, cheapest_plan
 from tetrion.engine.planning.forward_fill import RESERVE
-from tetrion.engine.planning.profile import Profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import MARGIN_S
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
 from tetrion.engine.request import EnergyWish, ImageRequest
@@ -28,7 +29,6 @@ from tetrion.engine.resolve import resolve_request
 from tetrion.engine.shape import cost_key_of_size
 
 from .simulation import SIZES, check_plan, costs_of, flux_profile
-from .test_horizon import NOW_S, by_id, plan, request
 from .test_plans import snapshots
 from .test_plans import test_horizon_leaves_no_device_idle_except_on_purpose as no_device_is_idle_but_on_purpose
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tetrion.engine.planning.degrees import DegreeTable, useful_degrees
 from tetrion.engine.planning.forward_fill import Work, fill, fill_soft, fraction_left, place
 from tetrion.engine.planning.free_profile import FreeProfile
-from tetrion.engine.planning.leftover import gain, widen
 from tetrion.engine.planning.placement import choose_members
+from tetrion.engine.planning.policies.leftover import gain, widen
 from tetrion.engine.planning.snapshot import RequestView
 from tetrion.engine.shape import cost_key_of_size
 

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.engine.planning.policies.test_fixed_and_forced import snapshot
 from tetrion.engine.model_spec import MAX_UNEVENNESS, legal_degrees
 from tetrion.engine.planning.degrees import DegreeTables
-from tetrion.engine.planning.fixed import fixed_planner, static_groups
+from tetrion.engine.planning.policies.fixed import fixed_planner, static_groups
 
 from .simulation import costs_of, flux_profile, make_profile
-from .test_fixed_and_forced import snapshot
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.recording import Recording
 from tetrion.entrypoints.bench.simulation import Loss, SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid

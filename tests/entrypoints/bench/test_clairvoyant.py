@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.clairvoyant import attainment_bound, upper_hull
 from tetrion.entrypoints.bench.simulation import simulate
 from tetrion.entrypoints.bench.workloads import TraceRequest, Workload, base_slo_s, make_trace

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress, load_of
 from tetrion.entrypoints.bench.workloads import SIZES, TraceRequest, Workload, base_slo_s, make_trace
 

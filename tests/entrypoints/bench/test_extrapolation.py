@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.extrapolation import FloorTable, extrapolated
 from tetrion.entrypoints.bench.slo import command
 from tetrion.entrypoints.errors import InputError

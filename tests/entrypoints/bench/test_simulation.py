@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from tetrion.engine.planning.profile import Profile
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.simulated import Disturbance
 from tetrion.entrypoints.bench.outcomes import Run
 from tetrion.entrypoints.bench.simulation import Loss, simulate

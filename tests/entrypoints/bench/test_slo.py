@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.entrypoints.bench.conftest import small_disk
-from tetrion.engine.planning.profile import read_profile
+from tetrion.engine.planning.cost.profile import read_profile
 from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo import command, parse_loss

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.engine.planning.profile import ClassCost, Profile, parse_profile, read_profile
+from tests.engine.planning.simulation import flux_profile, make_profile
+from tetrion.engine.planning.cost.profile import ClassCost, Profile, parse_profile, read_profile
 from tetrion.engine.shape import cost_key_of_size
-
-from .simulation import flux_profile, make_profile
 
 BY_HAND = """{"heads": 24, "classes": {"1024x1024": {"step_ms": {"1": 164.7, "2": 105.7, "4": 59.8},
     "encode_ms": 25, "decode_ms": 120, "step_j": {"1": 90.5}, "note": "mine"}}, "gpu": "H100", "who": "me"}"""

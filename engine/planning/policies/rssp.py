@@ -5,10 +5,10 @@ first request in line that does not fit waits, and all behind it wait too.
 """
 
 from tetrion.engine.planning.degrees import degree_tables
+from tetrion.engine.planning.policies.stages import ready_to_denoise, start_aux
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import arrival_order
 from tetrion.engine.planning.snapshot import RoundPlan, Snapshot
-from tetrion.engine.planning.stages import ready_to_denoise, start_aux
 
 
 def plan(snapshot: Snapshot) -> RoundPlan:

@@ -3,15 +3,14 @@
 import msgspec
 import pytest
 
+from tests.engine.planning.simulation import costs_of, make_profile
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.forward_fill import Work
-from tetrion.engine.planning.profile import Profile
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner
+from tetrion.engine.planning.policies.tetriserve import decide, least_gpu_time_mix, round_s
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
-from tetrion.engine.planning.tetriserve import decide, least_gpu_time_mix, round_s
-
-from .simulation import costs_of, make_profile
 
 PROFILE = make_profile(
     {

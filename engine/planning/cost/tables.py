@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from tetrion.engine.planning.profile import Profile, SizeCost
+from tetrion.engine.planning.cost.profile import Profile, SizeCost
 
 
 class CostTables(msgspec.Struct, frozen=True, kw_only=True, dict=True):

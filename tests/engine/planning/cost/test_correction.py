@@ -2,9 +2,8 @@ import math
 
 import pytest
 
-from tetrion.engine.planning.correction import CostModel, CostModels
-
-from .simulation import flux_profile
+from tests.engine.planning.simulation import flux_profile
+from tetrion.engine.planning.cost.correction import CostModel, CostModels
 
 
 def test_observations_move_only_their_own_cost() -> None:

@@ -2,12 +2,11 @@
 
 import math
 
+from tests.engine.planning.simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
-
-from .simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 
 NOW_S = 100.0
 

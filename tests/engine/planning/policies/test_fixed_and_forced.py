@@ -1,12 +1,11 @@
 import pytest
 
+from tests.engine.planning.simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.fixed import fixed_planner, static_groups
-from tetrion.engine.planning.forced import pinned_chunk_steps, pinned_degree
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.fixed import fixed_planner, static_groups
+from tetrion.engine.planning.policies.forced import pinned_chunk_steps, pinned_degree
+from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
-
-from .simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 
 
 def snapshot(num_devices: int, **fields: object) -> Snapshot:

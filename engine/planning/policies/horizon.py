@@ -28,7 +28,7 @@ from tetrion.engine.planning.degrees import DegreeTable, degree_tables
 from tetrion.engine.planning.energy_mode import affordable_steps, apply_budget, set_patient_aside, worth_using
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill, fill_soft
 from tetrion.engine.planning.free_profile import FreeProfile
-from tetrion.engine.planning.leftover import Option, gain, widen
+from tetrion.engine.planning.policies.leftover import Option, gain, widen
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, slo_s, urgency
 from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot

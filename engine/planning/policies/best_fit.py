@@ -5,10 +5,10 @@ more devices than are idle takes what there is. Devices that are left stay idle.
 """
 
 from tetrion.engine.planning.degrees import DegreeTable, degree_tables
+from tetrion.engine.planning.policies.stages import ready_to_denoise, start_aux
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, urgency
 from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
-from tetrion.engine.planning.stages import ready_to_denoise, start_aux
 
 
 def plan(snapshot: Snapshot) -> RoundPlan:

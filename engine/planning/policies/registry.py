@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable
 
-from tetrion.engine.planning import best_fit, horizon, rssp, tetriserve
-from tetrion.engine.planning.fixed import fixed_planner
-from tetrion.engine.planning.forced import serve_forced
+from tetrion.engine.planning.policies import best_fit, horizon, rssp, tetriserve
+from tetrion.engine.planning.policies.fixed import fixed_planner
+from tetrion.engine.planning.policies.forced import serve_forced
 from tetrion.engine.planning.snapshot import Planner
 
 POLICIES: dict[str, Planner] = {

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner
 
 
 def test_known_names() -> None:
@@ -21,7 +21,7 @@ def test_unknown_names_are_answered_with_the_known_ones(name: str) -> None:
 
 def test_planning_imports_no_torch_and_no_io() -> None:
     code = (
-        "import sys; import tetrion.engine.planning.registry, tetrion.engine.planning.correction\n"
+        "import sys; import tetrion.engine.planning.policies.registry, tetrion.engine.planning.cost.correction\n"
         "print([name for name in ('torch', 'numpy', 'asyncio') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)

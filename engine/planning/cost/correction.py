@@ -7,8 +7,8 @@ planner sees only `CostModels.tables`, a plain value.
 import math
 from collections.abc import Mapping
 
-from tetrion.engine.planning.cost_tables import CostTables
-from tetrion.engine.planning.profile import ClassCost, Profile
+from tetrion.engine.planning.cost.profile import ClassCost, Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.shape import parse_cost_key
 
 SMOOTHING = 0.1

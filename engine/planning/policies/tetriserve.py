@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from tetrion.engine.planning.cost.profile import SizeCost
 from tetrion.engine.planning.degrees import ClassName, DegreeTable, degree_tables
 from tetrion.engine.planning.forward_fill import Work
-from tetrion.engine.planning.leftover import Option, gain, widen
-from tetrion.engine.planning.profile import SizeCost
+from tetrion.engine.planning.policies.leftover import Option, gain, widen
+from tetrion.engine.planning.policies.stages import ready_to_denoise, start_aux
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, urgency
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot
-from tetrion.engine.planning.stages import ready_to_denoise, start_aux
 
 PUBLISHED_STEPS = 5
 GRID_S = 0.010

@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.planning.simulation import Simulation, check_plan
+from tests.engine.planning.test_plans import NOW_S, PROFILE, random_trace, snapshots
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.horizon import LATE_ITEMS
-from tetrion.engine.planning.registry import FAMILIES, POLICIES, WORK_CONSERVING, get_planner
+from tetrion.engine.planning.policies.horizon import LATE_ITEMS
+from tetrion.engine.planning.policies.registry import FAMILIES, POLICIES, WORK_CONSERVING, get_planner
 from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
-
-from .simulation import Simulation, check_plan
-from .test_plans import NOW_S, PROFILE, random_trace, snapshots
 
 EVERY_POLICY = (*POLICIES, "fixed-1", "fixed-2", "fixed-3", "fixed-8", "tetriserve-g1", "tetriserve-g2")
 

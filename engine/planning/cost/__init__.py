@@ -1,0 +1,1 @@
+"""What work costs: the measured table, its correction, predictions. Pure."""

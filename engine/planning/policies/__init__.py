@@ -1,0 +1,1 @@
+"""One policy a file, `plan(snapshot) -> RoundPlan`; `registry` knows their names."""
