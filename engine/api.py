@@ -21,7 +21,8 @@ from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import Metering
 from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.errors import EngineEnded, GenerationError, RequestError
-from tetrion.engine.executor import Executor
+from tetrion.engine.executors.base import Executor
+from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.loop_statistics import LoopFigures
@@ -33,7 +34,6 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.energy_admission import check_default
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Planner
-from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import chosen_profile
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import resolve_request

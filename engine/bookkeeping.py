@@ -14,7 +14,7 @@ from typing import Any
 
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.errors import GenerationError, RequestCancelled, shown
-from tetrion.engine.executor import Executor
+from tetrion.engine.executors.base import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics
 from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, GroupCommand

@@ -26,7 +26,7 @@ from tetrion.engine.errors import (
     RequestError,
     shown,
 )
-from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
 from tetrion.engine.guarded_planner import GuardedPlanner
 from tetrion.engine.inflight import InFlightTable
 from tetrion.engine.loop_statistics import LoopStatistics

@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.executor import Executor
+from tetrion.engine.executors.base import Executor
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.messages import Decode
 from tetrion.engine.planning.cost.tables import CostTables

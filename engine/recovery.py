@@ -36,7 +36,7 @@ from collections.abc import Collection, Iterator
 
 from tetrion.engine.bookkeeping import Bookkeeper
 from tetrion.engine.errors import EngineEnded, GenerationError
-from tetrion.engine.executor import Executor, WorkerLost
+from tetrion.engine.executors.base import Executor, WorkerLost
 from tetrion.engine.inflight import InFlight, InFlightTable
 from tetrion.engine.messages import BarriersReset, Failed, ResetBarriers
 from tetrion.engine.request import MAX_ATTEMPTS

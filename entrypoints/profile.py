@@ -18,13 +18,13 @@ from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import open_meter
 from tetrion.engine.energy.nvml import canonical_uuid
+from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
 from tetrion.engine.probe import Probe, Size
-from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.profile_files import cache_folder, profile_file_name, single_gpu_name
 from tetrion.entrypoints.arguments import parse_degrees, parse_size
 from tetrion.entrypoints.bench.record import commit, host_facts
@@ -156,7 +156,7 @@ def assemble(
 
 def memory_facts(spec: ModelSpec, config: EngineConfig, kind: str, num_devices: int) -> dict[str, Any]:
     """The memory budget of one device, in bytes and in words."""
-    from tetrion.engine.fleet.segments import ITEMSIZE
+    from tetrion.engine.executors.fleet.segments import ITEMSIZE
     from tetrion.engine.models.memory_budget import memory_budget  # these import torch
     from tetrion.engine.models.registry import components_of
     from tetrion.engine.parallel.layout import slab_layout

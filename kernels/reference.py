@@ -5,7 +5,7 @@ this call, H heads (h: the heads of this call), D head dimension.
 
 **Row exactness.** A token's result must not depend, bit for bit, on which other rows are in the call, nor on the number
 of threads. Measured with MKL on x86-64 (fp32): a GEMM keeps that promise from 12 rows on, so `linear` pads below 16; on
-Intel's processors only where the environment asks for it (`engine/worker/reproducible.py`).
+Intel's processors only where the environment asks for it (`engine/executors/fleet/reproducible.py`).
 ATen's vectorised loops end in a scalar tail, which rounds differently for tanh, sigmoid, GELU and SiLU, and where a
 thread's share ends depends on its size; `exp` has no such tail, so the activations here are built on it.
 """

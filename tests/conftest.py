@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tetrion.engine.worker.reproducible import gemm_environment
+from tetrion.engine.executors.fleet.reproducible import gemm_environment
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 os.environ.update(gemm_environment())
@@ -33,7 +33,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[None]:
     """Engines of tests that use this start in half a second: the workers' libraries stay loaded between them."""
-    from tetrion.engine.worker.forked import ForkServer
+    from tetrion.engine.executors.fleet.forked import ForkServer
 
     server = ForkServer.acquire()
     yield
@@ -43,6 +43,6 @@ def fork_server() -> Iterator[None]:
 @pytest.fixture
 def own_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's engines share no fork server with those of other tests."""
-    from tetrion.engine.worker.forked import ForkServer
+    from tetrion.engine.executors.fleet.forked import ForkServer
 
     monkeypatch.setattr(ForkServer, "_shared", None)

@@ -15,12 +15,12 @@ from typing import Any, get_args
 import msgspec
 
 from tetrion.engine.config import EnergyMode, PlannerConfig
+from tetrion.engine.executors.simulated import Disturbance
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import why_not
 from tetrion.engine.shape import cost_key_of_size
-from tetrion.engine.simulated import Disturbance
 from tetrion.entrypoints.bench import energy_oracle
 from tetrion.entrypoints.bench.energy_oracle import Spent
 from tetrion.entrypoints.bench.live import EmbeddedSystem

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
 from tetrion.engine.loop_statistics import LoopFigures
 from tetrion.engine.messages import (
     BarriersReset,

@@ -13,6 +13,7 @@ import msgspec
 
 from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.errors import EngineEnded
+from tetrion.engine.executors.simulated import Disturbance, SimulatedExecutor
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command
 from tetrion.engine.params import Params
@@ -22,7 +23,6 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, ResolvedRequest
 from tetrion.engine.shape import StepShape
-from tetrion.engine.simulated import Disturbance, SimulatedExecutor
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
 from tetrion.entrypoints.bench.recording import Recorder
 from tetrion.entrypoints.bench.workloads import TraceRequest

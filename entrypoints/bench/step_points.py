@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.executor import Executor, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Denoised, Event
 from tetrion.engine.model_spec import ModelSpec

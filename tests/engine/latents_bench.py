@@ -8,11 +8,11 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.executor import WorkerLost
+from tetrion.engine.executors.base import WorkerLost
+from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import CopyLatents, Denoise, EncodePrompt, Failed, GroupCommand, LatentsCopied
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.process_executor import ProcessExecutor
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
 

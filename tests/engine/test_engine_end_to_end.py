@@ -215,7 +215,7 @@ async def test_an_engine_whose_loop_dies_says_so_from_then_on(
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_more_workers_than_memory_are_refused_before_any_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tetrion.engine.process_executor.available_memory_bytes", lambda: 10**9)
+    monkeypatch.setattr("tetrion.engine.executors.processes.available_memory_bytes", lambda: 10**9)
     engine = AsyncEngine(EngineConfig(devices="cpu:3"))
     with pytest.raises(GenerationError, match="3 workers take about 1,200,000,000 bytes"):
         await engine.start()
@@ -227,7 +227,7 @@ async def test_workers_with_interpreters_of_their_own_draw_the_same(
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on systems where workers cannot be forked."""
-    monkeypatch.setattr("tetrion.engine.worker.launcher.can_fork", lambda: False)
+    monkeypatch.setattr("tetrion.engine.executors.fleet.launch.can_fork", lambda: False)
     async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as other:
         (pid,) = other.worker_pids().values()
         assert psutil.Process(pid).ppid() == os.getpid()

@@ -12,7 +12,8 @@ from tests.engine.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine import commands
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.errors import EngineEnded, GenerationError
-from tetrion.engine.executor import Finish, Receive
+from tetrion.engine.executors.base import Finish, Receive
+from tetrion.engine.executors.simulated import SimulatedExecutor
 from tetrion.engine.guarded_planner import FALLBACK, MAX_FAILURES, GuardedPlanner, PlanFault, check_plan
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.policies.registry import get_planner
@@ -20,7 +21,6 @@ from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView
 from tetrion.engine.refusals import Refusals
 from tetrion.engine.request import Failure, ImageRequest, Output, Progress
 from tetrion.engine.resolve import resolve_request
-from tetrion.engine.simulated import SimulatedExecutor
 from tetrion.engine.transport.ring import MessageTooLong
 
 HORIZON = get_planner("horizon")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.errors import DeadlineUnmeetable, EngineEnded, EngineOverloaded, GenerationError, RequestCancelled
-from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Finish, Receive, WorkerLost, WorkerReady
+from tetrion.engine.executors.simulated import SimulatedExecutor
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command, Denoise, Event
 from tetrion.engine.planning.cost.correction import CostModels
@@ -23,7 +24,6 @@ from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Snapshot
 from tetrion.engine.request import MAX_ATTEMPTS, Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import resolve_request
-from tetrion.engine.simulated import SimulatedExecutor
 
 SPEC = make_spec()
 PROFILE = msgspec.convert(

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from tests.engine.test_loop import COSTS, Simulation
 from tetrion.engine.errors import EngineEnded
+from tetrion.engine.executors.simulated import SimulatedCommand, SimulatedExecutor
 from tetrion.engine.messages import BarriersReset, Command, Decode, Denoise, ResetBarriers
 from tetrion.engine.request import Failure, Output
-from tetrion.engine.simulated import SimulatedCommand, SimulatedExecutor
 
 
 class CountingExecutor(SimulatedExecutor):

@@ -140,7 +140,7 @@ def test_a_bad_meter_or_carbon_is_one_line_before_anything_starts(
         raise AssertionError("workers were started")
 
     monkeypatch.setattr("tetrion.engine.energy.nvml._import_nvml", not_there)
-    monkeypatch.setattr("tetrion.engine.process_executor.ProcessExecutor.start", start)
+    monkeypatch.setattr("tetrion.engine.executors.processes.ProcessExecutor.start", start)
     (tmp_path / "requests.jsonl").write_text('{"prompt": "a red circle"}\n')
     output = ["--output", str(tmp_path / "out")]
     what = {"generate": ["a", *output], "batch": [str(tmp_path / "requests.jsonl"), *output], "serve": ["--port", "0"]}

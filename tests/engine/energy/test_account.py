@@ -18,6 +18,7 @@ from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
 from tetrion.engine.energy.quantum import Share
 from tetrion.engine.energy.replay import ReplayMeter
+from tetrion.engine.executors.simulated import SimulatedExecutor
 from tetrion.engine.loop import EngineLoop
 from tetrion.engine.messages import Command
 from tetrion.engine.planning.cost.correction import CostModels
@@ -26,7 +27,6 @@ from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.request import ImageRequest, ImageResult, Output, Receipt
 from tetrion.engine.request_table import Request
 from tetrion.engine.resolve import resolve_request
-from tetrion.engine.simulated import SimulatedExecutor
 
 UUIDS = {0: "GPU-a", 1: "GPU-b"}
 BUSY_W, IDLE_W = 600.0, 100.0

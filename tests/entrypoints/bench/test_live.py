@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from tetrion.engine.executor import Executor
+from tetrion.engine.executors.base import Executor
 from tetrion.engine.messages import Command, Denoise, EncodePrompt
 from tetrion.entrypoints.bench import live
 from tetrion.entrypoints.bench.live import HttpSystem, open_loop

@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
+from tetrion.engine.executors.simulated import Disturbance
 from tetrion.engine.planning.cost.profile import Profile
-from tetrion.engine.simulated import Disturbance
 from tetrion.entrypoints.bench.outcomes import Run
 from tetrion.entrypoints.bench.simulation import Loss, simulate
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest, Workload, base_slo_s, make_trace

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.executors.fleet.forked import ForkedWorker, ForkServer
+from tetrion.engine.executors.fleet.segments import Segments, inherited
 from tetrion.engine.families.registry import read_model_spec
-from tetrion.engine.fleet.segments import Segments, inherited
 from tetrion.engine.messages import Event, Ping, Pong, Shutdown, Started
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.transport.channel import create_channel, send_to_all
 from tetrion.engine.worker import fork_server
-from tetrion.engine.worker.forked import ForkedWorker, ForkServer
 
 PATIENCE_S = 120.0
 

@@ -7,12 +7,12 @@ import statistics
 import msgspec
 import pytest
 
+from tetrion.engine.executors.simulated import Disturbance, SimulatedExecutor
 from tetrion.engine.messages import Denoise, EncodePrompt
 from tetrion.engine.params import Params
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.shape import StepShape
-from tetrion.engine.simulated import Disturbance, SimulatedExecutor
 
 PROFILE = msgspec.convert(
     {"heads": 12, "classes": {"128x128": {"step_ms": {1: 20, 2: 12}, "encode_ms": 5, "decode_ms": 10}}}, Profile

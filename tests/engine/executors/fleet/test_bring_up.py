@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tetrion.engine.fleet.bring_up import BringUp
+from tetrion.engine.executors.fleet.bring_up import BringUp
 from tetrion.engine.messages import (
     Command,
     Event,

@@ -19,9 +19,9 @@ import pytest_asyncio
 from tetrion.engine.api import AsyncEngine, RequestHandle
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.errors import GenerationError
-from tetrion.engine.fleet import respawn
+from tetrion.engine.executors.fleet import respawn
+from tetrion.engine.executors.fleet.forked import ForkedWorker
 from tetrion.engine.request import ImageRequest, ImageResult
-from tetrion.engine.worker.forked import ForkedWorker
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server", "short_pauses")]
 PATIENCE_S = 150.0

@@ -1,7 +1,7 @@
 """How the workers of an engine are started."""
 
-from tetrion.engine.worker.forked import ForkServer, can_fork
-from tetrion.engine.worker.process import SpawnedWorker, WorkerProcess
+from tetrion.engine.executors.fleet.forked import ForkServer, can_fork
+from tetrion.engine.executors.fleet.process import SpawnedWorker, WorkerProcess
 from tetrion.engine.worker.spec import WorkerSpec
 
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from tetrion.engine.config import DeviceSpec, EngineConfig
 from tetrion.engine.errors import GenerationError
-from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
-from tetrion.engine.fleet.pool import WorkerPool
-from tetrion.engine.fleet.segments import Segments
+from tetrion.engine.executors.base import Finish, Receive, WorkerLost, WorkerReady
+from tetrion.engine.executors.fleet.pool import WorkerPool
+from tetrion.engine.executors.fleet.segments import Segments
 from tetrion.engine.messages import Command, Event
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.transport.available_memory import available_memory_bytes

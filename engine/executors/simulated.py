@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from tetrion.engine.executor import Finish, Receive, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.messages import (
     BarriersReset,
     Command,

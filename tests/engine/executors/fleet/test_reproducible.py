@@ -1,6 +1,6 @@
 import pytest
 
-from tetrion.engine.worker.reproducible import gemm_environment
+from tetrion.engine.executors.fleet.reproducible import gemm_environment
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import msgspec
 
-from tetrion.engine.worker.process import how_it_ended
-from tetrion.engine.worker.reproducible import gemm_environment
+from tetrion.engine.executors.fleet.process import how_it_ended
+from tetrion.engine.executors.fleet.reproducible import gemm_environment
 from tetrion.engine.worker.spec import Exited, Forked, ForkRequest, WorkerSpec
 
 SEND_TIMEOUT_S = 5.0

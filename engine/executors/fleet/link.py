@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from tetrion.engine.config import DeviceSpec
-from tetrion.engine.fleet.segments import Segments, inherited
+from tetrion.engine.executors.fleet.launch import Launcher
+from tetrion.engine.executors.fleet.segments import Segments, inherited
 from tetrion.engine.messages import Event
 from tetrion.engine.transport.channel import CommandSender, MalformedMessage, create_channel
 from tetrion.engine.transport.ring import RingCorrupt
-from tetrion.engine.worker.launcher import Launcher
 
 T = TypeVar("T")
 

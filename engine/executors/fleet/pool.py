@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable
 
 from tetrion.engine.config import DeviceSpec
-from tetrion.engine.executor import WorkerLost, WorkerReady
-from tetrion.engine.fleet.bring_up import BringUp
-from tetrion.engine.fleet.link import WorkerLink
-from tetrion.engine.fleet.respawn import RespawnPolicy
-from tetrion.engine.fleet.segments import Segments
+from tetrion.engine.executors.base import WorkerLost, WorkerReady
+from tetrion.engine.executors.fleet.bring_up import BringUp
+from tetrion.engine.executors.fleet.launch import Launcher
+from tetrion.engine.executors.fleet.link import WorkerLink
+from tetrion.engine.executors.fleet.respawn import RespawnPolicy
+from tetrion.engine.executors.fleet.segments import Segments
 from tetrion.engine.messages import Command, Event, Shutdown, Started
 from tetrion.engine.transport.channel import send_to_all
-from tetrion.engine.worker.launcher import Launcher
 
 logger = logging.getLogger(__name__)
 

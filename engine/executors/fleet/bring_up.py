@@ -11,7 +11,7 @@ each other at once. A state machine driven by events: it knows no process, no cl
 import itertools
 from collections.abc import Callable
 
-from tetrion.engine.fleet.peer_mapping import PeerMapping
+from tetrion.engine.executors.fleet.peer_mapping import PeerMapping
 from tetrion.engine.messages import Command, Event, Failed, Loaded, LoadWeights, PeersMapped, Started
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from tetrion.engine.worker.reproducible import gemm_environment
+from tetrion.engine.executors.fleet.reproducible import gemm_environment
 from tetrion.engine.worker.spec import WorkerSpec
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.engine.fleet.respawn import LONGEST_PAUSE_S, LONGEST_REFUSED_PAUSE_S, SERVED_S, RespawnPolicy
+from tetrion.engine.executors.fleet.respawn import LONGEST_PAUSE_S, LONGEST_REFUSED_PAUSE_S, SERVED_S, RespawnPolicy
 
 
 def test_the_pauses_double_up_to_a_minute_and_nobody_is_given_up() -> None:

@@ -1,0 +1,1 @@
+"""Where commands go and events come from: real worker processes, or virtual time."""
