@@ -24,8 +24,8 @@ from tetrion.engine.errors import EngineEnded, GenerationError, RequestError
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
-from tetrion.engine.loop import EngineLoop
-from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.loop.loop import EngineLoop
+from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.correction import CostModels

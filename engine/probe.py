@@ -11,15 +11,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tetrion.engine.commands import decode_command, denoise_command, encode_command
 from tetrion.engine.errors import GenerationError
 from tetrion.engine.executors.base import WorkerLost, WorkerReady
 from tetrion.engine.executors.processes import ProcessExecutor
+from tetrion.engine.loop.dispatch import decode_command, denoise_command, encode_command
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.messages import CopyLatents, Decoded, Denoised, Encoded, Event, Failed, GroupCommand, LatentsCopied
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.request import ImageRequest
-from tetrion.engine.request_table import Request
 from tetrion.engine.resolve import resolve_request
 
 PROMPT = "a red circle left of a large blue star"

@@ -15,7 +15,7 @@ from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EnergyMode
 from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError
 from tetrion.engine.hardware.event_loop import new_event_loop
-from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.policies.registry import get_planner

@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.planning.snapshot import Stage
 from tetrion.entrypoints.bench.workloads import TraceRequest
 

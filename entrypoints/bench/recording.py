@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
-from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.messages import (
     BarriersReset,
     Command,

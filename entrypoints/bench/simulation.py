@@ -14,7 +14,7 @@ import msgspec
 from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.errors import EngineEnded
 from tetrion.engine.executors.simulated import Disturbance, SimulatedExecutor
-from tetrion.engine.loop import EngineLoop
+from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.messages import Command
 from tetrion.engine.params import Params
 from tetrion.engine.planning.cost.correction import CostModels

@@ -15,7 +15,7 @@ import numpy as np
 
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
-from tetrion.engine.loop import EngineLoop
+from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.messages import Denoised, Event
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.correction import CostModels

@@ -201,7 +201,7 @@ async def test_an_engine_whose_loop_dies_says_so_from_then_on(
 ) -> None:
     async with AsyncEngine(EngineConfig(devices="cpu:1", num_threads=1)) as engine:
         assert engine.stats().num_alive == 1
-        monkeypatch.setattr("tetrion.engine.loop.EngineLoop.admit", lambda _: {}["injected"])
+        monkeypatch.setattr("tetrion.engine.loop.loop.EngineLoop.admit", lambda _: {}["injected"])
         pending = engine.submit(small(1))
         with pytest.raises(GenerationError, match=r"the engine loop ended: KeyError\('injected'\)"):
             await pending.result()

@@ -8,17 +8,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.engine.test_loop import COSTS, SPEC, Simulation
-from tetrion.engine import commands
+from tests.engine.loop.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.errors import EngineEnded, GenerationError
 from tetrion.engine.executors.base import Finish, Receive
 from tetrion.engine.executors.simulated import SimulatedExecutor
-from tetrion.engine.guarded_planner import FALLBACK, MAX_FAILURES, GuardedPlanner, PlanFault, check_plan
+from tetrion.engine.loop import dispatch as commands
+from tetrion.engine.loop.guarded_planner import FALLBACK, MAX_FAILURES, GuardedPlanner, PlanFault, check_plan
+from tetrion.engine.loop.refusals import Refusals
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
-from tetrion.engine.refusals import Refusals
 from tetrion.engine.request import Failure, ImageRequest, Output, Progress
 from tetrion.engine.resolve import resolve_request
 from tetrion.engine.transport.ring import MessageTooLong
@@ -220,7 +220,7 @@ def test_if_the_last_policy_fails_too_all_requests_fail(monkeypatch: pytest.Monk
     def broken(snapshot: Snapshot) -> RoundPlan:
         raise OSError("broken")
 
-    monkeypatch.setattr("tetrion.engine.guarded_planner.get_planner", lambda name: broken)
+    monkeypatch.setattr("tetrion.engine.loop.guarded_planner.get_planner", lambda name: broken)
     simulation = Simulation(executor=Slots())
     simulation.loop.planner = broken
     run(simulation, "a", "b")
@@ -292,7 +292,7 @@ def test_a_command_that_cannot_be_made_ends_its_request_alone(
             raise KeyError("no such thing")
         return make(assignment, *rest)
 
-    monkeypatch.setattr("tetrion.engine.loop.command_for", command_for)
+    monkeypatch.setattr("tetrion.engine.loop.loop.command_for", command_for)
     simulation = Simulation(executor=Slots())
     run(simulation, "a", "bad", "b")
     check_only_bad_failed(simulation, caplog, "a", "b")
@@ -508,7 +508,7 @@ def test_admission_that_fails_refuses_the_newcomer_alone(monkeypatch: pytest.Mon
     refused: list[GenerationError] = []
 
     def submit_bad() -> None:
-        monkeypatch.setattr("tetrion.engine.loop.earliest_deadline_s", broken)
+        monkeypatch.setattr("tetrion.engine.loop.loop.earliest_deadline_s", broken)
         with pytest.raises(GenerationError, match="admission failed") as caught:
             simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="bad"), SPEC, 4))
         monkeypatch.undo()

@@ -19,7 +19,7 @@ from tests.engine import test_resolve as misfits
 from tetrion.engine.api import AsyncEngine, RequestHandle
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.errors import GenerationError, RequestError
-from tetrion.engine.guarded_planner import FALLBACK
+from tetrion.engine.loop.guarded_planner import FALLBACK
 from tetrion.engine.messages import Command, Denoise, EncodePrompt
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot
 from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, ResolvedRequest

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
 from tetrion.engine.errors import EngineOverloaded, RequestError
+from tetrion.engine.loop.requests import LEGAL_TRANSITIONS, TERMINAL_STATES, Request, RequestState, RequestTable
 from tetrion.engine.request import ImageRequest
-from tetrion.engine.request_table import LEGAL_TRANSITIONS, TERMINAL_STATES, Request, RequestState, RequestTable
 from tetrion.engine.resolve import resolve_request
 
 SPEC = make_spec()

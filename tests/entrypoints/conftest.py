@@ -25,7 +25,7 @@ from tetrion.engine.errors import (
     GenerationError,
     RequestCancelled,
 )
-from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.request import ImageRequest, ImageResult, Progress
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.cli import run

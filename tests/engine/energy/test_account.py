@@ -10,22 +10,22 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.engine.test_loop import COSTS, PROFILE, SPEC, costs_of
+from tests.engine.loop.test_loop import COSTS, PROFILE, SPEC, costs_of
 from tetrion.engine.api import AsyncEngine
-from tetrion.engine.commands import encode_command
 from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
 from tetrion.engine.energy.quantum import Share
 from tetrion.engine.energy.replay import ReplayMeter
 from tetrion.engine.executors.simulated import SimulatedExecutor
-from tetrion.engine.loop import EngineLoop
+from tetrion.engine.loop.dispatch import encode_command
+from tetrion.engine.loop.loop import EngineLoop
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.messages import Command
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.request import ImageRequest, ImageResult, Output, Receipt
-from tetrion.engine.request_table import Request
 from tetrion.engine.resolve import resolve_request
 
 UUIDS = {0: "GPU-a", 1: "GPU-b"}

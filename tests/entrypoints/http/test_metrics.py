@@ -10,7 +10,7 @@ from tests.entrypoints.conftest import NO_ENERGY, draw
 from tests.entrypoints.http.test_app import Served, serving
 from tetrion.engine.energy.figures import EnergyFigures, MeterErrors
 from tetrion.engine.errors import GenerationError
-from tetrion.engine.loop_statistics import LoopFigures
+from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.request import ImageRequest, PhaseJoules, Receipt
 from tetrion.entrypoints.http.metrics import BUCKETS_J, Metrics
 

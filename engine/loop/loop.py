@@ -3,7 +3,7 @@
 The loop knows an `Executor` (real or in virtual time), a planner (a pure function) and cost models; it imports no
 torch, starts no process and reads no clock but the executor's. Pictures and progress leave through `outputs`.
 
-`outlook.py` makes what the planner sees, `commands.py` what devices are given, `bookkeeping.py` writes down what
+`snapshots.py` makes what the planner sees, `dispatch.py` what devices are given, `progress.py` writes down what
 commands and answers mean for a request, `recovery.py` says what happens when a worker is lost or fails.
 """
 
@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable
 from typing import assert_never
 
-from tetrion.engine.bookkeeping import Answer, Bookkeeper
-from tetrion.engine.commands import command_for
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.account import EnergyAccount, unmetered_account
 from tetrion.engine.errors import (
@@ -27,9 +25,15 @@ from tetrion.engine.errors import (
     shown,
 )
 from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
-from tetrion.engine.guarded_planner import GuardedPlanner
-from tetrion.engine.inflight import InFlightTable
-from tetrion.engine.loop_statistics import LoopStatistics
+from tetrion.engine.loop.dispatch import command_for
+from tetrion.engine.loop.guarded_planner import GuardedPlanner
+from tetrion.engine.loop.in_flight import InFlightTable
+from tetrion.engine.loop.progress import Answer, Bookkeeper
+from tetrion.engine.loop.recovery import Recovery
+from tetrion.engine.loop.refusals import Refusals
+from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.loop.snapshots import Outlook
+from tetrion.engine.loop.statistics import LoopStatistics
 from tetrion.engine.messages import (
     BarriersReset,
     Decoded,
@@ -43,17 +47,13 @@ from tetrion.engine.messages import (
     Pong,
     Started,
 )
-from tetrion.engine.outlook import Outlook
 from tetrion.engine.planning.admission import earliest_deadline_s
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient
 from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
-from tetrion.engine.recovery import Recovery
-from tetrion.engine.refusals import Refusals
 from tetrion.engine.request import Output, ResolvedRequest
-from tetrion.engine.request_table import Request, RequestTable
 
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000

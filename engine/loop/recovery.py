@@ -34,13 +34,13 @@ import enum
 import logging
 from collections.abc import Collection, Iterator
 
-from tetrion.engine.bookkeeping import Bookkeeper
 from tetrion.engine.errors import EngineEnded, GenerationError
 from tetrion.engine.executors.base import Executor, WorkerLost
-from tetrion.engine.inflight import InFlight, InFlightTable
+from tetrion.engine.loop.in_flight import InFlight, InFlightTable
+from tetrion.engine.loop.progress import Bookkeeper
+from tetrion.engine.loop.requests import Request, RequestState, RequestTable
 from tetrion.engine.messages import BarriersReset, Failed, ResetBarriers
 from tetrion.engine.request import MAX_ATTEMPTS
-from tetrion.engine.request_table import Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
 STALL_CHECK_S = 0.5

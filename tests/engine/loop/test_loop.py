@@ -15,7 +15,7 @@ from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.errors import DeadlineUnmeetable, EngineEnded, EngineOverloaded, GenerationError, RequestCancelled
 from tetrion.engine.executors.base import Finish, Receive, WorkerLost, WorkerReady
 from tetrion.engine.executors.simulated import SimulatedExecutor
-from tetrion.engine.loop import EngineLoop
+from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.messages import Command, Denoise, Event
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile

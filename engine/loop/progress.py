@@ -15,13 +15,13 @@ from typing import Any
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.errors import GenerationError, RequestCancelled, shown
 from tetrion.engine.executors.base import Executor
-from tetrion.engine.inflight import InFlight, InFlightTable
-from tetrion.engine.loop_statistics import LoopStatistics
+from tetrion.engine.loop.in_flight import InFlight, InFlightTable
+from tetrion.engine.loop.requests import TERMINAL_STATES, Request, RequestState, RequestTable
+from tetrion.engine.loop.statistics import LoopStatistics
 from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, GroupCommand
 from tetrion.engine.planning.cost.correction import CostModel, CostModels
 from tetrion.engine.planning.cost.predict import predict_j, predict_s
 from tetrion.engine.request import Failure, Output, Receipt
-from tetrion.engine.request_table import TERMINAL_STATES, Request, RequestState, RequestTable
 
 logger = logging.getLogger(__name__)
 NOT_WRITTEN = "what came of it could not be written down"

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
 from tetrion.engine.planning.snapshot import Assignment
-from tetrion.engine.request_table import Request
 
 
 def command_for(

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executors.base import Executor
-from tetrion.engine.inflight import InFlight, InFlightTable
+from tetrion.engine.loop.in_flight import InFlight, InFlightTable
+from tetrion.engine.loop.requests import Request, RequestState, RequestTable
 from tetrion.engine.messages import Decode
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot, Stage
-from tetrion.engine.request_table import Request, RequestState, RequestTable
 
 MAX_COMMANDS_PER_REQUEST = 2
 

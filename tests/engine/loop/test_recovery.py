@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.test_loop import COSTS, Simulation
+from tests.engine.loop.test_loop import COSTS, Simulation
 from tetrion.engine.errors import EngineEnded
 from tetrion.engine.executors.simulated import SimulatedCommand, SimulatedExecutor
 from tetrion.engine.messages import BarriersReset, Command, Decode, Denoise, ResetBarriers

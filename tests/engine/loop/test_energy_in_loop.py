@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from tests.engine.test_loop import PROFILE, SPEC, Simulation
+from tests.engine.loop.test_loop import PROFILE, SPEC, Simulation
 from tetrion.engine.errors import BudgetUnmeetable, RequestError
 from tetrion.engine.planning.cost.profile import ClassCost
 from tetrion.engine.planning.energy_admission import cheapest_for

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from tests.engine.test_loop import Simulation
-from tetrion.engine.loop_statistics import LoopFigures, LoopStatistics
+from tests.engine.loop.test_loop import Simulation
+from tetrion.engine.loop.statistics import LoopFigures, LoopStatistics
 
 
 def statistics(num_devices: int = 2) -> LoopStatistics:

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.test_loop import COSTS, SPEC, Simulation
+from tests.engine.loop.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.outlook import Outlook
+from tetrion.engine.loop.requests import RequestTable
+from tetrion.engine.loop.snapshots import Outlook
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import RoundPlan, Snapshot
 from tetrion.engine.request import ImageRequest
-from tetrion.engine.request_table import RequestTable
 from tetrion.engine.resolve import resolve_request
 
 

@@ -1,0 +1,1 @@
+"""The engine's loop: collect, admit, plan, dispatch; and the life of requests in it."""
