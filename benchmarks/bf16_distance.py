@@ -23,9 +23,9 @@ from diffusers import FluxPipeline
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.measure.probe import SEED, Probe, Size
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.probe import SEED, Probe, Size
 from tetrion.engine.sampling.flow_match import initial_noise
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.record import make_record, write_record

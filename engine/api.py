@@ -13,7 +13,6 @@ from typing import Protocol, Self
 
 import msgspec
 
-from tetrion.engine.calibration import calibrate
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.energy.early_check import MeteringError, check_metering
 from tetrion.engine.energy.figures import EnergyFigures
@@ -26,6 +25,8 @@ from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.loop.statistics import LoopFigures
+from tetrion.engine.measure.calibration import calibrate
+from tetrion.engine.measure.profile_files import chosen_profile
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.correction import CostModels
@@ -34,7 +35,6 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.energy_admission import check_default
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Planner
-from tetrion.engine.profile_files import chosen_profile
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import resolve_request
 

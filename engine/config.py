@@ -89,7 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `peer_access`: `never` keeps the exchange between GPUs in host memory; `auto` does so where they cannot reach
     each other's memory.
     `profile`: a file with the measured cost table to plan with; None: the user's or a committed one for these
-    GPUs, else measured at the start (see `profile_files.py`, `calibration.py`).
+    GPUs, else measured at the start (see `measure/profile_files.py`, `measure/calibration.py`).
     `num_threads`: CPU threads per worker; None divides the machine's cores among the workers.
     `max_inflight`: requests that may hold a state slot at once; others wait in the queue.
     `max_queued`: requests accepted beyond that before `EngineOverloaded` is raised.

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
-from tetrion.engine.checkpoint_identity import checkpoint_identity
 from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError
+from tetrion.engine.measure.checkpoint_identity import checkpoint_identity
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import drawing, pictures

@@ -1,6 +1,6 @@
 """`tetrion profile`: measure the cost table that the planner reads, on this machine's devices.
 
-Owns what is measured and the file's form. Commands and their times are the engine's own (`engine/probe.py`).
+Owns what is measured and the file's form. Commands and their times are the engine's own (`engine/measure/probe.py`).
 """
 
 import math
@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tetrion.engine.calibration import decode_s_of, encode_s_of
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import open_meter
@@ -21,11 +20,12 @@ from tetrion.engine.energy.nvml import canonical_uuid
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.hardware.host import cpu_name
+from tetrion.engine.measure.calibration import decode_s_of, encode_s_of
+from tetrion.engine.measure.probe import Probe, Size
+from tetrion.engine.measure.profile_files import cache_folder, profile_file_name, single_gpu_name
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
-from tetrion.engine.probe import Probe, Size
-from tetrion.engine.profile_files import cache_folder, profile_file_name, single_gpu_name
 from tetrion.entrypoints.arguments import parse_degrees, parse_size
 from tetrion.entrypoints.bench.record import commit, host_facts
 from tetrion.entrypoints.errors import InputError

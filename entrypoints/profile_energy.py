@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
-from tetrion.engine.probe import Members, Probe, Size
+from tetrion.engine.measure.probe import Members, Probe, Size
 
 WINDOW_S = 5.0
 

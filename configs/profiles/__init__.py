@@ -1,1 +1,2 @@
-"""Measured cost tables, `<gpu>-<model>.json`, made by `tetrion profile`; chosen by `engine/profile_files.py`."""
+"""Measured cost tables, `<gpu>-<model>.json`, made by `tetrion profile`; chosen by
+`engine/measure/profile_files.py`."""

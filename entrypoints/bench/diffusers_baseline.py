@@ -9,7 +9,7 @@ import time
 import torch
 from diffusers import FluxPipeline
 
-from tetrion.engine.probe import PROMPT
+from tetrion.engine.measure.probe import PROMPT
 from tetrion.entrypoints.bench.line_process import Message, answer_lines
 
 

@@ -15,15 +15,10 @@ import msgspec
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.energy.meter import MeterUnavailable
 from tetrion.engine.energy.windows import CounterWindows, EnergyWindows, WindowEnergy, ZeusWindows
-from tetrion.engine.profile_files import chosen_profile
+from tetrion.engine.measure.profile_files import chosen_profile
 from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.energy_export import export
-from tetrion.entrypoints.bench.energy_points import (
-    EnergyPoint,
-    SweepOptions,
-    describe,
-    sweep_points,
-)
+from tetrion.entrypoints.bench.energy_points import EnergyPoint, SweepOptions, describe, sweep_points
 from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, PointResult, SteadyState, joules
 from tetrion.entrypoints.bench.ledger import ledger_facts

@@ -14,7 +14,7 @@ from typing import Any
 
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.probe import PROMPT
+from tetrion.engine.measure.probe import PROMPT
 from tetrion.engine.request import ImageRequest
 from tetrion.entrypoints.bench.line_process import LineProcess
 from tetrion.entrypoints.bench.record import make_record

@@ -17,9 +17,9 @@ from tetrion.engine.config import DeviceSpec, EngineConfig
 from tetrion.engine.errors import GenerationError
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.hardware.nvml import gpu_facts
+from tetrion.engine.measure.probe import Probe, Size
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
-from tetrion.engine.probe import Probe, Size
 from tetrion.entrypoints.bench.line_process import LineProcess, ProcessFailed
 from tetrion.entrypoints.bench.rank_group import run_ranks
 from tetrion.entrypoints.bench.step_points import exactness, idle_gaps, px_of, resize_every_step, time_floor, time_step

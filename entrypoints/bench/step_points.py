@@ -16,12 +16,12 @@ import numpy as np
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
 from tetrion.engine.loop.loop import EngineLoop
+from tetrion.engine.measure.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
 from tetrion.engine.messages import Denoised, Event
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.policies.registry import get_planner
-from tetrion.engine.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.bench.line_process import LineProcess

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tetrion.engine.probe import Size
+from tetrion.engine.measure.probe import Size
 from tetrion.entrypoints.bench.step_points import px_of
 from tetrion.entrypoints.errors import InputError
 

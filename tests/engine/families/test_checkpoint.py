@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from tetrion.engine.checkpoint_identity import checkpoint_identity
 from tetrion.engine.families.checkpoint import component_folder, embedded_folder, read_json
 from tetrion.engine.families.registry import FAMILIES, family_of, read_model_spec
+from tetrion.engine.measure.checkpoint_identity import checkpoint_identity
 from tetrion.engine.model_spec import CheckpointError
 
 FILES: dict[str, dict[str, Any]] = {

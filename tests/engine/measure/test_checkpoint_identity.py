@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tetrion.engine import checkpoint_identity as module
-from tetrion.engine.checkpoint_identity import SAMPLE_BYTES, checkpoint_identity
+from tetrion.engine.measure import checkpoint_identity as module
+from tetrion.engine.measure.checkpoint_identity import SAMPLE_BYTES, checkpoint_identity
 from tetrion.engine.models.locate import resolve_model
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -5,9 +5,9 @@ import numpy as np
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.measure.probe import ChunkTimes, Probe, chunk_times
 from tetrion.engine.messages import Denoised, Encoded, Event
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.probe import ChunkTimes, Probe, chunk_times
 
 
 def denoised(command_id: int, device_id: int, started_s: float, waited_s: float, ended_s: float) -> Denoised:

@@ -15,16 +15,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from tetrion.engine.checkpoint_identity import checkpoint_identity
 from tetrion.engine.config import EngineConfig, threads_per_worker
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.loop.requests import Request
+from tetrion.engine.measure.checkpoint_identity import checkpoint_identity
+from tetrion.engine.measure.probe import Probe, Size
+from tetrion.engine.measure.profile_files import cache_folder
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import Profile
-from tetrion.engine.probe import Probe, Size
-from tetrion.engine.profile_files import cache_folder
 from tetrion.engine.shape import parse_cost_key
 
 logger = logging.getLogger(__name__)

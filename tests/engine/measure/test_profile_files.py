@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from tests.engine.specs import make_spec
-from tetrion.engine import config, profile_files
+from tetrion.engine import config
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.measure import profile_files
+from tetrion.engine.measure.profile_files import chosen_profile, profile_file_name
 from tetrion.engine.planning.cost.profile import Profile
-from tetrion.engine.profile_files import chosen_profile, profile_file_name
 
 H100 = "NVIDIA H100 80GB HBM3"
 SPEC = make_spec(name="flux1-dev", num_heads=24)

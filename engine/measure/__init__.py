@@ -1,0 +1,1 @@
+"""What this machine costs: start-up measurement, profiles on disk, identity of weights."""
