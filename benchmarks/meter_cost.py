@@ -17,7 +17,7 @@ from typing import Any
 
 import pynvml
 
-from tetrion.engine.energy.nvml import POWER_INSTANT
+from tetrion.engine.energy.meters.nvml import POWER_INSTANT
 from tetrion.entrypoints.bench.record import make_record, write_record
 
 TOTAL_ENERGY = 83

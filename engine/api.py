@@ -16,8 +16,8 @@ import msgspec
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.energy.early_check import MeteringError, check_metering
 from tetrion.engine.energy.figures import EnergyFigures
-from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import Metering
+from tetrion.engine.energy.meters.base import EnergyMeter
 from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.errors import EngineEnded, GenerationError, RequestError
 from tetrion.engine.executors.base import Executor

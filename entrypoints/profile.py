@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.energy.meter import EnergyMeter
 from tetrion.engine.energy.metering import open_meter
-from tetrion.engine.energy.nvml import canonical_uuid
+from tetrion.engine.energy.meters.base import EnergyMeter
+from tetrion.engine.energy.meters.nvml import canonical_uuid
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.hardware.host import cpu_name

@@ -7,9 +7,9 @@ stage is. What is not known is None, and `reason` says why.
 import math
 from collections.abc import Awaitable, Callable, Mapping
 
-from tetrion.engine.energy.meter import EnergyMeter
-from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
+from tetrion.engine.energy.meters.base import EnergyMeter
 from tetrion.engine.measure.probe import Members, Probe, Size
+from tetrion.entrypoints.energy_windows import CounterWindows, WindowEnergy
 
 WINDOW_S = 5.0
 

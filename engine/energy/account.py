@@ -18,7 +18,7 @@ import msgspec
 from tetrion.engine.energy.figures import EnergyFigures, Totals, errors_of
 from tetrion.engine.energy.gpu_ledger import WINDOW_S, GpuLedger, Settled, Window
 from tetrion.engine.energy.idle_shares import IdleShares
-from tetrion.engine.energy.meter import MODEL, EnergyMeter, NoMeter, Reading
+from tetrion.engine.energy.meters.base import MODEL, EnergyMeter, NoMeter, Reading
 from tetrion.engine.energy.modelled import command_j, fastest_degree, steps_j
 from tetrion.engine.energy.quantum import PHASES, Phase, Quantum, Share
 from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand

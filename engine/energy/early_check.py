@@ -5,9 +5,9 @@ Knows no GPU's UUID: that NVML meters the very GPUs of the workers is found when
 
 from tetrion.engine.config import MeteringConfig
 from tetrion.engine.energy.carbon import find_intensity
-from tetrion.engine.energy.meter import MeterUnavailable
 from tetrion.engine.energy.metering import open_meter
-from tetrion.engine.energy.nvml import NvmlMeter
+from tetrion.engine.energy.meters.base import MeterUnavailable
+from tetrion.engine.energy.meters.nvml import NvmlMeter
 
 
 class MeteringError(ValueError):

@@ -10,10 +10,10 @@ from pathlib import Path
 from tetrion.engine.config import MeteringConfig
 from tetrion.engine.energy.account import EnergyAccount
 from tetrion.engine.energy.carbon import Intensity, find_intensity
-from tetrion.engine.energy.meter import MODEL, EnergyMeter, MeterUnavailable, ModelMeter, NoMeter
-from tetrion.engine.energy.nvml import NvmlMeter, canonical_uuid
-from tetrion.engine.energy.rapl import RaplMeter
-from tetrion.engine.energy.replay import read_recording
+from tetrion.engine.energy.meters.base import MODEL, EnergyMeter, MeterUnavailable, ModelMeter, NoMeter
+from tetrion.engine.energy.meters.nvml import NvmlMeter, canonical_uuid
+from tetrion.engine.energy.meters.rapl import RaplMeter
+from tetrion.engine.energy.meters.replay import read_recording
 from tetrion.engine.energy.sampler import Sampler, SamplerCost
 
 IDLE_WITHIN_S = 3.0

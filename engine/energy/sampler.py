@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from tetrion.engine.energy.meter import EnergyMeter, Reading
+from tetrion.engine.energy.meters.base import EnergyMeter, Reading
 
 logger = logging.getLogger(__name__)
 PERIOD_S = 0.1

@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.api import AsyncEngine
-from tetrion.engine.energy.meter import MeterUnavailable
-from tetrion.engine.energy.windows import CounterWindows, EnergyWindows, WindowEnergy, ZeusWindows
+from tetrion.engine.energy.meters.base import MeterUnavailable
 from tetrion.engine.measure.profile_files import chosen_profile
 from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.energy_export import export
@@ -25,6 +24,7 @@ from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.live import HEAD_START_S
 from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.workloads import Trace
+from tetrion.entrypoints.energy_windows import CounterWindows, EnergyWindows, WindowEnergy, ZeusWindows
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.session import EngineOptions, open_engine, run_async
 

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.api import AsyncEngine
-from tetrion.engine.energy.windows import EnergyWindows, WindowEnergy
 from tetrion.engine.errors import EngineOverloaded, GenerationError
 from tetrion.engine.hardware.nvml import gpu_facts
 from tetrion.engine.request import ImageRequest, ImageResult, Receipt
@@ -28,6 +27,7 @@ from tetrion.entrypoints.bench.energy_points import (
 from tetrion.entrypoints.bench.live import HEAD_START_S, open_loop, sleep_until
 from tetrion.entrypoints.bench.simulation import as_image_request, prompt_of
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
+from tetrion.entrypoints.energy_windows import EnergyWindows, WindowEnergy
 
 Report = Callable[[str], None]
 WARM_SHARE = 0.2

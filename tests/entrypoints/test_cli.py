@@ -11,7 +11,7 @@ import pytest
 
 from tests.entrypoints.conftest import FakeFactory
 from tetrion.engine.energy.early_check import MeteringError
-from tetrion.engine.energy.meter import MeterUnavailable
+from tetrion.engine.energy.meters.base import MeterUnavailable
 from tetrion.engine.errors import DeadlineUnmeetable, GenerationError
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.transport.segment import SharedMemoryError
@@ -139,7 +139,7 @@ def test_a_bad_meter_or_carbon_is_one_line_before_anything_starts(
     def start(*_: object) -> None:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr("tetrion.engine.energy.nvml._import_nvml", not_there)
+    monkeypatch.setattr("tetrion.engine.energy.meters.nvml._import_nvml", not_there)
     monkeypatch.setattr("tetrion.engine.executors.processes.ProcessExecutor.start", start)
     (tmp_path / "requests.jsonl").write_text('{"prompt": "a red circle"}\n')
     output = ["--output", str(tmp_path / "out")]

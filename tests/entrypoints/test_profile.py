@@ -7,8 +7,8 @@ import pytest
 from tests.engine.specs import make_spec
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.energy.meter import EnergyMeter, NoMeter, Reading
 from tetrion.engine.energy.metering import CPU_ONLY
+from tetrion.engine.energy.meters.base import EnergyMeter, NoMeter, Reading
 from tetrion.engine.planning.cost.profile import read_profile
 from tetrion.entrypoints.cli import run
 from tetrion.entrypoints.errors import InputError

@@ -14,9 +14,9 @@ from tests.engine.loop.test_loop import COSTS, PROFILE, SPEC, costs_of
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
-from tetrion.engine.energy.meter import ModelMeter, NoMeter, Reading
+from tetrion.engine.energy.meters.base import ModelMeter, NoMeter, Reading
+from tetrion.engine.energy.meters.replay import ReplayMeter
 from tetrion.engine.energy.quantum import Share
-from tetrion.engine.energy.replay import ReplayMeter
 from tetrion.engine.executors.simulated import SimulatedExecutor
 from tetrion.engine.loop.dispatch import encode_command
 from tetrion.engine.loop.loop import EngineLoop

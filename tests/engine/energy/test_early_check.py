@@ -8,7 +8,7 @@ import pytest
 
 from tetrion.engine.config import MeteringConfig
 from tetrion.engine.energy.early_check import check_metering
-from tetrion.engine.energy.meter import MeterUnavailable
+from tetrion.engine.energy.meters.base import MeterUnavailable
 
 
 class NvmlError(Exception):
@@ -53,7 +53,7 @@ def no_nvml() -> None:
 def test_what_cannot_be_is_refused_naming_the_field(
     monkeypatch: pytest.MonkeyPatch, config: MeteringConfig, says: str, has_gpus: bool
 ) -> None:
-    monkeypatch.setattr("tetrion.engine.energy.nvml._import_nvml", no_nvml)
+    monkeypatch.setattr("tetrion.engine.energy.meters.nvml._import_nvml", no_nvml)
     with pytest.raises(ValueError, match=f"^{says}"):
         check_metering(config, has_gpus)
 
@@ -69,7 +69,9 @@ def test_what_can_be_is_taken(tmp_path: Path, has_gpus: bool) -> None:
 
 def test_which_gpus_nvml_must_meter_is_not_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     is_open: list[bool] = []
-    monkeypatch.setattr("tetrion.engine.energy.nvml._import_nvml", lambda: nvml_with_gpus_without_counters(is_open))
+    monkeypatch.setattr(
+        "tetrion.engine.energy.meters.nvml._import_nvml", lambda: nvml_with_gpus_without_counters(is_open)
+    )
     check_metering(MeteringConfig(meter="nvml"), has_gpus=True)
     with pytest.raises(ValueError, match=r"^meter: GPU GPU-0 has no energy counter"):
         check_metering(MeteringConfig(meter="nvml"), has_gpus=False)

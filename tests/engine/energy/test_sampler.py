@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tetrion.engine.energy.meter import NoMeter, Reading
+from tetrion.engine.energy.meters.base import NoMeter, Reading
 from tetrion.engine.energy.sampler import Pace, Sampler
 
 

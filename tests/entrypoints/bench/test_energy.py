@@ -17,8 +17,7 @@ from scipy import stats
 from tests.entrypoints.conftest import draw
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.energy.meter import NoMeter, Reading
-from tetrion.engine.energy.windows import CounterWindows, WindowEnergy
+from tetrion.engine.energy.meters.base import NoMeter, Reading
 from tetrion.engine.request import ImageRequest, ImageResult, Receipt
 from tetrion.entrypoints.bench import energy
 from tetrion.entrypoints.bench.energy import table
@@ -41,6 +40,7 @@ from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, Po
 from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.record import write_record
 from tetrion.entrypoints.bench.workloads import TraceRequest
+from tetrion.entrypoints.energy_windows import CounterWindows, WindowEnergy
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.recommend_sources import read_source
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from tetrion.engine.energy.meter import MeterUnavailable, Reading
+from tetrion.engine.energy.meters.base import MeterUnavailable, Reading
 
 RESOLUTION_S = 0.1
 POWER_INSTANT = 186

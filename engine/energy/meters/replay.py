@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from tetrion.engine.energy.meter import MeterUnavailable, Reading
+from tetrion.engine.energy.meters.base import MeterUnavailable, Reading
 
 RESOLUTION_S = 0.1
 

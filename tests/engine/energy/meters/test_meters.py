@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from tetrion.engine.energy.meter import EnergyMeter, MeterUnavailable, ModelMeter, NoMeter, Reading
 from tetrion.engine.energy.metering import open_meter
-from tetrion.engine.energy.nvml import NvmlMeter
-from tetrion.engine.energy.rapl import RaplMeter
-from tetrion.engine.energy.replay import ReplayMeter, read_recording
-from tetrion.engine.energy.windows import CounterWindows, ZeusWindows
+from tetrion.engine.energy.meters.base import EnergyMeter, MeterUnavailable, ModelMeter, NoMeter, Reading
+from tetrion.engine.energy.meters.nvml import NvmlMeter
+from tetrion.engine.energy.meters.rapl import RaplMeter
+from tetrion.engine.energy.meters.replay import ReplayMeter, read_recording
+from tetrion.entrypoints.energy_windows import CounterWindows, ZeusWindows
 
 
 class FakeNvml:

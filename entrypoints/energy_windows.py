@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from tetrion.engine.energy.meter import EnergyMeter, MeterUnavailable, Reading
+from tetrion.engine.energy.meters.base import EnergyMeter, MeterUnavailable, Reading
 
 
 class WindowEnergy(msgspec.Struct, frozen=True, kw_only=True):

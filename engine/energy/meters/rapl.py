@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tetrion.engine.energy.meter import MeterUnavailable, Reading
+from tetrion.engine.energy.meters.base import MeterUnavailable, Reading
 
 FOLDER = Path("/sys/class/powercap")
 RESOLUTION_S = 0.001

@@ -1,0 +1,1 @@
+"""Meters of energy behind one protocol: NVML, RAPL, recordings, the profile."""
