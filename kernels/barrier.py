@@ -1,4 +1,5 @@
-"""The pairwise-counter barrier on GPUs: what engine/parallel/barrier.py does between processes, inside a CUDA graph.
+"""The pairwise-counter barrier on GPUs: what engine/parallel/cpu/barrier.py does between processes, inside a CUDA
+graph.
 
 Owns waiting for peers, bounded and abortable; knows no tensors of the model and no token ranges.
 

@@ -16,8 +16,8 @@ has stood still for so long after its devices were killed, gives itself up: whoe
 
 A worker that is started in a lost one's place joins without any pause. While it starts, it is in no group; when it is
 ready and all is HEALTHY, it alone is given `ResetBarriers`, and when it has answered, commands. That suffices, for
-what two devices know of each other is one count at each end and one counter in each slab (barrier.py), and for the
-newcomer n and any survivor s all four are zero by then:
+what two devices know of each other is one count at each end and one counter in each slab (parallel/cpu/barrier.py), and
+for the newcomer n and any survivor s all four are zero by then:
 
 * s's count of n and n's counter in s's slab: *every* loss leads through RESETTING, also that of an idle worker whose
   death hit no request. n's dead predecessor wrote nothing after that: it was gone for good before it was reported lost.

@@ -14,7 +14,7 @@ from tetrion.engine.models.recording import Gemm, step_operators
 from tetrion.engine.parallel.layout import SlabLayout
 
 EXCHANGE_SCRATCH = 3
-"""Tensors of q, k, v that a device keeps for itself (device_exchange.py)."""
+"""Tensors of q, k, v that a device keeps for itself (parallel/gpu/exchange.py)."""
 STEP_GEMMS = 3
 """What is alive at a step's widest point, in inputs and outputs of its widest GEMM (a block's MLP at degree 1)."""
 DECODE_CHANNELS = 5 * 256

@@ -1,5 +1,5 @@
 """Sequence parallelism: slab layout, groups as values, pairwise barrier, exchange. No process group anywhere.
 
-`layout`, `group`, `words` are common to all workers and free of torch. CPU workers: `shared_slab`, `barrier`,
-`exchange`. GPU workers: `cuda_runtime`, `raw_memory`, `device_memory`, `device_slab`, `word_upload`, `device_exchange`.
+`layout`, `group`, `words` are common to all workers and free of torch. CPU workers: `cpu/`. GPU workers: `gpu/`,
+which takes types from `cpu/`, never the other way.
 """

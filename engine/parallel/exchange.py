@@ -2,7 +2,8 @@
 
 Owns the order of pushes and barriers, and the reasons why it is safe; knows no model and no commands. Ulysses
 (arXiv:2309.14509): each member projects its own rows, attends over all rows for its own heads. CPU workers do it in
-cpu_exchange.py, where every call has done its work when it returns; gpu workers enqueue it in device_exchange.py.
+parallel/cpu/exchange.py, where every call has done its work when it returns; gpu workers enqueue it in
+parallel/gpu/exchange.py.
 
 A chunk of steps on one member, in this order:
 
@@ -39,7 +40,7 @@ Why no region is overwritten while somebody still reads it. P is the writer, R t
   never change may be pulled as soon as the source has the request at all. A device that held the request before may get
   them while another still pulls its older state: it writes the bytes that are there, and keeps its version until the
   state itself is pulled, which is after that other one was done.
-After an abort none of this holds: see barrier.py about the reset.
+After an abort none of this holds: see parallel/cpu/barrier.py about the reset.
 """
 
 from collections.abc import Callable, Mapping, Sequence

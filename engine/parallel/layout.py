@@ -2,7 +2,7 @@
 
 Owns byte offsets and nothing else; knows no torch, no processes, no groups. A slab, offsets ascending:
 
-    ┌ counters   num_devices cache lines: word `s` is written by device `s` alone (barrier.py)
+    ┌ counters   num_devices cache lines: word `s` is written by device `s` alone (parallel/cpu/barrier.py)
     ├ versions   num_slots cache lines: version, sequence and state of each slot, written by the slab's owner alone
     ├ q, k, v    [rows of the sequence, local heads, head_dim] each, in canonical order
     ├ output     [local rows, num_heads * head_dim]: attention output of this device's own rows

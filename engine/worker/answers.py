@@ -20,7 +20,7 @@ from tetrion.engine.messages import (
     GroupCommand,
     LatentsCopied,
 )
-from tetrion.engine.parallel.barrier import Aborted
+from tetrion.engine.parallel.cpu.barrier import Aborted
 
 MAX_MESSAGE_CHARS = 2000
 

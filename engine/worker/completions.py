@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tetrion.engine.messages import Command, Event
-from tetrion.engine.parallel.barrier import Aborted
+from tetrion.engine.parallel.cpu.barrier import Aborted
 from tetrion.engine.worker.answers import failed
 from tetrion.engine.worker.work_queue import DeviceBroken
 

@@ -7,11 +7,11 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import Model
 from tetrion.engine.models.ops import ReferenceOps
 from tetrion.engine.models.registry import load_shared
-from tetrion.engine.parallel.barrier import PairwiseBarrier
-from tetrion.engine.parallel.cpu_exchange import CpuExchange
+from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
+from tetrion.engine.parallel.cpu.exchange import CpuExchange
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.exchange import Exchange
 from tetrion.engine.parallel.layout import ControlLayout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker.denoiser import Denoiser
 from tetrion.engine.worker.entry import Send

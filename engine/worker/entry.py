@@ -26,7 +26,7 @@ from tetrion.engine.messages import (
     Started,
     UnmapPeers,
 )
-from tetrion.engine.parallel.barrier import Aborted
+from tetrion.engine.parallel.cpu.barrier import Aborted
 from tetrion.engine.transport.channel import EngineGone, attach_channel
 from tetrion.engine.worker.answers import failed
 from tetrion.engine.worker.spec import WorkerSpec

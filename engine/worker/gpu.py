@@ -8,9 +8,9 @@ from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.family import Model
 from tetrion.engine.models.memory_budget import memory_budget
 from tetrion.engine.models.registry import components_of, load_on_device
-from tetrion.engine.parallel.device_exchange import DeviceExchange, SharedResources
-from tetrion.engine.parallel.device_memory import DeviceMemory
 from tetrion.engine.parallel.exchange import Exchange
+from tetrion.engine.parallel.gpu.exchange import DeviceExchange, SharedResources
+from tetrion.engine.parallel.gpu.memory import DeviceMemory
 from tetrion.engine.worker.denoiser import Denoiser
 from tetrion.engine.worker.spec import WorkerSpec
 from tetrion.engine.worker.work_queue import WorkQueue

@@ -14,10 +14,10 @@ from tetrion.engine.models.family import Model
 from tetrion.engine.models.loading import attach, component_tensors
 from tetrion.engine.models.ops import ReferenceOps
 from tetrion.engine.models.registry import family_module, load_shared
-from tetrion.engine.parallel.barrier import Aborted, PairwiseBarrier
-from tetrion.engine.parallel.cpu_exchange import CpuExchange
+from tetrion.engine.parallel.cpu.barrier import Aborted, PairwiseBarrier
+from tetrion.engine.parallel.cpu.exchange import CpuExchange
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import AbortWords, slot_version
 from tetrion.engine.params import Params
 from tetrion.engine.worker.denoiser import Denoiser, State

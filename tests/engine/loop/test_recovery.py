@@ -1,9 +1,9 @@
 """The recovery protocol: whatever dies, and whenever, two devices that meet in a group have counted the same.
 
 The real loop on simulated devices that also keep what real ones keep of each other: at each end a count of the barriers
-passed with a peer, and in each slab a counter per peer (engine/parallel/barrier.py). A device that dies leaves its slab
-as it is. One that is aborted writes on for a while, and answers late, unless it is reset before; so does one that is
-told to reset.
+passed with a peer, and in each slab a counter per peer (engine/parallel/cpu/barrier.py). A device that dies leaves its
+slab as it is. One that is aborted writes on for a while, and answers late, unless it is reset before; so does one that
+is told to reset.
 """
 
 import random

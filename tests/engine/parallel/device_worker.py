@@ -16,8 +16,8 @@ from worker import serve
 
 from tetrion.engine.messages import PeerSlab
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.device_exchange import DeviceExchange, SharedResources
-from tetrion.engine.parallel.device_memory import DeviceMemory
+from tetrion.engine.parallel.gpu.exchange import DeviceExchange, SharedResources
+from tetrion.engine.parallel.gpu.memory import DeviceMemory
 from tetrion.engine.parallel.layout import SlabLayout
 from tetrion.kernels.guided_step import guided_step
 

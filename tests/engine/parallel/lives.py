@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tests.engine.parallel.toy import Toy, reference_step, step_shape
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.barrier import PairwiseBarrier
-from tetrion.engine.parallel.cpu_exchange import CpuExchange
+from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
+from tetrion.engine.parallel.cpu.exchange import CpuExchange
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 
 ALONE_SLOT = 3
 Operations = dict[int, list[dict[str, Any]]]

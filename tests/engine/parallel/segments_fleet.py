@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tests.engine.parallel.conftest import NUM_DEVICES, Fleet, anonymous_file
 from tests.engine.parallel.toy_models import SPECS
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.layout import slab_layout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import SharedWord, platform_waiter
 from tetrion.engine.shape import StepShape
 

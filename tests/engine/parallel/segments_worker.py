@@ -12,12 +12,12 @@ import torch
 from toy_models import CHANNELS, SPECS, ToyNetwork, solver_step
 from worker import serve
 
-from tetrion.engine.parallel.barrier import PairwiseBarrier
-from tetrion.engine.parallel.cpu_exchange import CpuExchange
+from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
+from tetrion.engine.parallel.cpu.exchange import CpuExchange
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.exchange import Chunk
 from tetrion.engine.parallel.group import BranchLayout, plan_group
 from tetrion.engine.parallel.layout import SlabLayout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.shape import StepShape
 

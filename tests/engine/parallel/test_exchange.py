@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from tests.engine.parallel.lives import Life, Operations, alone, state
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.barrier import PairwiseBarrier
-from tetrion.engine.parallel.cpu_exchange import CpuExchange
+from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
+from tetrion.engine.parallel.cpu.exchange import CpuExchange
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.exchange import Stream
 from tetrion.engine.parallel.group import plan_group
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import INVALID_VERSION
 
 TEN_ROWS = {"text": [4, 2], "image": 6}

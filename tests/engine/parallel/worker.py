@@ -19,10 +19,10 @@ import torch
 from toy import Toy, reference_step, step_shape
 
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.barrier import Aborted, PairwiseBarrier
-from tetrion.engine.parallel.cpu_exchange import CpuExchange
+from tetrion.engine.parallel.cpu.barrier import Aborted, PairwiseBarrier
+from tetrion.engine.parallel.cpu.exchange import CpuExchange
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.layout import SlabLayout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import SleepWaiter, platform_waiter, slot_version
 
 

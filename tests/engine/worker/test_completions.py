@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tetrion.engine.messages import Event, Failed, Ping, Pong
-from tetrion.engine.parallel.barrier import Aborted
+from tetrion.engine.parallel.cpu.barrier import Aborted
 from tetrion.engine.worker.completions import Completions
 from tetrion.engine.worker.work_queue import DeviceBroken
 

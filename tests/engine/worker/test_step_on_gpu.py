@@ -19,8 +19,8 @@ from tetrion.engine.models.family import LatentCodec, Model, TextEncoding
 from tetrion.engine.models.flux import network, project_text, read_config, transformer_shapes, weights_plan
 from tetrion.engine.models.loading import Component, component_tensors, load_to_device
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.parallel.device_exchange import DeviceExchange, SharedResources
-from tetrion.engine.parallel.device_memory import DeviceMemory
+from tetrion.engine.parallel.gpu.exchange import DeviceExchange, SharedResources
+from tetrion.engine.parallel.gpu.memory import DeviceMemory
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.params import Params

@@ -28,22 +28,15 @@ import torch
 from torch import Tensor
 
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.barrier import Aborted
-from tetrion.engine.parallel.device_slab import DeviceSlabs
+from tetrion.engine.parallel.cpu.barrier import Aborted
 from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
+from tetrion.engine.parallel.gpu.slab import DeviceSlabs
+from tetrion.engine.parallel.gpu.word_upload import WordUpload
 from tetrion.engine.parallel.group import GroupShape, split
 from tetrion.engine.parallel.layout import Piece as SlotPiece
-from tetrion.engine.parallel.word_upload import WordUpload
 from tetrion.kernels.attention_backend import Choice, attend
 from tetrion.kernels.barrier import ABORTED, barrier
-from tetrion.kernels.chunk_words import (
-    chunk_words,
-    lanes_for,
-    lists_of,
-    num_words,
-    publishing_words,
-    rehearsal_words,
-)
+from tetrion.kernels.chunk_words import chunk_words, lanes_for, lists_of, num_words, publishing_words, rehearsal_words
 from tetrion.kernels.group_table import group_words
 from tetrion.kernels.output_push import output_push
 from tetrion.kernels.qk_norm_rope_push import Piece, qk_norm_rope_push

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from tetrion.engine.messages import PeerSlab
-from tetrion.engine.parallel.cuda_runtime import CudaError, CudaRuntime, device_index_of
-from tetrion.engine.parallel.device_slab import DeviceSlabs
+from tetrion.engine.parallel.gpu.cuda_runtime import CudaError, CudaRuntime, device_index_of
+from tetrion.engine.parallel.gpu.raw_memory import tensor_at
+from tetrion.engine.parallel.gpu.slab import DeviceSlabs
 from tetrion.engine.parallel.layout import ControlLayout, SlabLayout
-from tetrion.engine.parallel.raw_memory import tensor_at
 from tetrion.engine.parallel.words import AbortWords
 from tetrion.engine.transport.segment import SharedSegment
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.barrier import PairwiseBarrier, has_reached
+from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier, has_reached
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 
 groups = st.permutations(range(4)).flatmap(lambda order: st.integers(1, 4).map(lambda size: order[:size]))

@@ -1,16 +1,16 @@
 """This device's slab as torch tensors, and where all slabs begin, for kernels that reach them by address.
 
 Owns the shapes of what lies in a slab, and the table of addresses; knows neither where the memory comes from
-(device_memory.py) nor who may touch what when (device_exchange.py). Kernels alone reach other devices' slabs: a torch
+(memory.py) nor who may touch what when (exchange.py). Kernels alone reach other devices' slabs: a torch
 tensor over another GPU's memory would make torch open a context there.
 """
 
 import torch
 from torch import Tensor
 
+from tetrion.engine.parallel.cpu.slab import DTYPES
+from tetrion.engine.parallel.gpu.raw_memory import tensor_at
 from tetrion.engine.parallel.layout import CACHE_LINE, SlabLayout
-from tetrion.engine.parallel.raw_memory import tensor_at
-from tetrion.engine.parallel.shared_slab import DTYPES
 
 
 class DeviceSlabs:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tetrion.engine.parallel.word_upload import NUM_ROWS, WordUpload
+from tetrion.engine.parallel.gpu.word_upload import NUM_ROWS, WordUpload
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from tests.engine.parallel.segments_fleet import SegmentsFleet
 from tests.engine.parallel.toy_models import SPECS
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.barrier import PairwiseBarrier
-from tetrion.engine.parallel.cpu_exchange import CpuExchange
+from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
+from tetrion.engine.parallel.cpu.exchange import CpuExchange
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.exchange import Chunk, Stream
 from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import INVALID_VERSION, slot_version
 from tetrion.engine.shape import StepShape
 

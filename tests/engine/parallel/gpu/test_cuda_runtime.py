@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.engine.parallel.device_fleet import ON_GPU
-from tetrion.engine.parallel.cuda_runtime import CudaError, CudaRuntime, device_index_of
-from tetrion.engine.parallel.raw_memory import tensor_at
+from tetrion.engine.parallel.gpu.cuda_runtime import CudaError, CudaRuntime, device_index_of
+from tetrion.engine.parallel.gpu.raw_memory import tensor_at
 
 gpu = pytest.mark.gpu
 

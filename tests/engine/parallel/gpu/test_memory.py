@@ -15,9 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from tests.engine.parallel.conftest import anonymous_file, tiny_spec
 from tests.engine.parallel.device_fleet import ON_GPU, DeviceFleet
 from tetrion.engine.messages import PeerSlab
-from tetrion.engine.parallel import device_memory
-from tetrion.engine.parallel.cuda_runtime import CudaError, CudaRuntime
-from tetrion.engine.parallel.device_memory import DeviceMemory
+from tetrion.engine.parallel.gpu import memory as device_memory
+from tetrion.engine.parallel.gpu.cuda_runtime import CudaError, CudaRuntime
+from tetrion.engine.parallel.gpu.memory import DeviceMemory
 from tetrion.engine.parallel.layout import ControlLayout, SlabLayout, slab_layout
 from tetrion.engine.parallel.words import AbortWords
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.engine.parallel.conftest import tiny_spec
-from tetrion.engine.parallel.device_slab import DeviceSlabs
+from tetrion.engine.parallel.gpu.slab import DeviceSlabs
 from tetrion.engine.parallel.layout import SlabLayout, slab_layout
 
 CPU = torch.device("cpu")

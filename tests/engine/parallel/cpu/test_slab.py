@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.engine.parallel.toy_models import SPECS
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.layout import SlabLayout, slab_layout
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import INVALID_VERSION, slot_version
 from tetrion.engine.shape import StepShape
 

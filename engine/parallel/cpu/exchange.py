@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.barrier import PairwiseBarrier
+from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
+from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
 from tetrion.engine.parallel.group import GroupPlan, GroupShape, Shard
-from tetrion.engine.parallel.shared_slab import SharedSlabs
 from tetrion.engine.parallel.words import INVALID_VERSION
 from tetrion.kernels.reference import attention, qk_norm_rope
 

@@ -1,0 +1,1 @@
+"""The exchange between CPU workers, over shared memory."""

@@ -1,0 +1,1 @@
+"""The exchange between GPU workers, over peers' device memory."""
