@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.autoencoder import Autoencoder
+from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.fused_decoder import fuse
 from tetrion.engine.models.loading import component_tensors, load_to_device
 from tetrion.engine.models.locate import resolve_model

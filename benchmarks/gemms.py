@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernels import FLUX, TINY, Calls, Row, Shapes, median_ms
-from tetrion.engine.models.device_ops import DeviceOps
+from tetrion.engine.models.gpu_ops import DeviceOps
 from tetrion.engine.models.ops import Linear
 from tetrion.engine.parallel.group import plan_group, split
 from tetrion.entrypoints.bench.record import make_record, write_record

@@ -23,7 +23,7 @@ from torch import Tensor
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import component_folder
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
-from tetrion.engine.models.autoencoder import Autoencoder
+from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import ClipEncoder, T5Encoder, one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Tokens

@@ -1,6 +1,6 @@
 """The operators a transformer is written in, as an argument: the same forward pass runs on every kind of device.
 
-Owns the protocol and its form in plain PyTorch, which is the CPU's; the GPU's is `device_ops.py`. Knows no
+Owns the protocol and its form in plain PyTorch, which is the CPU's; the GPU's is `gpu_ops.py`. Knows no
 architecture. Every implementation is row-exact (see kernels/reference.py): a token's result does not depend on the
 other rows.
 """

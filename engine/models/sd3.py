@@ -26,7 +26,7 @@ from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import component_folder
 from tetrion.engine.families.sd3 import has_t5
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
-from tetrion.engine.models.autoencoder import Autoencoder
+from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import ProjectedClipEncoder, T5Encoder, one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Tokens

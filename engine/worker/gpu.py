@@ -4,8 +4,8 @@ import torch
 
 from tetrion.engine.messages import MapPeers, PeerSlab, UnmapPeers
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.family import Model
+from tetrion.engine.models.gpu_ops import DeviceOps
 from tetrion.engine.models.memory_budget import memory_budget
 from tetrion.engine.models.registry import components_of, load_on_device
 from tetrion.engine.parallel.exchange import Exchange

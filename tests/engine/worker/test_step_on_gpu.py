@@ -13,10 +13,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.device_ops import DeviceOps
 from tetrion.engine.models.dummy import DummyFiles
 from tetrion.engine.models.family import LatentCodec, Model, TextEncoding
 from tetrion.engine.models.flux import network, project_text, read_config, transformer_shapes, weights_plan
+from tetrion.engine.models.gpu_ops import DeviceOps
 from tetrion.engine.models.loading import Component, component_tensors, load_to_device
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.parallel.gpu.exchange import DeviceExchange, SharedResources

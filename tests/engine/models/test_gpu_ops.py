@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tetrion.engine.models.device_ops import MIN_ROWS, NARROW_ROWS, DeviceOps
+from tetrion.engine.models.gpu_ops import MIN_ROWS, NARROW_ROWS, DeviceOps
 from tetrion.engine.models.ops import Linear, Ops, ReferenceOps
 from tetrion.kernels.reference import Branch
 
