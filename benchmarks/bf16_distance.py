@@ -28,7 +28,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.sampling.flow_match import initial_noise
 from tetrion.entrypoints.arguments import parse_size
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.record import make_record, write_record
 
 PROMPTS = (
     "a red circle left of a large blue star",

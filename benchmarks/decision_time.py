@@ -25,8 +25,8 @@ from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, Snapshot
 from tetrion.engine.shape import cost_key_of_size
-from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import SIZES
+from tetrion.entrypoints.record import make_record, write_record
 
 Row = dict[str, Any]
 POLICIES = ("horizon", "tetriserve", "tetriserve-continuous", "edf-best-fit", "rssp", "fixed-1", "fixed-2", "fixed-4")

@@ -27,7 +27,7 @@ from tetrion.engine.models.loading import component_tensors, load_to_device
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.memory_budget import TILED_PIXELS
 from tetrion.engine.models.registry import model_components
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.record import make_record, write_record
 
 SIDES, TINY_SIDES = (512, 1024, 2048), (64,)
 REPEATS = 5

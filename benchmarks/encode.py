@@ -26,8 +26,8 @@ from tetrion.engine.models.registry import model_components
 from tetrion.engine.models.text_encoders import TextEncoders, text_encoder_shapes
 from tetrion.engine.worker.recorded_encoders import RecordedEncoders
 from tetrion.engine.worker.work_queue import CudaQueue, ImmediateQueue, WorkQueue
-from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.simulation import prompt_of
+from tetrion.entrypoints.record import make_record, write_record
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 REPEATS, KERNELS = 9, 16

@@ -26,7 +26,7 @@ from benchmarks.kernels import FLUX, TINY, Calls, Row, Shapes, median_ms
 from tetrion.engine.models.gpu_ops import DeviceOps
 from tetrion.engine.models.ops import Linear
 from tetrion.engine.parallel.group import plan_group, split
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.record import make_record, write_record
 from tetrion.kernels.attention_backend import attend
 from tetrion.kernels.gelu import gelu
 

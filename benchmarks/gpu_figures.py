@@ -32,8 +32,8 @@ from tetrion.engine.config import DeviceSpec, parse_devices
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.locate import resolve_model
-from tetrion.entrypoints.bench.record import write_whole
 from tetrion.entrypoints.bench.workloads import MIXES
+from tetrion.entrypoints.record import write_whole
 
 PROGRAMS = {"tetrion": (sys.executable, "-m", "tetrion.entrypoints"), "python": (sys.executable,)}
 WIDE_PROFILE = str(Path(__file__).with_name("workloads") / "wide_profile.json")

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 
 from tetrion.engine.parallel.group import GroupPlan, plan_group
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.record import make_record, write_record
 from tetrion.kernels import reference
 from tetrion.kernels.attention import attention
 from tetrion.kernels.attention_tiles import CANDIDATES, tile_for

@@ -22,7 +22,7 @@ import triton
 
 from benchmarks.kernels import FLUX, TINY, Row, Shapes, group_tensors
 from tetrion.engine.parallel.group import GroupPlan, plan_group
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.record import make_record, write_record
 from tetrion.kernels.barrier import ABORTED, CACHE_LINE, barrier
 from tetrion.kernels.chunk_words import lists_of
 from tetrion.kernels.output_push import output_push

@@ -36,12 +36,12 @@ from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.entrypoints.bench.live import EmbeddedSystem
-from tetrion.entrypoints.bench.record import commit, host_facts
 from tetrion.entrypoints.bench.slo import as_input_error, grid
 from tetrion.entrypoints.bench.slo_points import Grid, points, samples, slos_of
 from tetrion.entrypoints.bench.slo_run import Results, SloOptions, run_points
 from tetrion.entrypoints.bench.workloads import MIXES
 from tetrion.entrypoints.errors import InputError, exit_code_and_line
+from tetrion.entrypoints.record import commit, host_facts
 from tetrion.entrypoints.session import EngineOptions
 
 LOADS = (0.65, 0.15)

@@ -27,7 +27,7 @@ from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.models.loading import TensorFiles, load_to_device
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.registry import model_components
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.record import make_record, write_record
 
 SHARD_BYTES = 5_000_000_000
 ROUNDS = ("first", "second")

@@ -18,7 +18,7 @@ from typing import Any
 import pynvml
 
 from tetrion.engine.energy.meters.nvml import POWER_INSTANT
-from tetrion.entrypoints.bench.record import make_record, write_record
+from tetrion.entrypoints.record import make_record, write_record
 
 TOTAL_ENERGY = 83
 """NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION"""

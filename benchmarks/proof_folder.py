@@ -16,12 +16,12 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.planning.cost.profile import Profile, read_profile
-from tetrion.entrypoints.bench.record import write_whole
 from tetrion.entrypoints.bench.recorded_system import is_recorded
 from tetrion.entrypoints.bench.recording import Recording, read_recordings, write_recordings
 from tetrion.entrypoints.bench.simulation import simulate
 from tetrion.entrypoints.bench.slo_points import Point
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.record import write_whole
 
 MARGIN, MARGIN_S = 1.1, 5.0
 """A run is given its time in simulation times the one plus the other, for what simulation does not know."""

@@ -3,7 +3,6 @@
 import msgspec
 
 from benchmarks.proof_folder import ProofFolder
-from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.recorded_system import RecordedSystem, recorded_policies
 from tetrion.entrypoints.bench.replay import command as replay
 from tetrion.entrypoints.bench.slo import beside_rows
@@ -11,6 +10,7 @@ from tetrion.entrypoints.bench.slo_points import Grid
 from tetrion.entrypoints.bench.slo_run import Results, SloOptions, run_points
 from tetrion.entrypoints.bench.slo_table import table
 from tetrion.entrypoints.bench.timeline import command as timeline
+from tetrion.entrypoints.record import make_record, write_record
 
 TIMELINE_S = 20.0
 

@@ -33,8 +33,8 @@ from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.live import HttpSystem, check_trace
 from tetrion.entrypoints.bench.outcomes import Outcome
-from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.workloads import Size, Workload, make_trace
+from tetrion.entrypoints.record import make_record, write_record
 
 TETRION = (sys.executable, "-m", "tetrion.entrypoints")
 READY = re.compile(r"serving model .* on (?P<url>http://\S+)")

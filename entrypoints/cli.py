@@ -16,7 +16,7 @@ from tetrion.entrypoints.bench.energy_command import energy_command
 from tetrion.entrypoints.bench.energy_saving_command import energy_saving
 from tetrion.entrypoints.bench.slo_commands import COMMANDS
 from tetrion.entrypoints.exit_codes import report_errors
-from tetrion.entrypoints.recommend_command import recommend
+from tetrion.entrypoints.recommend.command import recommend
 
 if TYPE_CHECKING:
     from tetrion.entrypoints.session import EngineFactory, EngineOptions
@@ -130,7 +130,7 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
     """
 
     def run() -> int:
-        from tetrion.entrypoints.batch import batch as draw_batch
+        from tetrion.entrypoints.batch.run import batch as draw_batch
         from tetrion.entrypoints.session import open_engine, run_async
 
         return run_async(draw_batch(requests, output, open_engine(_engine_options(options), ctx.obj)))

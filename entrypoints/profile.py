@@ -27,9 +27,9 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
 from tetrion.entrypoints.arguments import parse_degrees, parse_size
-from tetrion.entrypoints.bench.record import commit, host_facts
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.profile_energy import StageMeter
+from tetrion.entrypoints.record import commit, host_facts
 from tetrion.entrypoints.session import EngineOptions, engine_config, run_async
 
 DEFAULT_SIZES = ((256, 256), (512, 512), (1024, 1024), (1536, 1024), (2048, 2048))

@@ -15,9 +15,9 @@ from typing import Any
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.cost.profile import Profile, read_profile
-from tetrion.entrypoints.bench.record import make_record, write_record
 from tetrion.entrypoints.bench.simulation import simulate
 from tetrion.entrypoints.bench.workloads import Workload, base_slo_s, make_trace
+from tetrion.entrypoints.record import make_record, write_record
 
 NUM_DEVICES = 8
 POINTS = ((60.0, 1.2), (60.0, 6.0), (120.0, 1.2), (120.0, 20.0))

@@ -23,11 +23,11 @@ import msgspec
 
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.compression import load_of
-from tetrion.entrypoints.bench.record import commit, make_record, write_record
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid
 from tetrion.entrypoints.bench.slo_run import SloOptions, run
 from tetrion.entrypoints.bench.workloads import SIZES, class_shares
+from tetrion.entrypoints.record import commit, make_record, write_record
 
 Row = dict[str, Any]
 TABLE = (

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tetrion.entrypoints.bench.figures import import_matplotlib, save
 from tetrion.entrypoints.bench.slo_statistics import Row
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.plotting import import_matplotlib, save
 
 OURS = "horizon"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5539", "#6c757d")

@@ -7,11 +7,11 @@ from typing import Any
 
 from tetrion.engine.planning.cost.profile import read_profile
 from tetrion.entrypoints.bench.clairvoyant import DEFAULT_BLOCK, DEFAULT_TIME_LIMIT_S, Bound, attainment_bound
-from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.slo import grid
 from tetrion.entrypoints.bench.slo_points import Point, points
 from tetrion.entrypoints.bench.slo_statistics import Row
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.record import check_writable, make_record, write_record
 
 
 def command(

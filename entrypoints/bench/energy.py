@@ -22,10 +22,10 @@ from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, PointResult, SteadyState, joules
 from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.live import HEAD_START_S
-from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.energy_windows import CounterWindows, EnergyWindows, WindowEnergy, ZeusWindows
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.record import check_writable, make_record, write_record
 from tetrion.entrypoints.session import EngineOptions, open_engine, run_async
 
 Row = dict[str, Any]

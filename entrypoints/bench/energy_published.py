@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tetrion.entrypoints.recommend import Configuration
-from tetrion.entrypoints.recommend_sources import read_source
+from tetrion.entrypoints.recommend.choice import Configuration
+from tetrion.entrypoints.recommend.sources import read_source
 
 
 def published_beside(row: dict[str, Any], gpu: str) -> dict[str, Any] | None:

@@ -25,12 +25,12 @@ from tetrion.entrypoints.bench import energy_oracle
 from tetrion.entrypoints.bench.energy_oracle import Spent
 from tetrion.entrypoints.bench.live import EmbeddedSystem
 from tetrion.entrypoints.bench.outcomes import Mode, Run
-from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.simulation import MAX_DEVICES, simulate
 from tetrion.entrypoints.bench.slo import grid
 from tetrion.entrypoints.bench.slo_points import Point, points
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.record import check_writable, make_record, write_record
 from tetrion.entrypoints.session import EngineOptions
 
 STEP_OVERHEAD_S = 0.0003

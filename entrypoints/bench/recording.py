@@ -33,8 +33,8 @@ from tetrion.engine.messages import (
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot, Stage
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
-from tetrion.entrypoints.bench.record import write_whole
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
+from tetrion.entrypoints.record import write_whole
 
 Happening = Event | WorkerLost | WorkerReady
 """What an executor tells of."""

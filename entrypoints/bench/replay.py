@@ -28,12 +28,12 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.snapshot import Stage
 from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.outcomes import Chunk, Run
-from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings, stage_of
 from tetrion.entrypoints.bench.simulation import MAX_INFLIGHT, simulate
 from tetrion.entrypoints.bench.slo_statistics import Row, attainment
 from tetrion.entrypoints.bench.workloads import Size
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.record import check_writable, make_record, write_record
 
 DRIFT_WINDOW_S = 3.0
 LATEST_START_S = 10.0

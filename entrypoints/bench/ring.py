@@ -24,8 +24,8 @@ import msgspec
 
 from tetrion.engine.messages import Event, Ping, Pong
 from tetrion.engine.transport.channel import SPIN_S, EngineEnd, create_channel, send_to_all
-from tetrion.entrypoints.bench.record import as_text, check_writable, make_record, write_record
 from tetrion.entrypoints.bench.ring_echo import echo_queues
+from tetrion.entrypoints.record import as_text, check_writable, make_record, write_record
 
 SILENCE_S = 0.005
 TARGETS_US = {0.0: (60.0, 300.0), SILENCE_S: (150.0, 500.0)}

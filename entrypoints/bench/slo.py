@@ -15,9 +15,7 @@ from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.attainment_plots import draw_attainment
 from tetrion.entrypoints.bench.extrapolation import extrapolated, read_floors
-from tetrion.entrypoints.bench.figures import import_matplotlib
 from tetrion.entrypoints.bench.live import EmbeddedSystem, HttpSystem
-from tetrion.entrypoints.bench.record import as_text, check_writable, make_record, write_record
 from tetrion.entrypoints.bench.recording import write_recordings
 from tetrion.entrypoints.bench.simulation import Loss, SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid, points, samples
@@ -25,6 +23,8 @@ from tetrion.entrypoints.bench.slo_run import Results, SloOptions, System, profi
 from tetrion.entrypoints.bench.slo_table import table
 from tetrion.entrypoints.bench.workloads import read_trace
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.plotting import import_matplotlib
+from tetrion.entrypoints.record import as_text, check_writable, make_record, write_record
 from tetrion.entrypoints.session import EngineOptions
 
 DEFAULT_SIMULATED_DEVICES = 8

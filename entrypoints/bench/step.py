@@ -12,13 +12,13 @@ from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.bench import step_on_cpus
-from tetrion.entrypoints.bench.figures import check_png
-from tetrion.entrypoints.bench.record import check_writable, make_record, write_record
 from tetrion.entrypoints.bench.step_on_gpus import OTHERS, SECTIONS, StepBench, StepOptions
 from tetrion.entrypoints.bench.step_picture import draw_steps
 from tetrion.entrypoints.bench.step_record import FLOOR, OURS, StepRecord, read_record, table
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.plotting import check_png
 from tetrion.entrypoints.profile import checked_degrees, checked_sizes
+from tetrion.entrypoints.record import check_writable, make_record, write_record
 from tetrion.entrypoints.session import EngineOptions, engine_config
 
 SIZES = ((256, 256), (512, 512), (1024, 1024), (2048, 2048))

@@ -17,7 +17,7 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.measure.probe import PROMPT
 from tetrion.engine.request import ImageRequest
 from tetrion.entrypoints.bench.line_process import LineProcess
-from tetrion.entrypoints.bench.record import make_record
+from tetrion.entrypoints.record import make_record
 
 SIZES = (256, 512)
 DIFFUSERS_TIMEOUT_S = 600.0

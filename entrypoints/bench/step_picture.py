@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tetrion.entrypoints.bench.attainment_plots import COLOURS, MARKERS
-from tetrion.entrypoints.bench.figures import import_matplotlib, save
 from tetrion.entrypoints.bench.step_record import pixels
+from tetrion.entrypoints.plotting import import_matplotlib, save
 
 COLUMNS = 4
 Row = dict[str, Any]

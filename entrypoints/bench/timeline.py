@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from tetrion.entrypoints.bench.chrome_trace import write_chrome_trace
-from tetrion.entrypoints.bench.figures import check_png
-from tetrion.entrypoints.bench.record import whole
 from tetrion.entrypoints.bench.recording import read_recordings
 from tetrion.entrypoints.bench.timeline_picture import draw_timeline
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.plotting import check_png
+from tetrion.entrypoints.record import whole
 
 DEFAULT_SPAN_S = 20.0
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetrion.entrypoints.bench.figures import import_matplotlib, save
 from tetrion.entrypoints.bench.outcomes import Chunk, Outcome
 from tetrion.entrypoints.bench.recording import Recording
+from tetrion.entrypoints.plotting import import_matplotlib, save
 
 SHADES = {
     0: ("#9ecae1", "#4292c6", "#6baed6", "#2171b5"),

@@ -22,8 +22,8 @@ import uvicorn
 
 from tetrion.entrypoints.errors import EXIT_INTERRUPTED, InputError
 from tetrion.entrypoints.http.app import create_app
-from tetrion.entrypoints.http.picture_store import PictureStore
 from tetrion.entrypoints.http.service import ImageService
+from tetrion.entrypoints.http.store import PictureStore
 from tetrion.entrypoints.session import spare_what_exists
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import schema
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
-from tetrion.entrypoints.http.picture_store import PictureStore, Reservation, StoreFull
+from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, RequestHandle

@@ -220,7 +220,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 def test_no_command_here_imports_torch() -> None:
     code = (
         "import sys\n"
-        "import tetrion.entrypoints.batch, tetrion.entrypoints.generate, tetrion.entrypoints.http.server\n"
+        "import tetrion.entrypoints.batch.run, tetrion.entrypoints.generate, tetrion.entrypoints.http.server\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)

@@ -38,11 +38,11 @@ from tetrion.entrypoints.bench.energy_points import (
 from tetrion.entrypoints.bench.energy_published import published_beside
 from tetrion.entrypoints.bench.energy_run import EnergyBench, MeasuredWindow, PointResult, classes_of, joules
 from tetrion.entrypoints.bench.ledger import ledger_facts
-from tetrion.entrypoints.bench.record import write_record
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.energy_windows import CounterWindows, WindowEnergy
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.recommend_sources import read_source
+from tetrion.entrypoints.recommend.sources import read_source
+from tetrion.entrypoints.record import write_record
 
 OPTIONS = SweepOptions(
     sizes=((128, 128), (256, 256)), num_steps=(2,), degrees=(1, 2), window_s=0.05, cool_s=0.0, target=9.0

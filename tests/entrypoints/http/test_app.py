@@ -22,8 +22,8 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http.app import create_app
-from tetrion.entrypoints.http.picture_store import PictureStore
 from tetrion.entrypoints.http.service import MAX_BODY_BYTES, ImageService, _max_encoded_bytes
+from tetrion.entrypoints.http.store import PictureStore
 
 GENERATIONS = "/v1/images/generations"
 

@@ -20,8 +20,8 @@ from tests.entrypoints.conftest import SPEC, FakeFactory
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import EnergyWish, ImageRequest
 from tetrion.entrypoints import pictures as pictures_module
-from tetrion.entrypoints.batch import batch
-from tetrion.entrypoints.batch_lines import seed_of_id
+from tetrion.entrypoints.batch.lines import seed_of_id
+from tetrion.entrypoints.batch.run import batch
 
 Tetrion = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
@@ -307,7 +307,7 @@ def test_a_full_disk_is_told_with_the_manifests_name(
     def full(fd: int, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tetrion.entrypoints.manifest.os.write", full)
+    monkeypatch.setattr("tetrion.entrypoints.batch.manifest.os.write", full)
     for requests in (write({"prompt": "a"}), write("{")):
         assert tetrion("batch", requests, "--output", out) == 1
         said = f"tetrion: error: [Errno 28] No space left on device: '{out / 'manifest.jsonl'}'"

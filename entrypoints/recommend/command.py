@@ -40,10 +40,11 @@ def recommend(
     def run() -> int:
         import msgspec
 
-        from tetrion.entrypoints import recommend_picture, recommend_sources
         from tetrion.entrypoints.arguments import parse_size
-        from tetrion.entrypoints.bench.figures import check_png
-        from tetrion.entrypoints.recommend import recommend as choose
+        from tetrion.entrypoints.plotting import check_png
+        from tetrion.entrypoints.recommend import picture as recommend_picture
+        from tetrion.entrypoints.recommend import sources as recommend_sources
+        from tetrion.entrypoints.recommend.choice import recommend as choose
 
         deadline_s = parse_seconds(deadline)
         if png is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.recommend import Configuration
+from tetrion.entrypoints.recommend.choice import Configuration
 
 PUBLISHED = "mlenergy_v3_text_to_image.csv"
 

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tetrion.entrypoints.http.picture_store import RESERVATION_WAIT_S, PictureStore, StoreFull
+from tetrion.entrypoints.http.store import RESERVATION_WAIT_S, PictureStore, StoreFull
 
 
 class Clock:

@@ -1,7 +1,7 @@
 """`tetrion recommend`: from measured configurations to the one that takes least energy and is still in time.
 
 Pure: `frontier` and `recommend` are functions of a list of `Configuration`. Where those come from is in
-`recommend_sources.py`, what is drawn of them in `recommend_picture.py`.
+`sources.py`, what is drawn of them in `picture.py`.
 """
 
 import math

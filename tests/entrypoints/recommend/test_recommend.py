@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.entrypoints.recommend import Configuration, NothingInTime, frontier, recommend
-from tetrion.entrypoints.recommend_command import parse_seconds
-from tetrion.entrypoints.recommend_sources import read_source, select
+from tetrion.entrypoints.recommend.choice import Configuration, NothingInTime, frontier, recommend
+from tetrion.entrypoints.recommend.command import parse_seconds
+from tetrion.entrypoints.recommend.sources import read_source, select
 
 Tetrion = Callable[..., int]
 

@@ -28,9 +28,9 @@ from tetrion.engine.measure.checkpoint_identity import checkpoint_identity
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import drawing, pictures
-from tetrion.entrypoints.batch_lines import BadLine, BatchItem, parse_lines, read_lines
+from tetrion.entrypoints.batch.lines import BadLine, BatchItem, parse_lines, read_lines
+from tetrion.entrypoints.batch.manifest import FILE_NAME, Entry, Manifest
 from tetrion.entrypoints.errors import EXIT_FAILED, InputError
-from tetrion.entrypoints.manifest import FILE_NAME, Entry, Manifest
 from tetrion.entrypoints.session import spare_what_exists
 
 if TYPE_CHECKING:

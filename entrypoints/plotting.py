@@ -4,8 +4,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from tetrion.entrypoints.bench.record import whole
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.record import whole
 
 STYLE = {
     "font.size": 10,

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tetrion.entrypoints.bench.figures import import_matplotlib, save
-from tetrion.entrypoints.recommend import Configuration, Recommendation
+from tetrion.entrypoints.plotting import import_matplotlib, save
+from tetrion.entrypoints.recommend.choice import Configuration, Recommendation
 
 COLOURS = {1: "#0072b2", 2: "#009e73", 4: "#e69f00", 8: "#d55e00"}
 OTHER = "#6c757d"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.entrypoints.bench.conftest import small_disk
-from tetrion.entrypoints.bench.record import check_writable, write_whole
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.record import check_writable, write_whole
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""`tetrion recommend`: from measured configurations to the one to choose."""
