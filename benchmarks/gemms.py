@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernels import FLUX, TINY, Calls, Row, Shapes, median_ms
-from tetrion.engine.models.gpu_ops import DeviceOps
+from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.ops import Linear
 from tetrion.engine.parallel.group import plan_group, split
 from tetrion.entrypoints.record import make_record, write_record
@@ -61,7 +61,7 @@ def layers(width: int, dtype: torch.dtype) -> Layers:
 def row_exactness(shapes: Shapes, num_image: int, weights: Layers, dtype: torch.dtype) -> Iterator[Row]:
     """Every operator on each member's rows of text, image or both."""
     width = shapes.num_heads * shapes.head_dim
-    ops = DeviceOps(torch.zeros(1, dtype=torch.int32))
+    ops = GpuOps(torch.zeros(1, dtype=torch.int32))
     x = torch.randn(shapes.num_text + num_image, width, dtype=dtype)
     hidden = torch.randn(len(x), 4 * width, dtype=dtype)
     text, image = slice(0, shapes.num_text), slice(shapes.num_text, len(x))
@@ -119,7 +119,7 @@ def exact_degrees(shapes: Shapes) -> list[int]:
 def ways(shapes: Shapes, num_image: int, turns: list[Layers], dtype: torch.dtype) -> Iterator[Row]:
     """Milliseconds of the ways to compute a single block's projections, at every degree."""
     width, device = shapes.num_heads * shapes.head_dim, turns[0].out.weight.device
-    ops = DeviceOps(torch.zeros(1, dtype=torch.int32))
+    ops = GpuOps(torch.zeros(1, dtype=torch.int32))
     for degree in shapes.degrees:
         num_rows = -(-shapes.num_text // degree) + -(-num_image // degree)
         x, hidden = torch.randn(num_rows, width, dtype=dtype), torch.randn(num_rows, 4 * width, dtype=dtype)

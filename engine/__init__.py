@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
     from tetrion.engine.config import EngineConfig
-    from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult
+    from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult
     from tetrion.engine.sync_engine import Engine
 
-__all__ = ["AsyncEngine", "EnergyWish", "Engine", "EngineConfig", "ImageRequest", "ImageResult"]
+__all__ = ["AsyncEngine", "EnergyOptions", "Engine", "EngineConfig", "ImageRequest", "ImageResult"]
 
 _HOMES = {
     "AsyncEngine": "tetrion.engine.api",
     "Engine": "tetrion.engine.sync_engine",
-    "EnergyWish": "tetrion.engine.request",
+    "EnergyOptions": "tetrion.engine.request",
     "EngineConfig": "tetrion.engine.config",
     "ImageRequest": "tetrion.engine.request",
     "ImageResult": "tetrion.engine.request",

@@ -65,7 +65,7 @@ def with_saving(receipt: Receipt, saved_j: float) -> Receipt:
 NOT_METERED = unmetered("the engine that drew this has no energy account")
 
 
-class EnergyWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EnergyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to spend joules on a request. `mode` None: the engine's own (`PlannerConfig.energy`). `budget_j`: the most
     joules its own work may take, as the profile has them; None: any number."""
 
@@ -81,7 +81,7 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     where the model takes them (`ModelSpec.inputs`). `slo_ms`: deadline relative to arrival, in milliseconds; None = no
     deadline. `priority`: larger goes first among equal deadlines. `weight`: worth of meeting this deadline relative to
     others; `tenant`: on whose behalf, for weights that the operator gives. `force_degrees`: the degree of each step,
-    for tests and experiments; its last entry holds for the remaining steps. `energy`: see `EnergyWish`.
+    for tests and experiments; its last entry holds for the remaining steps. `energy`: see `EnergyOptions`.
     """
 
     prompt: str
@@ -98,7 +98,7 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weight: float = 1.0
     tenant: str = ""
     force_degrees: tuple[int, ...] = ()
-    energy: EnergyWish = EnergyWish()
+    energy: EnergyOptions = EnergyOptions()
     request_id: str = ""
 
 

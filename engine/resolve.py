@@ -21,7 +21,7 @@ from tetrion.engine.errors import RequestError, shown
 from tetrion.engine.families.registry import family_of
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.params import NO_CFG, Params
-from tetrion.engine.request import EnergyWish, ImageRequest, ResolvedRequest
+from tetrion.engine.request import EnergyOptions, ImageRequest, ResolvedRequest
 from tetrion.engine.shape import StepShape
 
 MAX_PROMPT_CHARS = 32_000
@@ -97,7 +97,7 @@ def resolve_request(
     shape = _shape(settled, spec)
     legal = spec.legal_degrees(num_devices, shape.num_branches)
     force_degrees = asked.read("force_degrees", _degrees_of(legal, num_steps))
-    if force_degrees and energy != EnergyWish():
+    if force_degrees and energy != EnergyOptions():
         raise RequestError("energy", "cannot be given with force_degrees, which leave nothing to choose")
     params = Params(
         model=spec.name,
@@ -308,11 +308,11 @@ def _entries(field: str, value: object, max_entries: int) -> list[object]:
     raise RequestError(field, f"must be a sequence of whole numbers, got {shown(value)}")
 
 
-def _energy(field: str, value: object) -> EnergyWish:
-    if not issubclass(type(value), EnergyWish):
-        raise RequestError(field, f"must be an EnergyWish, got {shown(value)}")
+def _energy(field: str, value: object) -> EnergyOptions:
+    if not issubclass(type(value), EnergyOptions):
+        raise RequestError(field, f"must be an EnergyOptions, got {shown(value)}")
     asked = _Fields(value, f"{field}.")
-    return EnergyWish(
+    return EnergyOptions(
         mode=asked.read_optional("mode", _mode),
         budget_j=asked.read_optional("budget_j", _real_above_0(MAX_BUDGET_J)),
     )

@@ -103,7 +103,7 @@ def _generate(
     budget_j: float | None,
     **options: Any,
 ) -> int:
-    from tetrion.engine.request import EnergyWish
+    from tetrion.engine.request import EnergyOptions
     from tetrion.entrypoints import generate as command
     from tetrion.entrypoints.arguments import parse_degrees
     from tetrion.entrypoints.session import open_engine, run_async
@@ -111,7 +111,7 @@ def _generate(
     if prompts_file is not None:
         prompts += command.read_prompts(prompts_file)
     degrees = parse_degrees(force_degrees) if force_degrees else ()
-    wish = EnergyWish(mode=energy, budget_j=budget_j)
+    wish = EnergyOptions(mode=energy, budget_j=budget_j)
     checked = command.GenerateOptions(prompts=prompts, force_degrees=degrees, energy=wish, **options)
     return run_async(command.generate(checked, open_engine(engine, factory)))
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, Progress, Receipt
+from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import parse_size
@@ -41,7 +41,7 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     guidance: float | None = None
     slo_ms: float | None = None
     force_degrees: tuple[int, ...] = ()
-    energy: EnergyWish = EnergyWish()
+    energy: EnergyOptions = EnergyOptions()
     output: Path = Path("out")
     as_json: bool = False
 

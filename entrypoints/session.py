@@ -85,7 +85,7 @@ def run_async(main: Coroutine[Any, Any, int]) -> int:
         return runner.run(main)
 
 
-def spare_what_exists() -> None:
+def freeze_gc() -> None:
     """Leave all objects that exist by now out of later garbage collections: a full one takes 15 to 30 ms, in which the
     loop stands still. For a process of our own, once its engine has started; a library must not do so to its host."""
     gc.collect()

@@ -32,7 +32,7 @@ from tetrion.engine.loop.progress import Answer, Bookkeeper
 from tetrion.engine.loop.recovery import Recovery
 from tetrion.engine.loop.refusals import Refusals
 from tetrion.engine.loop.requests import Request, RequestTable
-from tetrion.engine.loop.snapshots import Outlook
+from tetrion.engine.loop.snapshots import SnapshotBuilder
 from tetrion.engine.loop.statistics import LoopStatistics
 from tetrion.engine.messages import (
     BarriersReset,
@@ -92,7 +92,7 @@ class EngineLoop:
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
         self._config = config.planner
         self._in_flight = InFlightTable(executor.device_ids)
-        self._outlook = Outlook(executor, self.table, self._in_flight, config.planner)
+        self._snapshots = SnapshotBuilder(executor, self.table, self._in_flight, config.planner)
         self._guarded_planner = GuardedPlanner(config.planner.policy)
         self._refusals = Refusals()
         self._stall_timeout_s = config.stall_timeout_s
@@ -154,8 +154,8 @@ class EngineLoop:
 
     def _refuse_hopeless(self, request: Request) -> None:
         """Raises DeadlineUnmeetable."""
-        snapshot = self._outlook.forecast(self.cost_models.tables)
-        earliest_s = earliest_deadline_s(snapshot, self._outlook.view_of_new(request))
+        snapshot = self._snapshots.forecast(self.cost_models.tables)
+        earliest_s = earliest_deadline_s(snapshot, self._snapshots.view_of_new(request))
         if earliest_s is not None and request.asked.slo_ms is not None:
             earliest_slo_ms = math.ceil((earliest_s - request.arrival_s) * 1e3)
             raise DeadlineUnmeetable(request.asked.slo_ms, earliest_slo_ms)
@@ -230,10 +230,10 @@ class EngineLoop:
         self._planned_s = self.executor.now_s()
         if not self._recovery.is_healthy:
             return RoundPlan()
-        snapshot = self._outlook.snapshot(self.cost_models.tables)
+        snapshot = self._snapshots.snapshot(self.cost_models.tables)
         if snapshot is None:
             return RoundPlan()
-        plan, failed = self._guarded_planner.plan(self.planner, snapshot, self._outlook.view_of)
+        plan, failed = self._guarded_planner.plan(self.planner, snapshot, self._snapshots.view_of)
         for request_id, error in failed.items():
             self._fail(request_id, f"the policy {self.policy} cannot plan it", error)
         return plan
@@ -330,7 +330,7 @@ class EngineLoop:
             return
         self._has_news |= isinstance(event, Failed) or len(entry.pending) in (0, len(entry.members) - 1)
         if isinstance(event, Failed):
-            self._recovery.member_failed(event)
+            self._recovery.request_failed(event)
         if entry.pending:
             return
         if isinstance(event, Failed) or self._recovery.is_hit(event.request_id):

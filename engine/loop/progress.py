@@ -87,12 +87,12 @@ class Bookkeeper:
         if entry is None:
             return None
         if isinstance(event, Failed):
-            self.brings_nothing(entry.command, event.device_id, now_s)
+            self.member_failed(entry.command, event.device_id, now_s)
         else:
             self._guarded(event.request_id, self._member_executed, event, now_s)
         return entry
 
-    def brings_nothing(self, command: GroupCommand, device_id: int, now_s: float) -> None:
+    def member_failed(self, command: GroupCommand, device_id: int, now_s: float) -> None:
         """A member has failed or is lost."""
         self._guarded(command.request_id, self._member_failed, command.command_id, device_id, now_s)
 

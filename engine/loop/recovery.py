@@ -104,7 +104,7 @@ class Recovery:
 
     # Told by the loop ---------------------------------------------------------------------------------------------
 
-    def member_failed(self, event: Failed) -> None:
+    def request_failed(self, event: Failed) -> None:
         """A failure of its own ends the request, once nothing is in flight for it; others start again."""
         request = self._table.get(event.request_id)
         if event.request_id in self._failed_while_hit:
@@ -126,7 +126,7 @@ class Recovery:
         now_s = self._executor.now_s()
         for entry in self._in_flight.drop_device(event.device_id, now_s):
             self._hit_request(entry.command.request_id, event.reason)
-            self._books.brings_nothing(entry.command, event.device_id, now_s)
+            self._books.member_failed(entry.command, event.device_id, now_s)
             self._books.discard(entry.command)
         for request in self._table.admitted():
             if event.device_id in request.planned_holders:

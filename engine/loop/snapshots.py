@@ -26,7 +26,7 @@ Entry = tuple[float, int, str, RequestView]
 """A view behind its `urgency`, which is never the same for two requests: entries sort by it."""
 
 
-class Outlook:
+class SnapshotBuilder:
     """The views of all requests that can be given something now or later, in order of urgency."""
 
     def __init__(

@@ -25,7 +25,7 @@ MIN_ROWS = 64
 NARROW_ROWS = 1024
 
 
-class DeviceOps:
+class GpuOps:
     """`step`: int32 [1] on the device, the row of all modulation tables."""
 
     def __init__(self, step: Tensor) -> None:

@@ -12,7 +12,7 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_mode import ROUNDING_J, cheapest_plan
 from tetrion.engine.planning.slo import denoise_due_s
-from tetrion.engine.request import EnergyWish, ResolvedRequest
+from tetrion.engine.request import EnergyOptions, ResolvedRequest
 
 POLICY = "horizon"
 
@@ -21,7 +21,7 @@ def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerC
     """Raises RequestError for a mode or budget that cannot be planned for, BudgetUnmeetable for one too small."""
     asked, params = resolved.asked, resolved.params
     wish = asked.energy
-    if wish == EnergyWish() or asked.force_degrees:
+    if wish == EnergyOptions() or asked.force_degrees:
         return
     name = params.model, params.shape.cost_key
     needs_joules = wish.budget_j is not None or wish.mode not in (None, "fastest")

@@ -5,12 +5,12 @@ import torch
 from tetrion.engine.messages import MapPeers, PeerSlab, UnmapPeers
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import Model
-from tetrion.engine.models.gpu_ops import DeviceOps
+from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.memory_budget import memory_budget
 from tetrion.engine.models.registry import components_of, load_on_device
 from tetrion.engine.parallel.exchange import Exchange
-from tetrion.engine.parallel.gpu.exchange import DeviceExchange, SharedResources
-from tetrion.engine.parallel.gpu.memory import DeviceMemory
+from tetrion.engine.parallel.gpu.exchange import GpuExchange, SharedResources
+from tetrion.engine.parallel.gpu.memory import GpuMemory
 from tetrion.engine.worker.denoiser import Denoiser
 from tetrion.engine.worker.spec import WorkerSpec
 from tetrion.engine.worker.work_queue import WorkQueue
@@ -20,11 +20,11 @@ class GpuBackend:
     def __init__(self, spec: WorkerSpec, queue: WorkQueue) -> None:
         """Take the slab, map what the engine shares."""
         self.queue, self._spec = queue, spec
-        self._memory = DeviceMemory(spec.layout, spec.device.device_id, queue.device, spec.slab_fds, spec.control_fd)
+        self._memory = GpuMemory(spec.layout, spec.device.device_id, queue.device, spec.slab_fds, spec.control_fd)
         self._slabs = self._memory.slabs
         self._shared = SharedResources(self._slabs, self._memory.abort, self._memory.clear_abort, spec.models)
         self._step = torch.zeros(1, dtype=torch.int32, device=queue.device)
-        self._ops = DeviceOps(self._step)
+        self._ops = GpuOps(self._step)
 
     @property
     def slab(self) -> PeerSlab | None:
@@ -48,7 +48,7 @@ class GpuBackend:
         return models
 
     def exchange(self, spec: ModelSpec) -> Exchange:
-        return DeviceExchange(self._shared, spec, self.queue.to_host)
+        return GpuExchange(self._shared, spec, self.queue.to_host)
 
     def denoiser(self, model: Model, exchange: Exchange) -> Denoiser:
         return Denoiser(model, self._ops, exchange, self.queue, self._step, self._slabs.dtype)

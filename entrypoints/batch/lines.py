@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 
 from tetrion.engine.errors import RequestError
-from tetrion.engine.request import EnergyWish, ImageRequest
+from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.errors import InputError
 
@@ -33,7 +33,7 @@ class RequestLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     guidance: float | None = None
     slo_ms: float | None = None
     priority: int = 0
-    energy: EnergyWish = EnergyWish()
+    energy: EnergyOptions = EnergyOptions()
     id: Identifier | int | None = None
 
 

@@ -31,7 +31,7 @@ from tetrion.entrypoints import drawing, pictures
 from tetrion.entrypoints.batch.lines import BadLine, BatchItem, parse_lines, read_lines
 from tetrion.entrypoints.batch.manifest import FILE_NAME, Entry, Manifest
 from tetrion.entrypoints.errors import EXIT_FAILED, InputError
-from tetrion.entrypoints.session import spare_what_exists
+from tetrion.entrypoints.session import freeze_gc
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
@@ -78,7 +78,7 @@ async def _draw(items: list[BatchItem], output: Path, manifest: Manifest, engine
         task = bar.add_task("starting engine", total=len(items))
         try:
             async with engine:
-                spare_what_exists()
+                freeze_gc()
                 bar.reset(task, description="drawing")
                 run = _Run(items, output, manifest, engine, bar, task)
                 await drawing.for_each((item.request for item in items), run.draw_one)

@@ -19,7 +19,7 @@ from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.policies.registry import get_planner
-from tetrion.engine.request import EnergyWish, ImageRequest, Receipt
+from tetrion.engine.request import EnergyOptions, ImageRequest, Receipt
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
@@ -27,7 +27,7 @@ from tetrion.entrypoints.bench.recording import Recorder
 from tetrion.entrypoints.bench.simulation import as_image_request, prompt_of
 from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.session import EngineOptions, open_engine, spare_what_exists
+from tetrion.entrypoints.session import EngineOptions, freeze_gc, open_engine
 
 HEAD_START_S = 0.1
 """From the start of a run to time 0 of its trace."""
@@ -66,7 +66,7 @@ class EmbeddedSystem:
         except BaseException:
             self._runner.close()
             raise
-        spare_what_exists()
+        freeze_gc()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,7 +142,7 @@ class EmbeddedSystem:
     async def _draw(self, request: TraceRequest, number: int) -> Answer:
         wanted = as_image_request(request, number, self._run_number)
         if self.energy_mode is not None:
-            wanted = msgspec.structs.replace(wanted, energy=EnergyWish(mode=self.energy_mode))
+            wanted = msgspec.structs.replace(wanted, energy=EnergyOptions(mode=self.energy_mode))
         try:
             result = await self._engine.generate(wanted)
         except (EngineOverloaded, GenerationError, RequestCancelled):

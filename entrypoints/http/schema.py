@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.errors import BudgetUnmeetable, RequestError
-from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, Receipt
+from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Receipt
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError
@@ -40,7 +40,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: float | None = None
     slo_ms: float | None = None
     priority: int | None = None
-    energy: EnergyWish | None = None
+    energy: EnergyOptions | None = None
     user: str | None = None
 
 
@@ -118,7 +118,7 @@ def to_requests(body: GenerationBody, seed: int) -> list[ImageRequest]:
             slo_ms=body.slo_ms,
             priority=body.priority or 0,
             tenant=body.user or "",
-            energy=body.energy or EnergyWish(),
+            energy=body.energy or EnergyOptions(),
         )
         for i in range(body.n or 1)
     ]

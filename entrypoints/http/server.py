@@ -24,7 +24,7 @@ from tetrion.entrypoints.errors import EXIT_INTERRUPTED, InputError
 from tetrion.entrypoints.http.app import create_app
 from tetrion.entrypoints.http.service import ImageService
 from tetrion.entrypoints.http.store import PictureStore
-from tetrion.entrypoints.session import spare_what_exists
+from tetrion.entrypoints.session import freeze_gc
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
@@ -106,7 +106,7 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         try:
             if await _start(engine, serving):
-                spare_what_exists()
+                freeze_gc()
                 service.is_ready = True
                 click.echo(f"serving model {engine.spec.name} on {url_of(sock)}", err=True)
                 await _until_stopped(engine, serving)

@@ -22,7 +22,7 @@ from tetrion.engine.errors import GenerationError, RequestError
 from tetrion.engine.loop.guarded_planner import FALLBACK
 from tetrion.engine.messages import Command, Denoise, EncodePrompt
 from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot
-from tetrion.engine.request import EnergyWish, ImageRequest, ImageResult, ResolvedRequest
+from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, ResolvedRequest
 from tetrion.engine.resolve import resolve_request
 from tetrion.engine.transport.ring import MessageTooLong
 
@@ -117,12 +117,14 @@ def bad_requests() -> list[tuple[str, Any]]:
         asked += [(field, small(**{field: value})) for value in misfits.NO_WHOLE_NUMBERS]
     for field in ("guidance", "slo_ms", "weight"):
         asked += [(field, small(**{field: value})) for value in misfits.NO_NUMBERS]
-    asked += [("energy.budget_j", small(energy=EnergyWish(budget_j=value))) for value in misfits.NO_NUMBERS]  # type: ignore[arg-type]
+    asked += [("energy.budget_j", small(energy=EnergyOptions(budget_j=value))) for value in misfits.NO_NUMBERS]  # type: ignore[arg-type]
     for field in ("prompt", "tenant", "request_id"):
         asked += [(field, small(**{field: value})) for value in misfits.NO_TEXTS]
     asked += [("force_degrees", small(force_degrees=value)) for value in misfits.NO_DEGREES]
     asked += [("energy", small(energy=value)) for value in misfits.NO_WISHES]
-    asked += [("energy.mode", small(energy=EnergyWish(mode=value))) for value in (7, b"fastest", "fast", ["fastest"])]  # type: ignore[arg-type]
+    asked += [
+        ("energy.mode", small(energy=EnergyOptions(mode=value))) for value in (7, b"fastest", "fast", ["fastest"])
+    ]  # type: ignore[arg-type]
     asked += [("request_id", small(request_id=value)) for value in ("x" * 10_000_000, "a\0b", " ", "a\nb")]
     return asked
 
@@ -137,7 +139,7 @@ WELCOME = [
     small(guidance=np.float64(0.0), weight=torch.tensor(1.0, requires_grad=True), slo_ms=np.float64(1e6)),
     small(prompt=np.str_("a red circle"), tenant=np.str_("me"), request_id=np.str_("mine")),
     small(prompt=Prompt("a red circle"), force_degrees=np.array([1, 1]), num_steps=http.HTTPStatus.OK - 198),
-    small(energy=EnergyWish(mode=Prompt("fastest")), seed=torch.tensor(5)),  # type: ignore[arg-type]
+    small(energy=EnergyOptions(mode=Prompt("fastest")), seed=torch.tensor(5)),  # type: ignore[arg-type]
     misfits.Plain(prompt="a red circle", width=128, height=128, seed=5, num_steps=2, note="mine"),
 ]
 ODD = ["a\0b", "\U0010ffff" * 32_000, "\ufeff\u202e x", "\x1b[31m"]

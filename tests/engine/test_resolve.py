@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
 from tetrion.engine.errors import RequestError
-from tetrion.engine.request import EnergyWish, ImageRequest
+from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.engine.resolve import resolve_request
 
 SPEC = make_spec()
@@ -254,7 +254,16 @@ NO_DEGREES: list[object] = [
     Endless(),
     range(1, 10**9),
 ]
-NO_WISHES: list[object] = [None, "fastest", {"mode": "fastest"}, b"", 7, ImageRequest(prompt="x"), EnergyWish, Raises()]
+NO_WISHES: list[object] = [
+    None,
+    "fastest",
+    {"mode": "fastest"},
+    b"",
+    7,
+    ImageRequest(prompt="x"),
+    EnergyOptions,
+    Raises(),
+]
 NO_REQUESTS: list[object] = [
     None,
     7,
@@ -262,7 +271,7 @@ NO_REQUESTS: list[object] = [
     Path("a star"),
     {"prompt": "a star"},
     ["a star"],
-    EnergyWish(),
+    EnergyOptions(),
     Raises(),
     Loud(),
     ImageRequest,
@@ -277,7 +286,7 @@ def is_exact(value: object) -> bool:
     """Whether nothing but builtin types is in there."""
     if type(value) is tuple:
         return all([type(entry) is int for entry in value])
-    if type(value) is EnergyWish:
+    if type(value) is EnergyOptions:
         return is_exact(value.mode) and is_exact(value.budget_j)
     return value is None or type(value) in (int, float, str)
 
@@ -292,7 +301,7 @@ def check_exact(request: ImageRequest) -> None:
 def refusal(field: str, value: object) -> RequestError:
     where, _, part = field.partition(".")
     wish = {part: value}
-    given = EnergyWish(**wish) if part else value  # type: ignore[arg-type]
+    given = EnergyOptions(**wish) if part else value  # type: ignore[arg-type]
     with pytest.raises(RequestError) as caught:
         settled(**{where: given})
     message = str(caught.value)
@@ -314,7 +323,7 @@ def test_whole_numbers_of_any_library_are_taken_by_their_index(field: str) -> No
 def test_real_numbers_of_any_library_are_taken_as_floats(field: str) -> None:
     where, _, part = field.partition(".")
     for seven in [*REAL, Answers(7.0)]:
-        given = EnergyWish(budget_j=seven) if part else seven  # type: ignore[arg-type]
+        given = EnergyOptions(budget_j=seven) if part else seven  # type: ignore[arg-type]
         request = settled(**{where: given})
         check_exact(request)
         assert (request.energy.budget_j if part else getattr(request, where)) == 7.0
@@ -426,7 +435,7 @@ ANYTHING = st.one_of(
     st.integers(0, len(MISFITS) - 1).map(lambda number: MISFITS[number]),
     st.builds(dict, a=st.integers()),
 )
-WISHES = st.one_of(ANYTHING, st.builds(EnergyWish, mode=ANYTHING, budget_j=ANYTHING))
+WISHES = st.one_of(ANYTHING, st.builds(EnergyOptions, mode=ANYTHING, budget_j=ANYTHING))
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

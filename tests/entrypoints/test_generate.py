@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.entrypoints.conftest import FakeFactory
-from tetrion.engine.request import EnergyWish
+from tetrion.engine.request import EnergyOptions
 
 Tetrion = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
@@ -112,7 +112,7 @@ def test_what_an_energy_mode_and_budget_become(
 ) -> None:
     energy = ("--energy", "least-energy", "--budget-j", 400)
     assert tetrion("generate", "a star", "--output", tmp_path, *energy) == 0
-    assert factory.last.handles[0].request.energy == EnergyWish(mode="least-energy", budget_j=400)
+    assert factory.last.handles[0].request.energy == EnergyOptions(mode="least-energy", budget_j=400)
     for refused, says in (
         (("a star", "--energy", "cheap"), "energy.mode: must be one of fastest, balanced, least-energy, got 'cheap'"),
         (("a star", "--budget-j", -1), "energy.budget_j: must be above 0"),

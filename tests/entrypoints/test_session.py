@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from tetrion.entrypoints.session import spare_what_exists
+from tetrion.entrypoints.session import freeze_gc
 
 
 class Node:
@@ -18,7 +18,7 @@ def test_garbage_goes_and_what_exists_is_not_looked_at_again() -> None:
     is_gone, is_kept = weakref.ref(gone), weakref.ref(kept)
     del gone
     try:
-        spare_what_exists()
+        freeze_gc()
         assert is_gone() is None and gc.get_freeze_count() > 0
         del kept
         gc.collect()

@@ -30,7 +30,7 @@ from torch import Tensor
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.cpu.barrier import Aborted
 from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
-from tetrion.engine.parallel.gpu.slab import DeviceSlabs
+from tetrion.engine.parallel.gpu.slab import GpuSlabs
 from tetrion.engine.parallel.gpu.word_upload import WordUpload
 from tetrion.engine.parallel.group import GroupShape, split
 from tetrion.engine.parallel.layout import Piece as SlotPiece
@@ -68,11 +68,11 @@ def raise_for_status(status: Sequence[int]) -> None:
 
 class SharedResources:
     """What the exchanges of all models of a worker have in common, sized for the largest. Groups and swaps are to be
-    made only once all slabs are where they stay (see DeviceMemory)."""
+    made only once all slabs are where they stay (see GpuMemory)."""
 
     def __init__(
         self,
-        slabs: DeviceSlabs,
+        slabs: GpuSlabs,
         abort: Tensor,
         clear_abort: Callable[[], None],
         specs: Sequence[ModelSpec],
@@ -138,7 +138,7 @@ class SharedResources:
             torch.cuda.synchronize(self.slabs.device)
 
 
-class DeviceExchange:
+class GpuExchange:
     """One worker's end of all groups, for one model. `to_host`: enqueues a copy to the host (WorkQueue.to_host)."""
 
     def __init__(self, shared: SharedResources, spec: ModelSpec, to_host: Callable[[Tensor], Tensor]) -> None:
@@ -149,7 +149,7 @@ class DeviceExchange:
         self._words, self._publishing = shared.new_words(), shared.new_words()
         self._part, self._everyone, self._partners = lists_of(self._words)
         self._versions, self._published = shared.versions(self._words), shared.versions(self._publishing)
-        self._groups: WeakValueDictionary[GroupShape, DeviceGroup] = WeakValueDictionary()
+        self._groups: WeakValueDictionary[GroupShape, GpuGroup] = WeakValueDictionary()
         self._swaps: dict[tuple[int, int], DeviceSwap] = {}
         self._chunk: Chunk | None = None
         changing = next(place for place in self._slot_layout.places if place.field.changes)
@@ -157,11 +157,11 @@ class DeviceExchange:
         self._width = changing.field.width
         self.rehearse()
 
-    def group(self, shape: GroupShape) -> "DeviceGroup":
+    def group(self, shape: GroupShape) -> "GpuGroup":
         """One object a shape, as long as somebody has it. It may allocate: not while a graph is recorded."""
         group = self._groups.get(shape)
         if group is None:
-            self._groups[shape] = group = DeviceGroup(self._shared, self._spec, shape, self._words)
+            self._groups[shape] = group = GpuGroup(self._shared, self._spec, shape, self._words)
         return group
 
     def swap(self, num_rows: int, width: int) -> "DeviceSwap":
@@ -276,7 +276,7 @@ class DeviceExchange:
         )
 
 
-class DeviceGroup:
+class GpuGroup:
     """What all groups of one shape share on this device: table, views, rotary tables."""
 
     def __init__(self, shared: SharedResources, spec: ModelSpec, shape: GroupShape, words: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Where slabs of GPU workers come from, how peers' are mapped, and what stands in where GPUs cannot reach each other.
 
-Owns the memory behind `DeviceSlabs` and the registered control segment; knows no groups and no requests.
+Owns the memory behind `GpuSlabs` and the registered control segment; knows no groups and no requests.
 
 A slab is one plain allocation on its owner's GPU; peers map it through its IPC handle, once, which also switches on
 peer access. Handles travel through the engine. Peers must close their mapping of a dead worker's slab before another
@@ -24,13 +24,13 @@ from torch import Tensor
 from tetrion.engine.messages import PeerSlab
 from tetrion.engine.parallel.gpu.cuda_runtime import CudaError, CudaRuntime, device_index_of
 from tetrion.engine.parallel.gpu.raw_memory import tensor_at
-from tetrion.engine.parallel.gpu.slab import DeviceSlabs
+from tetrion.engine.parallel.gpu.slab import GpuSlabs
 from tetrion.engine.parallel.layout import ControlLayout, SlabLayout
 from tetrion.engine.parallel.words import AbortWords
 from tetrion.engine.transport.segment import SharedSegment
 
 
-class DeviceMemory:
+class GpuMemory:
     """One worker's slab, its view of the others', and its abort word."""
 
     def __init__(
@@ -55,7 +55,7 @@ class DeviceMemory:
         self._registered: list[int] = []
         self._opened: dict[int, int] = {}
         self._allocation = 0
-        self.slabs = DeviceSlabs(layout, device_id, device)
+        self.slabs = GpuSlabs(layout, device_id, device)
         words = ControlLayout(num_devices=layout.num_devices)
         self._control = SharedSegment.attach(control_fd, words.num_bytes)
         self._aborts = AbortWords(self._control.view, layout.num_devices)

@@ -13,7 +13,7 @@ from tetrion.engine.parallel.gpu.raw_memory import tensor_at
 from tetrion.engine.parallel.layout import CACHE_LINE, SlabLayout
 
 
-class DeviceSlabs:
+class GpuSlabs:
     """`bases[d]`: address of device d's slab, int64, on this device; 0 while it is not mapped."""
 
     def __init__(self, layout: SlabLayout, device_id: int, device: torch.device) -> None:

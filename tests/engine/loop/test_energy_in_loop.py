@@ -7,7 +7,7 @@ from tests.engine.loop.test_loop import PROFILE, SPEC, Simulation
 from tetrion.engine.errors import BudgetUnmeetable, RequestError
 from tetrion.engine.planning.cost.profile import ClassCost
 from tetrion.engine.planning.energy_admission import cheapest_for
-from tetrion.engine.request import EnergyWish, ImageRequest
+from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.engine.resolve import resolve_request
 
 STEP_J = {1: 60.0, 2: 70.0, 3: 85.0, 4: 100.0}
@@ -26,10 +26,10 @@ WITH_JOULES = msgspec.structs.replace(
 )
 
 
-def drawn(wish: EnergyWish | None = None, *, slo_ms: float | None = None, **planner: object) -> tuple[int, ...]:
+def drawn(wish: EnergyOptions | None = None, *, slo_ms: float | None = None, **planner: object) -> tuple[int, ...]:
     """The degrees of a 512² request of 12 steps that has four devices to itself."""
     simulation = Simulation(profile=WITH_JOULES, planner=planner)
-    simulation.request("a", width=512, height=512, slo_ms=slo_ms, energy=wish or EnergyWish())
+    simulation.request("a", width=512, height=512, slo_ms=slo_ms, energy=wish or EnergyOptions())
     simulation.run()
     assert simulation.results["a"].slo_met is not False
     return simulation.results["a"].degrees
@@ -38,9 +38,9 @@ def drawn(wish: EnergyWish | None = None, *, slo_ms: float | None = None, **plan
 def test_the_servers_mode_holds_for_requests_that_name_none() -> None:
     assert drawn() == (4,) * 12
     assert drawn(energy="least-energy") == (1,) * 12
-    assert drawn(EnergyWish(mode="fastest"), energy="least-energy") == (4,) * 12
-    assert drawn(EnergyWish(mode="least-energy")) == (1,) * 12
-    assert set(drawn(EnergyWish(mode="least-energy"), slo_ms=1500)) <= {1, 2}
+    assert drawn(EnergyOptions(mode="fastest"), energy="least-energy") == (4,) * 12
+    assert drawn(EnergyOptions(mode="least-energy")) == (1,) * 12
+    assert set(drawn(EnergyOptions(mode="least-energy"), slo_ms=1500)) <= {1, 2}
 
 
 @pytest.mark.parametrize("slo_ms", [None, 1000.0, 1400.0, 2000.0, 5000.0])
@@ -49,7 +49,7 @@ def test_a_budget_that_is_accepted_is_kept_and_so_is_the_deadline(mode: str, slo
     simulation = Simulation(profile=WITH_JOULES)
     table = simulation.loop._degree_tables()[SPEC.name, "512x512"]
     cheapest = cheapest_for(table, 12, None if slo_ms is None else slo_ms / 1e3)
-    energy = EnergyWish(mode=mode, budget_j=cheapest.joules + 20)  # type: ignore[arg-type]
+    energy = EnergyOptions(mode=mode, budget_j=cheapest.joules + 20)  # type: ignore[arg-type]
     degrees = drawn(energy, slo_ms=slo_ms)
     assert sum(STEP_J[degree] for degree in degrees) + 9.0 <= cheapest.joules + 20
 
@@ -58,7 +58,7 @@ def test_a_budget_is_kept_at_a_size_whose_joules_are_estimated() -> None:
     simulation = Simulation(profile=WITH_JOULES)
     step_j = WITH_JOULES.cost("256x256").step_by_degree_j
     budget_j = 1.1 * cheapest_for(simulation.loop._degree_tables()[SPEC.name, "256x256"], 12, None).joules
-    simulation.request("a", width=256, height=256, energy=EnergyWish(budget_j=budget_j))
+    simulation.request("a", width=256, height=256, energy=EnergyOptions(budget_j=budget_j))
     simulation.run()
     degrees = simulation.results["a"].degrees
     assert len(set(degrees)) > 1 and sum(step_j[degree] for degree in degrees) <= budget_j
@@ -67,7 +67,7 @@ def test_a_budget_is_kept_at_a_size_whose_joules_are_estimated() -> None:
 def test_those_who_wait_leave_slots_to_those_in_a_hurry() -> None:
     simulation = Simulation(profile=WITH_JOULES, max_inflight=4)
     for number in range(8):
-        wish = EnergyWish(mode="least-energy")
+        wish = EnergyOptions(mode="least-energy")
         simulation.request(f"patient{number}", width=512, height=512, slo_ms=8_000_000, energy=wish)
     simulation.request("hurry", at_s=0.5, width=512, height=512, slo_ms=4000)
     simulation.run()
@@ -83,7 +83,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_queued() -> None:
         assert not len(simulation.loop.table)
         return caught.value
 
-    small = refused(Simulation(profile=WITH_JOULES), BudgetUnmeetable, energy=EnergyWish(budget_j=728))
+    small = refused(Simulation(profile=WITH_JOULES), BudgetUnmeetable, energy=EnergyOptions(budget_j=728))
     assert "729 J" in str(small) and small.field == "energy.budget_j"
-    unknown = refused(Simulation(), RequestError, energy=EnergyWish(mode="balanced"))
+    unknown = refused(Simulation(), RequestError, energy=EnergyOptions(mode="balanced"))
     assert "no joules (step_j) for 512x512" in str(unknown) and unknown.field == "energy.mode"

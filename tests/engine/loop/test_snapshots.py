@@ -1,4 +1,4 @@
-"""The outlook keeps views from one snapshot to the next: they must be what a look at everything would give."""
+"""The builder keeps views from one snapshot to the next: they must be what a look at everything would give."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.engine.loop.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.loop.requests import RequestTable
-from tetrion.engine.loop.snapshots import Outlook
+from tetrion.engine.loop.snapshots import SnapshotBuilder
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import RoundPlan, Snapshot
 from tetrion.engine.request import ImageRequest
@@ -30,13 +30,13 @@ class AllChanged:
 
 
 def checked(simulation: Simulation) -> list[Snapshot]:
-    """Every snapshot of the simulation from now on, each compared with that of a new outlook."""
+    """Every snapshot of the simulation from now on, each compared with that of a new builder."""
     loop, seen = simulation.loop, []
     planner = loop.planner
 
     def plan(snapshot: Snapshot) -> RoundPlan:
         table: Any = AllChanged(loop.table)
-        fresh = Outlook(loop.executor, table, loop._in_flight, loop._config)
+        fresh = SnapshotBuilder(loop.executor, table, loop._in_flight, loop._config)
         assert fresh.snapshot(snapshot.costs) == snapshot
         seen.append(snapshot)
         return planner(snapshot)
@@ -88,13 +88,13 @@ def test_weights_of_class_and_tenant_multiply_that_of_the_request() -> None:
     simulation = Simulation()
     config = PlannerConfig(class_weights={"128x128": 3.0}, tenant_weights={"gold": 5.0})
     loop = simulation.loop
-    outlook = Outlook(loop.executor, loop.table, loop._in_flight, config)
+    builder = SnapshotBuilder(loop.executor, loop.table, loop._in_flight, config)
     for number, (px, tenant) in enumerate(((128, "gold"), (128, "other"), (512, "gold"), (512, ""))):
         params = ImageRequest(
             prompt="x", seed=1, request_id=f"r{number}", width=px, height=px, weight=2.0, tenant=tenant
         )
         loop.submit(resolve_request(params, SPEC, 4))
-    weights = {view.request_id: view.weight for view in outlook.forecast(COSTS).requests}
+    weights = {view.request_id: view.weight for view in builder.forecast(COSTS).requests}
     assert weights == {"r0": 30.0, "r1": 6.0, "r2": 10.0, "r3": 2.0}
 
 
@@ -104,6 +104,6 @@ def test_a_forecast_shows_the_queue_too(max_inflight: int) -> None:
     counts: list[int] = []
     for number in range(3):
         simulation.request(f"r{number}", at_s=0.0, width=512, height=512)
-    simulation.executor.at(0.1, lambda: counts.append(len(simulation.loop._outlook.forecast(COSTS).requests)))
+    simulation.executor.at(0.1, lambda: counts.append(len(simulation.loop._snapshots.forecast(COSTS).requests)))
     simulation.run()
     assert counts == [3]

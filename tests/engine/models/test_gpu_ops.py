@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tetrion.engine.models.gpu_ops import MIN_ROWS, NARROW_ROWS, DeviceOps
+from tetrion.engine.models.gpu_ops import MIN_ROWS, NARROW_ROWS, GpuOps
 from tetrion.engine.models.ops import Linear, Ops, ReferenceOps
 from tetrion.kernels.reference import Branch
 
@@ -60,7 +60,7 @@ def fresh_numbers() -> Iterator[None]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_the_reference_at_the_counters_step(device: str, name: str) -> None:
     tensors = Tensors(device, torch.float32)
-    ops, apply = DeviceOps(torch.tensor([STEP], dtype=torch.int32, device=device)), OPERATORS[name]
+    ops, apply = GpuOps(torch.tensor([STEP], dtype=torch.int32, device=device)), OPERATORS[name]
     result = apply(ops, tensors, slice(None), *tensors.table.unbind(1))
     expected = apply(ReferenceOps(), tensors, slice(None), *tensors.table[STEP].unbind(0))
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
@@ -71,7 +71,7 @@ def test_equals_the_reference_at_the_counters_step(device: str, name: str) -> No
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_does_not_depend_on_the_others(device: str, name: str) -> None:
     tensors = Tensors(device, torch.float32 if device == "cpu" else torch.bfloat16)
-    ops, apply = DeviceOps(torch.tensor([STEP], dtype=torch.int32, device=device)), OPERATORS[name]
+    ops, apply = GpuOps(torch.tensor([STEP], dtype=torch.int32, device=device)), OPERATORS[name]
     vectors = tensors.table.unbind(1)
     whole = apply(ops, tensors, slice(None), *vectors)
     for rows in (slice(0, 1), slice(3, MIN_ROWS), slice(40, 40 + MIN_ROWS), slice(50, tensors.num_rows)):
@@ -81,7 +81,7 @@ def test_a_row_does_not_depend_on_the_others(device: str, name: str) -> None:
 def test_no_tokens_are_no_problem() -> None:
     tensors, step = Tensors("cpu", torch.float32), torch.zeros(1, dtype=torch.int32)
     for name, apply in OPERATORS.items():
-        result = apply(DeviceOps(step), tensors, slice(4, 4), *tensors.table.unbind(1))
+        result = apply(GpuOps(step), tensors, slice(4, 4), *tensors.table.unbind(1))
         assert result.shape[0] == 0, name
 
 
@@ -89,6 +89,6 @@ def test_no_tokens_are_no_problem() -> None:
 def test_narrow_linear_covers_every_row(num_rows: int) -> None:
     tensors, step = Tensors("cpu", torch.float32), torch.zeros(1, dtype=torch.int32)
     x = torch.randn(num_rows, tensors.x.shape[1])
-    result = DeviceOps(step).narrow_linear(x, tensors.narrow)
+    result = GpuOps(step).narrow_linear(x, tensors.narrow)
     expected = ReferenceOps().narrow_linear(x, tensors.narrow)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)

@@ -16,8 +16,8 @@ from worker import serve
 
 from tetrion.engine.messages import PeerSlab
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.parallel.gpu.exchange import DeviceExchange, SharedResources
-from tetrion.engine.parallel.gpu.memory import DeviceMemory
+from tetrion.engine.parallel.gpu.exchange import GpuExchange, SharedResources
+from tetrion.engine.parallel.gpu.memory import GpuMemory
 from tetrion.engine.parallel.layout import SlabLayout
 from tetrion.kernels.guided_step import guided_step
 
@@ -42,7 +42,7 @@ class DeviceWorker:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.device_id % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
-        self.memory = DeviceMemory(self.layout, self.device_id, self.device, start["slab_fds"], start["control_fd"])
+        self.memory = GpuMemory(self.layout, self.device_id, self.device, start["slab_fds"], start["control_fd"])
         self._shared: SharedResources | None = None
         self._toy: Toy | None = None
 
@@ -59,7 +59,7 @@ class DeviceWorker:
         if self._shared is None:
             slabs = self.memory.slabs
             self._shared = SharedResources(slabs, self.memory.abort, self.memory.clear_abort, [self.spec])
-            exchange = DeviceExchange(self._shared, self.spec, lambda tensor: tensor.cpu())
+            exchange = GpuExchange(self._shared, self.spec, lambda tensor: tensor.cpu())
             exchange.warm_up()
             self._toy = Toy(exchange, self.spec, guided_step, slabs.dtype, self.device, record)
         return [list(mapped), reason]

@@ -24,7 +24,7 @@ from tetrion.engine.planning.forward_fill import RESERVE
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import MARGIN_S
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
-from tetrion.engine.request import EnergyWish, ImageRequest
+from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.engine.resolve import resolve_request
 from tetrion.engine.shape import cost_key_of_size
 
@@ -240,7 +240,7 @@ def test_more_patient_work_takes_more_devices_before_its_deadline_is_near() -> N
 
 
 def wish(**fields: object) -> ImageRequest:
-    energy = EnergyWish(**{name: fields.pop(name) for name in ("mode", "budget_j") if name in fields})  # type: ignore[arg-type]
+    energy = EnergyOptions(**{name: fields.pop(name) for name in ("mode", "budget_j") if name in fields})  # type: ignore[arg-type]
     size = {"width": 1024, "height": 1024, "num_steps": 28}
     return ImageRequest(prompt="x", energy=energy, **{**size, **fields})  # type: ignore[arg-type]
 

@@ -25,9 +25,9 @@ def encoders_of(spec: ModelSpec, queue: WorkQueue) -> TextEncoding:
     ops = ReferenceOps(torch.zeros(1, dtype=torch.int32))
     if not on_cpu:
         pytest.importorskip("triton", reason="triton is not installed")
-        from tetrion.engine.models.gpu_ops import DeviceOps
+        from tetrion.engine.models.gpu_ops import GpuOps
 
-        ops = DeviceOps(torch.zeros(1, dtype=torch.int32, device=queue.device))
+        ops = GpuOps(torch.zeros(1, dtype=torch.int32, device=queue.device))
     dtype = torch.float32 if on_cpu else torch.bfloat16
     return load_on_device(spec, "dummy", components_of(spec, "dummy"), queue.device, dtype, ops).text
 

@@ -16,11 +16,11 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.dummy import DummyFiles
 from tetrion.engine.models.family import LatentCodec, Model, TextEncoding
 from tetrion.engine.models.flux import network, project_text, read_config, transformer_shapes, weights_plan
-from tetrion.engine.models.gpu_ops import DeviceOps
+from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.loading import Component, component_tensors, load_to_device
 from tetrion.engine.models.locate import resolve_model
-from tetrion.engine.parallel.gpu.exchange import DeviceExchange, SharedResources
-from tetrion.engine.parallel.gpu.memory import DeviceMemory
+from tetrion.engine.parallel.gpu.exchange import GpuExchange, SharedResources
+from tetrion.engine.parallel.gpu.memory import GpuMemory
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.params import Params
@@ -99,15 +99,15 @@ def our_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tuple[Ten
     """After all steps at degree 1, twice."""
     queue = CudaQueue(0)
     step = torch.zeros(1, dtype=torch.int32, device=queue.device)
-    ops = DeviceOps(step)
+    ops = GpuOps(step)
     plan = weights_plan(read_config(files.folder / "config.json"))
     tensors = load_to_device({"transformer": Component(files, plan)}, queue.device, torch.bfloat16)
     transformer = network(spec, component_tensors(tensors, "transformer"), ops)
     control = SharedSegment.create("control", ControlLayout(num_devices=1).num_bytes)
     layout = slab_layout([spec], 1, 2, itemsize=2)
-    memory = DeviceMemory(layout, 0, queue.device, [os.memfd_create("slab")], os.dup(control.fd))
+    memory = GpuMemory(layout, 0, queue.device, [os.memfd_create("slab")], os.dup(control.fd))
     shared = SharedResources(memory.slabs, memory.abort, memory.clear_abort, [spec])
-    exchange = DeviceExchange(shared, spec, queue.to_host)
+    exchange = GpuExchange(shared, spec, queue.to_host)
     model = Model(
         spec=spec,
         network=transformer,

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from tests.entrypoints.conftest import SPEC, FakeFactory
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.request import EnergyWish, ImageRequest
+from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures as pictures_module
 from tetrion.entrypoints.batch.lines import seed_of_id
 from tetrion.entrypoints.batch.run import batch
@@ -243,7 +243,7 @@ def test_lines_may_have_an_energy_mode_and_budget(
         )
         == 1
     )
-    assert factory.last.handles[0].request.energy == EnergyWish(mode="balanced", budget_j=50)
+    assert factory.last.handles[0].request.energy == EnergyOptions(mode="balanced", budget_j=50)
     assert "line 2 (2): energy.budget_j: 50 J cannot be met: the cheapest plan" in capsys.readouterr().err
     assert pictures(out) == ["1.png"]
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.entrypoints.conftest import FakeEngine
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.request import EnergyWish, ImageRequest
+from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http.app import create_app
 from tetrion.entrypoints.http.service import MAX_BODY_BYTES, ImageService, _max_encoded_bytes
@@ -329,7 +329,7 @@ async def test_an_energy_budget_is_refused_with_the_cheapest_plan(served: Served
     assert "5 J cannot be met: the cheapest plan takes 9 J in 2 s" in error.message
     cheapest = {"joules": 9, "seconds": 2, "degrees": [2, 1, 1], "uncounted": [], "in_time": None}
     assert error.body["cheapest_plan"] == cheapest  # type: ignore[index]
-    assert served.engine.handles[-1].request.energy == EnergyWish(mode="least-energy", budget_j=5)
+    assert served.engine.handles[-1].request.energy == EnergyOptions(mode="least-energy", budget_j=5)
 
 
 async def test_the_user_is_the_tenant(served: Served) -> None:

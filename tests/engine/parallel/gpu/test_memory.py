@@ -17,7 +17,7 @@ from tests.engine.parallel.device_fleet import ON_GPU, DeviceFleet
 from tetrion.engine.messages import PeerSlab
 from tetrion.engine.parallel.gpu import memory as device_memory
 from tetrion.engine.parallel.gpu.cuda_runtime import CudaError, CudaRuntime
-from tetrion.engine.parallel.gpu.memory import DeviceMemory
+from tetrion.engine.parallel.gpu.memory import GpuMemory
 from tetrion.engine.parallel.layout import ControlLayout, SlabLayout, slab_layout
 from tetrion.engine.parallel.words import AbortWords
 
@@ -86,9 +86,9 @@ def books(monkeypatch: pytest.MonkeyPatch) -> Books:
     return Books()
 
 
-def make_memory(layout: SlabLayout, fd: int, books: Books | None, sizes: int = 0) -> tuple[DeviceMemory, list[int]]:
+def make_memory(layout: SlabLayout, fd: int, books: Books | None, sizes: int = 0) -> tuple[GpuMemory, list[int]]:
     fds = [anonymous_file(sizes) for _ in range(3)]
-    return DeviceMemory(layout, 1, CPU, [os.dup(own) for own in fds], os.dup(fd), books), fds
+    return GpuMemory(layout, 1, CPU, [os.dup(own) for own in fds], os.dup(fd), books), fds
 
 
 def slab(device: int, handle: bytes | None = None) -> PeerSlab:
@@ -149,7 +149,7 @@ def test_a_successor_starts_with_clean_counters_and_versions(layout: SlabLayout,
     files = [mmap.mmap(fd, 0) for fd in fds]
     for file in files:
         file[:] = b"\x07" * layout.num_bytes
-    DeviceMemory(layout, 1, CPU, [os.dup(fd) for fd in fds], os.dup(control_fd))
+    GpuMemory(layout, 1, CPU, [os.dup(fd) for fd in fds], os.dup(control_fd))
     assert not any(files[1][: layout.q_offset]) and files[1][layout.q_offset :] == files[0][layout.q_offset :]
     assert files[0][:] == files[2][:] == b"\x07" * layout.num_bytes
 

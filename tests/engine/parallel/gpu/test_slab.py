@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.engine.parallel.conftest import tiny_spec
-from tetrion.engine.parallel.gpu.slab import DeviceSlabs
+from tetrion.engine.parallel.gpu.slab import GpuSlabs
 from tetrion.engine.parallel.layout import SlabLayout, slab_layout
 
 CPU = torch.device("cpu")
@@ -21,14 +21,14 @@ def memory(layout: SlabLayout) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def slabs(layout: SlabLayout, memory: list[torch.Tensor]) -> DeviceSlabs:
-    slabs = DeviceSlabs(layout, 1, CPU)
+def slabs(layout: SlabLayout, memory: list[torch.Tensor]) -> GpuSlabs:
+    slabs = GpuSlabs(layout, 1, CPU)
     for device, slab in enumerate(memory):
         slabs.place(device, slab.data_ptr())
     return slabs
 
 
-def test_views_lie_where_the_layout_says(layout: SlabLayout, slabs: DeviceSlabs, memory: list[torch.Tensor]) -> None:
+def test_views_lie_where_the_layout_says(layout: SlabLayout, slabs: GpuSlabs, memory: list[torch.Tensor]) -> None:
     base = memory[1].data_ptr()
     places = layout.slots["tiny"]
     for branch in (0, 1):
@@ -50,7 +50,7 @@ def test_views_lie_where_the_layout_says(layout: SlabLayout, slabs: DeviceSlabs,
     assert (ones.min(), ones.max()) == (layout.counters_offset, layout.counter_offset(1) + 60)
 
 
-def test_kernels_follow_where_slabs_are(slabs: DeviceSlabs, memory: list[torch.Tensor]) -> None:
+def test_kernels_follow_where_slabs_are(slabs: GpuSlabs, memory: list[torch.Tensor]) -> None:
     bases = slabs.bases
     assert bases.tolist() == [slab.data_ptr() for slab in memory] and slabs.mapped == (0, 1)
     slabs.place(0, 0)
@@ -59,7 +59,7 @@ def test_kernels_follow_where_slabs_are(slabs: DeviceSlabs, memory: list[torch.T
         slabs.fields(0, "tiny", 0)
 
 
-def test_shapes_beyond_a_region_are_refused(slabs: DeviceSlabs) -> None:
+def test_shapes_beyond_a_region_are_refused(slabs: GpuSlabs) -> None:
     with pytest.raises(AssertionError, match="of a region of"):
         slabs.qkv(1, 113, 6, 32)
     with pytest.raises(AssertionError, match="of a region of"):
