@@ -2,7 +2,7 @@
 
 Owns the table; knows no kernel. A tile may depend on token count, head dim and element size, and on nothing else: the
 order in which a row's sums are taken follows from it, and a picture's bits must not depend on the degree, that is on
-the number of heads in a call. `benchmarks/kernels.py` times CANDIDATES; what wins on a GPU goes into TILES.
+the number of heads in a call. `benchmarks/gpu/kernels.py` times CANDIDATES; what wins on a GPU goes into TILES.
 """
 
 from typing import NamedTuple

@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks import live_proof, proof_folder
-from benchmarks.proof_folder import Budget, ProofFolder, Setup, refuse_to_mix, run_s
-from benchmarks.proof_results import write_results
+from benchmarks.proof import folder as proof_folder
+from benchmarks.proof import live as live_proof
+from benchmarks.proof.folder import Budget, ProofFolder, Setup, refuse_to_mix, run_s
+from benchmarks.proof.results import write_results
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.recorded_system import RecordedSystem
 from tetrion.entrypoints.bench.simulation import SimulatedSystem

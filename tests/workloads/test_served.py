@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import served
+from benchmarks.proof import served
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.live_proof import policies_on
+from benchmarks.proof.live import policies_on
 from benchmarks.workloads import compare_policies
 from benchmarks.workloads.compare_policies import load
 

@@ -1,7 +1,7 @@
 """Check and time every kernel on one GPU, attention beside cuDNN and FlashAttention; rows go to a JSON file.
 
-    python -m benchmarks.kernels OUTPUT.json                      on a GPU, within 8 minutes
-    TRITON_INTERPRET=1 python -m benchmarks.kernels OUTPUT.json   a rehearsal on the CPU with tiny shapes
+    python -m benchmarks.gpu.kernels OUTPUT.json                      on a GPU, within 8 minutes
+    TRITON_INTERPRET=1 python -m benchmarks.gpu.kernels OUTPUT.json   a rehearsal on the CPU with tiny shapes
 
 On a GPU each call is captured in a CUDA graph of many repeats; the graphs of one comparison are replayed in turn
 (A B C A B C …) and compared by medians. All members of a group are this one GPU: pushes show the kernels' own speed,
@@ -80,7 +80,7 @@ def main() -> None:
                 if time.monotonic() > deadline_s:
                     rows.append({"kernel": section.__name__, "note": "cut short: out of time"})
                     break
-            record = make_record(f"python -m benchmarks.kernels {shlex.join(sys.argv[1:])}", rows)
+            record = make_record(f"python -m benchmarks.gpu.kernels {shlex.join(sys.argv[1:])}", rows)
             record["host"] |= {
                 "device": torch.cuda.get_device_name() if on_gpu else "cpu",
                 "triton": triton.__version__,

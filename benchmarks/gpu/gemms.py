@@ -1,7 +1,7 @@
 """The step's GEMMs and attention one by one: do rows depend on the degree, and which way of calling is faster.
 
-    python -m benchmarks.gemms OUTPUT.json                      on a GPU, about a minute
-    TRITON_INTERPRET=1 python -m benchmarks.gemms OUTPUT.json   a rehearsal on the CPU with tiny shapes
+    python -m benchmarks.gpu.gemms OUTPUT.json                      on a GPU, about a minute
+    TRITON_INTERPRET=1 python -m benchmarks.gpu.gemms OUTPUT.json   a rehearsal on the CPU with tiny shapes
 
 Rows with `identical`: an operator's results for one member's rows (or heads) of every degree, against those for all
 rows at once; where it is false, that operator breaks the promise that the degree does not show in a picture. Rows with
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from benchmarks.kernels import FLUX, TINY, Calls, Row, Shapes, median_ms
+from benchmarks.gpu.kernels import FLUX, TINY, Calls, Row, Shapes, median_ms
 from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.ops import Linear
 from tetrion.engine.parallel.group import plan_group, split
@@ -165,7 +165,7 @@ def main() -> None:
     on_gpu = not triton.knobs.runtime.interpret
     shapes, until_s = (FLUX if on_gpu else TINY), time.monotonic() + arguments.budget_s
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
-    record = make_record(f"python -m benchmarks.gemms {shlex.join(sys.argv[1:])}", [])
+    record = make_record(f"python -m benchmarks.gpu.gemms {shlex.join(sys.argv[1:])}", [])
     with torch.device(device), torch.inference_mode():
         turns = [layers(shapes.num_heads * shapes.head_dim, dtype) for _ in range(NUM_WEIGHTS)]
         for num_image in shapes.num_image:

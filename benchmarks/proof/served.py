@@ -1,9 +1,10 @@
 """Pictures through `tetrion serve` on the machine at hand: are all requests answered, in time, and at which degrees?
 
-    python -m benchmarks.served OUTPUT.json --devices cuda --model flux1-dev --load-format dummy
-    python -m benchmarks.served OUTPUT.json --devices cpu:2 --size 128x128 --num-requests 6 --num-steps 4
-    python -m benchmarks.served OUTPUT.json --devices cuda --size 256x256 --size 512x512 --rate 1500 --slo-s 0.15 \
-        --profile benchmarks/workloads/wide_profile.json    # the embedded model, resized although it gains nothing
+    python -m benchmarks.proof.served OUTPUT.json --devices cuda --model flux1-dev --load-format dummy
+    python -m benchmarks.proof.served OUTPUT.json --devices cpu:2 --size 128x128 --num-requests 6 --num-steps 4
+    python -m benchmarks.proof.served OUTPUT.json --devices cuda --size 256x256 --size 512x512 --rate 1500 \
+        --slo-s 0.15 --profile benchmarks/workloads/wide_profile.json    # the embedded model, resized although it gains
+        nothing
 
 Starts a server of its own on a free port, waits until it is ready, sends the requests at their times whatever has
 become of those before, and ends the server. A row for each size; `resized`: so many had steps at more than one degree.
@@ -142,7 +143,7 @@ def main() -> None:
     except (RuntimeError, ValueError) as error:
         sys.exit(f"served: error: {error}")
     rows = [row_of(size, run.outcomes) for size in sizes]
-    record = make_record(f"python -m benchmarks.served {shlex.join(sys.argv[1:])}", rows)
+    record = make_record(f"python -m benchmarks.proof.served {shlex.join(sys.argv[1:])}", rows)
     known_j = [joules for joules in run.joules or () if joules is not None]
     record |= {
         "system": system.facts | {"num_devices": system.num_devices, "ready_s": ready_s, "url": "of its own"},

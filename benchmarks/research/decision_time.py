@@ -1,6 +1,6 @@
 """How long one decision of each policy takes, by requests and devices; a JSON file and a plot.
 
-    python -m benchmarks.decision_time benchmarks/results/decision-time.json
+    python -m benchmarks.research.decision_time benchmarks/results/decision-time.json
 
 Snapshots are random states of a busy server: sizes as in the uniform mix, requests at any step, SLOs from tight to
 loose, most devices in a chunk and at least one idle. Every snapshot is decided `REPEATS` times and its fastest time
@@ -156,13 +156,15 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--profile", type=Path, default=Path(__file__).parent / "workloads" / "prototype_profile.json")
+    parser.add_argument(
+        "--profile", type=Path, default=Path(__file__).parents[1] / "workloads" / "prototype_profile.json"
+    )
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--snapshots", type=int, default=300)
     parser.add_argument("--commit", help="The commit to record. Default: what git says.")
     given = parser.parse_args()
     rows = measure(read_profile(given.profile), given.policies, given.snapshots)
-    record = make_record(f"python -m benchmarks.decision_time {shlex.join(sys.argv[1:])}", rows)
+    record = make_record(f"python -m benchmarks.research.decision_time {shlex.join(sys.argv[1:])}", rows)
     if given.commit is not None:
         record["commit"] = given.commit
     write_record(record, given.output)

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from benchmarks.proof_folder import ProofFolder
+from benchmarks.proof.folder import ProofFolder
 from tetrion.entrypoints.bench.recorded_system import RecordedSystem, recorded_policies
 from tetrion.entrypoints.bench.replay import command as replay
 from tetrion.entrypoints.bench.slo import beside_rows

@@ -1,7 +1,7 @@
 """What a layer's exchange costs between this host's GPUs: both pushes and the barrier, all members at once.
 
-    python -m benchmarks.links OUTPUT.json                      on two or more GPUs, half a minute
-    TRITON_INTERPRET=1 python -m benchmarks.links OUTPUT.json   a rehearsal on the CPU: tiny shapes, no barrier
+    python -m benchmarks.gpu.links OUTPUT.json                      on two or more GPUs, half a minute
+    TRITON_INTERPRET=1 python -m benchmarks.gpu.links OUTPUT.json   a rehearsal on the CPU: tiny shapes, no barrier
 
 One process with all GPUs, peer access between them, and the workers' own kernels: a CUDA graph of many repeats on every
 GPU, replayed at the same time; a row has the slowest member's time. `gb_per_s`: what a member stores in peers' memory.
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.kernels import FLUX, TINY, Row, Shapes, group_tensors
+from benchmarks.gpu.kernels import FLUX, TINY, Row, Shapes, group_tensors
 from tetrion.engine.parallel.group import GroupPlan, plan_group
 from tetrion.entrypoints.record import make_record, write_record
 from tetrion.kernels.barrier import ABORTED, CACHE_LINE, barrier
@@ -229,7 +229,7 @@ def main() -> None:
     devices = [torch.device("cuda", i) if on_gpu else torch.device("cpu") for i in range(count)]
     if count < 2:
         parser.error(f"{count} GPU: there is no link to measure")
-    record = make_record(f"python -m benchmarks.links {shlex.join(sys.argv[1:])}", [])
+    record = make_record(f"python -m benchmarks.gpu.links {shlex.join(sys.argv[1:])}", [])
     _allow_peers(devices)
     for degree in (n for n in shapes.degrees if 2 <= n <= count):
         for num_image in shapes.num_image:

@@ -1,7 +1,7 @@
 """The live proof: every policy on the same traces, in compressed time, in as many calls as it takes.
 
-    python -m benchmarks.live_proof out/live --devices cuda:0,1 --model flux1-dev --load-format dummy --budget-s 540
-    python -m benchmarks.live_proof out/rehearsal --devices cpu:2 --size 128x128 --size 256x256 --base-slo 5 \
+    python -m benchmarks.proof.live out/live --devices cuda:0,1 --model flux1-dev --load-format dummy --budget-s 540
+    python -m benchmarks.proof.live out/rehearsal --devices cpu:2 --size 128x128 --size 256x256 --base-slo 5 \
         --base-slo 10 --num-requests 8        # without GPUs
 
 Time is compressed by 4: 7 steps of 28, times between arrivals and what SLOs leave for denoising divided by 4, encode
@@ -11,7 +11,7 @@ the devices can do at the narrowest degree. Policies are `horizon` first (the ot
 request) and those that are published; `fixed-K` as far as there are K devices. TetriServe's rounds of 5 steps are long
 beside requests of 7, so that it also runs with rounds of 1 step, compressed like the rest: `tetriserve-g1`.
 
-The first call fixes cost table, SLOs and traces in FOLDER (see `proof_folder.py`); the same command again does the runs
+The first call fixes cost table, SLOs and traces in FOLDER (see `folder.py`); the same command again does the runs
 that are left, and refuses if devices, model, commit or options have changed. `--budget-s` begins no run that would not
 fit in what is left of so many seconds since the start; results come on top. A call that is cut loses the run under way.
 
@@ -29,8 +29,8 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.proof_folder import Budget, ProofFolder, Setup, refuse_to_mix, run_s
-from benchmarks.proof_results import write_results
+from benchmarks.proof.folder import Budget, ProofFolder, Setup, refuse_to_mix, run_s
+from benchmarks.proof.results import write_results
 from tetrion.engine.config import DeviceSpec, parse_devices
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.hardware.host import cpu_name
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--base-slo", action="append", type=float, default=[], help="Seconds for each --size.")
     parser.add_argument("--budget-s", type=float, help="Seconds since the start that runs may take. Default: no limit.")
     try:
-        prove(parser.parse_args(), f"python -m benchmarks.live_proof {shlex.join(sys.argv[1:])}")
+        prove(parser.parse_args(), f"python -m benchmarks.proof.live {shlex.join(sys.argv[1:])}")
     except InputError as error:
         code, line = exit_code_and_line(error)
         _to_stderr(f"live_proof: error: {line}")

@@ -1,0 +1,1 @@
+"""The engine against deadlines on the machine at hand: live, and through a server."""
