@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetrion.entrypoints.bench.energy_command import energy_command
-from tetrion.entrypoints.bench.energy_saving_command import energy_saving
 from tetrion.entrypoints.bench.slo_commands import COMMANDS
 from tetrion.entrypoints.exit_codes import report_errors
 from tetrion.entrypoints.recommend.command import recommend
@@ -193,25 +192,6 @@ def bench() -> None:
     """Measure parts of the engine on this machine."""
 
 
-@bench.command("ring")
-@click.option("--num-round-trips", type=click.IntRange(min=1), default=2000, show_default=True, help="Back to back.")
-@click.option(
-    "--num-after-silence", type=click.IntRange(min=1), default=500, show_default=True, help="After 5 ms each."
-)
-@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def bench_ring(**options: Any) -> int:
-    """The time from engine to worker and back for a command that does nothing."""
-
-    def run() -> int:
-        from tetrion.entrypoints.bench.ring import command
-
-        command(**options)
-        return 0
-
-    return report_errors(run)
-
-
 @bench.command("step")
 @click.option("--num-steps", type=click.IntRange(min=1), help="Default: 12; on GPUs (for exactness) the model's.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="CPUs: pairs to compare.")
@@ -251,7 +231,6 @@ def bench_step(ctx: click.Context, **options: Any) -> int:
 for command in COMMANDS:
     bench.add_command(command)
 bench.add_command(energy_command(engine_options, lambda given: _engine_options(given), lambda ctx: _command_line(ctx)))
-bench.add_command(energy_saving)
 cli.add_command(recommend)
 
 
@@ -276,10 +255,15 @@ def _engine_options(options: dict[str, Any]) -> "EngineOptions":
     return EngineOptions(**{name: options.pop(name) for name in names})
 
 
-def run(arguments: list[str], factory: "EngineFactory | None" = None) -> int:
+def run(
+    arguments: list[str],
+    factory: "EngineFactory | None" = None,
+    program: click.Group = cli,
+    name: str = "tetrion",
+) -> int:
     """Run the command line `arguments` and return its exit code. `factory` makes the engine (default: the real one)."""
     try:
-        return cli.main(arguments, prog_name="tetrion", standalone_mode=False, obj=factory) or 0
+        return program.main(arguments, prog_name=name, standalone_mode=False, obj=factory) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.proof.recorded_system import is_recorded
 from tetrion.engine.planning.cost.profile import Profile, read_profile
-from tetrion.entrypoints.bench.recorded_system import is_recorded
 from tetrion.entrypoints.bench.recording import Recording, read_recordings, write_recordings
 from tetrion.entrypoints.bench.simulation import simulate
 from tetrion.entrypoints.bench.slo_points import Point

@@ -3,8 +3,8 @@
 import msgspec
 
 from benchmarks.proof.folder import ProofFolder
-from tetrion.entrypoints.bench.recorded_system import RecordedSystem, recorded_policies
-from tetrion.entrypoints.bench.replay import command as replay
+from benchmarks.proof.recorded_system import RecordedSystem, recorded_policies
+from benchmarks.research.replay import command as replay
 from tetrion.entrypoints.bench.slo import beside_rows
 from tetrion.entrypoints.bench.slo_points import Grid
 from tetrion.entrypoints.bench.slo_run import Results, SloOptions, run_points

@@ -1,4 +1,4 @@
-"""The commands around deadlines: options of `tetrion bench slo`, `bound`, `replay`, `timeline` and `plot`.
+"""The commands around deadlines: options of `tetrion bench slo`, `timeline` and `plot`.
 
 Imports nothing but click at module level, so that `--help` is quick.
 """
@@ -75,7 +75,9 @@ def with_options(*groups: tuple[Command, ...]) -> Callable[[Command], Command]:
 @click.option("--policy", metavar="NAME", multiple=True, help="Planner; may be repeated. Default: horizon.")
 @with_options(WORKLOAD_OPTIONS)
 @click.option(
-    "--bound", is_flag=True, help="Compute the clairvoyant bound of every point too (see tetrion bench bound)."
+    "--bound",
+    is_flag=True,
+    help="Compute the clairvoyant bound of every point too (see python -m benchmarks.research bound).",
 )
 @click.option("--record", metavar="FILE", type=FILE, help="Write every run there, for replay and timeline.")
 @click.option("--plots", metavar="DIR", type=FILE, help="Draw attainment against SLO scale and rate into DIR.")
@@ -87,7 +89,7 @@ def slo(**options: Any) -> int:
         from tetrion.entrypoints.bench.slo import command
         from tetrion.entrypoints.session import EngineOptions
 
-        given = _given(options)
+        given = given_options(options)
         given["command_line"] = spell("slo", given)
         devices = given.pop("devices", None)
         engine = {name: given.pop(name) for name in ("model", "load_format", "num_threads") if name in given}
@@ -95,52 +97,6 @@ def slo(**options: Any) -> int:
         if options["simulate"] and devices is not None:
             given["devices"] = number_of_devices(devices)
         command(engine=EngineOptions(devices=devices, **engine), simulation=simulation, **given)
-        return 0
-
-    return report_errors(run)
-
-
-@click.command("bound")
-@click.option("--profile", metavar="FILE", type=FILE, required=True, help="Cost table, JSON.")
-@click.option("--devices", type=POSITIVE, default=8, show_default=True, help="How many.")
-@with_options(WORKLOAD_OPTIONS)
-@click.option("--step-overhead-ms", type=float, default=0.0, show_default=True, help="Added to each step.")
-@click.option("--block", type=POSITIVE, help="Requests solved together; more is tighter and slower. Default: 150.")
-@click.option("--time-limit", "time_limit_s", type=float, metavar="S", help="For each block. Default: 60.")
-@with_options(RESULT_OPTIONS)
-def bound(**options: Any) -> int:
-    """What share of the deadlines of a trace anybody could have met: a clairvoyant upper bound (needs scipy)."""
-
-    def run() -> int:
-        from tetrion.entrypoints.bench.bound import command
-
-        given = _given(options)
-        command(command_line=spell("bound", given), **given)
-        return 0
-
-    return report_errors(run)
-
-
-@click.command("replay")
-@click.argument("recordings", metavar="RECORD", type=FILE)
-@click.option("--profile", metavar="FILE", type=FILE, help="Cost table. Default: the times measured in the run itself.")
-@click.option("--drift", is_flag=True, help="Simulated devices slow down when those of the recorded run did.")
-@click.option(
-    "--seeds",
-    type=POSITIVE,
-    default=1,
-    show_default=True,
-    help="Above 1: so many runs on times drawn from the recorded ones; means and ranges.",
-)
-@with_options(RESULT_OPTIONS)
-def replay(**options: Any) -> int:
-    """Simulate what `tetrion bench slo --record RECORD` recorded, and say how well it agrees."""
-
-    def run() -> int:
-        from tetrion.entrypoints.bench.replay import command
-
-        given = _given(options)
-        command(command_line=spell("replay", given), **given)
         return 0
 
     return report_errors(run)
@@ -159,7 +115,7 @@ def timeline(**options: Any) -> int:
     def run() -> int:
         from tetrion.entrypoints.bench.timeline import command
 
-        command(**_given(options))
+        command(**given_options(options))
         return 0
 
     return report_errors(run)
@@ -180,12 +136,12 @@ def plot(results: tuple[Path, ...], output: Path) -> int:
     return report_errors(run)
 
 
-COMMANDS = (slo, bound, replay, timeline, plot)
+COMMANDS = (slo, timeline, plot)
 
 
-def spell(name: str, given: dict[str, Any]) -> str:
+def spell(name: str, given: dict[str, Any], program: str = "tetrion bench") -> str:
     """The command line that says what `given` does."""
-    words = ["tetrion", "bench", name]
+    words = [*program.split(), name]
     for option, value in given.items():
         flag = {"as_json": "--json", "time_limit_s": "--time-limit"}.get(option, f"--{option.replace('_', '-')}")
         if option in ("recordings",):
@@ -197,7 +153,7 @@ def spell(name: str, given: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given; commands have the defaults."""
     return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
 

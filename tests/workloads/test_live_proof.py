@@ -10,9 +10,9 @@ import pytest
 from benchmarks.proof import folder as proof_folder
 from benchmarks.proof import live as live_proof
 from benchmarks.proof.folder import Budget, ProofFolder, Setup, refuse_to_mix, run_s
+from benchmarks.proof.recorded_system import RecordedSystem
 from benchmarks.proof.results import write_results
 from tetrion.engine.planning.cost.profile import Profile
-from tetrion.entrypoints.bench.recorded_system import RecordedSystem
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid, Point, points
 from tetrion.entrypoints.bench.slo_run import Results, SloOptions, run_points

@@ -12,12 +12,12 @@ from typing import ClassVar
 
 import pytest
 
+from benchmarks.research.replay import command as replay_command
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.messages import Command, Denoise, EncodePrompt
 from tetrion.entrypoints.bench import live
 from tetrion.entrypoints.bench.live import HttpSystem, open_loop
 from tetrion.entrypoints.bench.recording import Recorder, read_recordings
-from tetrion.entrypoints.bench.replay import command as replay_command
 from tetrion.entrypoints.bench.slo import command
 from tetrion.entrypoints.bench.workloads import TraceRequest, write_trace
 from tetrion.entrypoints.errors import InputError

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.research.commands import run as research
 from tetrion.entrypoints.bench.slo_commands import spell
 from tetrion.entrypoints.cli import run
 
@@ -37,17 +38,17 @@ def test_record_timeline_replay_and_plots(tmp_path: Path, profile_file: Path) ->
     assert run([*common, "--record", record, "--plots", plots, "--output", output, "--bound"]) == 0
     assert (tmp_path / "plots" / "attainment-slo-scale.png").exists()
     assert run(["bench", "timeline", record, "--run", "2", "--png", str(tmp_path / "t.png")]) == 0
-    assert run(["bench", "replay", record]) == 0
+    assert research(["replay", record]) == 0
     assert run(["bench", "plot", output, "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "attainment-slo-scale.png").exists() and (tmp_path / "t.png").exists()
 
 
 def test_bound_prints_a_line_for_each_point(profile_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"bench bound --profile {profile_file} --devices 4 --rate 6 --rate 60 --seed 1 --num-requests 20"
-    assert run([*words.split(), "--json"]) == 0
+    words = f"bound --profile {profile_file} --devices 4 --rate 6 --rate 60 --seed 1 --num-requests 20"
+    assert research([*words.split(), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["rate_per_min"] for row in rows] == [6, 60] and rows[0]["bound"] >= rows[1]["bound"] > 0
-    assert run(words.split()) == 0
+    assert research(words.split()) == 0
     assert capsys.readouterr().out.count("at most") == 2
 
 
@@ -57,15 +58,16 @@ def test_bound_prints_a_line_for_each_point(profile_file: Path, capsys: pytest.C
         ("bench slo --simulate --profile {p} --devices cpu:2", "devices: a simulation needs their number, got 'cpu:2'"),
         ("bench slo --profile {p}", "mode: give one of --simulate, --live and --url"),
         ("bench slo --live --devices cpu:0", "devices: expected cpu:N"),
-        ("bench bound --profile missing.json", "missing.json"),
-        ("bench replay missing.jsonl", "missing.jsonl"),
+        ("bound --profile missing.json", "missing.json"),
+        ("replay missing.jsonl", "missing.jsonl"),
         ("bench timeline {p} --png x.png", "not a recording"),
     ],
 )
 def test_what_is_wrong_is_one_line(
     profile_file: Path, capsys: pytest.CaptureFixture[str], words: str, says: str
 ) -> None:
-    assert run(words.format(p=profile_file).split()) in (1, 2)
+    command = run if words.startswith("bench") else research
+    assert command(words.format(p=profile_file).split()) in (1, 2)
     err = capsys.readouterr().err
     assert says in err and err.startswith("tetrion: error: ") and err.count("\n") == 1
 

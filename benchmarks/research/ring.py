@@ -1,4 +1,4 @@
-"""`tetrion bench ring`: the time from engine to worker and back for a command that does nothing.
+"""`python -m benchmarks.research ring`: the time from engine to worker and back for a command that does nothing.
 
 Real channels and a real spawned process; beside them `multiprocessing.Queue` in the same run. The worker waits as in
 service, in `CommandReceiver.receive`: it spins at most 200 µs, then sleeps on its doorbell. The engine's side waits in
@@ -22,9 +22,9 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.research.ring_echo import echo_queues
 from tetrion.engine.messages import Event, Ping, Pong
 from tetrion.engine.transport.channel import SPIN_S, EngineEnd, create_channel, send_to_all
-from tetrion.entrypoints.bench.ring_echo import echo_queues
 from tetrion.entrypoints.record import as_text, check_writable, make_record, write_record
 
 SILENCE_S = 0.005
@@ -55,7 +55,8 @@ def run(num_round_trips: int = 2000, num_after_silence: int = 500, queue: bool =
     if queue:
         with _queues() as round_trip:
             rows += [_row("multiprocessing.Queue", s, n, _measure(round_trip, s, n)) for s, n in counts.items()]
-    line = f"tetrion bench ring --num-round-trips {num_round_trips} --num-after-silence {num_after_silence}"
+    line = f"python -m benchmarks.research ring --num-round-trips {num_round_trips}"
+    line += f" --num-after-silence {num_after_silence}"
     return make_record(line, rows)
 
 
@@ -77,7 +78,7 @@ def render(result: dict[str, Any]) -> str:
 def command(
     num_round_trips: int = 2000, num_after_silence: int = 500, output: Path | None = None, as_json: bool = False
 ) -> dict[str, Any]:
-    """What `tetrion bench ring` does: measure, print the table (or one JSON object), write `output`."""
+    """What `python -m benchmarks.research ring` does: measure, print the table (or one JSON object), write `output`."""
     check_writable(output, "output")
     result = run(num_round_trips, num_after_silence)
     try:
@@ -94,7 +95,7 @@ def _channel() -> Iterator[EngineEnd]:
     life_fd, engine_life_fd = os.pipe()
     arguments = [msgspec.json.encode(engine.spec).decode(), str(life_fd)]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tetrion.entrypoints.bench.ring_echo", *arguments],
+        [sys.executable, "-P", str(Path(__file__).with_name("ring_echo.py")), *arguments],
         pass_fds=(*engine.spec.fds, life_fd),
     )
     os.close(life_fd)

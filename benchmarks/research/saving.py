@@ -1,7 +1,7 @@
-"""`tetrion bench energy-saving`: what the energy modes of `horizon` save on a trace, between two ends.
+"""`python -m benchmarks.research energy-saving`: what the energy modes of `horizon` save on a trace, between two ends.
 
 Runs every mode on the same traces, in virtual time (the real loop) or live, and puts them on a scale from what mode
-`fastest` takes to what oracles would (see `energy_oracle.py`). Joules on that scale are the profile's: measured where
+`fastest` takes to what oracles would (see `oracle.py`). Joules on that scale are the profile's: measured where
 the profile was measured, and as good as it. Live runs say beside them what receipts add up to.
 """
 
@@ -14,6 +14,8 @@ from typing import Any, get_args
 
 import msgspec
 
+from benchmarks.research import oracle as energy_oracle
+from benchmarks.research.oracle import Spent
 from tetrion.engine.config import EnergyMode, PlannerConfig
 from tetrion.engine.executors.simulated import Disturbance
 from tetrion.engine.planning.cost.profile import Profile, read_profile
@@ -21,8 +23,6 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import why_not
 from tetrion.engine.shape import cost_key_of_size
-from tetrion.entrypoints.bench import energy_oracle
-from tetrion.entrypoints.bench.energy_oracle import Spent
 from tetrion.entrypoints.bench.live import EmbeddedSystem
 from tetrion.entrypoints.bench.outcomes import Mode, Run
 from tetrion.entrypoints.bench.simulation import MAX_DEVICES, simulate
@@ -127,7 +127,7 @@ def command(
     extra_j: float = PlannerConfig().extra_j,
     output: Path | None = None,
     as_json: bool = False,
-    command_line: str = "tetrion bench energy-saving",
+    command_line: str = "python -m benchmarks.research energy-saving",
     **workload: Any,
 ) -> dict[str, Any]:
     """What the command does: run, print the table (or one JSON object), write `output`. `live`: on an engine that these

@@ -6,9 +6,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from benchmarks.research.replay import agreement, command, drift_of, measured_profile, replays, spread_of
 from tests.entrypoints.bench.conftest import PROFILE, recorded
 from tetrion.entrypoints.bench.recording import Recording, write_recordings
-from tetrion.entrypoints.bench.replay import agreement, command, drift_of, measured_profile, replays, spread_of
 from tetrion.entrypoints.errors import InputError
 
 

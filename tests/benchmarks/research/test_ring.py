@@ -1,8 +1,15 @@
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from tetrion.entrypoints.bench import ring
+from benchmarks.research import ring
+
+
+@pytest.fixture(autouse=True)
+def spawned_processes_find_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).resolve().parents[3])])
 
 
 def test_it_measures_every_way_and_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

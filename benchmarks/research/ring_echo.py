@@ -1,6 +1,7 @@
-"""The worker's half of `tetrion bench ring`: answers every `Ping` with a `Pong`, over a channel or over queues.
+"""The worker's half of `python -m benchmarks.research ring`: answers every `Ping` with a `Pong`, over a channel or over
+queues.
 
-Started as `python -m tetrion.entrypoints.bench.ring_echo CHANNEL_SPEC_JSON LIFE_FD`. Ends with the engine's process.
+Started as `python benchmarks/research/ring_echo.py CHANNEL_SPEC_JSON LIFE_FD`. Ends with the engine's process.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`tetrion bench bound`: the clairvoyant bound (see `clairvoyant.py`) for the points of a grid."""
+"""`python -m benchmarks.research bound`: the clairvoyant bound (see `clairvoyant.py`) for the points of a grid."""
 
 import sys
 import time
@@ -23,10 +23,11 @@ def command(
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     output: Path | None = None,
     as_json: bool = False,
-    command_line: str = "tetrion bench bound",
+    command_line: str = "python -m benchmarks.research bound",
     **workload: Any,
 ) -> dict[str, Any]:
-    """What `tetrion bench bound` does: print a line for each point (or one JSON object), write `output`.
+    """What `python -m benchmarks.research bound` does: print a line for each point (or one JSON object), write
+    `output`.
 
     `workload`: see `slo.grid`. Raises InputError for what the caller can put right.
     """

@@ -1,4 +1,4 @@
-"""`tetrion bench replay`: recorded runs again in virtual time, and how well the two agree.
+"""`python -m benchmarks.research replay`: recorded runs again in virtual time, and how well the two agree.
 
 The same arrivals, policy and number of devices; every stage costs what it took on average in the recorded run, plus
 what a chunk cost beyond its steps. A simulation that agrees may be believed about workloads that were not run.
@@ -48,9 +48,10 @@ def command(
     seeds: int = 1,
     output: Path | None = None,
     as_json: bool = False,
-    command_line: str = "tetrion bench replay",
+    command_line: str = "python -m benchmarks.research replay",
 ) -> dict[str, Any]:
-    """What `tetrion bench replay` does: a line for each recorded run (or one JSON object), written to `output` too.
+    """What `python -m benchmarks.research replay` does: a line for each recorded run (or one JSON object), written to
+    `output` too.
 
     Raises InputError for what the caller can put right.
     """

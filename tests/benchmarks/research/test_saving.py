@@ -1,16 +1,16 @@
 """What energy modes save, simulated and live. The joules here are written by hand, not measured."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.research.commands import run
+from benchmarks.research.oracle import ORACLES, Spent, by_class, idle_j, oracle, saving, spent, totals
 from tests.engine.planning.simulation import costs_of
 from tests.engine.planning.test_energy_mode import PROFILE
 from tetrion.engine.planning.degrees import DegreeTables
-from tetrion.entrypoints.bench.energy_oracle import ORACLES, Spent, by_class, idle_j, oracle, saving, spent, totals
 from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.workloads import TraceRequest
 
@@ -33,6 +33,10 @@ HAND_MADE = {
     "meta": {"step_j_source": "written by hand for a test"},
 }
 SIZES = ("--size", "256x256", "--base-slo", 2.0, "--size", "1024x1024", "--base-slo", 5.5)
+
+
+def research(*arguments: object) -> int:
+    return run([str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -90,11 +94,11 @@ def test_a_run_counts_the_degrees_that_it_used() -> None:
     assert one.joules == pytest.approx(600 * (2 * 0.1647 + 4 * 0.0598) + 25.0) and one.is_met
 
 
-def test_the_command_shows_both_ends(tetrion: Callable[..., int], profile: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_shows_both_ends(profile: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "saving.json"
     given = ("--profile", profile, "--devices", 4, "--rate", 6, "--num-requests", 30, "--seed", 1, *SIZES)
     given += ("--idle-watts", 70, "--mode", "least-energy", "--mode", "balanced", "--output", output)
-    assert tetrion("bench", "energy-saving", *given) == 0
+    assert research("energy-saving", *given) == 0
     record = json.loads(output.read_text())
     systems = ["fastest", "balanced", "least-energy", *ORACLES]
     rows = {(row["system"], row["px"]): row for row in record["rows"]}
@@ -109,13 +113,13 @@ def test_the_command_shows_both_ends(tetrion: Callable[..., int], profile: Path,
 
 
 @pytest.mark.usefixtures("fork_server")
-def test_modes_run_live_on_the_same_arrivals(tetrion: Callable[..., int], tmp_path: Path) -> None:
+def test_modes_run_live_on_the_same_arrivals(tmp_path: Path) -> None:
     """On CPU workers, whose receipts know no joules. Alone a request runs at both devices, unless joules count."""
     cost = {"step_ms": {"1": 60, "2": 35}, "step_j": {"1": 6, "2": 7}, "encode_ms": 5, "decode_ms": 20}
     (tmp_path / "table.json").write_text(json.dumps({"heads": 12, "classes": {"128x128": cost}}))
     given = ("--profile", tmp_path / "table.json", "--live", "--devices", "cpu:2", "--num-threads", 1, "--rate", 60)
     given += ("--num-requests", 4, "--num-steps", 4, "--seed", 1, "--size", "128x128", "--base-slo", 30)
-    assert tetrion("bench", "energy-saving", *given, "--output", tmp_path / "saving.json") == 0
+    assert research("energy-saving", *given, "--output", tmp_path / "saving.json") == 0
     record = json.loads((tmp_path / "saving.json").read_text())
     rows = {row["system"]: row for row in record["rows"] if row["px"] == "all"}
     assert [rows[name]["mode"] for name in ("fastest", "least-energy", *ORACLES)] == ["live", "live", "sim", "sim"]
@@ -141,17 +145,15 @@ def test_modes_run_live_on_the_same_arrivals(tetrion: Callable[..., int], tmp_pa
         (("--trace", "nowhere.jsonl"), "trace: cannot read 'nowhere.jsonl'"),
     ],
 )
-def test_bad_input(
-    tetrion: Callable[..., int], profile: Path, capsys: Any, arguments: tuple[object, ...], says: str
-) -> None:
-    assert tetrion("bench", "energy-saving", "--profile", profile, *SIZES, *arguments) == 2
+def test_bad_input(profile: Path, capsys: Any, arguments: tuple[object, ...], says: str) -> None:
+    assert research("energy-saving", "--profile", profile, *SIZES, *arguments) == 2
     assert says in capsys.readouterr().err
 
 
-def test_a_profile_without_joules_is_refused(tetrion: Callable[..., int], profile: Path, capsys: Any) -> None:
+def test_a_profile_without_joules_is_refused(profile: Path, capsys: Any) -> None:
     bare = json.loads(profile.read_text())
     del bare["classes"]["256x256"]["step_j"], bare["classes"]["1024x1024"]["step_j"]["4"]
     del bare["classes"]["1024x1024"]["step_j"]["2"]
     profile.write_text(json.dumps(bare))
-    assert tetrion("bench", "energy-saving", "--profile", profile, "--devices", 4, *SIZES) == 2
+    assert research("energy-saving", "--profile", profile, "--devices", 4, *SIZES) == 2
     assert "no joules (step_j) for 256x256 at degree 2, 4" in capsys.readouterr().err

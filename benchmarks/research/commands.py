@@ -1,0 +1,148 @@
+"""The command line `python -m benchmarks.research`. Imports little but click, so that `--help` is quick."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tetrion.entrypoints import cli
+from tetrion.entrypoints.bench.slo_commands import (
+    ENGINE_OPTIONS,
+    FILE,
+    POSITIVE,
+    RESULT_OPTIONS,
+    WORKLOAD_OPTIONS,
+    given_options,
+    number_of_devices,
+    spell,
+    with_options,
+)
+from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.number_range import NumberRange
+
+
+@click.command("ring")
+@click.option("--num-round-trips", type=click.IntRange(min=1), default=2000, show_default=True, help="Back to back.")
+@click.option(
+    "--num-after-silence", type=click.IntRange(min=1), default=500, show_default=True, help="After 5 ms each."
+)
+@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the result there as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def ring(**options: Any) -> int:
+    """The time from engine to worker and back for a command that does nothing."""
+
+    def run() -> int:
+        from benchmarks.research.ring import command
+
+        command(**options)
+        return 0
+
+    return report_errors(run)
+
+
+PROGRAM = "python -m benchmarks.research"
+PRICE = NumberRange(0, 1_000_000_000, min_open=True)
+
+
+@click.command("energy-saving")
+@click.option("--profile", metavar="FILE", type=FILE, required=True, help="Cost table with joules (step_j), JSON.")
+@click.option("--live", is_flag=True, help="On an engine in this process, which runs on that table.")
+@click.option("--devices", metavar="N|LIST", help="Simulated: how many (default 8). Live: as for generate, e.g. cpu:2.")
+@click.option(
+    "--mode",
+    type=click.Choice(["balanced", "least-energy"]),
+    multiple=True,
+    default=("least-energy",),
+    show_default=True,
+    help="Beside fastest; may be repeated.",
+)
+@click.option("--idle-watts", type=NumberRange(0, 100_000), help="Of an idle GPU, for totals. Default: not counted.")
+@click.option("--j-per-s", type=PRICE, help="balanced: what a second earlier may cost. Default: the planner's.")
+@click.option(
+    "--extra-j", type=NumberRange(0, 10), help="least-energy: the share that widening may cost. Default: the planner's."
+)
+@with_options(WORKLOAD_OPTIONS, ENGINE_OPTIONS, RESULT_OPTIONS)
+def energy_saving(**options: Any) -> int:
+    """What energy modes save, simulated or live, between mode fastest and oracles that know no other request."""
+
+    def run() -> int:
+        from benchmarks.research.saving import command
+        from tetrion.entrypoints.errors import InputError
+        from tetrion.entrypoints.session import EngineOptions
+
+        given = {name: value for name, value in options.items() if value not in (None, False, ())}
+        command_line = spell("energy-saving", given, PROGRAM)
+        is_live, devices = given.pop("live", False), given.pop("devices", None)
+        engine = {name: given.pop(name) for name in ("model", "load_format", "num_threads") if name in given}
+        if is_live:
+            planner = tuple(f"{name}={given[name]}" for name in ("j_per_s", "extra_j") if name in given)
+            profile = str(given["profile"])
+            given["live"] = EngineOptions(devices=devices, profile=profile, planner=planner, **engine)
+        elif engine:
+            raise InputError(f"{next(iter(engine))}: is for --live")
+        elif devices is not None:
+            given["devices"] = number_of_devices(devices)
+        command(command_line=command_line, **given)
+        return 0
+
+    return report_errors(run)
+
+
+@click.command("bound")
+@click.option("--profile", metavar="FILE", type=FILE, required=True, help="Cost table, JSON.")
+@click.option("--devices", type=POSITIVE, default=8, show_default=True, help="How many.")
+@with_options(WORKLOAD_OPTIONS)
+@click.option("--step-overhead-ms", type=float, default=0.0, show_default=True, help="Added to each step.")
+@click.option("--block", type=POSITIVE, help="Requests solved together; more is tighter and slower. Default: 150.")
+@click.option("--time-limit", "time_limit_s", type=float, metavar="S", help="For each block. Default: 60.")
+@with_options(RESULT_OPTIONS)
+def bound(**options: Any) -> int:
+    """What share of the deadlines of a trace anybody could have met: a clairvoyant upper bound (needs scipy)."""
+
+    def run() -> int:
+        from benchmarks.research.bound import command
+
+        given = given_options(options)
+        command(command_line=spell("bound", given, PROGRAM), **given)
+        return 0
+
+    return report_errors(run)
+
+
+@click.command("replay")
+@click.argument("recordings", metavar="RECORD", type=FILE)
+@click.option("--profile", metavar="FILE", type=FILE, help="Cost table. Default: the times measured in the run itself.")
+@click.option("--drift", is_flag=True, help="Simulated devices slow down when those of the recorded run did.")
+@click.option(
+    "--seeds",
+    type=POSITIVE,
+    default=1,
+    show_default=True,
+    help="Above 1: so many runs on times drawn from the recorded ones; means and ranges.",
+)
+@with_options(RESULT_OPTIONS)
+def replay(**options: Any) -> int:
+    """Simulate what `tetrion bench slo --record RECORD` recorded, and say how well it agrees."""
+
+    def run() -> int:
+        from benchmarks.research.replay import command
+
+        given = given_options(options)
+        command(command_line=spell("replay", given, PROGRAM), **given)
+        return 0
+
+    return report_errors(run)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def research() -> None:
+    """Questions about planning and costs that were asked once, and may be asked again."""
+
+
+for command in (ring, bound, replay, energy_saving):
+    research.add_command(command)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line `arguments` and return its exit code."""
+    return cli.run(arguments, program=research, name=PROGRAM)
