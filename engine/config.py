@@ -19,6 +19,7 @@ MAX_DEVICES = 64
 
 LoadFormat = Literal["safetensors", "dummy"]
 PeerAccess = Literal["auto", "never"]
+Attention = Literal["auto", "triton", "cudnn"]
 EnergyMode = Literal["fastest", "balanced", "least-energy"]
 """What `horizon` does with time that a deadline leaves: draw at once, at a price, or with as few joules as it can."""
 
@@ -88,6 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `load_format`: `dummy` draws random weights, for which config files suffice.
     `peer_access`: `never` keeps the exchange between GPUs in host memory; `auto` does so where they cannot reach
     each other's memory.
+    `attention`: what computes it on GPUs; `auto` chooses by token count, head dim and dtype alone.
     `profile`: a file with the measured cost table to plan with; None: the user's or a committed one for these
     GPUs, else measured at the start (see `measure/profile_files.py`, `measure/calibration.py`).
     `num_threads`: CPU threads per worker; None divides the machine's cores among the workers.
@@ -100,6 +102,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     devices: str | None = None
     load_format: LoadFormat = "safetensors"
     peer_access: PeerAccess = "auto"
+    attention: Attention = "auto"
     profile: str | None = None
     num_threads: PositiveInt | None = None
     max_inflight: Annotated[int, Meta(ge=1, le=4096)] = 64

@@ -8,6 +8,7 @@ MAX_CHARS = 80
 
 
 _short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = MAX_CHARS
 
 
 def shown(value: object) -> str:

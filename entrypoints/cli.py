@@ -53,12 +53,18 @@ def engine_options(command: Command) -> Command:
             help="dummy: random weights, for measuring without a checkpoint. Default: safetensors.",
         ),
         click.option(
+            "--attention",
+            type=click.Choice(["auto", "triton", "cudnn"]),
+            help="What computes attention on GPUs. Default: auto, the faster one where both can.",
+        ),
+        click.option(
             "--devices", metavar="LIST", help="cuda, cuda:0,1 or cpu:N for N CPU workers. Default: all GPUs, or cpu:2."
         ),
         click.option(
             "--model",
             metavar="PATH",
-            help="A FLUX.1 folder in diffusers layout or its id on the Hugging Face hub. Default: the embedded one.",
+            help="A FLUX.1, SD3 or SD3.5 folder in diffusers layout, its id on the Hugging Face hub, or an embedded"
+            " model (shapes, shapes-sd3). Default: shapes.",
         ),
     ):
         command = option(command)
@@ -79,6 +85,8 @@ def cli() -> None:
 @click.option("--num-steps", type=int, help="Denoising steps. Default: the model's.")
 @click.option("-n", "num_per_prompt", type=int, default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--guidance", type=float, help="Guidance scale. Default: the model's.")
+@click.option("--negative-prompt", metavar="TEXT", help="What to keep away from, for models that take one.")
+@click.option("--true-cfg-scale", type=float, help="FLUX.1: how far away from --negative-prompt; above 1.")
 @click.option("--slo-ms", type=float, help="Deadline for each picture in milliseconds.")
 @click.option("--energy", metavar="MODE", help="fastest, balanced or least-energy. Default: the planner's.")
 @click.option("--budget-j", type=float, help="Most joules for each picture; refused if no plan in time takes so few.")
@@ -123,7 +131,8 @@ def _generate(
 def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> int:
     """Draw every line of REQUESTS.JSONL into DIR. Run it again to go on where it stopped.
 
-    A line is a JSON object: prompt, and optionally size, seed, num_steps, guidance, slo_ms, priority, energy, id.
+    A line is a JSON object: prompt, and optionally size, seed, num_steps, guidance, negative_prompt,
+    true_cfg_scale, slo_ms, priority, energy, id.
     Pictures are named <id>.png (default: the line's number); manifest.jsonl has a line for each. Without a seed, a
     line's seed is made from its id.
     """

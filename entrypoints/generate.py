@@ -39,6 +39,8 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int | None = None
     num_per_prompt: int = 1
     guidance: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float | None = None
     slo_ms: float | None = None
     force_degrees: tuple[int, ...] = ()
     energy: EnergyOptions = EnergyOptions()
@@ -106,6 +108,8 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
             height=height,
             num_steps=options.num_steps,
             guidance=options.guidance,
+            negative_prompt=options.negative_prompt,
+            true_cfg_scale=options.true_cfg_scale,
             seed=seed + i,
             slo_ms=options.slo_ms,
             force_degrees=options.force_degrees,

@@ -27,6 +27,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     devices: str | None = None
     load_format: str | None = None
+    attention: str | None = None
     profile: str | None = None
     num_threads: int | None = None
     policy: str | None = None

@@ -22,7 +22,8 @@ class GpuBackend:
         self.queue, self._spec = queue, spec
         self._memory = GpuMemory(spec.layout, spec.device.device_id, queue.device, spec.slab_fds, spec.control_fd)
         self._slabs = self._memory.slabs
-        self._shared = SharedResources(self._slabs, self._memory.abort, self._memory.clear_abort, spec.models)
+        memory = self._memory
+        self._shared = SharedResources(memory.slabs, memory.abort, memory.clear_abort, spec.models, spec.attention)
         self._step = torch.zeros(1, dtype=torch.int32, device=queue.device)
         self._ops = GpuOps(self._step)
 

@@ -3,7 +3,7 @@ descriptors."""
 
 import msgspec
 
-from tetrion.engine.config import DeviceSpec, LoadFormat
+from tetrion.engine.config import Attention, DeviceSpec, LoadFormat
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import SlabLayout
 from tetrion.engine.transport.channel import ChannelSpec
@@ -17,6 +17,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     models: tuple[ModelSpec, ...]
     load_format: LoadFormat
+    attention: Attention
     layout: SlabLayout
     channel: ChannelSpec
     slab_fds: tuple[int, ...]

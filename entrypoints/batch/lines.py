@@ -2,7 +2,8 @@
 
     {"prompt": "a red circle", "size": "256x256", "seed": 7, "num_steps": 12, "guidance": 3.5, "slo_ms": 900, "id": "a"}
 
-Only `prompt` is required. `id` names the picture (`<id>.png`; default: the line's number, from 1). `priority` and
+Only `prompt` is required. `negative_prompt` and `true_cfg_scale` are for models that take them.
+`id` names the picture (`<id>.png`; default: the line's number, from 1). `priority` and
 `energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be given too. Without `seed` a line gets one
 made from its id, so that every run draws the same picture. Blank lines are skipped.
 """
@@ -31,6 +32,8 @@ class RequestLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: int | None = None
     num_steps: int | None = None
     guidance: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float | None = None
     slo_ms: float | None = None
     priority: int = 0
     energy: EnergyOptions = EnergyOptions()
@@ -108,6 +111,8 @@ def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
         height=height,
         num_steps=line.num_steps,
         guidance=line.guidance,
+        negative_prompt=line.negative_prompt,
+        true_cfg_scale=line.true_cfg_scale,
         seed=seed_of_id(identifier) if line.seed is None else line.seed,
         slo_ms=line.slo_ms,
         priority=line.priority,
@@ -127,4 +132,6 @@ def _readable(error: Exception) -> str:
 def _digest(request: ImageRequest, checkpoint: str) -> str:
     size = (request.width, request.height)
     pixels = (request.prompt, *size, request.num_steps, request.guidance, request.seed, checkpoint)
+    if request.negative_prompt is not None:  # others keep the digest that they had before there were any
+        pixels += (request.negative_prompt, request.true_cfg_scale)
     return hashlib.sha256(msgspec.json.encode(pixels)).hexdigest()[:32]

@@ -38,6 +38,8 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float | None = None
     slo_ms: float | None = None
     priority: int | None = None
     energy: EnergyOptions | None = None
@@ -114,6 +116,8 @@ def to_requests(body: GenerationBody, seed: int) -> list[ImageRequest]:
             height=height,
             num_steps=body.num_inference_steps,
             guidance=body.guidance_scale,
+            negative_prompt=body.negative_prompt,
+            true_cfg_scale=body.true_cfg_scale,
             seed=seed + i,
             slo_ms=body.slo_ms,
             priority=body.priority or 0,

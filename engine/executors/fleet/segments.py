@@ -31,7 +31,7 @@ class Segments:
         num, kind = len(devices), devices[0].kind
         self.slabs_in_host_memory = kind == "cpu" or config.peer_access == "never"
         self._model = spec
-        self._load_format = config.load_format
+        self._load_format, self._attention = config.load_format, config.attention
         self._num_threads = threads_per_worker(config, num)
         self._layout = slab_layout([spec], num, config.max_inflight, ITEMSIZE[kind])
         with contextlib.ExitStack() as undo:
@@ -69,6 +69,7 @@ class Segments:
             num_threads=self._num_threads,
             models=(self._model,),
             load_format=self._load_format,
+            attention=self._attention,
             layout=self._layout,
             channel=channel,
             slab_fds=tuple(self._slab_fds),

@@ -50,7 +50,7 @@ def test_a_spec_says_what_the_engine_must_know(tmp_path: Path) -> None:
         "latents": ("image", 16, True),
     }
     assert (spec.num_steps, spec.guidance, spec.max_text_tokens) == (4, 0.0, 256), "as FLUX.1-schnell"
-    assert (spec.sizes.multiple, spec.sizes.default, spec.max_image_tokens) == (16, (1024, 1024), 128 * 128)
+    assert (spec.sizes.multiple, spec.sizes.default, spec.max_rows("image")) == (16, (1024, 1024), 128 * 128)
     assert spec.sizes.accept(256) and not spec.sizes.accept(264) and not spec.sizes.accept(4096)
     assert msgspec.json.decode(msgspec.json.encode(spec), type=type(spec)) == spec
     dev = write(tmp_path / "dev", transformer={"guidance_embeds": True})

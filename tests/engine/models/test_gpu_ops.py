@@ -62,7 +62,8 @@ def test_equals_the_reference_at_the_counters_step(device: str, name: str) -> No
     tensors = Tensors(device, torch.float32)
     ops, apply = GpuOps(torch.tensor([STEP], dtype=torch.int32, device=device)), OPERATORS[name]
     result = apply(ops, tensors, slice(None), *tensors.table.unbind(1))
-    expected = apply(ReferenceOps(), tensors, slice(None), *tensors.table[STEP].unbind(0))
+    step = torch.tensor([STEP], dtype=torch.int32)
+    expected = apply(ReferenceOps(step), tensors, slice(None), *tensors.table.unbind(1))
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -90,5 +91,5 @@ def test_narrow_linear_covers_every_row(num_rows: int) -> None:
     tensors, step = Tensors("cpu", torch.float32), torch.zeros(1, dtype=torch.int32)
     x = torch.randn(num_rows, tensors.x.shape[1])
     result = GpuOps(step).narrow_linear(x, tensors.narrow)
-    expected = ReferenceOps().narrow_linear(x, tensors.narrow)
+    expected = ReferenceOps(step).narrow_linear(x, tensors.narrow)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)

@@ -134,11 +134,11 @@ def anonymous_file(num_bytes: int) -> int:
     return fd
 
 
-def tiny_spec(num_heads: int = 6) -> ModelSpec:
+def tiny_spec(num_heads: int = 6, head_dim: int = 8) -> ModelSpec:
     """At most 13 text rows a branch and 100 image rows; 6 heads of 8."""
     return make_spec(
-        num_heads=num_heads, head_dim=8, pooled_dim=10, num_steps=4, max_text_tokens=13, min_size=16, max_size=160,
-        default_size=(160, 160),
+        num_heads=num_heads, head_dim=head_dim, pooled_dim=10, num_steps=4, max_text_tokens=13, min_size=16,
+        max_size=160, default_size=(160, 160),
     )  # fmt: skip
 
 

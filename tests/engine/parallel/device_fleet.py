@@ -3,8 +3,6 @@
 import os
 from typing import Any, ClassVar
 
-import msgspec
-
 from tests.engine.parallel.conftest import Fleet, anonymous_file, tiny_spec
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import SlabLayout, slab_layout
@@ -69,7 +67,7 @@ class DeviceFleet(Fleet):
 
 def device_spec() -> ModelSpec:
     """At most 13 text and 100 image rows; heads that do not divide evenly."""
-    return msgspec.structs.replace(tiny_spec(num_heads=NUM_HEADS), head_dim=HEAD_DIM)
+    return tiny_spec(num_heads=NUM_HEADS, head_dim=HEAD_DIM)
 
 
 def device_layout(num_devices: int, itemsize: int) -> SlabLayout:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tests.engine.specs import make_spec
-from tetrion.engine.model_spec import ModelSpec, Rows, SlotField
+from tetrion.engine.model_spec import ModelSpec, SchedulerSpec, Sizes, SlotField
 from tetrion.engine.parallel.exchange import Rope, Stream
 from tetrion.engine.parallel.group import GroupPlan
-from tetrion.engine.shape import StepShape
+from tetrion.engine.shape import Rows, StepShape
 
 HEAD_DIM, CHANNELS, STATE_ROWS, TEXT_DIM, POOLED_DIM = 8, 8, 2, 12, 10
 
@@ -25,10 +24,11 @@ def toy_spec(name: str, segments: tuple[Rows, ...], num_heads: int) -> ModelSpec
         SlotField(name="reference", rows="reference", width=CHANNELS),
     )
     state = SlotField(name="latents", rows="image", width=STATE_ROWS * CHANNELS, fp32=True, changes=True)
-    return make_spec(
-        name=name, family="toy", num_heads=num_heads, head_dim=HEAD_DIM, segments=segments, max_text_tokens=13,
-        fields=(*constants[: 3 if "reference" in segments else 2], state), max_reference_rows=20, min_size=16,
-        max_size=160, default_size=(160, 160),
+    return ModelSpec(
+        name=name, path="", family="toy", num_heads=num_heads, head_dim=HEAD_DIM, segments=segments,
+        fields=(*constants[: 3 if "reference" in segments else 2], state), max_branches=2, scheduler=SchedulerSpec(),
+        num_steps=4, guidance=0.0, max_text_tokens=13, max_reference_rows=20,
+        sizes=Sizes(min=16, max=160, multiple=16, default=(160, 160)),
     )  # fmt: skip
 
 

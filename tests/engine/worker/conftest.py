@@ -78,6 +78,7 @@ class Memory:
     def spec(self, device_id: int) -> WorkerSpec:
         nothing = RingSpec(segment_fd=-1, segment_bytes=0, bell_read_fd=-1, bell_write_fd=-1)
         return WorkerSpec(
+            attention="auto",
             device=DeviceSpec(device_id=device_id, kind="cpu", index=device_id),
             num_threads=1,
             models=(self.model,),

@@ -97,8 +97,8 @@ def run_together(
 
 
 def latents(memory: Memory) -> Latents:
-    tokens = memory.model.num_image_tokens(WIDTH, HEIGHT)
-    return memory.images.read(0, (tokens, memory.model.in_channels), np.float32)
+    tokens = memory.model.sizes.num_rows(WIDTH, HEIGHT)
+    return memory.images.read(0, (tokens, memory.model.latents.width), np.float32)
 
 
 def picture(memory: Memory) -> npt.NDArray[np.uint8]:
