@@ -304,7 +304,7 @@ async def test_a_recording_meters_an_engine_of_cpu_workers(tmp_path: Path) -> No
     busy_s = result.encode_s + result.denoise_s + result.decode_s
     assert result.energy.method == "replay"
     assert "active_j" not in result.energy.reasons, result.energy.reasons
-    assert result.energy.active_j == pytest.approx(busy_s * 500.0, rel=0.05)
+    assert busy_s * 500.0 * 0.95 < result.energy.active_j < busy_s * 500.0 * 1.2, "and what comes before a first step"
 
 
 async def test_what_cannot_be_booked_costs_its_request_the_receipt_and_nobody_else(
