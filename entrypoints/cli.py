@@ -259,9 +259,7 @@ def _engine_options(options: dict[str, Any]) -> "EngineOptions":
     """Takes the engine's options out of `options`."""
     from tetrion.entrypoints.session import EngineOptions
 
-    names = ["model", "devices", "load_format", "profile", "num_threads", "policy", "planner"]
-    names += ["meter", "carbon", "carbon_token_file", "carbon_timeout_s"]
-    return EngineOptions(**{name: options.pop(name) for name in names})
+    return EngineOptions(**{name: options.pop(name) for name in EngineOptions.__struct_fields__})
 
 
 def run(

@@ -42,6 +42,8 @@ def error_of(capture: Capture) -> str:
         (["--seed", str(2**63)], "seed: must be from 0 to"),
         (["--seed", str(2**63 - 1), "-n", "2"], "seed: must be from 0 to"),
         (["--guidance", "nan"], "guidance: must be from 0 to 100"),
+        (["--negative-prompt", "blue"], "negative_prompt: takes a true_cfg_scale above 1"),
+        (["--true-cfg-scale", "3"], "true_cfg_scale: above 1 takes a negative_prompt"),
         (["--slo-ms", "0"], "slo_ms: must be above 0"),
         (["--force-degrees", "1,x"], "force_degrees: expected whole numbers"),
         (["--force-degrees", "5"], "force_degrees: 5 is not one of 1, 2"),

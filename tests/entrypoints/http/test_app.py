@@ -92,6 +92,7 @@ async def test_the_openai_client_draws(served: Served) -> None:
                 "slo_ms": 900,
                 "priority": 2,
                 "negative_prompt": "blue",
+                "true_cfg_scale": 2.0,
                 "made_up": {"deep": [1]},
             },
         )
@@ -212,6 +213,8 @@ async def test_a_full_store_refuses_urls_but_not_b64() -> None:
         ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 1000"),
         ({"num_inference_steps": 1001}, "num_inference_steps", "from 1 to 1000"),
         ({"guidance_scale": -1}, "guidance_scale", "from 0 to 100"),
+        ({"negative_prompt": "blue"}, "negative_prompt", "takes a true_cfg_scale above 1"),
+        ({"true_cfg_scale": 3}, "true_cfg_scale", "takes a negative_prompt"),
         ({"slo_ms": 0}, "slo_ms", "above 0"),
         ({"priority": 10**9}, "priority", "from -1000000 to 1000000"),
         ({"energy": "least-energy"}, "energy", "expected `object"),
