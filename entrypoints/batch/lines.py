@@ -131,7 +131,7 @@ def _readable(error: Exception) -> str:
 
 def _digest(request: ImageRequest, checkpoint: str) -> str:
     size = (request.width, request.height)
-    pixels = (request.prompt, *size, request.num_steps, request.guidance, request.seed, checkpoint)
+    pixels = [request.prompt, *size, request.num_steps, request.guidance, request.seed, checkpoint]
     if request.negative_prompt is not None:  # others keep the digest that they had before there were any
-        pixels += (request.negative_prompt, request.true_cfg_scale)
+        pixels += [request.negative_prompt, request.true_cfg_scale]
     return hashlib.sha256(msgspec.json.encode(pixels)).hexdigest()[:32]
