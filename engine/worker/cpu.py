@@ -1,5 +1,7 @@
 """A CPU worker's backend: weights shared by all workers, slabs in shared memory, work done when it is enqueued."""
 
+from collections.abc import Callable
+
 import torch
 
 from tetrion.engine.messages import Event, GroupCommand, MapPeers, UnmapPeers
@@ -14,7 +16,6 @@ from tetrion.engine.parallel.exchange import Exchange
 from tetrion.engine.parallel.layout import ControlLayout
 from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker.denoiser import Denoiser
-from tetrion.engine.worker.entry import Send
 from tetrion.engine.worker.runner import Finish
 from tetrion.engine.worker.spec import WorkerSpec
 from tetrion.engine.worker.work_queue import ImmediateQueue
@@ -57,7 +58,7 @@ class CpuBackend:
 class AtOnce:
     """Answers of commands whose work is done when it is enqueued."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Callable[[Event], None]) -> None:
         self._send = send
 
     def add(self, command: GroupCommand, finish: Finish) -> None:
