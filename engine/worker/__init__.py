@@ -3,8 +3,8 @@
 `spec` what a worker is told at its start: only this may be imported by the engine, the others import torch. How it is
 started is in `executors/fleet/`.
 
-`fork_server` what CPU workers are forked from · `entry` the command loop · `runner` what each command does, on any device ·
+`fork_server` what CPU workers are forked from · `entry` the command loop · `runner` what each command does ·
 `cpu` and `gpu` what a kind of device does in its own way · `denoiser` steps of a model, recorded once a shape ·
-`recorded_encoders` prompts · `work_queue` streams, events and graphs · `completions` the thread that answers for a GPU ·
-`answers` a command's event.
+`recorded_encoders` prompts · `work_queue` streams, events and graphs · `completions` the thread that answers for
+a GPU · `answers` a command's event.
 """
