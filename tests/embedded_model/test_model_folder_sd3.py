@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from benchmarks.embedded_model.architecture_sd3 import encode
 from benchmarks.embedded_model.export import borrowed_components, check_sizes, load, read_preset
 
-FOLDER = Path(__file__).parents[2] / "configs/models/shapes_sd3"
+FOLDER = Path(__file__).parents[2] / "configs/models/shapes-sd3"
 MAX_BYTES = 14 * 2**20
 
 
