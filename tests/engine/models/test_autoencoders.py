@@ -14,10 +14,10 @@ def test_noise_equals_diffusers(load, width, height) -> None:
     loaded = load(resolve_model("shapes"))
     spec, shape, seed = loaded.spec, loaded.spec.shape(width, height), 2**63 + 5
     noise = loaded.codec.noise(seed, shape)
-    channels, rows, columns = spec.in_channels // 4, height // 8, width // 8
+    channels, rows, columns = spec.latents.width // 4, height // 8, width // 8
     drawn = torch.randn(1, channels, rows, columns, generator=torch.Generator("cpu").manual_seed(seed))
     expected = FluxPipeline._pack_latents(drawn, 1, channels, rows, columns)[0]
-    assert noise.dtype == torch.float32 and noise.shape == (shape.image, spec.in_channels)
+    assert noise.dtype == torch.float32 and noise.shape == (shape.image, spec.latents.width)
     assert torch.equal(noise, expected)
     assert not torch.equal(noise, loaded.codec.noise(6, shape))
 

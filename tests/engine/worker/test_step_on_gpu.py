@@ -40,11 +40,12 @@ def test_as_close_to_fp32_as_diffusers() -> None:
     folder = Path(spec.path) / "transformer"
     files = DummyFiles(folder, transformer_shapes(folder))
     generator = torch.Generator("cuda").manual_seed(1)
+    config = read_config(folder / "config.json")
     embeds, pooled = (
         torch.randn(shape, device="cuda", generator=generator).bfloat16()
-        for shape in ((spec.max_text_tokens, spec.text_dim), (spec.pooled_dim,))
+        for shape in ((spec.max_text_tokens, config.joint_attention_dim), (config.pooled_projection_dim,))
     )
-    size = spec.in_channels // 4, SIZE // spec.vae_scale_factor, SIZE // spec.vae_scale_factor
+    size = spec.latents.width // 4, SIZE // 8, SIZE // 8
     noise = pack_latents(torch.randn(size, generator=torch.Generator().manual_seed(5))).cuda()
     inputs = noise, embeds, pooled
     with torch.no_grad():
@@ -75,7 +76,7 @@ def diffusers_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tup
 
 def _diffusers_run(model: FluxTransformer2DModel, spec: ModelSpec, inputs: Inputs, dtype: torch.dtype) -> Tensor:
     noise, embeds, pooled = (tensor.to(dtype) for tensor in inputs)
-    side = SIZE // spec.size_multiple
+    side = SIZE // spec.sizes.multiple
     image_ids = torch.zeros(side, side, 3, device="cuda")
     image_ids[..., 1] += torch.arange(side, device="cuda")[:, None]
     image_ids[..., 2] += torch.arange(side, device="cuda")[None, :]
