@@ -15,7 +15,7 @@ from tetrion.kernels.state_place import Place
 NUM_DEVICES, NUM_SLOTS = 4, 3
 NUM_IMAGE, WIDTH = 45, 16
 POISON = 0x7F
-SPEC = make_spec(num_heads=6, max_text_tokens=9, max_size=128, default_width=128, default_height=128)
+SPEC = make_spec(num_heads=6, max_text_tokens=9, max_size=128, default_size=(128, 128))
 
 
 class SlotSlabs:

@@ -25,6 +25,9 @@ class Watched:
         self.steps: list[tuple[tuple[int, int], tuple[int, ...]]] = []
         self.decoded: list[tuple[int, int]] = []
 
+    def request(self, size: tuple[int, int], num_steps: int) -> SimpleNamespace:
+        return SimpleNamespace(params=SimpleNamespace(shape=SimpleNamespace(num_branches=1)))
+
     async def rehearse(self, size: tuple[int, int], groups: list[tuple[int, ...]], *, decoding: bool) -> None:
         self.steps += [(size, members) for members in groups]
         self.decoded += [size] * (len(groups) if decoding else 0)

@@ -46,7 +46,7 @@ def test_too_little_memory_is_refused_with_the_numbers(flux: ModelSpec) -> None:
 
 
 def test_models_that_share_a_device_add_their_weights_but_not_their_working_memory(flux: ModelSpec) -> None:
-    other = msgspec.structs.replace(flux, name="other", max_size=1024)
+    other = msgspec.structs.replace(flux, name="other", sizes=msgspec.structs.replace(flux.sizes, max=1024))
     one, both = budget_of(flux), budget_of(flux, other)
     assert both.model == "flux1-dev, other"
     assert sum(both.weights_bytes.values()) == 2 * sum(one.weights_bytes.values())

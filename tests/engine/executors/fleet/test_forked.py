@@ -195,7 +195,7 @@ def test_a_fork_server_without_descriptors_refuses_and_forks_again_later(own_for
         assert failed.worker.was_refused == (ends[-1] == "could not be forked")
         assert os.read(failed.life_fd, 1) == b""
         failed.close()
-    assert ends[0] == "could not be forked"
+    assert "could not be forked" in ends, "its own descriptors may leave gaps"
     assert set(ends) <= {"could not be forked", "exited with status 1"}, "forked, but with no room to move them"
     resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
     assert len(os.listdir(f"/proc/{pid}/fd")) <= num_held, "nothing is left of those that were refused"
