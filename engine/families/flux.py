@@ -91,12 +91,7 @@ class Flux:
 
     def shape(self, spec: ModelSpec, request: ImageRequest) -> StepShape:
         assert request.width is not None and request.height is not None
-        return StepShape(
-            width=request.width,
-            height=request.height,
-            image=spec.sizes.num_rows(request.width, request.height),
-            text=(spec.max_text_tokens,) * (2 if _has_scale(request) else 1),
-        )
+        return spec.shape(request.width, request.height, 2 if _has_scale(request) else 1)
 
 
 def _has_scale(request: ImageRequest) -> bool:

@@ -127,12 +127,7 @@ class Sd3:
     def shape(self, spec: ModelSpec, request: ImageRequest) -> StepShape:
         """Guidance up to 1 is none, as in diffusers' StableDiffusion3Pipeline."""
         assert request.width is not None and request.height is not None
-        return StepShape(
-            width=request.width,
-            height=request.height,
-            image=spec.sizes.num_rows(request.width, request.height),
-            text=(spec.max_text_tokens,) * (2 if _is_guided(request) else 1),
-        )
+        return spec.shape(request.width, request.height, 2 if _is_guided(request) else 1)
 
 
 def has_t5(folder: Path) -> bool:
