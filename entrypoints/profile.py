@@ -18,19 +18,20 @@ from tetrion.engine.energy.metering import open_meter
 from tetrion.engine.energy.meters.base import EnergyMeter
 from tetrion.engine.energy.meters.nvml import canonical_uuid
 from tetrion.engine.executors.processes import ProcessExecutor
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.measure.calibration import decode_s_of, encode_s_of
 from tetrion.engine.measure.probe import Probe, Size
 from tetrion.engine.measure.profile_files import cache_folder, profile_file_name, single_gpu_name
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
 from tetrion.entrypoints.arguments import parse_degrees, parse_size
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.options import only_model
 from tetrion.entrypoints.profile_energy import StageMeter
 from tetrion.entrypoints.record import commit, host_facts
-from tetrion.entrypoints.session import EngineOptions, engine_config, run_async
+from tetrion.entrypoints.session import run_async
 
 DEFAULT_SIZES = ((256, 256), (512, 512), (1024, 1024), (1536, 1024), (2048, 2048))
 REPEATS = 3
@@ -201,7 +202,7 @@ def _joules_table(profile: Profile, degrees: Sequence[int]) -> list[str]:
 
 
 def command(
-    engine: EngineOptions,
+    config: EngineConfig,
     *,
     sizes: str | None = None,
     degrees: str | None = None,
@@ -210,8 +211,7 @@ def command(
     command_line: str = "tetrion profile",
 ) -> int:
     """What `tetrion profile` does: measure, write the file (after every size, so that it is never lost), print it."""
-    config = engine_config(engine)
-    spec = read_model_spec(resolve_model(config.model), config.load_format)
+    spec = read_model_spec(resolve_model(only_model(config)), config.load_format)
     try:
         devices = parse_devices(config.devices)
     except ValueError as error:
@@ -228,7 +228,7 @@ def command(
     report = _to_stderr
 
     async def run() -> int:
-        executor = ProcessExecutor(devices, spec, config)
+        executor = ProcessExecutor(devices, [spec], config)
         report(f"starting {len(devices)} workers with {spec.name!r}")
         await executor.start()
         measured: list[Measured] = []

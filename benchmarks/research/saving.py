@@ -16,7 +16,7 @@ import msgspec
 
 from benchmarks.research import oracle as energy_oracle
 from benchmarks.research.oracle import Spent
-from tetrion.engine.config import EnergyMode, PlannerConfig
+from tetrion.engine.config import EnergyMode, EngineConfig, PlannerConfig
 from tetrion.engine.executors.simulated import Disturbance
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.cost.tables import CostTables
@@ -31,7 +31,6 @@ from tetrion.entrypoints.bench.slo_points import Point, points
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.record import check_writable, make_record, write_record
-from tetrion.entrypoints.session import EngineOptions
 
 STEP_OVERHEAD_S = 0.0003
 REGROUP_S = 0.0002
@@ -120,7 +119,7 @@ def command(
     *,
     profile: Path,
     devices: int = 8,
-    live: EngineOptions | None = None,
+    live: EngineConfig | None = None,
     mode: Sequence[str] = ("least-energy",),
     idle_watts: float | None = None,
     j_per_s: float = PlannerConfig().j_per_s,

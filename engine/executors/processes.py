@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,10 @@ with."""
 class ProcessExecutor:
     """Drives one persistent process per device. Create it, `await start()`, use it, `await close()`."""
 
-    def __init__(self, devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: EngineConfig) -> None:
+    def __init__(self, devices: tuple[DeviceSpec, ...], specs: Sequence[ModelSpec], config: EngineConfig) -> None:
         self.devices = devices
         self.device_ids = tuple(device.device_id for device in devices)
-        self._spec = spec
+        self._specs = specs
         self._config = config
         self._wake = asyncio.Event()
         self._segments: Segments | None = None
@@ -39,12 +39,12 @@ class ProcessExecutor:
     # Life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Create the shared memory, start the workers, load the model.
+        """Create the shared memory, start the workers, load the models.
 
         Raises SharedMemoryError if memory does not suffice, GenerationError if a worker fails to come up in time.
         """
         self._check_memory()
-        self._segments = Segments(self.devices, self._spec, self._config)
+        self._segments = Segments(self.devices, self._specs, self._config)
         try:
             self._pool = WorkerPool(self.devices, self._segments, self._config.start_timeout_s, self._wake.set)
             self._pool.start()

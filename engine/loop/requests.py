@@ -135,6 +135,7 @@ class Request:
         assert self.started_s is not None
         return ImageResult(
             request_id=self.request_id,
+            model=self.params.model,
             image=image,
             prompt=self.asked.prompt,
             width=width,

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tetrion.engine.config import EngineConfig
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.entrypoints.arguments import parse_size
@@ -25,7 +26,6 @@ from tetrion.entrypoints.bench.workloads import read_trace
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.plotting import import_matplotlib
 from tetrion.entrypoints.record import as_text, check_writable, make_record, write_record
-from tetrion.entrypoints.session import EngineOptions
 
 DEFAULT_SIMULATED_DEVICES = 8
 
@@ -35,7 +35,7 @@ def command(
     simulate: bool = False,
     live: bool = False,
     url: str | None = None,
-    engine: EngineOptions | None = None,
+    engine: EngineConfig | None = None,
     profile: Path | None = None,
     floors: Path | None = None,
     devices: int | None = None,
@@ -83,7 +83,7 @@ def command(
             elif url is not None:
                 system = HttpSystem(url)
             else:
-                embedded = EmbeddedSystem(engine or EngineOptions())
+                embedded = EmbeddedSystem(engine or EngineConfig())
                 embedded.check(samples(options.grid))
                 system = stack.enter_context(embedded)
             _prepare(options, system)

@@ -32,7 +32,6 @@ class Metrics:
     """The registry of one server. `observe` every result, `text` is what a scrape gets."""
 
     def __init__(self, engine: "AsyncEngine") -> None:
-        self._model = engine.spec.name
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
         self._joules = Histogram(
@@ -50,7 +49,7 @@ class Metrics:
             samples += [(phase, "active", getattr(receipt.phases, phase)) for phase in PHASES]
         for phase, state, joules in samples:
             if joules is not None:
-                self._joules.labels(self._model, resolution, phase, state).observe(joules)
+                self._joules.labels(result.model, resolution, phase, state).observe(joules)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
@@ -88,12 +87,12 @@ class _EngineCollector(Collector):
             "Joules of all GPUs: active, idle and unattributed make up their counters.",
             labels=LABELS,
         )
-        own, energy = self._engine.spec.name, stats.energy
+        energy = stats.energy
         for (model, cost_key, phase), joules in sorted((energy.active_j or {}).items()):
             family.add_metric((model, cost_key, phase, "active"), joules)
         for state, total_j in (("idle", energy.idle_j), ("unattributed", energy.unattributed_j)):
             if total_j is not None:
-                family.add_metric((own, "", "", state), total_j)
+                family.add_metric(("", "", "", state), total_j)
         return family
 
 

@@ -37,9 +37,9 @@ async def test_the_table_is_what_an_engine_plans_with(tmp_path: Path, capsys: Ca
     assert sum(profile.meta["memory"]["weights_bytes"].values()) > 60e6
     printed = capsys.readouterr().out
     assert "model 'shapes' takes" in printed and str(path) in printed and f"joules: not metered: {CPU_ONLY}" in printed
-    config = EngineConfig(devices="cpu:2", num_threads=1, profile=str(path))
+    config = EngineConfig(devices="cpu:2", num_threads=1, profiles={"shapes": str(path)})
     async with AsyncEngine(config) as engine:
-        assert engine.stats().profile == profile
+        assert engine.stats().profiles == {"shapes": profile}
 
 
 def test_sizes_and_degrees_as_typed() -> None:
