@@ -11,7 +11,9 @@ from tetrion.entrypoints.bench.slo_commands import (
     FILE,
     POSITIVE,
     RESULT_OPTIONS,
+    TABLE_OPTIONS,
     WORKLOAD_OPTIONS,
+    by_model,
     given_options,
     number_of_devices,
     spell,
@@ -109,6 +111,27 @@ def bound(**options: Any) -> int:
     return report_errors(run)
 
 
+@click.command("pools")
+@click.option("--devices", type=POSITIVE, help="All of them. Default: 8.")
+@click.option("--policy", metavar="NAME", multiple=True, help="Planner; may be repeated. Default: horizon.")
+@with_options(TABLE_OPTIONS, WORKLOAD_OPTIONS, RESULT_OPTIONS)
+def pools(**options: Any) -> int:
+    """Several models (--profile MODEL=FILE each) on one pool of simulated devices, beside a pool for each."""
+
+    def run() -> int:
+        from benchmarks.research.pools import command
+        from tetrion.entrypoints.errors import InputError
+
+        given = given_options(options)
+        command_line = spell("pools", given, PROGRAM)
+        if "profile" not in given:
+            raise InputError("profile: each model needs its cost table (--profile MODEL=FILE)")
+        command(command_line=command_line, **given | by_model(given))
+        return 0
+
+    return report_errors(run)
+
+
 @click.command("replay")
 @click.argument("recordings", metavar="RECORD", type=FILE)
 @click.option("--profile", metavar="FILE", type=FILE, help="Cost table. Default: the times measured in the run itself.")
@@ -139,7 +162,7 @@ def research() -> None:
     """Questions about planning and costs that were asked once, and may be asked again."""
 
 
-for command in (ring, bound, replay, energy_saving):
+for command in (ring, bound, pools, replay, energy_saving):
     research.add_command(command)
 
 
