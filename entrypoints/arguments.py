@@ -1,6 +1,10 @@
-"""Values as people write them: sizes (`512x256`), degrees (`1,2,1`). Raises InputError naming the field."""
+"""Values as people write them: sizes (`512x256`), degrees (`1,2,1`), what belongs to a model (`flux1-dev=table.json`).
+Raises InputError naming the field."""
 
+import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from tetrion.entrypoints.errors import InputError
 
@@ -19,3 +23,38 @@ def parse_degrees(text: str, field: str = "force_degrees") -> tuple[int, ...]:
     if not all(re.fullmatch(r"[0-9]{1,4}", part) for part in parts):
         raise InputError(f"{field}: expected whole numbers joined by commas such as 1,2,1, got {text!r}")
     return tuple(map(int, parts))
+
+
+def parse_files(texts: Sequence[str], field: str) -> dict[str, Path]:
+    """`MODEL=FILE` each, or one `FILE`, whose model's name is then empty."""
+    found = _by_model(texts, field)
+    if "" in found and len(found) > 1:
+        raise InputError(f"{field}: with several, each needs its model, MODEL=FILE; got {found['']!r}")
+    return {model: Path(file) for model, file in found.items()}
+
+
+def parse_weights(texts: Sequence[str], field: str) -> dict[str, float]:
+    """`MODEL=NUMBER` each."""
+    return {model: _weight(text, field) for model, text in _by_model(texts, field).items()}
+
+
+def _by_model(texts: Sequence[str], field: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        model, separator, value = text.partition("=")
+        if not separator or "/" in model:  # a "=" further down in a path names no model
+            model, value = "", text
+        if model in found:
+            raise InputError(f"{field}: given twice for the same model, {found[model]!r} and {value!r}")
+        found[model] = value
+    return found
+
+
+def _weight(text: str, field: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise InputError(f"{field}: expected MODEL=NUMBER with a number above 0, got {text!r}")
+    return weight

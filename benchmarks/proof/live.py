@@ -34,6 +34,7 @@ from benchmarks.proof.results import write_results
 from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.hardware.host import cpu_name
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.entrypoints.bench.live import EmbeddedSystem
 from tetrion.entrypoints.bench.slo import as_input_error, grid
@@ -129,14 +130,14 @@ def begin(
     """Fix what every later call keeps to."""
     profile = system.profile
     with as_input_error():
-        slos_s = slos_of(workload, system.num_devices, lambda: profile)
+        tables = only_table(profile)
         setup = Setup(
             options={name: getattr(given, name) for name in OPTIONS},
             machine=machine,
             host=host_facts(),
             num_devices=system.num_devices,
-            base_slo_s={f"{w}x{h}": slo_s for (w, h), slo_s in zip(workload.sizes, slos_s, strict=True)},
-            points=tuple(points(workload, system.num_devices, lambda: profile)),
+            base_slo_s=slos_of(workload, system.num_devices, lambda: tables),
+            points=tuple(points(workload, system.num_devices, lambda: tables)),
         )
     folder.begin(setup, profile)
 

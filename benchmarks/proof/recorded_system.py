@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
 from tetrion.entrypoints.bench.recording import Recording
 from tetrion.entrypoints.bench.slo_points import Point
@@ -17,7 +17,7 @@ class RecordedSystem:
         self._recordings = recordings
         self.mode: Mode = recordings[0].mode
         self.num_devices = recordings[0].run.num_devices
-        self.profile: Profile = recordings[0].profile
+        self.tables = only_table(recordings[0].profile)
         self.facts: dict[str, Any] = recordings[0].facts
 
     def run(self, trace: Trace, policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:

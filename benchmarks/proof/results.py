@@ -5,6 +5,7 @@ import msgspec
 from benchmarks.proof.folder import ProofFolder
 from benchmarks.proof.recorded_system import RecordedSystem, recorded_policies
 from benchmarks.research.replay import command as replay
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.entrypoints.bench.slo import beside_rows
 from tetrion.entrypoints.bench.slo_points import Grid
 from tetrion.entrypoints.bench.slo_run import Results, SloOptions, run_points
@@ -19,7 +20,7 @@ def write_results(folder: ProofFolder, workload: Grid, mix: str, command_line: s
     """Record and timeline of one mix, from its recordings."""
     assert folder.setup is not None
     setup, recordings = folder.setup, folder.recordings(mix)
-    options = SloOptions(grid=workload, profile=folder.profile)
+    options = SloOptions(grid=workload, tables=only_table(folder.profile))
     results = Results(rows=[], diagnostics=[], base_slo_s=setup.base_slo_s)
     system = RecordedSystem(recordings)
     for point in (point for point in setup.points if point.mix == mix):

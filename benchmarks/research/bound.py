@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tetrion.engine.planning.cost.profile import read_profile
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.entrypoints.bench.clairvoyant import DEFAULT_BLOCK, DEFAULT_TIME_LIMIT_S, Bound, attainment_bound
 from tetrion.entrypoints.bench.slo import grid
-from tetrion.entrypoints.bench.slo_points import Point, points
+from tetrion.entrypoints.bench.slo_points import Point, models_of, points
 from tetrion.entrypoints.bench.slo_statistics import Row
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.record import check_writable, make_record, write_record
@@ -33,8 +34,8 @@ def command(
     """
     check_writable(output, "output")
     try:
-        table = read_profile(profile)
-        todo = list(points(grid(**workload), devices, lambda: table))
+        tables = only_table(read_profile(profile))
+        todo = list(points(grid(models=models_of(tables, {}), **workload), devices, lambda: tables))
     except ValueError as error:
         raise InputError(str(error)) from None
     rows = []
@@ -42,7 +43,7 @@ def command(
         start_s = time.perf_counter()
         bounds = [
             attainment_bound(
-                trace, table, devices, step_overhead_s=step_overhead_ms / 1e3, block=block, time_limit_s=time_limit_s
+                trace, tables, devices, step_overhead_s=step_overhead_ms / 1e3, block=block, time_limit_s=time_limit_s
             )
             for _, trace in point.traces
         ]

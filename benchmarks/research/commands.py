@@ -12,7 +12,9 @@ from tetrion.entrypoints.bench.slo_commands import (
     LIVE,
     POSITIVE,
     RESULT_OPTIONS,
+    TABLE_OPTIONS,
     WORKLOAD_OPTIONS,
+    by_model,
     given_options,
     number_of_devices,
     spell,
@@ -110,6 +112,49 @@ def bound(**options: Any) -> int:
     return report_errors(run)
 
 
+@click.command("floors")
+@click.option("--model", metavar="PATH", required=True, help="Whose floors. Its configuration suffices.")
+@click.option("--measured", metavar="FILE", type=FILE, required=True, help="Record of tetrion bench step, with floors.")
+@click.option("--degrees", metavar="1,2,…", default="1,2,3,4,5,6,7,8", show_default=True)
+@click.option("--sizes", metavar="WxH,…", help="Default: the published four, as far as the model draws them.")
+@click.option("--output", metavar="FILE", type=FILE, help="Write the floors there as JSON.")
+def floors(**options: Any) -> int:
+    """Library floors of a step, modelled with rates of measured ones, for --floors of tetrion bench slo."""
+
+    def run() -> int:
+        from benchmarks.research.floors import command
+        from tetrion.entrypoints.arguments import parse_degrees
+
+        given = given_options(options)
+        command_line = spell("floors", given, PROGRAM)
+        degrees = sorted(set(parse_degrees(given.pop("degrees"), "degrees")))
+        command(command_line=command_line, degrees=degrees, **given)
+        return 0
+
+    return report_errors(run)
+
+
+@click.command("pools")
+@click.option("--devices", type=POSITIVE, help="All of them. Default: 8.")
+@click.option("--policy", metavar="NAME", multiple=True, help="Planner; may be repeated. Default: horizon.")
+@with_options(TABLE_OPTIONS, WORKLOAD_OPTIONS, RESULT_OPTIONS)
+def pools(**options: Any) -> int:
+    """Several models (--profile MODEL=FILE each) on one pool of simulated devices, beside a pool for each."""
+
+    def run() -> int:
+        from benchmarks.research.pools import command
+        from tetrion.entrypoints.errors import InputError
+
+        given = given_options(options)
+        command_line = spell("pools", given, PROGRAM)
+        if "profile" not in given:
+            raise InputError("profile: each model needs its cost table (--profile MODEL=FILE)")
+        command(command_line=command_line, **given | by_model(given))
+        return 0
+
+    return report_errors(run)
+
+
 @click.command("replay")
 @click.argument("recordings", metavar="RECORD", type=FILE)
 @click.option("--profile", metavar="FILE", type=FILE, help="Cost table. Default: the times measured in the run itself.")
@@ -140,7 +185,7 @@ def research() -> None:
     """Questions about planning and costs that were asked once, and may be asked again."""
 
 
-for command in (ring, bound, replay, energy_saving):
+for command in (ring, bound, floors, pools, replay, energy_saving):
     research.add_command(command)
 
 

@@ -19,7 +19,7 @@ from benchmarks.research.oracle import Spent
 from tetrion.engine.config import EnergyMode, EngineConfig, PlannerConfig
 from tetrion.engine.executors.simulated import Disturbance
 from tetrion.engine.planning.cost.profile import Profile, read_profile
-from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import why_not
 from tetrion.engine.shape import cost_key_of_size
@@ -108,7 +108,7 @@ def measure(
 
 def tables_for(options: SavingOptions, sizes: set[tuple[int, int]]) -> DegreeTables:
     """Raises InputError if the profile has no joules for one of them."""
-    tables = DegreeTables(CostTables(profiles={"": options.profile}), options.num_devices)
+    tables = DegreeTables(only_table(options.profile), options.num_devices)
     for key in map(cost_key_of_size, sorted(sizes)):
         if reason := why_not(tables["", key], key, options.planner):
             raise InputError(f"profile: {reason}")
@@ -143,7 +143,7 @@ def command(
         options = SavingOptions(
             profile=read_profile(profile), num_devices=devices, modes=modes, planner=planner, idle_watts=idle_watts
         )
-        found = list(points(grid(**workload), devices, lambda: options.profile))
+        found = list(points(grid(**workload), devices, lambda: only_table(options.profile)))
     except OSError as error:
         field = "profile" if str(error.filename) == str(profile) else "trace"
         raise InputError(f"{field}: cannot read {str(error.filename)!r}: {error.strerror}") from None

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.entrypoints.bench.compression import load_of
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid
@@ -84,7 +85,7 @@ def measure(
         first=bound,
     )
     system = SimulatedSystem(
-        profile=profile_of(data),
+        tables=only_table(profile_of(data)),
         num_devices=point["devices"],
         step_overhead_s=data["overheads"]["dispatch_ms_per_step"] / 1e3,
         regroup_s=data["overheads"]["regroup_ms"] / 1e3,

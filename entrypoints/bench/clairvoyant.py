@@ -37,7 +37,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import legal_for, usable_degrees
 from tetrion.entrypoints.bench.workloads import TraceRequest
 from tetrion.entrypoints.errors import InputError
@@ -92,7 +92,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
 
 def attainment_bound(
     trace: Sequence[TraceRequest],
-    profile: Profile,
+    tables: CostTables,
     num_devices: int,
     *,
     scale: float = 1.0,
@@ -100,13 +100,13 @@ def attainment_bound(
     block: int = DEFAULT_BLOCK,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
 ) -> Bound:
-    """The bound for `trace` (in order of arrival) on `num_devices` devices that cost what `profile` says.
+    """The bound for `trace` (in order of arrival) on `num_devices` devices that cost what `tables` say.
 
     `scale` and `step_overhead_s`: every time is multiplied, then each step lengthened by so much (as `Disturbance`
     does). `time_limit_s` for each block of `block` requests. Raises InputError without scipy.
     """
     works = [
-        _work(request, profile, num_devices, scale, step_overhead_s) for request in trace if request.slo_s is not None
+        _work(request, tables, num_devices, scale, step_overhead_s) for request in trace if request.slo_s is not None
     ]
     possible = [work for work in works if work.is_possible]
     num_met, gap = 0, 0
@@ -116,8 +116,9 @@ def attainment_bound(
     return Bound(num_met=num_met, num_with_slo=len(works), gap=gap)
 
 
-def _work(request: TraceRequest, profile: Profile, num_devices: int, scale: float, step_overhead_s: float) -> Work:
+def _work(request: TraceRequest, tables: CostTables, num_devices: int, scale: float, step_overhead_s: float) -> Work:
     assert request.slo_s is not None
+    profile = tables.profiles[request.model]
     cost = profile.cost(request.cost_key)
     degrees = usable_degrees(cost, legal_for(profile, request.cost_key, num_devices))
     return Work(

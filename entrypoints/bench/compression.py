@@ -8,26 +8,31 @@ from collections.abc import Sequence
 import msgspec
 
 from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import legal_for, usable_degrees
-from tetrion.engine.shape import cost_key_of_size
+from tetrion.engine.shape import CostKey
 from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
 
 SLO_HEADROOM = 1.1
 """The largest picture alone at the widest degree takes its base SLO divided by this."""
 
 
-def calibrated_slo_s(
-    base_slo_s: Sequence[float], sizes: Sequence[Size], num_steps: int, profile: Profile, num_devices: int
-) -> tuple[float, ...]:
-    """`base_slo_s` times one factor, so that the largest size, alone on the machine at the widest degree that its
+def calibration(
+    base_slo_s: Sequence[float],
+    sizes: Sequence[Size],
+    num_steps: int,
+    profile: Profile,
+    num_devices: int,
+    num_branches: int = 1,
+) -> float:
+    """The factor for `base_slo_s` with which the largest size, alone on the machine at the widest degree that its
     devices allow (on four: 4, on two: 2), takes 1/1.1 of its SLO: with base SLOs for another GPU, deadlines here are as
     tight as they were there."""
     largest = max(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1])
-    key = cost_key_of_size(sizes[largest])
+    key = _key(sizes[largest], num_branches)
     cost = profile.cost(key)
     alone_s = cost.encode_s + num_steps * cost.step_s(_degrees(key, profile, num_devices)[-1]) + cost.decode_s
-    factor = SLO_HEADROOM * alone_s / base_slo_s[largest]
-    return tuple(slo_s * factor for slo_s in base_slo_s)
+    return SLO_HEADROOM * alone_s / base_slo_s[largest]
 
 
 def load_of(
@@ -37,15 +42,21 @@ def load_of(
     shares: Sequence[float],
     num_steps: int,
     num_devices: int,
+    num_branches: int = 1,
 ) -> float:
     """Share of the devices' time that arrivals take whose requests all run at their narrowest degree, encode and decode
     included. `shares`: of each of `sizes`. At 1 the machine is saturated whatever the policy."""
     device_s = 0.0
-    for key, share in zip(map(cost_key_of_size, sizes), shares, strict=True):
+    for size, share in zip(sizes, shares, strict=True):
+        key = _key(size, num_branches)
         cost = profile.cost(key)
         degree = _degrees(key, profile, num_devices)[0]
         device_s += share * (cost.encode_s + num_steps * degree * cost.step_s(degree) + cost.decode_s)
     return rate_per_min / 60 * device_s / num_devices
+
+
+def _key(size: Size, num_branches: int) -> str:
+    return CostKey(width=size[0], height=size[1], num_branches=num_branches).text
 
 
 def _degrees(key: str, profile: Profile, num_devices: int) -> Sequence[int]:
@@ -53,7 +64,7 @@ def _degrees(key: str, profile: Profile, num_devices: int) -> Sequence[int]:
     return usable_degrees(profile.cost(key), legal_for(profile, key, num_devices))
 
 
-def compress(trace: Trace, factor: int, profile: Profile) -> Trace:
+def compress(trace: Trace, factor: int, tables: CostTables) -> Trace:
     """The trace with arrival times, steps and the part of each SLO that is left for denoising divided by `factor`.
 
     Encode and decode stay whole and inside the SLO: SLO' = encode + decode + (SLO − encode − decode) / factor. Beside
@@ -61,15 +72,16 @@ def compress(trace: Trace, factor: int, profile: Profile) -> Trace:
     """
     if factor < 1:
         raise ValueError(f"compress: must be at least 1, got {factor}")
-    return tuple(_compressed(request, factor, profile) for request in trace)
+    return tuple(_compressed(request, factor, tables) for request in trace)
 
 
-def _compressed(request: TraceRequest, factor: int, profile: Profile) -> TraceRequest:
+def _compressed(request: TraceRequest, factor: int, tables: CostTables) -> TraceRequest:
     if request.num_steps % factor:
         raise ValueError(f"compress: {request.num_steps} steps cannot be divided by {factor}")
     slo_s = request.slo_s
     if slo_s is not None:
-        aux_s = profile.encode_s(request.cost_key) + profile.decode_s(request.cost_key)
+        cost = tables.cost(request.model, request.cost_key)
+        aux_s = cost.encode_s + cost.decode_s
         slo_s = aux_s + (slo_s - aux_s) / factor
     return msgspec.structs.replace(
         request, arrival_s=request.arrival_s / factor, num_steps=request.num_steps // factor, slo_s=slo_s

@@ -18,6 +18,7 @@ from tetrion.engine.hardware.event_loop import new_event_loop
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables, only_table
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.request import EnergyOptions, ImageRequest, Receipt
 from tetrion.engine.resolve import resolve_request
@@ -85,6 +86,10 @@ class EmbeddedSystem:
     def profile(self) -> Profile:
         """The cost table as corrected so far."""
         return self._engine.stats().profiles[self._engine.spec.name]
+
+    @property
+    def tables(self) -> CostTables:
+        return only_table(self.profile)
 
     @property
     def facts(self) -> dict[str, Any]:

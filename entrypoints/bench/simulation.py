@@ -45,7 +45,7 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
     """What `tetrion bench slo` runs traces on in virtual time. `noise`, `bias`, `step_overhead_s`, `regroup_s`: see
     `Disturbance`; `losses`: devices that die in every run."""
 
-    profile: Profile
+    tables: CostTables
     num_devices: int
     noise: float = 0.0
     bias: float = 0.0
@@ -68,7 +68,7 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
         recorder = Recorder()
         run = simulate(
             trace,
-            profile=self.profile,
+            profile=self.tables.profiles,
             policy=policy,
             num_devices=self.num_devices,
             duration=self._disturbance(seed),

@@ -6,12 +6,16 @@ Run in virtual time on a profile (the real loop, simulated devices), on an engin
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.planning.cost.profile import Profile, read_profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.attainment_plots import draw_attainment
@@ -19,15 +23,17 @@ from tetrion.entrypoints.bench.extrapolation import extrapolated, read_floors
 from tetrion.entrypoints.bench.live import EmbeddedSystem, HttpSystem
 from tetrion.entrypoints.bench.recording import write_recordings
 from tetrion.entrypoints.bench.simulation import Loss, SimulatedSystem
-from tetrion.entrypoints.bench.slo_points import Grid, points, samples
-from tetrion.entrypoints.bench.slo_run import Results, SloOptions, System, profile_of, run
+from tetrion.entrypoints.bench.slo_points import Grid, models_of, points, samples
+from tetrion.entrypoints.bench.slo_run import Results, SloOptions, System, run, tables_of
 from tetrion.entrypoints.bench.slo_table import table
-from tetrion.entrypoints.bench.workloads import read_trace
+from tetrion.entrypoints.bench.workloads import ONE_MODEL, read_trace
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.plotting import import_matplotlib
 from tetrion.entrypoints.record import as_text, check_writable, make_record, write_record
 
 DEFAULT_SIMULATED_DEVICES = 8
+NO_FILES: Mapping[str, Path] = MappingProxyType({})
+NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
 
 
 def command(
@@ -36,8 +42,9 @@ def command(
     live: bool = False,
     url: str | None = None,
     engine: EngineConfig | None = None,
-    profile: Path | None = None,
-    floors: Path | None = None,
+    profile: Mapping[str, Path] = NO_FILES,
+    floors: Mapping[str, Path] = NO_FILES,
+    share: Mapping[str, float] = NO_WEIGHTS,
     devices: int | None = None,
     policy: Sequence[str] = ("horizon",),
     bound: bool = False,
@@ -51,8 +58,9 @@ def command(
 ) -> dict[str, Any]:
     """What `tetrion bench slo` does: run, print the table (or one JSON object), write `output`, recordings and plots.
 
-    `devices`: simulated ones. `floors`: of degrees to extrapolate (see `extrapolation.py`). `engine`: how `live` starts
-    one; a live run writes its files after every row, so that an interrupted one is not lost. The table is printed even
+    `devices`: simulated ones. `profile`: cost tables by model; an only one's name may be empty. `floors`: of degrees to
+    extrapolate (see `extrapolation.py`). `share`: of requests, see `models_of`. `engine`: how `live` starts one; a live
+    run writes its files after every row, so that an interrupted one is not lost. The table is printed even
     where files cannot be written. `simulation`: noise, bias, … of `simulated_system`. `workload`: see `grid`.
     `command_line` goes into the record. Raises InputError for what the caller can put right.
     """
@@ -60,8 +68,14 @@ def command(
         raise InputError("mode: give one of --simulate, --live and --url")
     if record is not None and url is not None:
         raise InputError("record: a server over HTTP does not tell what its devices do")
-    if floors is not None and (not simulate or profile is None):
+    if floors and (not simulate or not profile):
         raise InputError("floors: only with --simulate and --profile, whose degrees it extends")
+    if any(profile) and not simulate:
+        raise InputError("profile: models are named only with --simulate; an engine and a server here have one each")
+    if any(profile) and record is not None:
+        raise InputError("record: not with named models, which replay does not know (--profile FILE alone)")
+    if share and (not simulate or workload.get("trace")):
+        raise InputError("share: only with --simulate and without a trace, which names the models itself")
     check_writable(output, "output")
     check_writable(record, "record")
     if plots is not None:
@@ -70,10 +84,12 @@ def command(
         with as_input_error():
             for name in policy:
                 get_planner(name)
+            tables = cost_tables(profile, floors) if profile else None
+            models = models_of(tables, share) if simulate and tables else ONE_MODEL
             options = SloOptions(
-                grid=grid(**workload),
+                grid=grid(models=models, **workload),
                 policies=tuple(policy),
-                profile=_cost_table(profile, floors),
+                tables=tables,
                 bound=bound,
                 keep_chunks=record is not None,
             )
@@ -148,12 +164,12 @@ def simulated_system(
     lose: Sequence[str] = (),
 ) -> SimulatedSystem:
     """Checked simulated devices (None: the default number). `lose`: "SECONDS:DEVICE" each. Raises ValueError."""
-    if options.profile is None:
+    if options.tables is None:
         raise InputError("profile: a simulation needs a cost table (--profile)")
     if options.bound and noise:
         raise InputError("bound: with noise, times differ from the profile's and no bound holds")
     system = SimulatedSystem(
-        profile=options.profile,
+        tables=options.tables,
         num_devices=DEFAULT_SIMULATED_DEVICES if num_devices is None else num_devices,
         noise=noise,
         bias=bias,
@@ -188,18 +204,19 @@ def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _cost_table(profile: Path | None, floors: Path | None) -> Profile | None:
-    if profile is None:
-        return None
-    table = read_profile(profile)
-    return table if floors is None else extrapolated(table, read_floors(floors))
+def cost_tables(profiles: Mapping[str, Path], floors: Mapping[str, Path] = NO_FILES) -> CostTables:
+    """The tables in these files by model, those with floors extrapolated. Raises ValueError, OSError."""
+    if unknown := set(floors) - set(profiles):
+        raise ValueError(f"floors: {min(unknown)!r} is none of the profiles' models")
+    tables = {model: read_profile(path) for model, path in profiles.items()}
+    return CostTables(profiles=tables | {m: extrapolated(tables[m], read_floors(path)) for m, path in floors.items()})
 
 
 def _prepare(options: SloOptions, system: System) -> None:
     """Raises ValueError for a workload that is not possible, before any runs. Warms an embedded engine up, and says how
     long arrivals in real time will take."""
     sizes, span_s = set(), 0.0
-    for point in points(options.grid, system.num_devices, lambda: profile_of(system, options)):
+    for point in points(options.grid, system.num_devices, lambda: tables_of(system, options)):
         for _, trace in point.traces:
             sizes |= {(request.width, request.height) for request in trace}
             span_s += trace[-1].arrival_s
@@ -226,19 +243,24 @@ def beside_rows(options: SloOptions, system: System, results: Results) -> dict[s
             "loads": workload.loads or None,
             "arrivals": workload.arrivals,
             "tiers": workload.with_tiers,
+            "models": None if workload.models == ONE_MODEL else list(map(msgspec.structs.asdict, workload.models)),
         },
         "system": getattr(system, "facts", {}),
-        "profile": _about_profile(system, options),
+        "profile": about_profiles(options.tables or getattr(system, "tables", None)),
     }
 
 
-def _about_profile(system: System, options: SloOptions) -> dict[str, Any] | None:
-    """Where the cost table comes from; None where it is not known."""
-    table = options.profile or getattr(system, "profile", None)
-    if table is None:
+def about_profiles(tables: CostTables | None) -> dict[str, Any] | None:
+    """Where the only cost table comes from, or each of several by model; None where that is not known."""
+    if tables is None:
         return None
-    about = {name: getattr(table, name) or None for name in ("gpu", "model", "commit", "command")}
-    return about | {"extrapolated": table.meta.get("extrapolated")}
+    about = {model: _about_profile(profile) for model, profile in tables.profiles.items()}
+    return about.get("", about)
+
+
+def _about_profile(profile: Profile) -> dict[str, Any]:
+    about = {name: getattr(profile, name) or None for name in ("gpu", "model", "commit", "command")}
+    return about | {"extrapolated": profile.meta.get("extrapolated")}
 
 
 @contextlib.contextmanager

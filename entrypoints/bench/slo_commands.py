@@ -48,6 +48,26 @@ SIMULATION_OPTIONS = (
 ENGINE_OPTIONS = (some_engine_options("models", "load_format", "num_threads"),)
 """Of the engine that runs live."""
 LIVE = ("model", "load_format", "num_threads")
+TABLE_OPTIONS = (
+    click.option(
+        "--profile",
+        metavar="[MODEL=]FILE",
+        multiple=True,
+        help="Cost table, JSON; simulated: one for each model. Live: the engine's own by default.",
+    ),
+    click.option(
+        "--floors",
+        metavar="[MODEL=]FILE",
+        multiple=True,
+        help="Simulated: extend the profile's degrees by these floors.",
+    ),
+    click.option(
+        "--share",
+        metavar="MODEL=N",
+        multiple=True,
+        help="Simulated: requests of this model, in proportion. Default: 1.",
+    ),
+)
 SIMULATION = ("noise", "bias", "step_overhead_ms", "regroup_ms", "lose")
 RESULT_OPTIONS = (
     click.option("--output", metavar="FILE", type=FILE, help="Write the result there as JSON."),
@@ -68,8 +88,7 @@ def with_options(*groups: tuple[Command, ...]) -> Callable[[Command], Command]:
 @click.option("--simulate", is_flag=True, help="In virtual time on --profile.")
 @click.option("--live", is_flag=True, help="On an engine in this process.")
 @click.option("--url", metavar="URL", help="On the server at URL, under its own policy; --policy names it in the rows.")
-@click.option("--profile", metavar="FILE", type=FILE, help="Cost table, JSON. Live: the engine's own by default.")
-@click.option("--floors", metavar="FILE", type=FILE, help="Simulated: extend the profile's degrees by these floors.")
+@with_options(TABLE_OPTIONS)
 @click.option("--devices", metavar="N|LIST", help="Simulated: how many (default 8). Live: as for generate, e.g. cpu:2.")
 @click.option("--policy", metavar="NAME", multiple=True, help="Planner; may be repeated. Default: horizon.")
 @with_options(WORKLOAD_OPTIONS)
@@ -89,6 +108,7 @@ def slo(**options: Any) -> int:
 
         given = given_options(options)
         given["command_line"] = spell("slo", given)
+        given |= by_model(given)
         devices = given.pop("devices", None)
         engine = take_config({name: given.pop(name) for name in LIVE if name in given} | {"devices": devices})
         simulation = {name: given.pop(name) for name in SIMULATION if name in given}
@@ -154,6 +174,14 @@ def spell(name: str, given: dict[str, Any], program: str = "tetrion bench") -> s
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given; commands have the defaults."""
     return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+
+
+def by_model(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `TABLE_OPTIONS` that are given, by the models that they name. Raises InputError."""
+    from tetrion.entrypoints.arguments import parse_files, parse_weights
+
+    parsers = {"profile": parse_files, "floors": parse_files, "share": parse_weights}
+    return {name: parse(given[name], name) for name, parse in parsers.items() if name in given}
 
 
 def number_of_devices(text: str) -> int:

@@ -1,22 +1,26 @@
 """The points of `tetrion bench slo`: which traces are run, and what a row says of them. Runs nothing."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from tetrion.engine.planning.cost.profile import Profile
-from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress, load_of
+from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.shape import parse_cost_key
+from tetrion.entrypoints.bench.compression import calibration, compress, load_of
 from tetrion.entrypoints.bench.simulation import MAX_QUEUED
 from tetrion.entrypoints.bench.workloads import (
     INTERACTIVE_AND_BATCH,
+    ONE_MODEL,
     SIZES,
     Arrivals,
+    ModelShare,
     Size,
     Trace,
     TraceRequest,
     Workload,
     base_slo_s,
+    class_name,
     class_shares,
     make_trace,
 )
@@ -27,8 +31,8 @@ class Grid(msgspec.Struct, frozen=True, kw_only=True):
     every mix, rate and seed. `slo_scales` multiply the SLOs in either case.
 
     `loads` given: rates follow from them (see `load_of`). `base_slo_s`: seconds for each of `sizes`; empty: those
-    published for the number of devices. `calibrate_slo`: fit them to the machine (see `calibrated_slo_s`). `first`:
-    only so many requests of each trace. `compress`: see there.
+    published for the number of devices, whatever the model. `calibrate_slo`: fit those of each model to the machine
+    (see `calibration`). `first`: only so many requests of each trace. `compress`: see there.
     """
 
     traces: tuple[tuple[str, Trace], ...] = ()
@@ -46,6 +50,7 @@ class Grid(msgspec.Struct, frozen=True, kw_only=True):
     with_tiers: bool = False
     first: int | None = None
     compress: int = 1
+    models: tuple[ModelShare, ...] = ONE_MODEL
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,10 +64,24 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     """(seed, trace)"""
 
 
-def points(grid: Grid, num_devices: int, profile: Callable[[], Profile]) -> Iterator[Point]:
-    """The workloads of a run, in the order of its rows. `profile()` is asked for only if SLOs or compression need it.
-    Raises ValueError, naming the field, for one that is not
-    possible."""
+def models_of(tables: CostTables, weights: Mapping[str, float]) -> tuple[ModelShare, ...]:
+    """The models that have a table: as many requests of each unless `weights` say otherwise, drawn in the guidance
+    branches that the table is measured with (the most, if with several). Raises ValueError for a weight of no model."""
+    if unknown := set(weights) - set(tables.profiles):
+        raise ValueError(f"share: {min(unknown)!r} is none of the models: {', '.join(map(repr, tables.profiles))}")
+    return tuple(
+        ModelShare(
+            name=name,
+            share=weights.get(name, 1.0),
+            num_branches=max(parse_cost_key(text).num_branches for text in profile.classes),
+        )
+        for name, profile in tables.profiles.items()
+    )
+
+
+def points(grid: Grid, num_devices: int, tables: Callable[[], CostTables]) -> Iterator[Point]:
+    """The workloads of a run, in the order of its rows. `tables()` is asked for only if SLOs or compression need it.
+    Raises ValueError, naming the field, for one that is not possible."""
     for slo_scale in grid.slo_scales:
         if not 0 < slo_scale < math.inf:
             raise ValueError(f"slo_scale: must be above 0 and finite, got {slo_scale}")
@@ -71,13 +90,13 @@ def points(grid: Grid, num_devices: int, profile: Callable[[], Profile]) -> Iter
     for name, trace in grid.traces:
         for slo_scale in grid.slo_scales:
             scaled = tuple(_scaled(request, slo_scale) for request in trace)
-            cut = _cut(grid, scaled, profile)
+            cut = _cut(grid, scaled, tables)
             yield Point(mix=name, rate_per_min=_rate_per_min(trace), slo_scale=slo_scale, traces=((0, cut),))
     if grid.traces:
         return
-    slos_s = slos_of(grid, num_devices, profile)
+    models = _fitted_models(grid, num_devices, tables)
     for mix in grid.mixes:
-        for rate_per_min in _rates(grid, mix, num_devices, profile):
+        for rate_per_min in _rates(grid, mix, num_devices, tables):
             for slo_scale in grid.slo_scales:
                 workload = Workload(
                     rate_per_min=rate_per_min,
@@ -86,31 +105,67 @@ def points(grid: Grid, num_devices: int, profile: Callable[[], Profile]) -> Iter
                     sizes=grid.sizes,
                     mix=mix,
                     slo_scale=slo_scale,
-                    base_slo_s=slos_s,
+                    base_slo_s=_base_slo_s(grid, num_devices),
                     arrivals=grid.arrivals,
                     tiers=INTERACTIVE_AND_BATCH if grid.with_tiers else (),
+                    models=models,
                 )
-                traces = tuple((seed, _cut(grid, make_trace(workload, seed), profile)) for seed in grid.seeds)
+                traces = tuple((seed, _cut(grid, make_trace(workload, seed), tables)) for seed in grid.seeds)
                 yield Point(mix=mix, rate_per_min=rate_per_min, slo_scale=slo_scale, traces=traces)
 
 
-def slos_of(grid: Grid, num_devices: int, profile: Callable[[], Profile]) -> tuple[float, ...]:
-    """Base SLOs of drawn traces for each size, in seconds, before compression."""
-    slos_s = grid.base_slo_s or _published_slo_s(grid, num_devices)
+def slos_of(grid: Grid, num_devices: int, tables: Callable[[], CostTables]) -> dict[str, float]:
+    """Base SLOs of drawn traces in seconds, before compression, by class (see `class_name`)."""
+    return {
+        class_name(model.name, size): slo_s * model.slo_scale
+        for model in _fitted_models(grid, num_devices, tables)
+        for size, slo_s in zip(grid.sizes, _base_slo_s(grid, num_devices), strict=True)
+    }
+
+
+def _base_slo_s(grid: Grid, num_devices: int) -> tuple[float, ...]:
+    """Of each size, before they are fitted to the machine."""
+    return grid.base_slo_s or _published_slo_s(grid, num_devices)
+
+
+def _fitted_models(grid: Grid, num_devices: int, tables: Callable[[], CostTables]) -> tuple[ModelShare, ...]:
     if not grid.calibrate_slo:
-        return slos_s
-    return calibrated_slo_s(slos_s, grid.sizes, grid.num_steps, profile(), num_devices)
+        return grid.models
+    slos_s = _base_slo_s(grid, num_devices)
+
+    def fitted(model: ModelShare) -> ModelShare:
+        profile = tables().profiles[model.name]
+        factor = calibration(slos_s, grid.sizes, grid.num_steps, profile, num_devices, model.num_branches)
+        return msgspec.structs.replace(model, slo_scale=factor)
+
+    return tuple(map(fitted, grid.models))
 
 
-def _rates(grid: Grid, mix: str, num_devices: int, profile: Callable[[], Profile]) -> tuple[float, ...]:
+def _rates(grid: Grid, mix: str, num_devices: int, tables: Callable[[], CostTables]) -> tuple[float, ...]:
     """Arrivals per minute, to three digits where they come from loads."""
     if not grid.loads:
         return grid.rates_per_min
     if any(not 0 < load < math.inf for load in grid.loads):
         raise ValueError(f"load: must be above 0 and finite, got {min(grid.loads)}")
-    shares = class_shares(mix, grid.sizes).tolist()
-    load_of_one = load_of(1.0, profile(), grid.sizes, shares, grid.num_steps, num_devices)
+    load_of_one = sum(loads_of(1.0, grid, mix, num_devices, tables()).values())
     return tuple(float(f"{load / load_of_one:.3g}") for load in grid.loads)
+
+
+def loads_of(rate_per_min: float, grid: Grid, mix: str, num_devices: int, tables: CostTables) -> dict[str, float]:
+    """What the requests of each model add to the load (see `load_of`)."""
+    shares, total = class_shares(mix, grid.sizes).tolist(), sum(model.share for model in grid.models)
+    return {
+        model.name: load_of(
+            rate_per_min * model.share / total,
+            tables.profiles[model.name],
+            grid.sizes,
+            shares,
+            grid.num_steps,
+            num_devices,
+            model.num_branches,
+        )
+        for model in grid.models
+    }
 
 
 def samples(grid: Grid) -> Trace:
@@ -129,11 +184,11 @@ def _published_slo_s(grid: Grid, num_devices: int) -> tuple[float, ...]:
     return base_slo_s(num_devices)
 
 
-def _cut(grid: Grid, trace: Trace, profile: Callable[[], Profile]) -> Trace:
+def _cut(grid: Grid, trace: Trace, tables: Callable[[], CostTables]) -> Trace:
     trace = trace[: grid.first]
     if len(trace) > MAX_QUEUED:
         raise ValueError(f"trace: must have at most {MAX_QUEUED} requests, got {len(trace)}")
-    return compress(trace, grid.compress, profile()) if grid.compress != 1 else trace
+    return compress(trace, grid.compress, tables()) if grid.compress != 1 else trace
 
 
 def _scaled(request: TraceRequest, slo_scale: float) -> TraceRequest:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.entrypoints.bench.clairvoyant import DEFAULT_TIME_LIMIT_S, attainment_bound
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
 from tetrion.entrypoints.bench.recording import Recording
@@ -35,19 +35,19 @@ class System(Protocol):
 
 
 class SloOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run and what to keep of it. `profile`: the cost table that SLOs, compression and bound are computed with;
-    None: the system's own. `bound`: compute it too. `keep_chunks`: return recordings."""
+    """What to run and what to keep of it. `tables`: the cost tables that SLOs, compression and bound are computed with;
+    None: the system's own. `bound`: compute it too. `keep_chunks`: return recordings (of one model)."""
 
     grid: Grid
     policies: tuple[str, ...] = ("horizon",)
-    profile: Profile | None = None
+    tables: CostTables | None = None
     bound: bool = False
     bound_time_limit_s: float = DEFAULT_TIME_LIMIT_S
     keep_chunks: bool = False
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows (a fixed set of fields, unknown ones None) and their diagnostics, in one order. `base_slo_s`: of each size
+    """Rows (a fixed set of fields, unknown ones None) and their diagnostics, in one order. `base_slo_s`: of each class
     before scaling and compression, None for trace files."""
 
     rows: list[Row] = []
@@ -64,11 +64,10 @@ def run(
 ) -> Results:
     """Every point under every policy; `save` is given the results so far after each row. Raises ValueError for a
     workload that is not possible."""
-    grid, table = options.grid, functools.cache(lambda: profile_of(system, options))
-    workloads = list(points(grid, system.num_devices, table))
-    slos_s = None if grid.traces else slos_of(grid, system.num_devices, table)
-    named = slos_s and {f"{w}x{h}": slo_s for (w, h), slo_s in zip(grid.sizes, slos_s, strict=True)}
-    results = Results(rows=[], diagnostics=[], recordings=[], base_slo_s=named or None)
+    grid, tables = options.grid, functools.cache(lambda: tables_of(system, options))
+    workloads = list(points(grid, system.num_devices, tables))
+    slos_s = None if grid.traces else slos_of(grid, system.num_devices, tables)
+    results = Results(rows=[], diagnostics=[], recordings=[], base_slo_s=slos_s)
     run_points(options, workloads, system, results, report, save)
     return results
 
@@ -99,18 +98,18 @@ def run_points(
             save(results)
 
 
-def profile_of(system: System, options: SloOptions | None = None) -> Profile:
-    """The cost table that `options` name, else the one that the system runs with. Raises InputError if neither is
+def tables_of(system: System, options: SloOptions | None = None) -> CostTables:
+    """The cost tables that `options` name, else those that the system runs with. Raises InputError if neither are
     known."""
-    profile = (options.profile if options else None) or getattr(system, "profile", None)
-    if profile is None:
+    tables = (options.tables if options else None) or getattr(system, "tables", None)
+    if tables is None:
         raise InputError("profile: needed, since a server over HTTP does not tell its own (--profile)")
-    return profile
+    return tables
 
 
 def _row(system: System, point: Point, policy: str, runs: list[Run], bound: float | None) -> tuple[Row, Row]:
     measured, beside = summarise(runs)
-    joules = predicted_joules(runs, system.profile) if isinstance(system, SimulatedSystem) else metered_joules(runs)
+    joules = predicted_joules(runs, system.tables) if isinstance(system, SimulatedSystem) else metered_joules(runs)
     row = {
         "policy": policy,
         "mode": system.mode,
@@ -162,7 +161,7 @@ def _bound(options: SloOptions, system: System, point: Point, report: Report) ->
     bounds = [
         attainment_bound(
             trace,
-            profile_of(system, options),
+            tables_of(system, options),
             system.num_devices,
             scale=1 + system.bias if isinstance(system, SimulatedSystem) else 1.0,
             step_overhead_s=system.step_overhead_s if isinstance(system, SimulatedSystem) else 0.0,
@@ -175,6 +174,7 @@ def _bound(options: SloOptions, system: System, point: Point, report: Report) ->
 
 
 def _recording(system: System, point: Point, policy: str, seed: int, done: Run, chunks: tuple[Chunk, ...]) -> Recording:
+    (profile,) = tables_of(system).profiles.values()
     return Recording(
         policy=policy,
         mode=system.mode,
@@ -182,7 +182,7 @@ def _recording(system: System, point: Point, policy: str, seed: int, done: Run, 
         rate_per_min=point.rate_per_min,
         slo_scale=point.slo_scale,
         seed=seed,
-        profile=profile_of(system),
+        profile=profile,
         run=done,
         chunks=chunks,
         facts=getattr(system, "facts", {}),

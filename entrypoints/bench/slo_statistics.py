@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.entrypoints.bench.outcomes import Outcome, Run
+from tetrion.entrypoints.bench.workloads import Size, class_name
 
 Row = dict[str, Any]
 CONFIDENCE_Z = 1.959964
@@ -66,12 +67,13 @@ def attainment(outcomes: Sequence[Outcome], *, weighted: bool = False) -> float 
 
 
 def attainment_by_class(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
-    """Attainment of each size, by area."""
-    by_size: dict[tuple[int, int], list[Outcome]] = {}
+    """Attainment of each model's sizes, by area."""
+    found: dict[tuple[str, Size], list[Outcome]] = {}
     for outcome in outcomes:
-        by_size.setdefault((outcome.request.width, outcome.request.height), []).append(outcome)
-    sizes = sorted(by_size, key=lambda size: (size[0] * size[1], size))
-    return {f"{width}x{height}": attainment(by_size[width, height]) for width, height in sizes}
+        request = outcome.request
+        found.setdefault((request.model, (request.width, request.height)), []).append(outcome)
+    classes = sorted(found, key=lambda one: (one[0], one[1][0] * one[1][1], one[1]))
+    return {class_name(*one): attainment(found[one]) for one in classes}
 
 
 def worst_lateness_s(outcomes: Sequence[Outcome]) -> float | None:
@@ -121,11 +123,11 @@ def difference(runs: Sequence[Run], others: Sequence[Run]) -> tuple[float, tuple
     return mean, (float(np.percentile(shares, 2.5)), float(np.percentile(shares, 97.5)))
 
 
-def predicted_joules(runs: Sequence[Run], profile: Profile) -> float | None:
-    """Joules per picture of the denoising steps, as the profile's `step_j` has them; None where it lacks one."""
+def predicted_joules(runs: Sequence[Run], tables: CostTables) -> float | None:
+    """Joules per picture of the denoising steps, as the tables' `step_j` have them; None where one is missing."""
     total, num = 0.0, 0
     for outcome in (outcome for run in runs for outcome in run.outcomes if outcome.finished_s is not None):
-        known = profile.measured(outcome.request.cost_key)
+        known = tables.profiles[outcome.request.model].measured(outcome.request.cost_key)
         if known is None or any(degree not in known.step_j for degree in outcome.degrees):
             return None
         total, num = total + sum(known.step_j[degree] for degree in outcome.degrees), num + 1

@@ -1,13 +1,13 @@
 """Workloads for deadline benchmarks: seeded generators of traces, and trace files (JSONL). Knows no policy, no engine.
 
 A trace is a list of `TraceRequest` in order of arrival. Arrivals do not depend on how the system gets on (open loop).
-The order of draws is fixed: inter-arrival times, then classes, then tiers; so the same seed gives the same arrivals and
-classes whatever the SLOs are.
+The order of draws is fixed: inter-arrival times, then classes, then tiers, then models; so the same seed gives the same
+arrivals and classes whatever the SLOs and models are.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -46,6 +46,19 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 Trace = tuple[TraceRequest, ...]
 
 
+class ModelShare(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that requests ask for: `share` of them (in proportion to the others'), in how many guidance branches, and
+    what base SLOs are multiplied by."""
+
+    name: str = ""
+    share: float = 1.0
+    num_branches: int = 1
+    slo_scale: float = 1.0
+
+
+ONE_MODEL = (ModelShare(),)
+
+
 class Tier(msgspec.Struct, frozen=True, kw_only=True):
     """A kind of caller: `share` of the requests, SLOs times `slo_scale`, and what meeting one is worth."""
 
@@ -54,6 +67,8 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
     slo_scale: float = 1.0
     weight: float = 1.0
 
+
+Kind = TypeVar("Kind", Tier, ModelShare)
 
 INTERACTIVE_AND_BATCH = (
     Tier(name="interactive", share=0.7, slo_scale=1.0, weight=1.0),
@@ -67,7 +82,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     `mix`: "uniform", "skewed" (p ∝ exp(tokens / those of the largest size), towards large pictures). `base_slo_s`:
     seconds for each of `sizes`. `burstiness`: coefficient of variation of gamma inter-arrival times (1 is Poisson).
     `period_s` and `swing`: a diurnal rate of `rate_per_min` × (1 − swing × cos(2π t / period_s)). `tiers`: none is one
-    tier at ×1.
+    tier at ×1. Model, size and tier of a request do not depend on each other.
     """
 
     rate_per_min: float
@@ -82,6 +97,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     period_s: float = 1800.0
     swing: float = 0.8
     tiers: tuple[Tier, ...] = ()
+    models: tuple[ModelShare, ...] = ONE_MODEL
 
     def __post_init__(self) -> None:
         bounds = (
@@ -97,6 +113,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
             ("base_slo_s", all(0 < slo_s < np.inf for slo_s in self.base_slo_s), "above 0 and finite"),
             ("sizes", len(self.sizes) >= 1, "at least one"),
             ("tiers", all(tier.share > 0 for tier in self.tiers), "of shares above 0"),
+            ("models", bool(self.models) and all(0 < m.share < np.inf for m in self.models), "of shares above 0"),
         )
         for field, is_fine, expected in bounds:
             if not is_fine:
@@ -113,11 +130,10 @@ def make_trace(workload: Workload, seed: int) -> Trace:
     draw, num = np.random.default_rng(seed), workload.num_requests
     arrivals_s = _arrivals(workload, draw)
     classes = draw.choice(len(workload.sizes), num, p=class_shares(workload.mix, workload.sizes))
-    tiers = workload.tiers or (Tier(name="all", share=1.0),)
-    shares = np.array([tier.share for tier in tiers])
-    chosen = draw.choice(len(tiers), num, p=shares / shares.sum()) if len(tiers) > 1 else np.zeros(num, int)
+    tiers = _choose(draw, workload.tiers or (Tier(name="all", share=1.0),), num)
+    models = _choose(draw, workload.models, num)
     trace = []
-    for arrival_s, size, tier in zip(arrivals_s.tolist(), classes.tolist(), chosen.tolist(), strict=True):
+    for arrival_s, size, tier, model in zip(arrivals_s.tolist(), classes.tolist(), tiers, models, strict=True):
         width, height = workload.sizes[size]
         trace.append(
             TraceRequest(
@@ -125,11 +141,26 @@ def make_trace(workload: Workload, seed: int) -> Trace:
                 width=width,
                 height=height,
                 num_steps=workload.num_steps,
-                slo_s=workload.base_slo_s[size] * workload.slo_scale * tiers[tier].slo_scale,
-                weight=tiers[tier].weight,
+                slo_s=workload.base_slo_s[size] * model.slo_scale * workload.slo_scale * tier.slo_scale,
+                weight=tier.weight,
+                model=model.name,
+                num_branches=model.num_branches,
             )
         )
     return tuple(trace)
+
+
+def _choose(draw: np.random.Generator, kinds: Sequence[Kind], num: int) -> list[Kind]:
+    """`num` of `kinds`, by their shares. A single kind needs no draw."""
+    if len(kinds) == 1:
+        return [kinds[0]] * num
+    shares = np.array([kind.share for kind in kinds])
+    return [kinds[i] for i in draw.choice(len(kinds), num, p=shares / shares.sum()).tolist()]
+
+
+def class_name(model: str, size: Size) -> str:
+    """As results name a class of requests: "1024x1024", of several models "flux1-dev 1024x1024"."""
+    return f"{model} {size[0]}x{size[1]}".lstrip()
 
 
 def class_shares(mix: str, sizes: Sequence[Size] = SIZES) -> np.ndarray:

@@ -13,6 +13,7 @@ from benchmarks.proof.folder import Budget, ProofFolder, Setup, refuse_to_mix, r
 from benchmarks.proof.recorded_system import RecordedSystem
 from benchmarks.proof.results import write_results
 from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid, Point, points
 from tetrion.entrypoints.bench.slo_run import Results, SloOptions, run_points
@@ -43,7 +44,7 @@ def folder(tmp_path: Path) -> ProofFolder:
         host={"cpu": "that of the first call"},
         num_devices=2,
         base_slo_s={"256x256": 2.0, "512x512": 3.0},
-        points=tuple(points(GRID, 2, lambda: PROFILE)),
+        points=tuple(points(GRID, 2, lambda: only_table(PROFILE))),
     )
     made.begin(setup, PROFILE)
     return made
@@ -52,7 +53,7 @@ def folder(tmp_path: Path) -> ProofFolder:
 def do(folder: ProofFolder, point: Point, policy: str, call: str = "first") -> None:
     """As a live run, in virtual time."""
     results, options = Results(recordings=[]), SloOptions(grid=GRID, policies=(policy,), keep_chunks=True)
-    run_points(options, [point], SimulatedSystem(profile=PROFILE, num_devices=2), results)
+    run_points(options, [point], SimulatedSystem(tables=only_table(PROFILE), num_devices=2), results)
     ledger = {"num_windows": len(folder.recordings(point.mix)) + 1}
     facts = {"call": call, "ledger": ledger}
     folder.add(point.mix, [msgspec.structs.replace(r, facts=facts) for r in results.recordings])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tetrion.entrypoints.bench.workloads import (
     INTERACTIVE_AND_BATCH,
     SIZES,
+    ModelShare,
     TraceRequest,
     Workload,
     base_slo_s,
@@ -157,3 +158,13 @@ def test_a_file_is_named_and_an_empty_one_refused(tmp_path: Path) -> None:
     trace = make_trace(workload(num_requests=5), 1)
     write_trace(path, trace)
     assert read_trace(path) == trace
+
+
+def test_models_change_neither_arrivals_nor_sizes() -> None:
+    models = (ModelShare(name="a", share=3.0), ModelShare(name="b", num_branches=2, slo_scale=2.0))
+    alone = make_trace(workload(num_requests=300), 1)
+    shared = make_trace(workload(num_requests=300, models=models), 1)
+    assert [(r.arrival_s, r.width) for r in shared] == [(r.arrival_s, r.width) for r in alone]
+    of_b = [(one, other) for one, other in zip(shared, alone, strict=True) if one.model == "b"]
+    assert 50 < len(of_b) < 100 and all(r.model == "a" for r in shared if r.num_branches == 1)
+    assert all(one.slo_s == 2 * (other.slo_s or 0) and one.num_branches == 2 for one, other in of_b)

@@ -22,3 +22,8 @@ class CostTables(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Everything about one model and the text of one `CostKey`. Raises KeyError for a model without a table,
         ValueError for another text."""
         return self.profiles[model].cost(key)
+
+
+def only_table(profile: Profile) -> CostTables:
+    """Of the only model, whose name is empty."""
+    return CostTables(profiles={"": profile})

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.entrypoints.bench.recording import Recording
 from tetrion.entrypoints.bench.simulation import Loss, SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid
@@ -48,5 +49,5 @@ def recorded(
 ) -> list[Recording]:
     """Simulated runs of 25 requests on 4 devices."""
     grid = Grid(rates_per_min=(24.0,), seeds=(3,), num_requests=25)
-    system = SimulatedSystem(profile=PROFILE, num_devices=4, losses=losses, **facts)  # type: ignore[arg-type]
+    system = SimulatedSystem(tables=only_table(PROFILE), num_devices=4, losses=losses, **facts)  # type: ignore[arg-type]
     return run(SloOptions(grid=grid, policies=policies, keep_chunks=True), system).recordings

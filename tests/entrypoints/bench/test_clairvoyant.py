@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.entrypoints.bench.clairvoyant import attainment_bound, upper_hull
 from tetrion.entrypoints.bench.simulation import simulate
 from tetrion.entrypoints.bench.workloads import TraceRequest, Workload, base_slo_s, make_trace
@@ -42,7 +43,7 @@ def request(arrival_s: float, slo_s: float | None, num_steps: int = 1, px: int =
 
 
 def num_met(trace: list[TraceRequest], table: Profile, num_devices: int, **options: float) -> int:
-    bound = attainment_bound(trace, table, num_devices, **options)  # type: ignore[arg-type]
+    bound = attainment_bound(trace, only_table(table), num_devices, **options)  # type: ignore[arg-type]
     assert bound.gap == 0
     return bound.num_met
 
@@ -75,9 +76,9 @@ def test_devices_may_be_divided_and_degrees_mixed() -> None:
 
 
 def test_requests_without_slo_take_no_part() -> None:
-    bound = attainment_bound([request(0.0, None, 1000), request(0.0, 1.5)], profile({1: 1000.0}), 1)
+    bound = attainment_bound([request(0.0, None, 1000), request(0.0, 1.5)], only_table(profile({1: 1000.0})), 1)
     assert (bound.num_met, bound.num_with_slo, bound.attainment) == (1, 1, 1.0)
-    assert attainment_bound([request(0.0, None)], LINEAR, 1).attainment is None
+    assert attainment_bound([request(0.0, None)], only_table(LINEAR), 1).attainment is None
 
 
 def earliest_deadline_first_meets_all(jobs: list[tuple[float, float, float]]) -> bool:
@@ -134,16 +135,16 @@ def test_no_policy_meets_more(seed: int, policy: str, rate: float, slo_scale: fl
     trace = make_trace(workload, seed)
     run = simulate(trace, profile=REAL, policy=policy, num_devices=num_devices)
     achieved = sum(bool(outcome.is_met) for outcome in run.outcomes)
-    assert achieved <= attainment_bound(trace, REAL, num_devices).num_met
-    assert achieved <= attainment_bound(trace, REAL, num_devices, block=5).num_met
+    assert achieved <= attainment_bound(trace, only_table(REAL), num_devices).num_met
+    assert achieved <= attainment_bound(trace, only_table(REAL), num_devices, block=5).num_met
 
 
 def test_blocks_and_a_search_that_is_cut_short_only_raise_it() -> None:
     trace = make_trace(Workload(rate_per_min=60, num_requests=40, base_slo_s=base_slo_s(4)), 1)
-    whole = attainment_bound(trace, REAL, 4)
+    whole = attainment_bound(trace, only_table(REAL), 4)
     assert whole.num_met < 40
-    assert whole.num_met <= attainment_bound(trace, REAL, 4, block=7).num_met <= 40
-    assert whole.num_met <= attainment_bound(trace, REAL, 4, time_limit_s=1e-3).num_met <= 40
+    assert whole.num_met <= attainment_bound(trace, only_table(REAL), 4, block=7).num_met <= 40
+    assert whole.num_met <= attainment_bound(trace, only_table(REAL), 4, time_limit_s=1e-3).num_met <= 40
 
 
 @settings(max_examples=50)
@@ -167,4 +168,4 @@ def test_the_hull_lies_above_all_points_and_is_concave(speeds: list[float]) -> N
 def test_without_scipy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(InputError, match=r"bound: needs scipy.*tetrion\[bench\]"):
-        attainment_bound([request(0.0, 5.0)], LINEAR, 1)
+        attainment_bound([request(0.0, 5.0)], only_table(LINEAR), 1)

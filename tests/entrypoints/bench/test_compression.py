@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from tetrion.engine.planning.cost.profile import Profile
-from tetrion.entrypoints.bench.compression import calibrated_slo_s, compress, load_of
+from tetrion.engine.planning.cost.tables import only_table
+from tetrion.entrypoints.bench.compression import calibration, compress, load_of
 from tetrion.entrypoints.bench.workloads import SIZES, TraceRequest, Workload, base_slo_s, make_trace
 
 PROFILE = msgspec.convert(
@@ -21,17 +22,17 @@ PROFILE = msgspec.convert(
 
 def test_compression_divides_all_but_encode_and_decode() -> None:
     trace = (TraceRequest(arrival_s=8.0, width=2048, height=2048, num_steps=28, slo_s=8.505, weight=2.0),)
-    (request,) = compress(trace, 4, PROFILE)
+    (request,) = compress(trace, 4, only_table(PROFILE))
     assert (request.arrival_s, request.num_steps, request.weight) == (2.0, 7, 2.0)
     assert request.slo_s == pytest.approx(0.505 + 8.0 / 4)
 
 
 def test_factor_one_changes_nothing_and_a_request_without_slo_keeps_none() -> None:
     trace = make_trace(Workload(rate_per_min=12, num_requests=20, base_slo_s=base_slo_s(4)), 1)
-    same = compress(trace, 1, PROFILE)
+    same = compress(trace, 1, only_table(PROFILE))
     assert [request.arrival_s for request in same] == [request.arrival_s for request in trace]
     assert [request.slo_s for request in same] == pytest.approx([request.slo_s for request in trace])
-    (free,) = compress((TraceRequest(arrival_s=1, width=256, height=256, num_steps=8),), 2, PROFILE)
+    (free,) = compress((TraceRequest(arrival_s=1, width=256, height=256, num_steps=8),), 2, only_table(PROFILE))
     assert free.slo_s is None and free.num_steps == 4
 
 
@@ -39,7 +40,7 @@ def test_factor_one_changes_nothing_and_a_request_without_slo_keeps_none() -> No
 def test_steps_must_divide(factor: int, complaint: str) -> None:
     trace = make_trace(Workload(rate_per_min=12, num_requests=2, base_slo_s=base_slo_s(4)), 1)
     with pytest.raises(ValueError, match=f"^compress: .*{complaint}"):
-        compress(trace, factor, PROFILE)
+        compress(trace, factor, only_table(PROFILE))
 
 
 def test_a_load_of_one_keeps_every_device_busy_at_the_narrowest_degree() -> None:
@@ -53,11 +54,11 @@ def test_a_load_of_one_keeps_every_device_busy_at_the_narrowest_degree() -> None
 def test_the_widest_degree_counts_even_where_it_is_not_the_quickest() -> None:
     cost = {"step_ms": {1: 100.0, 2: 120.0}, "encode_ms": 0, "decode_ms": 0}
     profile = msgspec.convert({"heads": 24, "classes": {"256x256": cost}}, Profile)
-    assert calibrated_slo_s((1.0,), ((256, 256),), 10, profile, 2) == pytest.approx((1.1 * 10 * 0.12,))
+    assert calibration((1.0,), ((256, 256),), 10, profile, 2) == pytest.approx(1.1 * 10 * 0.12)
 
 
 def test_the_largest_size_alone_takes_its_slo_over_1_1() -> None:
-    slos_s = calibrated_slo_s(base_slo_s(4), SIZES, 28, PROFILE, 4)
-    assert slos_s[3] / 1.1 == pytest.approx(0.025 + 28 * 0.25 + 0.48)
-    assert [slo_s / slos_s[3] for slo_s in slos_s] == pytest.approx([0.15, 0.25, 0.5, 1.0])
-    assert calibrated_slo_s(base_slo_s(8), SIZES, 28, PROFILE, 8)[3] / 1.1 == pytest.approx(0.505 + 28 * 0.147)
+    factor = calibration(base_slo_s(4), SIZES, 28, PROFILE, 4)
+    assert factor * base_slo_s(4)[3] / 1.1 == pytest.approx(0.025 + 28 * 0.25 + 0.48)
+    factor = calibration(base_slo_s(8), SIZES, 28, PROFILE, 8)
+    assert factor * base_slo_s(8)[3] / 1.1 == pytest.approx(0.505 + 28 * 0.147)

@@ -7,6 +7,7 @@ import pytest
 
 from tests.entrypoints.bench.conftest import small_disk
 from tetrion.engine.planning.cost.profile import read_profile
+from tetrion.engine.planning.cost.tables import only_table
 from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.simulation import SimulatedSystem
 from tetrion.entrypoints.bench.slo import command, parse_loss
@@ -19,7 +20,13 @@ from tetrion.entrypoints.bench.slo_statistics import (
     wilson_interval,
     worst_lateness_s,
 )
-from tetrion.entrypoints.bench.workloads import TraceRequest, Workload, base_slo_s, make_trace, write_trace
+from tetrion.entrypoints.bench.workloads import (
+    TraceRequest,
+    Workload,
+    base_slo_s,
+    make_trace,
+    write_trace,
+)
 from tetrion.entrypoints.errors import InputError
 
 FIELDS = {
@@ -63,7 +70,7 @@ def test_one_line_does_one_point(
 ) -> None:
     output = tmp_path / "R.json"
     record = command(
-        simulate=True, profile=profile, trace=[trace], devices=8, policy=["horizon"], output=output, as_json=True
+        simulate=True, profile={"": profile}, trace=[trace], devices=8, policy=["horizon"], output=output, as_json=True
     )
     assert json.loads(output.read_text()) == json.loads(capsys.readouterr().out) == json.loads(json.dumps(record))
     (row,), (beside,) = record["rows"], record["diagnostics"]
@@ -79,7 +86,7 @@ def test_one_line_does_one_point(
 def grid(profile: Path) -> dict[str, object]:
     return command(
         simulate=True,
-        profile=profile,
+        profile={"": profile},
         devices=4,
         policy=["horizon", "fixed-1"],
         mix=["uniform", "skewed"],
@@ -107,7 +114,7 @@ def test_a_grid_has_a_row_for_each_policy_mix_rate_and_scale_and_repeats(
 
 
 def test_loads_stand_for_rates_and_fitted_slos_are_recorded(profile: Path) -> None:
-    machine = {"simulate": True, "profile": profile, "devices": 2, "num_requests": 8, "seed": [1]}
+    machine = {"simulate": True, "profile": {"": profile}, "devices": 2, "num_requests": 8, "seed": [1]}
     workload = {"size": ["1024x1024"], "base_slo": [5.0], "calibrate_slo": True, "load": [0.1, 0.5]}
     record = command(**machine, **workload)  # type: ignore[arg-type]
     device_s = 0.025 + 28 * 0.1647 + 0.120
@@ -122,19 +129,19 @@ def test_loads_stand_for_rates_and_fitted_slos_are_recorded(profile: Path) -> No
 def test_results_are_handed_on_after_every_row(profile: Path) -> None:
     options = SloOptions(grid=Grid(rates_per_min=(6.0, 60.0), seeds=(1,), num_requests=4), policies=("rssp", "fixed-1"))
     seen: list[int] = []
-    system = SimulatedSystem(profile=read_profile(profile), num_devices=2)
+    system = SimulatedSystem(tables=only_table(read_profile(profile)), num_devices=2)
     results = run(options, system, save=lambda results: seen.append(len(results.rows)))
     assert seen == [1, 2, 3, 4] and len(results.rows) == 4
 
 
 def test_slo_scale_stretches_the_deadlines_of_a_trace_file(profile: Path, trace: Path) -> None:
-    record = command(simulate=True, profile=profile, trace=[trace], devices=1, slo_scale=[0.01, 1000.0])
+    record = command(simulate=True, profile={"": profile}, trace=[trace], devices=1, slo_scale=[0.01, 1000.0])
     assert [row["attainment"] for row in record["rows"]] == [0.0, 1.0]
 
 
 def test_policies_are_compared_request_by_request_with_the_first(profile: Path) -> None:
     record = command(
-        simulate=True, profile=profile, devices=4, policy=["horizon", "fixed-1"], rate=[30.0], num_requests=60
+        simulate=True, profile={"": profile}, devices=4, policy=["horizon", "fixed-1"], rate=[30.0], num_requests=60
     )
     (ours, theirs), (first, second) = record["rows"], record["diagnostics"]
     assert first["difference"] is None and second["difference"]["to"] == "horizon"
@@ -144,7 +151,14 @@ def test_policies_are_compared_request_by_request_with_the_first(profile: Path) 
 
 
 def test_the_bound_stands_beside_every_policy(profile: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"simulate": True, "profile": profile, "devices": 4, "rate": [30.0], "num_requests": 40, "seed": [1, 2]}
+    options = {
+        "simulate": True,
+        "profile": {"": profile},
+        "devices": 4,
+        "rate": [30.0],
+        "num_requests": 40,
+        "seed": [1, 2],
+    }
     record = command(**options, policy=["horizon", "fixed-1"], bound=True)  # type: ignore[arg-type]
     bounds = {row["bound"] for row in record["rows"]}
     assert len(bounds) == 1 and all(row["attainment"] <= row["bound"] for row in record["rows"])
@@ -155,7 +169,7 @@ def test_the_bound_stands_beside_every_policy(profile: Path, capsys: pytest.Capt
 
 
 def test_first_takes_a_prefix_and_compression_is_recorded(profile: Path) -> None:
-    options = {"simulate": True, "profile": profile, "seed": [1], "num_requests": 40}
+    options = {"simulate": True, "profile": {"": profile}, "seed": [1], "num_requests": 40}
     whole, cut = command(**options), command(**options, first=10, compress=4)  # type: ignore[arg-type]
     assert (whole["rows"][0]["requests"], cut["rows"][0]["requests"]) == (40, 10)
     assert cut["workload"]["compress"] == 4 and "÷ 4" in cut["workload"]["compressed"]
@@ -168,10 +182,10 @@ def test_joules_are_predicted_where_the_profile_has_them(tmp_path: Path, trace: 
     sizes = ("256x256", "512x512", "1024x1024", "2048x2048")
     path = tmp_path / "J.json"
     path.write_text(json.dumps({"heads": 24, "classes": dict.fromkeys(sizes, cost)}))
-    (row,), (beside,) = (command(simulate=True, profile=path, trace=[trace])[k] for k in ("rows", "diagnostics"))
+    (row,), (beside,) = (command(simulate=True, profile={"": path}, trace=[trace])[k] for k in ("rows", "diagnostics"))
     assert row["joules_per_image"] == pytest.approx(28 * 3.0) and "predicted" in beside["notes"]["joules_per_image"]
     path.write_text(json.dumps({"heads": 24, "classes": dict.fromkeys(sizes[:3], cost)}))
-    (row,), (beside,) = (command(simulate=True, profile=path, trace=[trace])[k] for k in ("rows", "diagnostics"))
+    (row,), (beside,) = (command(simulate=True, profile={"": path}, trace=[trace])[k] for k in ("rows", "diagnostics"))
     assert row["joules_per_image"] is None and "no step_j" in beside["notes"]["joules_per_image"]
 
 
@@ -180,7 +194,7 @@ def test_joules_are_predicted_where_the_profile_has_them(tmp_path: Path, trace: 
     [
         ({"simulate": False}, "mode: give one of --simulate, --live and --url"),
         ({"live": True}, "mode: give one of --simulate, --live and --url"),
-        ({"profile": None}, "profile: a simulation needs a cost table"),
+        ({"profile": {}}, "profile: a simulation needs a cost table"),
         ({"devices": 0}, "devices: must be from 1 to 1024, got 0"),
         ({"devices": 1025}, "devices: must be from 1 to 1024, got 1025"),
         ({"policy": ["horizn"]}, "policy: expected one of horizon, .*'horizn'"),
@@ -200,7 +214,7 @@ def test_joules_are_predicted_where_the_profile_has_them(tmp_path: Path, trace: 
 )
 def test_bad_input_is_one_line(profile: Path, options: dict[str, object], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        command(**({"simulate": True, "profile": profile, "num_requests": 4} | options))  # type: ignore[arg-type]
+        command(**({"simulate": True, "profile": {"": profile}, "num_requests": 4} | options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", ["output", "record"])
@@ -210,7 +224,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
     before = set(tmp_path.iterdir())
     for path in (tmp_path, profile / "R.json"):
         with pytest.raises(InputError, match=f"{option}: "):
-            command(simulate=True, profile=profile, num_requests=4, **{option: path})  # type: ignore[arg-type]
+            command(simulate=True, profile={"": profile}, num_requests=4, **{option: path})  # type: ignore[arg-type]
     assert set(tmp_path.iterdir()) == before and capsys.readouterr() == ("", "")
 
 
@@ -219,17 +233,24 @@ def test_on_a_full_disk_the_table_is_printed_and_no_part_of_a_file_is_left(
 ) -> None:
     before = set(tmp_path.iterdir())
     with small_disk(), pytest.raises(OSError, match="File too large"):
-        command(simulate=True, profile=profile, size=["1024x1024"], base_slo=[5], num_requests=4, output=tmp_path / "R")
+        command(
+            simulate=True,
+            profile={"": profile},
+            size=["1024x1024"],
+            base_slo=[5],
+            num_requests=4,
+            output=tmp_path / "R",
+        )
     assert set(tmp_path.iterdir()) == before and capsys.readouterr().out.startswith("policy")
 
 
 def test_a_bad_file_is_named(profile: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"arrival_s": 0, "width": 256, "height": 256, "num_steps": 0}\n')
     with pytest.raises(InputError, match=r"bad\.jsonl: line 1: num_steps: Expected"):
-        command(simulate=True, profile=profile, trace=[tmp_path / "bad.jsonl"])
+        command(simulate=True, profile={"": profile}, trace=[tmp_path / "bad.jsonl"])
     profile.write_text('{"heads": 24, "classes": {}}')
     with pytest.raises(InputError, match=r"P\.json: profile: classes"):
-        command(simulate=True, profile=profile)
+        command(simulate=True, profile={"": profile})
 
 
 def test_losses_are_parsed() -> None:
@@ -271,3 +292,54 @@ def test_the_interval_is_wider_where_misses_come_in_bursts() -> None:
     assert width(bursts) > 1.5 * width(scattered) > 0.05
     assert 0 < width([True] * 30) < 0.2
     assert attainment_interval([[outcome(0.5, None)]]) is None
+
+
+def test_requests_divide_between_the_models_that_have_tables(profile: Path, tmp_path: Path) -> None:
+    cost = {"step_ms": {"1": 300.0, "2": 150.0}, "encode_ms": 50, "decode_ms": 120}
+    guided = tmp_path / "G.json"
+    guided.write_text(json.dumps({"heads": 38, "classes": {"1024x1024*2": cost}}))
+    workload = {"size": ["1024x1024"], "base_slo": [4.0], "load": [0.5], "seed": [1], "num_requests": 60}
+    record = command(
+        simulate=True,
+        profile={"a": profile, "b": guided},
+        share={"a": 2.0},
+        devices=2,
+        bound=True,
+        **workload,  # type: ignore[arg-type]
+    )
+    (row,) = record["rows"]
+    a_s, b_s = 0.025 + 28 * 0.1647 + 0.120, 0.050 + 28 * 0.3 + 0.120
+    assert row["rate_per_min"] == pytest.approx(0.5 * 60 * 2 / (2 / 3 * a_s + 1 / 3 * b_s), rel=0.005)
+    assert list(row["attainment_by_class"]) == ["a 1024x1024", "b 1024x1024"]
+    assert row["attainment"] <= row["bound"] and row["requests"] == 60
+    assert record["workload"]["base_slo_s"] == {"a 1024x1024": 4.0, "b 1024x1024": 4.0}
+    assert [(m["name"], m["share"], m["num_branches"]) for m in record["workload"]["models"]] == [
+        ("a", 2.0, 1),
+        ("b", 1.0, 2),
+    ]
+    assert list(record["profile"]) == ["a", "b"]
+    fitted = command(
+        simulate=True,
+        profile={"a": profile, "b": guided},
+        devices=2,
+        calibrate_slo=True,
+        **workload,  # type: ignore[arg-type]
+    )
+    assert fitted["workload"]["base_slo_s"] == {
+        "a 1024x1024": pytest.approx(1.1 * (0.145 + 28 * 0.1057)),
+        "b 1024x1024": pytest.approx(1.1 * (0.170 + 28 * 0.150)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"share": {"c": 1.0}}, "share: 'c' is none of the models: 'a'"),
+        ({"floors": {"c": Path("F.json")}}, "floors: 'c' is none of the profiles' models"),
+        ({"record": Path("R.jsonl")}, "record: not with named models"),
+        ({"simulate": False, "live": True}, "profile: models are named only with --simulate"),
+    ],
+)
+def test_named_models_are_checked(profile: Path, options: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        command(**({"simulate": True, "profile": {"a": profile}, "num_requests": 4} | options))  # type: ignore[arg-type]
