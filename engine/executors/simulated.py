@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from tetrion.engine.executors.base import Finish, Receive, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Happening, PictureReady, WorkerLost, WorkerReady
 from tetrion.engine.messages import (
     BarriersReset,
     Command,
@@ -30,6 +30,7 @@ from tetrion.engine.messages import (
 )
 from tetrion.engine.planning.cost.predict import predict_s
 from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.request import Receipt
 
 SimulatedCommand = EncodePrompt | Denoise | Decode
 
@@ -97,7 +98,7 @@ class SimulatedExecutor:
         self._now_s = 0.0
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
-        self._events: list[Event | WorkerLost | WorkerReady] = []
+        self._events: list[Happening] = []
         self._free_s = dict.fromkeys(self.device_ids, 0.0)
         self._state_s: dict[int, float] = {}
         self._unanswered: dict[int, dict[int, SimulatedCommand]] = {d: {} for d in self.device_ids}
@@ -156,7 +157,7 @@ class SimulatedExecutor:
         if self._unanswered[member].pop(ticket, None) is not None:
             self._events.append(event)
 
-    def poll(self) -> list[Event | WorkerLost | WorkerReady]:
+    def poll(self) -> list[Happening]:
         events, self._events = self._events, []
         return events
 
@@ -200,10 +201,13 @@ class SimulatedExecutor:
     def release_image_slot(self, image_slot: int) -> None:
         """Slots are not scarce here."""
 
-    def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
-        width, height = size
-        self.release_image_slot(image_slot)
-        receive(finish(np.broadcast_to(np.uint8(0), (height, width, 3))))
+    def take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+        """Takes no time."""
+        width, height = decode.params.shape.size
+        image = np.broadcast_to(np.uint8(0), (height, width, 3))
+        self.release_image_slot(decode.image_slot)
+        ready = PictureReady(command_id=decode.command_id, image=image, receipt=receipt(), ready_s=self._now_s)
+        self._events.append(ready)
 
 
 def _answer(command: SimulatedCommand, device_id: int, started_s: float, ended_s: float) -> Event:

@@ -10,11 +10,10 @@ flight is written down first of all and depends on nothing that may fail, so the
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.errors import GenerationError, RequestCancelled, shown
-from tetrion.engine.executors.base import Executor
+from tetrion.engine.executors.base import Executor, PictureReady
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.requests import TERMINAL_STATES, Request, RequestState, RequestTable
 from tetrion.engine.loop.statistics import LoopStatistics
@@ -49,6 +48,8 @@ class Bookkeeper:
         self._statistics = statistics
         self._energy = energy
         self._outputs = outputs
+        self._being_copied: dict[int, Request] = {}
+        """Requests that have ended but for their picture, by the id of the command that decoded it."""
 
     # A command's members ------------------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ class Bookkeeper:
                 case Denoised():
                     self._denoised(request, entry, event)
                 case Decoded():
-                    self._decoded(request, event)
+                    self._decoded(request, entry.command, event)
         except Exception as error:
             self.fail(request, NOT_WRITTEN, error)
 
@@ -148,21 +149,18 @@ class Bookkeeper:
         done = request.step_index == request.num_steps
         self._move(request, RequestState.DENOISED if done else RequestState.READY)
 
-    def _decoded(self, request: Request, event: Decoded) -> None:
+    def _decoded(self, request: Request, command: GroupCommand, event: Decoded) -> None:
+        """If nobody wants it any more, or something goes wrong, its slot is free again."""
+        assert isinstance(command, Decode)
+        receipt = None
         try:
             receipt = self._finished(request, event)
-        except Exception:
-            self._executor.release_image_slot(event.image_slot)
-            raise
-        if receipt is None:
-            self._executor.release_image_slot(event.image_slot)
-            return
-        self._executor.take_image(
-            event.image_slot,
-            request.size,
-            finish=lambda image: (image, receipt()),
-            receive=lambda made: self._taken(request, made),
-        )
+        finally:
+            if receipt is None:
+                self.discard(command)
+        if receipt is not None:
+            self._executor.take_image(command, receipt)
+            self._being_copied[command.command_id] = request
 
     def _finished(self, request: Request, event: Decoded) -> Callable[[], Receipt] | None:
         """What gives the receipt of a request that has its picture, None if nobody wants it any more."""
@@ -175,17 +173,6 @@ class Bookkeeper:
         self._statistics.ended(event.ended_s)
         self._outputs(request.progress())
         return receipt
-
-    def _taken(self, request: Request, made: tuple[Any, Receipt] | Exception) -> None:
-        """The picture and its receipt are there. Nobody hears of what is raised here."""
-        if isinstance(made, Exception):
-            self.fail(request, "the picture could not be copied, or its receipt not made", made)
-            return
-        try:
-            image, receipt = made
-            self._outputs(request.result(image, self._executor.now_s(), receipt))
-        except Exception as error:
-            self.fail(request, "its result could not be handed out", error)
 
     def _cost_model_of(self, request: Request) -> CostModel:
         return self._cost_models[request.params.model]
@@ -204,6 +191,24 @@ class Bookkeeper:
                 self._table.move(request, RequestState.DENOISING)
             elif isinstance(entry.command, Decode) and request.state is RequestState.DENOISED:
                 self._table.move(request, RequestState.DECODING)
+
+    # A picture ----------------------------------------------------------------------------------------------------
+
+    @property
+    def awaits_pictures(self) -> bool:
+        """Whether some are still being copied."""
+        return bool(self._being_copied)
+
+    def picture_ready(self, event: PictureReady) -> None:
+        """The request has its result, or fails."""
+        request = self._being_copied.pop(event.command_id)
+        if event.error is not None:
+            self.fail(request, "the picture could not be copied, or its receipt not made", event.error)
+            return
+        try:
+            self._outputs(request.result(event.image, event.ready_s, event.receipt))
+        except Exception as error:
+            self.fail(request, "its result could not be handed out", error)
 
     # A request's end ----------------------------------------------------------------------------------------------
 

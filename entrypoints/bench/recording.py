@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Executor, Happening, PictureReady, WorkerLost, WorkerReady
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.messages import (
     BarriersReset,
@@ -36,8 +36,8 @@ from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
 from tetrion.entrypoints.record import write_whole
 
-Happening = Event | WorkerLost | WorkerReady
-"""What an executor tells of."""
+Heard = Event | WorkerLost | WorkerReady
+"""What a recorder keeps of what an executor reports."""
 
 
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +86,7 @@ class _Sent(NamedTuple):
 
 
 class _Told(NamedTuple):
-    event: Happening
+    event: Heard
     time_s: float
 
 
@@ -172,7 +172,7 @@ class Recorder:
         if isinstance(command, (EncodePrompt, Denoise, Decode)) and command.request_id.isdecimal():
             self._open[command.command_id] = _OpenChunk(command, members, now_s)
 
-    def _on_event(self, event: Happening, now_s: float) -> None:
+    def _on_event(self, event: Heard, now_s: float) -> None:
         match event:
             case Denoised():
                 self._close(event.command_id, event.device_id, event.started_s, event.ended_s, event.waited_s)
@@ -279,5 +279,5 @@ class _RecordedExecutor:
 
     def poll(self) -> list[Happening]:
         events, now_s = self._executor.poll(), self.now_s()
-        self._heard += [_Told(event, now_s) for event in events]
+        self._heard += [_Told(event, now_s) for event in events if not isinstance(event, PictureReady)]
         return events

@@ -11,7 +11,6 @@ import pytest
 from tests.engine.loop.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.errors import EngineEnded, GenerationError
-from tetrion.engine.executors.base import Finish, Receive
 from tetrion.engine.executors.simulated import SimulatedExecutor
 from tetrion.engine.loop import dispatch as commands
 from tetrion.engine.loop.guarded_planner import FALLBACK, MAX_FAILURES, GuardedPlanner, PlanFault, check_plan
@@ -19,7 +18,7 @@ from tetrion.engine.loop.refusals import Refusals
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
-from tetrion.engine.request import Failure, ImageRequest, Output, Progress
+from tetrion.engine.request import Failure, ImageRequest, Output, Progress, Receipt
 from tetrion.engine.resolve import resolve_request
 from tetrion.engine.transport.ring import MessageTooLong
 
@@ -468,11 +467,11 @@ def test_a_caller_that_does_not_take_results_is_told_of_a_failure_in_vain(caplog
 
 def test_an_executor_that_cannot_copy_a_picture_fails_its_request_alone(caplog: pytest.LogCaptureFixture) -> None:
     class Clumsy(Slots):
-        def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
-            if size == (512, 512):
-                self.release_image_slot(image_slot)
+        def take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+            if decode.request_id == "bad":
+                self.release_image_slot(decode.image_slot)
                 raise MemoryError("no room")
-            super().take_image(image_slot, size, finish, receive)
+            super().take_image(decode, receipt)
 
     simulation = Simulation(executor=Clumsy())
     simulation.request("bad", width=512, height=512)
