@@ -2,7 +2,8 @@
 
 All are frozen tagged msgspec Structs, encoded as msgpack; decoding validates, constructing does not. Tensors never
 travel in a message: they lie in shared slabs, and a message names the slot. Commands are self-contained (a worker
-keeps no request table), so any worker can take over a request from any other.
+keeps no request table), so any worker can take over a request from any other; each makes the event that it is answered
+with.
 
 `command_id` is unique per engine; a group command is the same message sent to every member. `state_id` is unique per
 attempt at a request (a request that starts again gets a new one): it tags a slot's contents, so that what an earlier
@@ -28,6 +29,16 @@ class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt: str
     negative_prompt: str | None = None
 
+    def encoded(self, device_id: int, started_s: float, ended_s: float, num_text_tokens: int) -> "Encoded":
+        return Encoded(
+            command_id=self.command_id,
+            device_id=device_id,
+            request_id=self.request_id,
+            started_s=started_s,
+            ended_s=ended_s,
+            num_text_tokens=num_text_tokens,
+        )
+
 
 class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Run steps `step_index … step_index + chunk_steps` of a request on the sequence-parallel group `members`.
@@ -48,6 +59,17 @@ class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     chunk_steps: int
     params: Params
 
+    def denoised(self, device_id: int, started_s: float, ended_s: float, waited_s: float) -> "Denoised":
+        return Denoised(
+            command_id=self.command_id,
+            device_id=device_id,
+            request_id=self.request_id,
+            step_index=self.step_index + self.chunk_steps,
+            started_s=started_s,
+            ended_s=ended_s,
+            waited_s=waited_s,
+        )
+
 
 class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """VAE-decode a finished request's latents (pulled from `source` if that is another device) to `image_slot`."""
@@ -60,6 +82,16 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     params: Params
     image_slot: int
 
+    def decoded(self, device_id: int, started_s: float, ended_s: float) -> "Decoded":
+        return Decoded(
+            command_id=self.command_id,
+            device_id=device_id,
+            request_id=self.request_id,
+            image_slot=self.image_slot,
+            started_s=started_s,
+            ended_s=ended_s,
+        )
+
 
 class CopyLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Copy a request's latents (fp32, [tokens, channels]) as they stand on this worker to `image_slot`."""
@@ -70,6 +102,17 @@ class CopyLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slot: int
     params: Params
     image_slot: int
+
+    def copied(self, device_id: int, shape: tuple[int, ...]) -> "LatentsCopied":
+        num_tokens, num_channels = shape
+        return LatentsCopied(
+            command_id=self.command_id,
+            device_id=device_id,
+            request_id=self.request_id,
+            image_slot=self.image_slot,
+            num_tokens=num_tokens,
+            num_channels=num_channels,
+        )
 
 
 class LoadWeights(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -137,6 +180,9 @@ Command = (
 )
 GroupCommand = EncodePrompt | Denoise | Decode | CopyLatents
 """Commands that occupy devices and belong to a request."""
+
+
+FailureKind = Literal["aborted", "out_of_memory", "error"]
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -229,8 +275,19 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     command_id: int
     device_id: int
     request_id: str
-    kind: Literal["aborted", "out_of_memory", "error"]
+    kind: FailureKind
     message: str
 
 
 Event = Started | Loaded | PeersMapped | Encoded | Denoised | Decoded | LatentsCopied | BarriersReset | Pong | Failed
+
+
+def failed(command: Command, device_id: int, kind: FailureKind, message: str) -> Failed:
+    """The answer to a command that has no result."""
+    return Failed(
+        command_id=command.command_id,
+        device_id=device_id,
+        request_id=command.request_id if isinstance(command, GroupCommand) else "",
+        kind=kind,
+        message=message,
+    )

@@ -19,14 +19,11 @@ from tetrion.engine.messages import (
     BarriersReset,
     Command,
     Decode,
-    Decoded,
     Denoise,
-    Denoised,
-    Encoded,
     EncodePrompt,
     Event,
-    Failed,
     ResetBarriers,
+    failed,
 )
 from tetrion.engine.planning.cost.predict import predict_s
 from tetrion.engine.planning.cost.tables import CostTables
@@ -181,7 +178,7 @@ class SimulatedExecutor:
         for device_id in device_ids:
             self._free_s[device_id] = self._now_s
             for command in self._unanswered[device_id].values():
-                self._events.append(_aborted(command, device_id))
+                self._events.append(failed(command, device_id, "aborted", "aborted"))
             self._unanswered[device_id].clear()
 
     def kill(self, device_id: int, reason: str) -> None:
@@ -213,40 +210,8 @@ class SimulatedExecutor:
 def _answer(command: SimulatedCommand, device_id: int, started_s: float, ended_s: float) -> Event:
     match command:
         case EncodePrompt():
-            return Encoded(
-                command_id=command.command_id,
-                device_id=device_id,
-                request_id=command.request_id,
-                started_s=started_s,
-                ended_s=ended_s,
-                num_text_tokens=len(command.prompt.split()),
-            )
+            return command.encoded(device_id, started_s, ended_s, num_text_tokens=len(command.prompt.split()))
         case Denoise():
-            return Denoised(
-                command_id=command.command_id,
-                device_id=device_id,
-                request_id=command.request_id,
-                step_index=command.step_index + command.chunk_steps,
-                started_s=started_s,
-                ended_s=ended_s,
-                waited_s=0.0,
-            )
+            return command.denoised(device_id, started_s, ended_s, waited_s=0.0)
         case Decode():
-            return Decoded(
-                command_id=command.command_id,
-                device_id=device_id,
-                request_id=command.request_id,
-                image_slot=command.image_slot,
-                started_s=started_s,
-                ended_s=ended_s,
-            )
-
-
-def _aborted(command: SimulatedCommand, device_id: int) -> Failed:
-    return Failed(
-        command_id=command.command_id,
-        device_id=device_id,
-        request_id=command.request_id,
-        kind="aborted",
-        message="aborted",
-    )
+            return command.decoded(device_id, started_s, ended_s)
