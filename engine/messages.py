@@ -10,16 +10,19 @@ attempt at a request (a request that starts again gets a new one): it tags a slo
 owner left there is never taken for this request's.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
 from tetrion.engine.params import Params
+from tetrion.engine.stages import Stage
 
 
 class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Text-encode the prompts and draw the starting noise into `slot` of the receiving worker's slab. Where
     `params.shape` has two branches, the second one is the negative prompt's."""
+
+    stage: ClassVar[Stage] = "encode"
 
     command_id: int
     request_id: str
@@ -47,6 +50,8 @@ class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     latents) from device `source`, waiting until the source's slot has reached `step_index`.
     """
 
+    stage: ClassVar[Stage] = "denoise"
+
     command_id: int
     round_id: int
     request_id: str
@@ -73,6 +78,8 @@ class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """VAE-decode a finished request's latents (pulled from `source` if that is another device) to `image_slot`."""
+
+    stage: ClassVar[Stage] = "decode"
 
     command_id: int
     request_id: str
@@ -178,7 +185,9 @@ Command = (
     | Ping
     | Shutdown
 )
-GroupCommand = EncodePrompt | Denoise | Decode | CopyLatents
+StageCommand = EncodePrompt | Denoise | Decode
+"""Commands that carry out a stage of a request."""
+GroupCommand = StageCommand | CopyLatents
 """Commands that occupy devices and belong to a request."""
 
 
@@ -216,6 +225,8 @@ class PeersMapped(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Times are CLOCK_MONOTONIC seconds, the same clock in every process."""
 
+    stage: ClassVar[Stage] = "encode"
+
     command_id: int
     device_id: int
     request_id: str
@@ -230,6 +241,8 @@ class Denoised(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     `waited_s` is the time from `started_s` until the entry barrier was passed and the state was pulled.
     """
 
+    stage: ClassVar[Stage] = "denoise"
+
     command_id: int
     device_id: int
     request_id: str
@@ -241,6 +254,8 @@ class Denoised(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class Decoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """uint8 RGB [height, width, 3] lies in `image_slot`. `started_s` is when the latents had arrived."""
+
+    stage: ClassVar[Stage] = "decode"
 
     command_id: int
     device_id: int

@@ -23,13 +23,12 @@ from tetrion.engine.messages import (
     EncodePrompt,
     Event,
     ResetBarriers,
+    StageCommand,
     failed,
 )
 from tetrion.engine.planning.cost.predict import predict_s
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.request import Receipt
-
-SimulatedCommand = EncodePrompt | Denoise | Decode
 
 
 class Disturbance:
@@ -98,7 +97,7 @@ class SimulatedExecutor:
         self._events: list[Happening] = []
         self._free_s = dict.fromkeys(self.device_ids, 0.0)
         self._state_s: dict[int, float] = {}
-        self._unanswered: dict[int, dict[int, SimulatedCommand]] = {d: {} for d in self.device_ids}
+        self._unanswered: dict[int, dict[int, StageCommand]] = {d: {} for d in self.device_ids}
         self._woken = False
 
     def at(self, time_s: float, action: Callable[[], None]) -> None:
@@ -127,7 +126,7 @@ class SimulatedExecutor:
             (device_id,) = members
             self._events.append(BarriersReset(command_id=command.command_id, device_id=device_id))
             return True
-        if not isinstance(command, (EncodePrompt, Denoise, Decode)):
+        if not isinstance(command, StageCommand):
             raise ValueError(f"a simulated device does not execute {type(command).__name__}")
         start_s = max(self._now_s, self._state_s.get(command.state_id, 0.0), *[self._free_s[m] for m in members])
         end_s = start_s + self._duration(command, predict_s(command, self._costs))
@@ -139,7 +138,7 @@ class SimulatedExecutor:
         self.at(end_s, lambda: self._complete(ticket, command, members, start_s))
         return True
 
-    def _complete(self, ticket: int, command: SimulatedCommand, members: tuple[int, ...], start_s: float) -> None:
+    def _complete(self, ticket: int, command: StageCommand, members: tuple[int, ...], start_s: float) -> None:
         if any([ticket not in self._unanswered[member] for member in members]):
             return  # a member was lost or aborted: the others wait until they are aborted too
         for number, member in enumerate(members):
@@ -207,7 +206,7 @@ class SimulatedExecutor:
         self._events.append(ready)
 
 
-def _answer(command: SimulatedCommand, device_id: int, started_s: float, ended_s: float) -> Event:
+def _answer(command: StageCommand, device_id: int, started_s: float, ended_s: float) -> Event:
     match command:
         case EncodePrompt():
             return command.encoded(device_id, started_s, ended_s, num_text_tokens=len(command.prompt.split()))

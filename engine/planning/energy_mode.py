@@ -24,6 +24,7 @@ from tetrion.engine.planning.forward_fill import Work
 from tetrion.engine.planning.slo import denoise_due_s, due_s
 from tetrion.engine.planning.snapshot import RequestView
 from tetrion.engine.request import ImageRequest
+from tetrion.engine.stages import AUX_FROM
 
 PATIENT_SLACK_S = 3600.0
 """With less slack than that a request is interactive: it never waits for others' sake."""
@@ -99,7 +100,7 @@ def affordable_steps(view: RequestView, table: DegreeTable, degree: int, config:
     if view.budget_j is None or not table.step_j:
         return most
     remaining, left_j = view.num_steps - view.step_index, _left_j(view, table) + ROUNDING_J
-    available_s = denoise_due_s(due_s(view, config), table.cost.decode_s) - start_s
+    available_s = denoise_due_s(due_s(view, config), table.after_s) - start_s
     best = cheapest_plan(table, remaining, available_s)
     if best is None or best.joules > left_j:
         available_s = math.inf
@@ -162,7 +163,6 @@ def _is_worth(view: RequestView, table: DegreeTable, base: int, degree: int, con
 
 
 def _left_j(view: RequestView, table: DegreeTable) -> float:
-    """What the budget leaves for denoising, as far as the joules of encode and decode are known."""
+    """What the budget leaves for denoising, as far as the joules of the other stages are known."""
     assert view.budget_j is not None
-    encode_j = (table.cost.encode_j or 0.0) if view.stage == "encode" else 0.0
-    return view.budget_j - encode_j - (table.cost.decode_j or 0.0)
+    return view.budget_j - sum(table.cost.aux_j.get(stage, 0.0) for stage in AUX_FROM[view.stage])

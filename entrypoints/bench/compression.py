@@ -25,7 +25,7 @@ def calibrated_slo_s(
     largest = max(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1])
     key = cost_key_of_size(sizes[largest])
     cost = profile.cost(key)
-    alone_s = cost.encode_s + num_steps * cost.step_s(_degrees(key, profile, num_devices)[-1]) + cost.decode_s
+    alone_s = sum(cost.aux_s.values()) + num_steps * cost.step_s(_degrees(key, profile, num_devices)[-1])
     factor = SLO_HEADROOM * alone_s / base_slo_s[largest]
     return tuple(slo_s * factor for slo_s in base_slo_s)
 
@@ -44,7 +44,7 @@ def load_of(
     for key, share in zip(map(cost_key_of_size, sizes), shares, strict=True):
         cost = profile.cost(key)
         degree = _degrees(key, profile, num_devices)[0]
-        device_s += share * (cost.encode_s + num_steps * degree * cost.step_s(degree) + cost.decode_s)
+        device_s += share * (sum(cost.aux_s.values()) + num_steps * degree * cost.step_s(degree))
     return rate_per_min / 60 * device_s / num_devices
 
 
@@ -69,7 +69,7 @@ def _compressed(request: TraceRequest, factor: int, profile: Profile) -> TraceRe
         raise ValueError(f"compress: {request.num_steps} steps cannot be divided by {factor}")
     slo_s = request.slo_s
     if slo_s is not None:
-        aux_s = profile.encode_s(request.cost_key) + profile.decode_s(request.cost_key)
+        aux_s = sum(profile.cost(request.cost_key).aux_s.values())
         slo_s = aux_s + (slo_s - aux_s) / factor
     return msgspec.structs.replace(
         request, arrival_s=request.arrival_s / factor, num_steps=request.num_steps // factor, slo_s=slo_s

@@ -388,9 +388,8 @@ def part_of(simulation: Simulation, name: str) -> Any:
 
 
 PARTS = [
-    ("_cost_model", "observe_encode"),
+    ("_cost_model", "observe_aux"),
     ("_cost_model", "observe_step"),
-    ("_cost_model", "observe_decode"),
     ("_statistics", "sent"),
     ("_statistics", "answered"),
     ("_statistics", "ended"),
@@ -414,6 +413,17 @@ def test_an_error_while_something_is_written_down_ends_one_request(
     assert isinstance(error, GenerationError) and "spoilt" in str(error)
     assert any(f"request {name}" in record.getMessage() and record.exc_info for record in caplog.records)
     check_nothing_is_left(simulation)
+
+
+def test_a_decode_whose_time_cannot_be_written_down_gives_its_image_slot_back(caplog: pytest.LogCaptureFixture) -> None:
+    simulation, calls = Simulation(executor=Slots()), itertools.count()
+
+    def is_bad(_: str, stage: str, __: float) -> bool:
+        return stage == "decode" and next(calls) == 0
+
+    spoil(part_of(simulation, "_cost_model"), "observe_aux", is_bad)
+    run(simulation, "bad")
+    check_only_bad_failed(simulation, caplog)
 
 
 @pytest.mark.parametrize(("part", "method"), PARTS)
@@ -521,7 +531,7 @@ def test_admission_that_fails_refuses_the_newcomer_alone(monkeypatch: pytest.Mon
 
 def test_failures_are_logged_as_errors_with_the_id(caplog: pytest.LogCaptureFixture) -> None:
     simulation = Simulation(executor=Slots())
-    spoil(part_of(simulation, "_cost_model"), "observe_encode", lambda *_: True)
+    spoil(part_of(simulation, "_cost_model"), "observe_aux", lambda *_: True)
     simulation.request("the-one")
     simulation.run()
     records = [record for record in caplog.records if "request the-one failed" in record.getMessage()]

@@ -32,6 +32,7 @@ from tetrion.engine.planning.policies.leftover import Option, gain, widen
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, slo_s, urgency
 from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
+from tetrion.engine.stages import AFTER_STEPS, AUX_STAGES, BEFORE_STEPS
 
 AUX_SOON_S = 0.036
 """Devices whose encode or decode ends within this count as free when degrees are decided."""
@@ -80,7 +81,8 @@ class _Tick:
         self.now_s = snapshot.now_s
         self.builder = RoundBuilder(snapshot)
         self.tables = degree_tables(snapshot)
-        self.encode_end_s: dict[str, float] = {}
+        self.first_step_s: dict[str, float] = {}
+        """When the steps of a request that has other stages before it can begin."""
         self.in_chunk = [request for request in snapshot.requests if self._is_in_chunk(request)]
         self.works: list[Work] = []
         self.late: list[Work] = []
@@ -89,31 +91,32 @@ class _Tick:
         self.capacity = 0
 
     def _is_in_chunk(self, request: RequestView) -> bool:
-        return request.ready_s > self.builder.limit_s and (request.step_index > 0 or request.stage == "decode")
+        return request.ready_s > self.builder.limit_s and (request.step_index > 0 or request.stage in AFTER_STEPS)
 
     # 1: decode, encode --------------------------------------------------------------------------------------------
 
     def start_aux(self) -> None:
         """Start every decode, then every encode that finds an idle device, most urgent first."""
         requests = self.snapshot.requests
-        aux = [request for stage in ("decode", "encode") for request in requests if request.stage == stage]
+        aux = [request for stage in reversed(AUX_STAGES) for request in requests if request.stage == stage]
         if not aux:
             return
         claimed = {device for request in requests if request.stage == "denoise" for device in request.members}
         for request in aux:
+            table, stage = self.tables[request.model, request.cost_key], request.stage
             if self.builder.idle and self.builder.is_ready(request):
                 end_s = self.builder.free_s[self.builder.start(request, claimed=claimed).members[0]]
             else:
-                encode_s = self.tables[request.model, request.cost_key].cost.encode_s
-                end_s = max(request.ready_s, min(self.builder.free_s.values())) + encode_s
-            self.encode_end_s[request.request_id] = end_s
+                end_s = max(request.ready_s, min(self.builder.free_s.values())) + table.cost.aux_s[stage]
+            if stage in BEFORE_STEPS:
+                self.first_step_s[request.request_id] = end_s + (table.before_s[stage] - table.cost.aux_s[stage])
 
     # 2: what is left to do ----------------------------------------------------------------------------------------
 
     def collect(self) -> None:
         """Every request with steps left but for the backlog, most urgent first; those that are late, the first of the
         backlog among them, likewise."""
-        self.works = [self._work(request) for request in self.snapshot.requests if request.stage != "decode"]
+        self.works = [self._work(request) for request in self.snapshot.requests if request.stage not in AFTER_STEPS]
         self.late = [work for work in self.works if work.is_late]
         if backlog := [self._work(request) for request in self.snapshot.backlog[:LATE_ITEMS]]:
             self.late = sorted(self.late + backlog, key=lambda work: urgency(work.view, self.config))
@@ -121,11 +124,11 @@ class _Tick:
     def _work(self, request: RequestView) -> Work:
         table = self.tables[request.model, request.cost_key]
         start_s, is_ready = self.now_s, True
-        if request.stage == "encode":
-            start_s, is_ready = self.encode_end_s[request.request_id], False
+        if request.stage in BEFORE_STEPS:
+            start_s, is_ready = self.first_step_s[request.request_id], False
         elif request.ready_s > start_s:
             start_s, is_ready = request.ready_s, self.builder.is_ready(request)
-        due = denoise_due_s(due_s(request, self.config), table.cost.decode_s)
+        due = denoise_due_s(due_s(request, self.config), table.after_s)
         work = Work(request, table, start_s, due, is_ready)
         if request.budget_j is not None:
             apply_budget(work, self.config)
@@ -286,7 +289,7 @@ class _Tick:
         targets = {work.view.request_id: work.target for work in self.works}
         times: list[float] = []
         for request in self.in_chunk:
-            kept = 1 if request.stage == "decode" else targets[request.request_id]
+            kept = 1 if request.stage in AFTER_STEPS else targets[request.request_id]
             times += [request.ready_s] * (len(request.members) - kept)
         in_chunk = {device for request in self.in_chunk for device in request.members}
         soon_s, idle = self.now_s + AUX_SOON_S, self.builder.idle

@@ -92,7 +92,7 @@ alone = st.fixed_dictionaries(
 def alone_view(size: tuple[int, int], num_devices: int, num_steps: int, room: float, **fields: object) -> RequestView:
     """A request whose deadline leaves `room` times the seconds that the fastest degree takes."""
     cost = table(cost_key_of_size(size), num_devices)
-    due_s = NOW_S + room * num_steps * cost.fastest_step_s + cost.cost.decode_s + 2 * MARGIN_S
+    due_s = NOW_S + room * num_steps * cost.fastest_step_s + cost.after_s + 2 * MARGIN_S
     return request("a", cost_key=cost_key_of_size(size), num_steps=num_steps, deadline_s=due_s, **fields)
 
 
@@ -133,7 +133,7 @@ def test_alone_least_energy_takes_no_more_than_balanced_nor_that_than_fastest_an
         view = alone_view(**case, energy_mode=mode)  # type: ignore[arg-type]
         taken[mode], end_s, _ = draw_alone(view, case["num_devices"])  # type: ignore[arg-type]
         assert view.deadline_s is not None
-        assert end_s + PROFILE.decode_s(view.cost_key) <= view.deadline_s
+        assert end_s + PROFILE.cost(view.cost_key).aux_s["decode"] <= view.deadline_s
     assert taken["least-energy"] <= taken["balanced"] + 1e-6 <= taken["fastest"] + 2e-6
 
 
@@ -145,7 +145,7 @@ def test_a_budget_that_the_cheapest_plan_meets_is_kept_in_every_mode(
     view = alone_view(**case, energy_mode=mode)  # type: ignore[arg-type]
     costs = table(view.cost_key, case["num_devices"])  # type: ignore[arg-type]
     assert view.deadline_s is not None
-    available_s = view.deadline_s - NOW_S - costs.cost.decode_s - MARGIN_S
+    available_s = view.deadline_s - NOW_S - costs.after_s - MARGIN_S
     cheapest = cheapest_plan(costs, view.num_steps, available_s)
     assert cheapest is not None
     budget_j = share * cheapest.joules

@@ -187,7 +187,7 @@ def test_overload_with_slos_does_not_starve_those_without() -> None:
 def test_a_request_that_needs_all_devices_waits_for_a_short_one_and_not_for_a_long_one() -> None:
     """On two devices a step of 2048² takes 0.5 s longer on one: the short one is let through on both, not beside it."""
     cost = flux_profile().cost("2048x2048")
-    due_s = NOW_S + 10 * cost.step_s(2) + cost.decode_s + 1.0
+    due_s = NOW_S + 10 * cost.step_s(2) + cost.aux_s["decode"] + 1.0
     large = request("large", cost_key="2048x2048", step_index=18, deadline_s=due_s)
     short = request("short", cost_key="256x256", step_index=24, deadline_s=NOW_S + 1)
     long = request("long", step_index=22, deadline_s=NOW_S + 2)
