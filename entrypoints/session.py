@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tetrion.engine.config import EngineConfig
+from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.hardware.event_loop import new_event_loop
+from tetrion.engine.planning.policies.registry import with_options
 from tetrion.entrypoints.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int | None = None
     policy: str | None = None
     planner: tuple[str, ...] = ()
-    """`KEY=VALUE` each: fields of `PlannerConfig`."""
+    """`KEY=VALUE` each: fields of `PlannerConfig` and options of its policy."""
     meter: str | None = None
     carbon: str | None = None
     carbon_token_file: str | None = None
@@ -42,15 +43,20 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 def engine_config(options: EngineOptions) -> EngineConfig:
     """The engine's config with the given options set, checked. Raises InputError naming field and bound."""
     given = {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
-    given["planner"] = dict(map(_planner_option, options.planner))
+    settings = dict(map(_planner_option, options.planner))
+    common = settings.keys() & set(PlannerConfig.__struct_fields__)
+    given["planner"] = {name: settings.pop(name) for name in common} | {"options": settings}
     if "policy" in given:
         given["planner"]["policy"] = given.pop("policy")
     given["metering"] = {name: given.pop(name) for name in METERING if name in given}
     try:
-        return msgspec.convert(given, EngineConfig)
+        config = msgspec.convert(given, EngineConfig)
+        return msgspec.structs.replace(config, planner=with_options(config.planner))
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         raise InputError(f"{path.rstrip('`') or 'config'}: {message}") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _planner_option(text: str) -> tuple[str, Any]:

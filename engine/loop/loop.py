@@ -51,6 +51,7 @@ from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient
+from tetrion.engine.planning.policies.registry import with_options
 from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
 from tetrion.engine.request import Output, ResolvedRequest
 
@@ -79,20 +80,20 @@ class EngineLoop:
         outputs: Callable[[Output], None],
         energy: EnergyAccount | None = None,
     ) -> None:
+        self._config = with_options(config.planner)
         self.executor = executor
         self.planner = planner
         self.cost_models = cost_models
         self.table = RequestTable(
             config.max_inflight,
             config.max_queued,
-            config.planner.patience_s,
-            is_patient=lambda request: may_be_patient(request.asked, config.planner),
+            self._config.patience_s,
+            is_patient=lambda request: may_be_patient(request.asked, self._config),
         )
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
-        self._config = config.planner
         self._in_flight = InFlightTable(executor.device_ids)
-        self._snapshots = SnapshotBuilder(executor, self.table, self._in_flight, config.planner)
-        self._guarded_planner = GuardedPlanner(config.planner.policy)
+        self._snapshots = SnapshotBuilder(executor, self.table, self._in_flight, self._config)
+        self._guarded_planner = GuardedPlanner(self._config.policy)
         self._refusals = Refusals()
         self._stall_timeout_s = config.stall_timeout_s
         self._command_ids = itertools.count(FIRST_COMMAND_ID)

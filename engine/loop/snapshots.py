@@ -16,6 +16,7 @@ from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.requests import Request, RequestTable
 from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
 from tetrion.engine.stages import STAGES, Stage
@@ -40,6 +41,7 @@ class SnapshotBuilder:
         self._table = table
         self._in_flight = in_flight
         self._config = config
+        self._energy_mode = horizon_options(config).energy
         self._entries: dict[str, Entry] = {}
         self._current: list[Entry] = []
         self._overdue: list[Entry] = []
@@ -163,6 +165,6 @@ class SnapshotBuilder:
             weight=weight * config.class_weights.get(request.cost_key, 1.0) if config.class_weights else weight,
             priority=asked.priority,
             force_degrees=asked.force_degrees,
-            energy_mode=asked.energy.mode or config.energy,
+            energy_mode=asked.energy.mode or self._energy_mode,
             budget_j=None if budget_j is None else budget_j - request.spent_j,
         )

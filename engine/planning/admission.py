@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from tetrion.engine.planning.degrees import DegreeTables, degree_tables
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill
 from tetrion.engine.planning.free_profile import FreeProfile
+from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import MARGIN_S, denoise_due_s, due_s
 from tetrion.engine.planning.snapshot import RequestView, Snapshot
 from tetrion.engine.stages import AFTER_STEPS, AUX_FROM, BEFORE_STEPS
@@ -24,7 +25,7 @@ def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | No
     others = [view for view in snapshot.requests if view.deadline_s is not None]
     to_denoise = [view for view in others if view.stage not in AFTER_STEPS]
     works = [work for view in to_denoise if not (work := _work(snapshot, tables, view)).is_late]
-    drop_first = DROP_FIRST[snapshot.config.drop]
+    drop_first = DROP_FIRST[horizon_options(snapshot.config).drop]
     profile, new = _free_profile(snapshot), _work(snapshot, tables, newcomer)
     fill(profile, works, drop_first)
     end_s = profile.finish_s(new.table, new.table.widest, new.start_s, new.remaining, math.inf)

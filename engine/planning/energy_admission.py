@@ -11,6 +11,7 @@ from tetrion.engine.errors import BudgetUnmeetable, CheapestPlan, RequestError
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_mode import ROUNDING_J, cheapest_plan
+from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import denoise_due_s
 from tetrion.engine.request import EnergyOptions, ResolvedRequest
 from tetrion.engine.stages import AUX_STAGES, BEFORE_STEPS
@@ -35,9 +36,10 @@ def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerC
 
 
 def check_default(costs: CostTables | None, num_devices: int, config: PlannerConfig) -> None:
-    """Raises ValueError if an engine cannot have `config.energy`. `costs` None: some table will be measured at the
-    start, and has no joules."""
-    if config.energy == "fastest":
+    """Raises ValueError if an engine cannot have the energy mode of `config`. `costs` None: some table will be measured
+    at the start, and has no joules."""
+    mode = horizon_options(config).energy
+    if mode == "fastest":
         return
     reason = "the cost table measured at the start has no joules (step_j); name one that has with profile"
     if costs is not None:
@@ -45,7 +47,7 @@ def check_default(costs: CostTables | None, num_devices: int, config: PlannerCon
         names = [(model, key) for model, profile in costs.profiles.items() for key in profile.classes]
         reason = next(filter(None, (why_not(tables[name], name[1], config) for name in names)), "")
     if reason:
-        raise ValueError(f"planner.energy: {config.energy!r} is not possible: {reason}")
+        raise ValueError(f"planner.options.energy: {mode!r} is not possible: {reason}")
 
 
 def cheapest_for(table: DegreeTable, num_steps: int, slo_s: float | None) -> CheapestPlan:

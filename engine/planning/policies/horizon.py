@@ -28,6 +28,7 @@ from tetrion.engine.planning.degrees import DegreeTable, degree_tables
 from tetrion.engine.planning.energy_mode import affordable_steps, apply_budget, set_patient_aside, worth_using
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill, fill_soft
 from tetrion.engine.planning.free_profile import FreeProfile
+from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.policies.leftover import Option, gain, widen
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, slo_s, urgency
@@ -60,10 +61,10 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     waiting = set_patient_aside(tick.works, snapshot.now_s)
     on_time = [work for work in tick.works if not work.is_late and not work.is_soft and work not in waiting]
     soft = [work for work in tick.works if work.is_soft]
-    bound = snapshot.config.max_candidates or max(MIN_CANDIDATES, 4 * len(snapshot.devices))
+    bound = tick.options.max_candidates or max(MIN_CANDIDATES, 4 * len(snapshot.devices))
     rescued = tick.rescued = tick.rescue(soft) or tick.rescue_late(on_time[:bound])
     profile = tick.free_profile(rescued)
-    dropped = fill(profile, on_time[:bound], DROP_FIRST[snapshot.config.drop]) + on_time[bound:]
+    dropped = fill(profile, on_time[:bound], DROP_FIRST[tick.options.drop]) + on_time[bound:]
     fill_soft(profile, [work for work in soft[:bound] if work not in rescued])
     placed = [*rescued, *(work for work in [*on_time, *soft] if work.level)]
     left = tick.set_targets(placed)
@@ -78,6 +79,7 @@ class _Tick:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.config = snapshot.config
+        self.options = horizon_options(snapshot.config)
         self.now_s = snapshot.now_s
         self.builder = RoundBuilder(snapshot)
         self.tables = degree_tables(snapshot)
@@ -145,7 +147,7 @@ class _Tick:
         """The late request to rescue, if the system is below saturation: few are late, and nobody on time has to be
         dropped for it."""
         are_few = max(len(self.snapshot.backlog), len(self.late)) <= LATE_ITEMS
-        if not (self.late and self.config.rescue and are_few):
+        if not (self.late and self.options.rescue and are_few):
             return []
         rescued = self.rescue(self.late)
         return rescued if rescued and not fill(self.free_profile(rescued), on_time) else []

@@ -21,6 +21,7 @@ from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_admission import cheapest_for, check_default, check_wish
 from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S, cheapest_plan
 from tetrion.engine.planning.forward_fill import RESERVE
+from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import MARGIN_S
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
@@ -62,7 +63,7 @@ def draw_alone(view: RequestView, num_devices: int, **config: object) -> tuple[f
             requests=(view,),
             devices=tuple(DeviceView(device_id=i, free_s=now_s) for i in range(num_devices)),
             costs=costs_of(PROFILE),
-            config=PlannerConfig(**config),  # type: ignore[arg-type]
+            config=PlannerConfig(options=HorizonOptions(**config)),  # type: ignore[arg-type]
         )
         (chunk,) = PLANNER(snapshot).assignments
         degree, cost = len(chunk.members), PROFILE.cost(view.cost_key)
@@ -291,11 +292,11 @@ def test_without_joules_modes_and_budgets_are_refused() -> None:
 
 def test_a_mode_as_the_default_needs_joules_too() -> None:
     for mode in MODES:
-        check_default(costs_of(PROFILE), 4, PlannerConfig(energy=mode))
+        check_default(costs_of(PROFILE), 4, PlannerConfig(options=HorizonOptions(energy=mode)))
     check_default(None, 4, PlannerConfig())
     for costs, reason in ((costs_of(flux_profile()), "no joules"), (None, "measured at the start has no joules")):
-        with pytest.raises(ValueError, match=rf"planner\.energy: 'balanced' is not possible: .*{reason}"):
-            check_default(costs, 4, PlannerConfig(energy="balanced"))
+        with pytest.raises(ValueError, match=rf"planner\.options\.energy: 'balanced' is not possible: .*{reason}"):
+            check_default(costs, 4, PlannerConfig(options=HorizonOptions(energy="balanced")))
 
 
 @given(pixels=st.integers(16, 4096))

@@ -4,6 +4,7 @@ import math
 
 from tests.engine.planning.simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
@@ -26,13 +27,14 @@ def request(request_id: str, **fields: object) -> RequestView:
     return RequestView(request_id=request_id, **{**values, **fields})  # type: ignore[arg-type]
 
 
-def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **config: float) -> RoundPlan:
+def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **options: float) -> RoundPlan:
+    planner = PlannerConfig(options=HorizonOptions(**options))  # type: ignore[arg-type]
     snapshot = Snapshot(
         now_s=NOW_S,
-        requests=tuple(sorted(requests, key=lambda r: urgency(r, PlannerConfig(**config)))),
+        requests=tuple(sorted(requests, key=lambda r: urgency(r, planner))),
         devices=tuple(DeviceView(device_id=i, free_s=NOW_S + wait_s) for i, wait_s in enumerate(free_in_s)),
         costs=costs_of(profile or flux_profile()),
-        config=PlannerConfig(**config),
+        config=planner,
     )
     return get_planner("horizon")(snapshot)
 
