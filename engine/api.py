@@ -32,7 +32,7 @@ from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.energy_admission import check_default
-from tetrion.engine.planning.policies.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import resolve_request
@@ -130,7 +130,7 @@ class AsyncEngine:
         self._planner = get_planner(self.config.planner.policy)
         are_all_known = self._profiles.keys() == self.models.specs.keys()
         costs = CostTables(profiles=self._profiles) if are_all_known else None
-        check_default(costs, len(self.devices), self.config.planner)
+        check_default(costs, len(self.devices), with_options(self.config.planner))
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -50,13 +50,9 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     `class_weights` (of a `CostKey`: "1024x1024") and `tenant_weights` multiply the weight that a request carries (not
     named: by 1).
-    `admission`: "reject-hopeless" refuses at once what would miss its deadline. The rest is of the policy `horizon`:
-    `drop`: whom to give up first when deadlines cannot all be met: "work", the one with most GPU-seconds left; or
-    "fraction", the one with the largest share of its own steps left, whatever its size (each per unit of weight).
-    `rescue`: below saturation the oldest late request may own a device.
-    `max_candidates`: so many of the most urgent requests are weighed against each other; None: 4 a device, at least 48.
-    `energy`: the mode of requests that name none (see `planning/energy_mode.py`). `j_per_s`: in mode "balanced", what a
-    second earlier may cost. `extra_j`: in mode "least-energy", by what share idle devices may raise a step's joules.
+    `admission`: "reject-hopeless" refuses at once what would miss its deadline.
+    `options`: the policy's own, by name or as its struct (`planning/policies/registry.py`; of `horizon`:
+    `planning/horizon_options.py`).
     """
 
     policy: Annotated[str, option("Planner: horizon, fixed-1, fixed-2, …", metavar="NAME")] = "horizon"
@@ -66,12 +62,7 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     class_weights: dict[CostKeyText, PositiveFloat] = {}
     tenant_weights: dict[str, PositiveFloat] = {}
     admission: Literal["all", "reject-hopeless"] = "all"
-    drop: Literal["work", "fraction"] = "work"
-    rescue: bool = True
-    max_candidates: PositiveInt | None = None
-    energy: EnergyMode = "fastest"
-    j_per_s: PositiveFloat = 200.0
-    extra_j: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    options: Any = {}
 
 
 class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -66,7 +66,7 @@ NOT_METERED = unmetered("the engine that drew this has no energy account")
 
 
 class EnergyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to spend joules on a request. `mode` None: the engine's own (`PlannerConfig.energy`). `budget_j`: the most
+    """How to spend joules on a request. `mode` None: the engine's own (`HorizonOptions.energy`). `budget_j`: the most
     joules its own work may take, as the profile has them; None: any number."""
 
     mode: EnergyMode | None = None

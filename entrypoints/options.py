@@ -10,7 +10,7 @@ import click
 import msgspec
 from msgspec import inspect
 
-from tetrion.engine.config import EngineConfig
+from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.number_range import NumberRange
 
@@ -44,6 +44,8 @@ def some_engine_options(*fields: str) -> Callable[[Command], Command]:
 def take_config(options: dict[str, Any]) -> EngineConfig:
     """The configuration that a command's `options` ask for; those of the engine are taken out. Raises InputError naming
     field and bound."""
+    from tetrion.engine.planning.policies.registry import with_options
+
     given: dict[str, Any] = {}
     for option in OPTIONS:
         value = options.pop(option.name, None)
@@ -53,14 +55,17 @@ def take_config(options: dict[str, Any]) -> EngineConfig:
             for name in above:
                 target = target.setdefault(name, {})
             if option.is_json:
-                target.setdefault(field, {}).update(dict(_setting(option.name, text) for text in value))
+                target.setdefault(field, {}).update(_settings(dict(_setting(option.name, text) for text in value)))
             else:
                 target[field] = _mapping(option, value, given) if option.is_mapping else value
     try:
-        return msgspec.convert(given, EngineConfig)
+        config = msgspec.convert(given, EngineConfig)
+        return msgspec.structs.replace(config, planner=with_options(config.planner))
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         raise InputError(f"{path.rstrip('`') or 'config'}: {message}") from None
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def only_model(config: EngineConfig) -> str:
@@ -82,6 +87,12 @@ def _setting(name: str, text: str) -> tuple[str, Any]:
         return key, msgspec.json.decode(value)
     except msgspec.DecodeError:
         return key, value
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The planner's own, and under `options` those of its policy."""
+    own = given.keys() & set(PlannerConfig.__struct_fields__)
+    return {name: given.pop(name) for name in own} | {"options": given}
 
 
 def _mapping(option: EngineOption, texts: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, str]:

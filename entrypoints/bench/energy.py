@@ -225,7 +225,7 @@ def _plan_of_sweep(engine: AsyncEngine, points: Sequence[EnergyPoint], options: 
         if profile is None:
             return None
         cost = profile.cost(cost_key_of_size((point.width, point.height)))
-        return cost.encode_s + point.num_steps * cost.step_s(point.degree) + cost.decode_s
+        return sum(cost.aux_s.values()) + point.num_steps * cost.step_s(point.degree)
 
     return describe(points, options, latency_s)
 

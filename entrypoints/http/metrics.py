@@ -13,9 +13,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from tetrion.engine.energy.quantum import PHASES
 from tetrion.engine.errors import GenerationError
 from tetrion.engine.request import ImageResult
+from tetrion.engine.stages import STAGES
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, EngineStats
@@ -46,7 +46,7 @@ class Metrics:
         receipt, resolution = result.energy, f"{result.width}x{result.height}"
         samples = [("all", "active", receipt.active_j), ("all", "idle", receipt.idle_share_j)]
         if receipt.phases is not None:
-            samples += [(phase, "active", getattr(receipt.phases, phase)) for phase in PHASES]
+            samples += [(phase, "active", getattr(receipt.phases, phase)) for phase in STAGES]
         for phase, state, joules in samples:
             if joules is not None:
                 self._joules.labels(result.model, resolution, phase, state).observe(joules)

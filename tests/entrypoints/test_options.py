@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
+from tetrion.engine.planning.horizon_options import HorizonOptions, horizon_options
+from tetrion.engine.planning.policies.registry import with_options
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.options import OPTIONS, engine_options, only_model, some_engine_options, take_config
 
@@ -30,14 +32,14 @@ def configured(*arguments: object) -> EngineConfig:
 
 
 def test_without_options_all_is_as_the_configuration_has_it() -> None:
-    assert configured() == EngineConfig()
+    assert configured() == EngineConfig(planner=with_options(PlannerConfig()))
 
 
 def test_every_option_reaches_its_field() -> None:
     values = {
         "model": "a", "model_alias": "x=a", "devices": "cpu:3", "load_format": "dummy", "attention": "triton",
         "profile": "a=p.json", "num_threads": 2, "max_inflight": 3, "max_queued": 4, "planner": "rescue=false",
-        "policy": "fixed-1", "meter": "model", "carbon": "5", "carbon_token_file": "t", "carbon_timeout_s": 2.5,
+        "policy": "horizon", "meter": "model", "carbon": "5", "carbon_token_file": "t", "carbon_timeout_s": 2.5,
         "start_timeout_s": 7, "stall_timeout_s": 8, "no_worker_timeout_s": 9,
     }  # fmt: skip
     assert {option.name for option in OPTIONS} == set(values)
@@ -52,7 +54,7 @@ def test_every_option_reaches_its_field() -> None:
         num_threads=2,
         max_inflight=3,
         max_queued=4,
-        planner=PlannerConfig(policy="fixed-1", rescue=False),
+        planner=with_options(PlannerConfig(policy="horizon", options={"rescue": False})),
         metering=MeteringConfig(meter="model", carbon="5", carbon_token_file="t", carbon_timeout_s=2.5),
         start_timeout_s=7.0,
         stall_timeout_s=8.0,
@@ -63,7 +65,7 @@ def test_every_option_reaches_its_field() -> None:
 def test_what_is_repeated_adds_up() -> None:
     config = configured("--model", "a", "--model", "b", "--planner", "rescue=false", "--planner", 'drop="fraction"')
     assert config.models == ("a", "b")
-    assert (config.planner.rescue, config.planner.drop) == (False, "fraction")
+    assert horizon_options(config.planner) == HorizonOptions(rescue=False, drop="fraction")
 
 
 def test_a_table_without_a_model_is_the_first_ones(tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_a_table_without_a_model_is_the_first_ones(tmp_path: Path) -> None:
         (["--stall-timeout-s", "nan"], "x>0"),
         (["--load-format", "pickle"], "safetensors"),
         (["--planner", "rescue"], "planner: expected KEY=VALUE"),
-        (["--planner", "rescue=7"], "planner.rescue: Expected `bool`"),
+        (["--planner", "rescue=7"], "planner.options.rescue: Expected `bool`"),
         (["--planner", "colour=7"], "unknown field `colour`"),
         (["--meter", "gauge"], "metering.meter: "),
         (["--model-alias", "best"], "model_alias: expected MODEL_ALIAS=…, got 'best'"),
