@@ -22,18 +22,17 @@ from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.errors import EngineEnded, GenerationError, RequestError
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.executors.processes import ProcessExecutor
-from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.families.served import ServedModels, read_served_models
 from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.measure.calibration import calibrate
-from tetrion.engine.measure.profile_files import chosen_profile
+from tetrion.engine.measure.profile_files import chosen_profiles
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.energy_admission import check_default
-from tetrion.engine.planning.policies.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import resolve_request
@@ -42,18 +41,18 @@ logger = logging.getLogger(__name__)
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A moment's counts. `profile` is the cost table in use; `loop` what the loop has cost since the start;
-    `inexact_degrees` failed the start-up self-test. `energy`: sums of joules; `metering_cost`: what sampling
-    costs; `meter_age_s`: since it last told joules, None if it is not read. `policy`: the one in use, which is not the
-    configured one once that has failed again and again."""
+    """A moment's counts. By model: `profiles`, the cost tables in use; `inexact_degrees`, those that failed the
+    start-up self-test. `loop`: what the loop has cost since the start; `energy`: sums of joules; `metering_cost`: what
+    sampling costs; `meter_age_s`: since it last told joules, None if it is not read. `policy`: the one in use, which is
+    not the configured one once that has failed again and again."""
 
     num_devices: int
     num_alive: int
     num_queued: int
     num_admitted: int
     weights_bytes: int
-    inexact_degrees: tuple[int, ...]
-    profile: Profile
+    inexact_degrees: dict[str, tuple[int, ...]]
+    profiles: dict[str, Profile]
     loop: LoopFigures
     energy: EnergyFigures
     metering_cost: SamplerCost
@@ -121,16 +120,17 @@ class AsyncEngine:
     """An engine on the running asyncio loop. An async context manager; `start` and `close` by hand do as well."""
 
     def __init__(self, config: EngineConfig | None = None, instrument: Instrument | None = None) -> None:
-        """Checks configuration and model folder; starts nothing. Raises ValueError (CheckpointError for the model)."""
+        """Checks configuration and model folders; starts nothing. Raises ValueError (CheckpointError for a model)."""
         self._instrument = instrument
         self.config = config or EngineConfig()
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
         check_metering(self.config.metering, has_gpus=self.devices[0].kind == "cuda")
-        self.spec: ModelSpec = read_model_spec(resolve_model(self.config.model), self.config.load_format)
-        self._profile = chosen_profile(self.devices, self.spec, self.config)
+        self.models: ServedModels = read_served_models(self.config)
+        self._profiles = chosen_profiles(self.devices, self.models, self.config)
         self._planner = get_planner(self.config.planner.policy)
-        costs = None if self._profile is None else CostTables(profiles={self.spec.name: self._profile})
-        check_default(costs, len(self.devices), self.config.planner)
+        are_all_known = self._profiles.keys() == self.models.specs.keys()
+        costs = CostTables(profiles=self._profiles) if are_all_known else None
+        check_default(costs, len(self.devices), with_options(self.config.planner))
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None
@@ -139,7 +139,12 @@ class AsyncEngine:
         self._ended = asyncio.Event()
         self._death = ""
         """What the loop died of."""
-        self._inexact_degrees: tuple[int, ...] = ()
+        self._inexact_degrees: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the model that requests get which name none."""
+        return self.models.default
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -149,7 +154,7 @@ class AsyncEngine:
         await self.close()
 
     async def start(self) -> None:
-        """Start the workers, load the model, measure or read the cost table.
+        """Start the workers, load the models, measure or read their cost tables.
 
         A process that does little else spares the loop full garbage collections (15 to 30 ms each) by `gc.freeze()`
         once this has returned, as `tetrion serve` does.
@@ -158,24 +163,28 @@ class AsyncEngine:
         if the meter does not know a worker's GPU. Nothing is left running then.
         """
         assert self._executor is None, "the engine was started before"
-        self._executor = ProcessExecutor(self.devices, self.spec, self.config)
+        self._executor = ProcessExecutor(self.devices, tuple(self.models.specs.values()), self.config)
         begun_s = time.monotonic()
         await self._executor.start()
         loaded_s = time.monotonic()
         try:
             self._metering = self._open_metering(self._executor)
-            calibration = await calibrate(self._executor, self.spec, self.config, self._profile)
+            calibrations = {
+                name: await calibrate(self._executor, spec, self.config, self._profiles.get(name))
+                for name, spec in self.models.specs.items()
+            }
             took_s = loaded_s - begun_s, time.monotonic() - loaded_s
             logger.info("workers started and weights loaded in %.1f s, measured and warmed up in %.1f s", *took_s)
             await self._metering.start()
         except BaseException:
             await self.close()
             raise
-        self._inexact_degrees = calibration.inexact_degrees
+        self._inexact_degrees = {name: measured.inexact_degrees for name, measured in calibrations.items()}
+        measured_profiles = {name: measured.profile for name, measured in calibrations.items()}
         self._loop = EngineLoop(
             executor=self._executor if self._instrument is None else self._instrument.wrap_executor(self._executor),
             planner=self._planner if self._instrument is None else self._instrument.wrap_planner(self._planner),
-            cost_models=CostModels({self.spec.name: self._profile or calibration.profile}),
+            cost_models=CostModels(measured_profiles | self._profiles),
             config=self.config,
             outputs=self._route,
             energy=self._metering.account,
@@ -209,13 +218,13 @@ class AsyncEngine:
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.
 
-        Raises RequestError naming the field and what it may be, EngineOverloaded if the queue is full
+        Raises RequestError naming the field and what it may be (ModelNotFound), EngineOverloaded if the queue is full
         (DeadlineUnmeetable if the deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
         engine is not running.
         """
         if self._loop is None or self._task is None or self._task.done():
             raise GenerationError(self._death or "the engine is not running")
-        resolved = resolve_request(request, self.spec, len(self.devices))
+        resolved = resolve_request(request, self.models, len(self.devices))
         request_id = resolved.asked.request_id
         if request_id in self._handles:
             raise RequestError("request_id", f"{request_id!r} is in use")
@@ -244,7 +253,7 @@ class AsyncEngine:
             num_admitted=len(table) - table.num_queued,
             weights_bytes=self._executor.weights_bytes,
             inexact_degrees=self._inexact_degrees,
-            profile=self._loop.cost_models[self.spec.name].profile,
+            profiles=self._loop.cost_models.tables.profiles,
             loop=self._loop.statistics.figures(self._executor.now_s()),
             energy=self._metering.account.figures(),
             metering_cost=self._metering.cost,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,12 +16,19 @@ CostKeyText = Annotated[str, Meta(pattern=f"^{COST_KEY}$")]
 
 DEFAULT_CPU_WORKERS = 2
 MAX_DEVICES = 64
+MAX_MODELS = 32
 
 LoadFormat = Literal["safetensors", "dummy"]
 PeerAccess = Literal["auto", "never"]
 Attention = Literal["auto", "triton", "cudnn"]
 EnergyMode = Literal["fastest", "balanced", "least-energy"]
 """What `horizon` does with time that a deadline leaves: draw at once, at a price, or with as few joules as it can."""
+
+
+def option(description: str, **extra: str) -> Meta:
+    """Makes a field of the configuration an option of the command line. `extra`: `flag` where the option has another
+    name than the field, `metavar` for what is not a number or a choice."""
+    return Meta(description=description, extra=extra)
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,76 +50,117 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     `class_weights` (of a `CostKey`: "1024x1024") and `tenant_weights` multiply the weight that a request carries (not
     named: by 1).
-    `admission`: "reject-hopeless" refuses at once what would miss its deadline. The rest is of the policy `horizon`:
-    `drop`: whom to give up first when deadlines cannot all be met: "work", the one with most GPU-seconds left; or
-    "fraction", the one with the largest share of its own steps left, whatever its size (each per unit of weight).
-    `rescue`: below saturation the oldest late request may own a device.
-    `max_candidates`: so many of the most urgent requests are weighed against each other; None: 4 a device, at least 48.
-    `energy`: the mode of requests that name none (see `planning/energy_mode.py`). `j_per_s`: in mode "balanced", what a
-    second earlier may cost. `extra_j`: in mode "least-energy", by what share idle devices may raise a step's joules.
+    `admission`: "reject-hopeless" refuses at once what would miss its deadline.
+    `options`: the policy's own, by name or as its struct (`planning/policies/registry.py`; of `horizon`:
+    `planning/horizon_options.py`).
     """
 
-    policy: str = "horizon"
+    policy: Annotated[str, option("Planner: horizon, fixed-1, fixed-2, …", metavar="NAME")] = "horizon"
     lead_s: Annotated[float, Meta(ge=0, le=1)] = 0.005
     chunk_s: Annotated[float, Meta(gt=0, le=60)] = 0.150
     patience_s: PositiveFloat = 60.0
     class_weights: dict[CostKeyText, PositiveFloat] = {}
     tenant_weights: dict[str, PositiveFloat] = {}
     admission: Literal["all", "reject-hopeless"] = "all"
-    drop: Literal["work", "fraction"] = "work"
-    rescue: bool = True
-    max_candidates: PositiveInt | None = None
-    energy: EnergyMode = "fastest"
-    j_per_s: PositiveFloat = 200.0
-    extra_j: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    options: Any = {}
 
 
 class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`meter`: auto (NVML's counters where the devices are GPUs, else none), nvml, model (the profile's joules), none,
-    or `replay:FILE` (recorded readings). `carbon`: grams of CO₂e per kWh, a CSV by hour or a URL (see
-    `energy/carbon.py`); None: none is reported. `carbon_token_file`: the token for a URL; `carbon_timeout_s`: how long
-    it may take to answer. `period_s`: the shortest time between two readings (see `energy/sampler.py`)."""
+    """`period_s`: the shortest time between two readings (see `energy/sampler.py`); `window_s`: after so long they are
+    held against the counters."""
 
-    meter: Annotated[str, Meta(pattern="^(auto|nvml|model|none|replay:.+)$")] = "auto"
-    carbon: str | None = None
-    carbon_token_file: str | None = None
-    carbon_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    meter: Annotated[
+        str,
+        Meta(pattern="^(auto|nvml|model|none|replay:.+)$"),
+        option(
+            "Energy: auto (NVML's counters where the devices are GPUs, else none), nvml, model (the profile's joules),"
+            " none, or replay:FILE (recorded readings).",
+            metavar="NAME",
+        ),
+    ] = "auto"
+    carbon: Annotated[
+        str | None,
+        option(
+            "Grams of CO₂e per kWh, a CSV by hour or a URL, for receipts. Default: none given.", metavar="G|CSV|URL"
+        ),
+    ] = None
+    carbon_token_file: Annotated[str | None, option("Token for a --carbon URL.", metavar="FILE")] = None
+    carbon_timeout_s: Annotated[float, Meta(gt=0, le=60), option("How long a --carbon URL may take to answer.")] = 5.0
     period_s: Annotated[float, Meta(ge=0.02, le=10)] = 0.1
     window_s: Annotated[float, Meta(ge=5, le=600)] = 5.0
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All an engine needs to know. `model`: a diffusers folder, the name of an embedded model (`shapes`), or an id on
-    the Hugging Face hub.
-    `devices`: `cuda` is every GPU, `cuda:0,2` these two (the same one twice is two workers on it), `cpu:4` four CPU
-    workers; None is `cuda` if there is a GPU, else `cpu:2`.
-    `load_format`: `dummy` draws random weights, for which config files suffice.
-    `peer_access`: `never` keeps the exchange between GPUs in host memory; `auto` does so where they cannot reach
-    each other's memory.
-    `attention`: what computes it on GPUs; `auto` chooses by token count, head dim and dtype alone.
-    `profile`: a file with the measured cost table to plan with; None: the user's or a committed one for these
-    GPUs, else measured at the start (see `measure/profile_files.py`, `measure/calibration.py`).
-    `num_threads`: CPU threads per worker; None divides the machine's cores among the workers.
-    `max_inflight`: requests that may hold a state slot at once; others wait in the queue.
-    `max_queued`: requests accepted beyond that before `EngineOverloaded` is raised.
-    `start_timeout_s`: how long a worker may take to come up. `stall_timeout_s`: how much longer than predicted a worker
-    may be silent, and a recovery may take. `no_worker_timeout_s`: an engine that has had no worker for so long ends."""
+    """All an engine needs to know.
 
-    model: str = "shapes"
-    devices: str | None = None
-    load_format: LoadFormat = "safetensors"
+    A field with `option` is an option of every command that starts an engine, and what is said there is its help.
+    """
+
+    models: Annotated[
+        tuple[str, ...],
+        Meta(min_length=1, max_length=MAX_MODELS),
+        option(
+            "A FLUX.1, SD3 or SD3.5 folder in diffusers layout, its id on the Hugging Face hub, or an embedded model"
+            " (shapes, shapes-sd3). Repeat it to draw with several; requests that name none get the first.",
+            flag="--model",
+            metavar="PATH",
+        ),
+    ] = ("shapes",)
+    model_aliases: Annotated[
+        dict[str, str],
+        option("Another name that requests may give to a model.", flag="--model-alias", metavar="NAME=MODEL"),
+    ] = {}
+    devices: Annotated[
+        str | None,
+        option(
+            "cuda (every GPU), cuda:0,1 (these two; the same one twice is two workers on it) or cpu:N (N CPU workers)."
+            " Default: all GPUs, or cpu:2.",
+            metavar="LIST",
+        ),
+    ] = None
+    load_format: Annotated[
+        LoadFormat, option("dummy: random weights, for measuring without a checkpoint: config files suffice.")
+    ] = "safetensors"
     peer_access: PeerAccess = "auto"
-    attention: Attention = "auto"
-    profile: str | None = None
-    num_threads: PositiveInt | None = None
-    max_inflight: Annotated[int, Meta(ge=1, le=4096)] = 64
-    max_queued: Annotated[int, Meta(ge=1, le=100_000)] = 4096
-    planner: PlannerConfig = PlannerConfig()
+    """`never` keeps the exchange between GPUs in host memory; `auto` does so where they cannot reach each other's."""
+    attention: Annotated[
+        Attention, option("What computes attention on GPUs. auto chooses by token count, head dim and dtype alone.")
+    ] = "auto"
+    profiles: Annotated[
+        dict[str, str],
+        option(
+            "A model's measured cost table; MODEL= may be left out of the first one's. Default: the user's or the one"
+            " that ships for these GPUs, else measured at the start.",
+            flag="--profile",
+            metavar="[MODEL=]FILE",
+        ),
+    ] = {}
+    num_threads: Annotated[PositiveInt | None, option("CPU threads per worker. Default: all, divided.")] = None
+    max_inflight: Annotated[
+        int,
+        Meta(ge=1, le=4096),
+        option("Requests that may hold a state slot at once; others wait in the queue."),
+    ] = 64
+    max_queued: Annotated[
+        int, Meta(ge=1, le=100_000), option("Requests accepted beyond that before others are refused.")
+    ] = 4096
+    planner: Annotated[
+        PlannerConfig,
+        option("A setting of the planner, such as energy=least-energy; may be repeated.", metavar="KEY=VALUE"),
+    ] = PlannerConfig()
     metering: MeteringConfig = MeteringConfig()
-    start_timeout_s: PositiveFloat = 300.0
-    stall_timeout_s: PositiveFloat = 60.0
-    no_worker_timeout_s: PositiveFloat = 120.0
+    start_timeout_s: Annotated[PositiveFloat, option("How long a worker may take to come up.")] = 300.0
+    stall_timeout_s: Annotated[
+        PositiveFloat,
+        option("How much longer than predicted a worker may be silent, and a recovery may take."),
+    ] = 60.0
+    no_worker_timeout_s: Annotated[PositiveFloat, option("An engine that has had no worker for so long ends.")] = 120.0
     profile_cache: bool = True
+    """Whether what is measured at the start is kept in the user's cache, and read from there."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.models, str):  # it would be read as letters
+            raise ValueError(f"models: must be a sequence of names, got the text {self.models!r}")
 
 
 def parse_devices(text: str | None) -> tuple[DeviceSpec, ...]:

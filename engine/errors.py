@@ -39,6 +39,14 @@ class RequestError(ValueError):
         self.field = field
 
 
+class ModelNotFound(RequestError):
+    """A request names a model that is not served; `served` are the names of those that are."""
+
+    def __init__(self, name: str, served: tuple[str, ...]) -> None:
+        super().__init__("model", f"{shown(name)} is not served here; served: {', '.join(served)}")
+        self.served = served
+
+
 class CheapestPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What an energy budget is refused with. `degrees`: of each step; `seconds` from encode to decode on idle devices;
     `joules` as the profile has them, without the stages in `uncounted`, which it does not know; `in_time`: whether it

@@ -2,23 +2,27 @@
 
 All are frozen tagged msgspec Structs, encoded as msgpack; decoding validates, constructing does not. Tensors never
 travel in a message: they lie in shared slabs, and a message names the slot. Commands are self-contained (a worker
-keeps no request table), so any worker can take over a request from any other.
+keeps no request table), so any worker can take over a request from any other; each makes the event that it is answered
+with.
 
 `command_id` is unique per engine; a group command is the same message sent to every member. `state_id` is unique per
 attempt at a request (a request that starts again gets a new one): it tags a slot's contents, so that what an earlier
 owner left there is never taken for this request's.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
 from tetrion.engine.params import Params
+from tetrion.engine.stages import Stage
 
 
 class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Text-encode the prompts and draw the starting noise into `slot` of the receiving worker's slab. Where
     `params.shape` has two branches, the second one is the negative prompt's."""
+
+    stage: ClassVar[Stage] = "encode"
 
     command_id: int
     request_id: str
@@ -28,6 +32,16 @@ class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt: str
     negative_prompt: str | None = None
 
+    def encoded(self, device_id: int, started_s: float, ended_s: float, num_text_tokens: int) -> "Encoded":
+        return Encoded(
+            command_id=self.command_id,
+            device_id=device_id,
+            request_id=self.request_id,
+            started_s=started_s,
+            ended_s=ended_s,
+            num_text_tokens=num_text_tokens,
+        )
+
 
 class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Run steps `step_index … step_index + chunk_steps` of a request on the sequence-parallel group `members`.
@@ -35,6 +49,8 @@ class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     `members` is ordered: position = rank. Members not in `holders` first pull the request's state (prompt embeddings,
     latents) from device `source`, waiting until the source's slot has reached `step_index`.
     """
+
+    stage: ClassVar[Stage] = "denoise"
 
     command_id: int
     round_id: int
@@ -48,9 +64,22 @@ class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     chunk_steps: int
     params: Params
 
+    def denoised(self, device_id: int, started_s: float, ended_s: float, waited_s: float) -> "Denoised":
+        return Denoised(
+            command_id=self.command_id,
+            device_id=device_id,
+            request_id=self.request_id,
+            step_index=self.step_index + self.chunk_steps,
+            started_s=started_s,
+            ended_s=ended_s,
+            waited_s=waited_s,
+        )
+
 
 class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """VAE-decode a finished request's latents (pulled from `source` if that is another device) to `image_slot`."""
+
+    stage: ClassVar[Stage] = "decode"
 
     command_id: int
     request_id: str
@@ -59,6 +88,16 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     source: int
     params: Params
     image_slot: int
+
+    def decoded(self, device_id: int, started_s: float, ended_s: float) -> "Decoded":
+        return Decoded(
+            command_id=self.command_id,
+            device_id=device_id,
+            request_id=self.request_id,
+            image_slot=self.image_slot,
+            started_s=started_s,
+            ended_s=ended_s,
+        )
 
 
 class CopyLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -70,6 +109,17 @@ class CopyLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slot: int
     params: Params
     image_slot: int
+
+    def copied(self, device_id: int, shape: tuple[int, ...]) -> "LatentsCopied":
+        num_tokens, num_channels = shape
+        return LatentsCopied(
+            command_id=self.command_id,
+            device_id=device_id,
+            request_id=self.request_id,
+            image_slot=self.image_slot,
+            num_tokens=num_tokens,
+            num_channels=num_channels,
+        )
 
 
 class LoadWeights(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -135,8 +185,13 @@ Command = (
     | Ping
     | Shutdown
 )
-GroupCommand = EncodePrompt | Denoise | Decode | CopyLatents
+StageCommand = EncodePrompt | Denoise | Decode
+"""Commands that carry out a stage of a request."""
+GroupCommand = StageCommand | CopyLatents
 """Commands that occupy devices and belong to a request."""
+
+
+FailureKind = Literal["aborted", "out_of_memory", "error"]
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -170,6 +225,8 @@ class PeersMapped(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Times are CLOCK_MONOTONIC seconds, the same clock in every process."""
 
+    stage: ClassVar[Stage] = "encode"
+
     command_id: int
     device_id: int
     request_id: str
@@ -184,6 +241,8 @@ class Denoised(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     `waited_s` is the time from `started_s` until the entry barrier was passed and the state was pulled.
     """
 
+    stage: ClassVar[Stage] = "denoise"
+
     command_id: int
     device_id: int
     request_id: str
@@ -195,6 +254,8 @@ class Denoised(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class Decoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """uint8 RGB [height, width, 3] lies in `image_slot`. `started_s` is when the latents had arrived."""
+
+    stage: ClassVar[Stage] = "decode"
 
     command_id: int
     device_id: int
@@ -229,8 +290,19 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     command_id: int
     device_id: int
     request_id: str
-    kind: Literal["aborted", "out_of_memory", "error"]
+    kind: FailureKind
     message: str
 
 
 Event = Started | Loaded | PeersMapped | Encoded | Denoised | Decoded | LatentsCopied | BarriersReset | Pong | Failed
+
+
+def failed(command: Command, device_id: int, kind: FailureKind, message: str) -> Failed:
+    """The answer to a command that has no result."""
+    return Failed(
+        command_id=command.command_id,
+        device_id=device_id,
+        request_id=command.request_id if isinstance(command, GroupCommand) else "",
+        kind=kind,
+        message=message,
+    )

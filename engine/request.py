@@ -66,7 +66,7 @@ NOT_METERED = unmetered("the engine that drew this has no energy account")
 
 
 class EnergyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to spend joules on a request. `mode` None: the engine's own (`PlannerConfig.energy`). `budget_j`: the most
+    """How to spend joules on a request. `mode` None: the engine's own (`HorizonOptions.energy`). `budget_j`: the most
     joules its own work may take, as the profile has them; None: any number."""
 
     mode: EnergyMode | None = None
@@ -77,11 +77,12 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One picture to draw. None means the model's default (`resolve_request` fills it in). Numbers and texts of other
     libraries may be given: whole numbers by `__index__`, real ones by `__float__`, subclasses of `str`.
 
-    `model`: the name of one that the engine serves. `negative_prompt`, `true_cfg_scale`: of classifier-free guidance,
-    where the model takes them (`ModelSpec.inputs`). `slo_ms`: deadline relative to arrival, in milliseconds; None = no
-    deadline. `priority`: larger goes first among equal deadlines. `weight`: worth of meeting this deadline relative to
-    others; `tenant`: on whose behalf, for weights that the operator gives. `force_degrees`: the degree of each step,
-    for tests and experiments; its last entry holds for the remaining steps. `energy`: see `EnergyOptions`.
+    `model`: a name of one that the engine serves; None: its first. `negative_prompt`, `true_cfg_scale`: of
+    classifier-free guidance, where the model takes them (`ModelSpec.inputs`). `slo_ms`: deadline relative to arrival,
+    in milliseconds; None = no deadline. `priority`: larger goes first among equal deadlines. `weight`: worth of meeting
+    this deadline relative to others; `tenant`: on whose behalf, for weights that the operator gives. `force_degrees`:
+    the degree of each step, for tests and experiments; its last entry holds for the remaining steps. `energy`: see
+    `EnergyOptions`.
     """
 
     prompt: str
@@ -112,11 +113,13 @@ class ResolvedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished picture. `image`: numpy uint8 RGB [height, width, 3]. `degrees`: the degree used at each step.
+    """A finished picture. `image`: numpy uint8 RGB [height, width, 3]. `model`: the name of the one that drew it.
+    `degrees`: the degree used at each step.
     `latency_s` from arrival to finish; `encode_s`, `denoise_s`, `decode_s` are time on devices; `slo_met` is None
     without an SLO. `energy`: what it cost in joules."""
 
     request_id: str
+    model: str
     image: Any
     prompt: str
     width: int

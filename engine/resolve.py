@@ -17,8 +17,9 @@ from typing import Any, TypeVar, get_args
 import msgspec
 
 from tetrion.engine.config import EnergyMode
-from tetrion.engine.errors import RequestError, shown
+from tetrion.engine.errors import ModelNotFound, RequestError, shown
 from tetrion.engine.families.registry import family_of
+from tetrion.engine.families.served import ServedModels, serving
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.params import NO_CFG, Params
 from tetrion.engine.request import EnergyOptions, ImageRequest, ResolvedRequest
@@ -46,23 +47,21 @@ have `__float__` or `__index__` as well."""
 _T = TypeVar("_T")
 
 
-def resolve_request(
-    request: ImageRequest | str, specs: ModelSpec | Mapping[str, ModelSpec], num_devices: int
-) -> ResolvedRequest:
+def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpec, num_devices: int) -> ResolvedRequest:
     """The request in exact builtin types with every default filled in, checked against the model; a string is a prompt
     with all defaults. Without a seed it gets a random one, without an id a new one, without a model the first.
 
-    `specs`: of the models that there are, by name; or of the only one.
+    `models`: all that there are, or the only one.
 
-    Raises RequestError.
+    Raises RequestError (ModelNotFound for the name of none of them).
     """
     if issubclass(type(request), str):
         request = ImageRequest(prompt=request)  # type: ignore[arg-type]
     if not issubclass(type(request), ImageRequest):
         raise RequestError("request", f"must be an ImageRequest or a prompt, got {shown(request)}")
     asked = _Fields(request, "")
-    specs = {specs.name: specs} if isinstance(specs, ModelSpec) else specs
-    spec = specs[asked.read("model", _one_of(specs), next(iter(specs)))]
+    served = serving(models) if isinstance(models, ModelSpec) else models
+    spec = asked.read_optional("model", _model_of(served)) or served.default
     prompt = asked.read("prompt", _prompt)
     negative_prompt = asked.read_optional("negative_prompt", _negative_prompt)
     width = asked.read("width", _side_of(spec), spec.sizes.default[0])
@@ -245,12 +244,13 @@ def _negative_prompt(field: str, value: object) -> str:
     return text(field, value, MAX_PROMPT_CHARS)
 
 
-def _one_of(specs: Mapping[str, ModelSpec]) -> _Read[str]:
-    def read(field: str, value: object) -> str:
+def _model_of(served: ServedModels) -> _Read[ModelSpec]:
+    def read(field: str, value: object) -> ModelSpec:
         name = text(field, value, MAX_NAME_CHARS)
-        if name not in specs:
-            raise RequestError(field, f"must be one of {', '.join(specs)}, got {shown(name)}")
-        return name
+        spec = served.find(name)
+        if spec is None:
+            raise ModelNotFound(name, tuple(served.specs))
+        return spec
 
     return read
 

@@ -11,6 +11,7 @@ from typing import Self
 from tetrion.engine.api import AsyncEngine, RequestHandle
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.hardware.event_loop import new_event_loop
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import Failure, ImageRequest, ImageResult
 
 
@@ -28,8 +29,13 @@ class Engine:
         except BaseException:
             self._runner.close()
             raise
-        self.spec = self._engine.spec
+        self.models = self._engine.models
         self.devices = self._engine.devices
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the model that requests get which name none."""
+        return self.models.default
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C.
 
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,61 +13,13 @@ import click
 
 from tetrion.entrypoints.bench.energy_command import energy_command
 from tetrion.entrypoints.bench.slo_commands import COMMANDS
-from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.errors import report_errors
+from tetrion.entrypoints.options import engine_options, take_config
 from tetrion.entrypoints.recommend.command import recommend
 
 if TYPE_CHECKING:
-    from tetrion.entrypoints.session import EngineFactory, EngineOptions
-
-Command = Callable[..., Any]
-
-
-def engine_options(command: Command) -> Command:
-    """The options of every command that starts an engine."""
-    for option in (
-        click.option(
-            "--num-threads", type=click.IntRange(min=1), help="CPU threads per worker. Default: all, divided."
-        ),
-        click.option(
-            "--planner",
-            metavar="KEY=VALUE",
-            multiple=True,
-            help="A setting of the planner, such as energy=least-energy; may be repeated.",
-        ),
-        click.option(
-            "--carbon-timeout-s",
-            type=click.FloatRange(0, 60, min_open=True),
-            help="How long a --carbon URL may take to answer. Default: 5.",
-        ),
-        click.option("--carbon-token-file", metavar="FILE", help="Token for a --carbon URL."),
-        click.option("--carbon", metavar="G|CSV|URL", help="Grams of CO₂e per kWh, for receipts. Default: none given."),
-        click.option("--meter", metavar="NAME", help="Energy: auto (default), nvml, model, none or replay:FILE."),
-        click.option(
-            "--profile", metavar="FILE", help="Cost table made by `tetrion profile`. Default: see that command's help."
-        ),
-        click.option("--policy", metavar="NAME", help="Planner: horizon (default), fixed-1, fixed-2, …"),
-        click.option(
-            "--load-format",
-            type=click.Choice(["safetensors", "dummy"]),
-            help="dummy: random weights, for measuring without a checkpoint. Default: safetensors.",
-        ),
-        click.option(
-            "--attention",
-            type=click.Choice(["auto", "triton", "cudnn"]),
-            help="What computes attention on GPUs. Default: auto, the faster one where both can.",
-        ),
-        click.option(
-            "--devices", metavar="LIST", help="cuda, cuda:0,1 or cpu:N for N CPU workers. Default: all GPUs, or cpu:2."
-        ),
-        click.option(
-            "--model",
-            metavar="PATH",
-            help="A FLUX.1, SD3 or SD3.5 folder in diffusers layout, its id on the Hugging Face hub, or an embedded"
-            " model (shapes, shapes-sd3). Default: shapes.",
-        ),
-    ):
-        command = option(command)
-    return command
+    from tetrion.engine.config import EngineConfig
+    from tetrion.entrypoints.session import EngineFactory
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -97,11 +48,11 @@ def cli() -> None:
 @click.pass_context
 def generate(ctx: click.Context, **options: Any) -> int:
     """Draw pictures into DIR, with a contact sheet if there is more than one. No file is overwritten."""
-    return report_errors(lambda: _generate(_engine_options(options), ctx.obj, **options))
+    return report_errors(lambda: _generate(take_config(options), ctx.obj, **options))
 
 
 def _generate(
-    engine: "EngineOptions",
+    engine: "EngineConfig",
     factory: "EngineFactory | None",
     prompts: tuple[str, ...],
     prompts_file: Path | None,
@@ -141,7 +92,7 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
         from tetrion.entrypoints.batch.run import batch as draw_batch
         from tetrion.entrypoints.session import open_engine, run_async
 
-        return run_async(draw_batch(requests, output, open_engine(_engine_options(options), ctx.obj)))
+        return run_async(draw_batch(requests, output, open_engine(take_config(options), ctx.obj)))
 
     return report_errors(run)
 
@@ -162,14 +113,14 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
 @click.pass_context
 def serve(ctx: click.Context, **options: Any) -> int:
     """Serve OpenAI's image API over HTTP."""
-    engine = _engine_options(options)
 
     def run() -> int:
         from tetrion.entrypoints.http.server import ServeOptions
         from tetrion.entrypoints.http.server import serve as serve_http
         from tetrion.entrypoints.session import open_engine, run_async
 
-        return run_async(serve_http(ServeOptions(**options), open_engine(engine, ctx.obj)))
+        opened = open_engine(take_config(options), ctx.obj)
+        return run_async(serve_http(ServeOptions(**options), opened))
 
     return report_errors(run)
 
@@ -191,7 +142,7 @@ def profile(ctx: click.Context, **options: Any) -> int:
     def run() -> int:
         from tetrion.entrypoints.profile import command
 
-        return command(_engine_options(options), command_line=_command_line(ctx), **options)
+        return command(take_config(options), command_line=_command_line(ctx), **options)
 
     return report_errors(run)
 
@@ -229,7 +180,7 @@ def bench_step(ctx: click.Context, **options: Any) -> int:
         from tetrion.entrypoints.bench.step import command
         from tetrion.entrypoints.session import open_engine
 
-        engine = _engine_options(options)
+        engine = take_config(options)
         open_engine(engine)  # says what is wrong with them
         command(engine, command_line=_command_line(ctx), **options)
         return 0
@@ -239,7 +190,7 @@ def bench_step(ctx: click.Context, **options: Any) -> int:
 
 for command in COMMANDS:
     bench.add_command(command)
-bench.add_command(energy_command(engine_options, lambda given: _engine_options(given), lambda ctx: _command_line(ctx)))
+bench.add_command(energy_command(engine_options, take_config, lambda ctx: _command_line(ctx)))
 cli.add_command(recommend)
 
 
@@ -253,13 +204,6 @@ def _command_line(ctx: click.Context) -> str:
             for item in value if isinstance(value, tuple) else (value,):
                 words += [parameter.opts[-1]] if item is True else [parameter.opts[-1], str(item)]
     return shlex.join(words)
-
-
-def _engine_options(options: dict[str, Any]) -> "EngineOptions":
-    """Takes the engine's options out of `options`."""
-    from tetrion.entrypoints.session import EngineOptions
-
-    return EngineOptions(**{name: options.pop(name) for name in EngineOptions.__struct_fields__})
 
 
 def run(

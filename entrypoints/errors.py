@@ -2,12 +2,12 @@
 
 Exit codes: 1 the engine or a request failed, 2 the input or the machine does not allow it, 130 interrupted by Ctrl-C.
 An exception that is not listed here is a defect: it keeps its traceback. Knows nothing of HTTP (see `http/errors.py`).
+Imports nothing but click until something goes wrong, so that `--help` is quick.
 """
 
-from tetrion.engine.energy.early_check import MeteringError
-from tetrion.engine.errors import DeadlineUnmeetable, EngineOverloaded, GenerationError, RequestCancelled, RequestError
-from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.transport.segment import SharedMemoryError
+from collections.abc import Callable
+
+import click
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -18,8 +18,29 @@ class InputError(ValueError):
     """The command line, a file it names or the machine does not allow what was asked; the message names the field."""
 
 
+def report_errors(command: Callable[[], int]) -> int:
+    """Run `command`; what users or the machine caused becomes one line on stderr and an exit code."""
+    try:
+        return command()
+    except Exception as error:
+        exit_code, line = exit_code_and_line(error)
+        click.echo(f"tetrion: error: {line}", err=True)
+        return exit_code
+
+
 def exit_code_and_line(error: Exception) -> tuple[int, str]:
     """The exit code for `error` and the line that tells a user about it. Raises `error` again if it is a defect."""
+    from tetrion.engine.energy.early_check import MeteringError
+    from tetrion.engine.errors import (
+        DeadlineUnmeetable,
+        EngineOverloaded,
+        GenerationError,
+        RequestCancelled,
+        RequestError,
+    )
+    from tetrion.engine.model_spec import CheckpointError
+    from tetrion.engine.transport.segment import SharedMemoryError
+
     match error:
         case InputError() | RequestError() | CheckpointError() | MeteringError() | SharedMemoryError():
             return EXIT_BAD_INPUT, str(error)

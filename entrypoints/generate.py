@@ -53,6 +53,7 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt: str
     file: str
+    model: str
     seed: int
     width: int
     height: int
@@ -72,7 +73,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The object that `--json` prints. `start_s`: the engine's start; `total_s`: from then to the last file. `sheet` is
     None for a single picture."""
 
-    model: str
+    models: tuple[str, ...]
     devices: tuple[str, ...]
     start_s: float
     total_s: float
@@ -92,7 +93,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageRequest]:
-    """Every picture to draw, resolved and checked against the model. Raises InputError, RequestError."""
+    """Every picture to draw, by every model, resolved and checked against it. Raises InputError, RequestError."""
     if not options.prompts:
         raise InputError("prompt: give at least one, or a file with --prompts")
     if not 1 <= options.num_per_prompt <= MAX_PER_PROMPT:
@@ -104,6 +105,7 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
     requests = (
         ImageRequest(
             prompt=prompt,
+            model=model,
             width=width,
             height=height,
             num_steps=options.num_steps,
@@ -117,8 +119,9 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
         )
         for prompt in options.prompts
         for i in range(options.num_per_prompt)
+        for model in engine.models.specs
     )
-    return [resolve_request(request, engine.spec, len(engine.devices)).asked for request in requests]
+    return [resolve_request(request, engine.models, len(engine.devices)).asked for request in requests]
 
 
 async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:
@@ -135,7 +138,7 @@ async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:
             await drawing.for_each(requests, job.draw_one)
             finished = time.monotonic()
     report = Report(
-        model=engine.spec.name,
+        models=tuple(engine.models.specs),
         devices=tuple(device.name for device in engine.devices),
         start_s=round(ready - started, 4),
         total_s=round(finished - ready, 4),
@@ -170,8 +173,9 @@ class _Job:
         await asyncio.to_thread(self._keep, index, result)
 
     def _keep(self, index: int, result: ImageResult) -> None:
-        data = pictures.encode(result.image, "png", text=pictures.metadata(result, self._engine.spec.name))
-        stem = f"{pictures.slug(result.prompt)}-{result.seed}"
+        data = pictures.encode(result.image, "png", text=pictures.metadata(result))
+        by = f"-{pictures.slug(result.model)}" if len(self._engine.models.specs) > 1 else ""
+        stem = f"{pictures.slug(result.prompt)}-{result.seed}{by}"
         path = pictures.write_new_file(self._options.output, stem, ".png", data)
         self._thumbnails[index] = contact_sheet.thumbnail(result.image, result.prompt, result.seed, self._cell)
         self.drawn[index] = _describe(result, path)
@@ -188,6 +192,7 @@ def _describe(result: ImageResult, path: Path) -> Drawn:
     return Drawn(
         prompt=result.prompt,
         file=str(path),
+        model=result.model,
         seed=result.seed,
         width=result.width,
         height=result.height,

@@ -7,9 +7,9 @@ import click
 
 
 class NumberRange(click.FloatRange):
-    """A `FloatRange` with two ends that refuses nan too, which is neither below one nor above the other."""
+    """A `FloatRange` that refuses nan too, which is neither below one end nor above the other."""
 
-    def __init__(self, min: float, max: float, *, min_open: bool = False) -> None:
+    def __init__(self, min: float | None, max: float | None, *, min_open: bool = False) -> None:
         super().__init__(min=min, max=max, min_open=min_open)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:

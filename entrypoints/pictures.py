@@ -63,14 +63,14 @@ async def encode_in_thread(
     return await asyncio.to_thread(encode, image, picture_format, compression, text)
 
 
-def metadata(result: ImageResult, model: str) -> dict[str, str]:
+def metadata(result: ImageResult) -> dict[str, str]:
     """What a PNG tells about how it was drawn."""
     return {
         "prompt": result.prompt,
         "seed": str(result.seed),
         "size": f"{result.width}x{result.height}",
         "steps": str(result.num_steps),
-        "model": model,
+        "model": result.model,
         "software": "tetrion",
     }
 

@@ -18,19 +18,22 @@ from tetrion.engine.energy.metering import open_meter
 from tetrion.engine.energy.meters.base import EnergyMeter
 from tetrion.engine.energy.meters.nvml import canonical_uuid
 from tetrion.engine.executors.processes import ProcessExecutor
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.measure.calibration import decode_s_of, encode_s_of
-from tetrion.engine.measure.probe import Probe, Size
+from tetrion.engine.measure.probe import PROMPT, Probe, Size
 from tetrion.engine.measure.profile_files import cache_folder, profile_file_name, single_gpu_name
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
+from tetrion.engine.request import ImageRequest
+from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.arguments import parse_degrees, parse_size
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.options import only_model
 from tetrion.entrypoints.profile_energy import StageMeter
 from tetrion.entrypoints.record import commit, host_facts
-from tetrion.entrypoints.session import EngineOptions, engine_config, run_async
+from tetrion.entrypoints.session import run_async
 
 DEFAULT_SIZES = ((256, 256), (512, 512), (1024, 1024), (1536, 1024), (2048, 2048))
 REPEATS = 3
@@ -47,9 +50,10 @@ class ProfileOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """One size. `self_test`: whether each degree's latents are the first degree's, bit for bit."""
+    """One size. `key`: the text of its `CostKey`, with the guidance branches that the model draws in unless told
+    otherwise. `self_test`: whether each degree's latents are the first degree's, bit for bit."""
 
-    size: str
+    key: str
     cost: ClassCost
     self_test: tuple[Row, ...]
 
@@ -71,7 +75,8 @@ def checked_sizes(spec: ModelSpec, text: str | None, usual: Sequence[Size]) -> t
 
 def checked_degrees(spec: ModelSpec, num_devices: int, text: str | None) -> tuple[int, ...]:
     """`1,2` as degrees, ascending; without it all that the devices allow. Raises InputError."""
-    legal = spec.legal_degrees(num_devices)
+    usual = resolve_request(ImageRequest(prompt=PROMPT), spec, num_devices).params.shape
+    legal = spec.legal_degrees(num_devices, usual.num_branches)
     wanted = parse_degrees(text, "degrees") if text else legal
     if unknown := sorted(set(wanted) - set(legal)):
         raise InputError(f"degrees: {unknown[0]} is not one of {', '.join(map(str, legal))}")
@@ -100,7 +105,7 @@ async def measure(probe: Probe, options: ProfileOptions, meter: StageMeter) -> A
             reference = latents if reference is None else reference
             self_test.append(
                 {
-                    "size": size_name(size),
+                    "size": request.cost_key,
                     "degree": degree,
                     "bit_identical": bool(np.array_equal(latents, reference)),
                     "max_difference": float(np.abs(latents - reference).max()),
@@ -119,7 +124,7 @@ async def measure(probe: Probe, options: ProfileOptions, meter: StageMeter) -> A
             encode_j=await meter.repeated_j(lambda size=size: _encode_anew(probe, size), 0, encode_s),  # type: ignore[misc]
             decode_j=decode_j,
         )
-        yield Measured(size=size_name(size), cost=cost, self_test=tuple(self_test))
+        yield Measured(key=request.cost_key, cost=cost, self_test=tuple(self_test))
 
 
 async def _encode_anew(probe: Probe, size: Size) -> None:
@@ -138,7 +143,7 @@ def assemble(
     tests = [row for size in measured for row in size.self_test]
     return Profile(
         heads=spec.num_heads,
-        classes={size.size: size.cost for size in measured},
+        classes={size.key: size.cost for size in measured},
         gpu=device_name,
         model=spec.name,
         commit=commit() or "",
@@ -201,7 +206,7 @@ def _joules_table(profile: Profile, degrees: Sequence[int]) -> list[str]:
 
 
 def command(
-    engine: EngineOptions,
+    config: EngineConfig,
     *,
     sizes: str | None = None,
     degrees: str | None = None,
@@ -210,8 +215,7 @@ def command(
     command_line: str = "tetrion profile",
 ) -> int:
     """What `tetrion profile` does: measure, write the file (after every size, so that it is never lost), print it."""
-    config = engine_config(engine)
-    spec = read_model_spec(resolve_model(config.model), config.load_format)
+    spec = read_model_spec(resolve_model(only_model(config)), config.load_format)
     try:
         devices = parse_devices(config.devices)
     except ValueError as error:
@@ -228,7 +232,7 @@ def command(
     report = _to_stderr
 
     async def run() -> int:
-        executor = ProcessExecutor(devices, spec, config)
+        executor = ProcessExecutor(devices, [spec], config)
         report(f"starting {len(devices)} workers with {spec.name!r}")
         await executor.start()
         measured: list[Measured] = []
@@ -247,7 +251,7 @@ def command(
                 }
                 profile = assemble(spec, device_name, measured, command_line, meter, facts)
                 path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
-                report(f"{size.size} done")
+                report(f"{size.key} done")
         finally:
             await executor.close()
         print(table(profile))

@@ -1,4 +1,4 @@
-"""Opening an engine for one command: options to `EngineConfig`, the event loop, the first checks.
+"""Opening an engine for one command: the first checks, the event loop.
 
 The only place under `entrypoints/` that names the engine class; tests hand in their own.
 """
@@ -8,8 +8,6 @@ import gc
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.hardware.event_loop import new_event_loop
 from tetrion.entrypoints.errors import InputError
@@ -17,56 +15,11 @@ from tetrion.entrypoints.errors import InputError
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
 
-METERING = ("meter", "carbon", "carbon_token_file", "carbon_timeout_s")
 EngineFactory = Callable[[EngineConfig], "AsyncEngine"]
 
 
-class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What every command that starts an engine accepts; None means the engine's default."""
-
-    model: str | None = None
-    devices: str | None = None
-    load_format: str | None = None
-    attention: str | None = None
-    profile: str | None = None
-    num_threads: int | None = None
-    policy: str | None = None
-    planner: tuple[str, ...] = ()
-    """`KEY=VALUE` each: fields of `PlannerConfig`."""
-    meter: str | None = None
-    carbon: str | None = None
-    carbon_token_file: str | None = None
-    carbon_timeout_s: float | None = None
-
-
-def engine_config(options: EngineOptions) -> EngineConfig:
-    """The engine's config with the given options set, checked. Raises InputError naming field and bound."""
-    given = {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
-    given["planner"] = dict(map(_planner_option, options.planner))
-    if "policy" in given:
-        given["planner"]["policy"] = given.pop("policy")
-    given["metering"] = {name: given.pop(name) for name in METERING if name in given}
-    try:
-        return msgspec.convert(given, EngineConfig)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$.")
-        raise InputError(f"{path.rstrip('`') or 'config'}: {message}") from None
-
-
-def _planner_option(text: str) -> tuple[str, Any]:
-    """`rescue=false` as ("rescue", False): JSON where the value is JSON, else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"planner: expected KEY=VALUE such as drop=fraction, got {text!r}")
-    try:
-        return name, msgspec.json.decode(value)
-    except msgspec.DecodeError:
-        return name, value
-
-
-def open_engine(options: EngineOptions, factory: EngineFactory | None = None) -> "AsyncEngine":
-    """An engine that has checked its config and model folder but not started. Raises InputError, CheckpointError."""
-    config = engine_config(options)
+def open_engine(config: EngineConfig, factory: EngineFactory | None = None) -> "AsyncEngine":
+    """An engine that has checked its config and model folders but not started. Raises InputError, CheckpointError."""
     make = factory or _engine_class()
     try:
         return make(config)

@@ -43,7 +43,7 @@ def build(seed: int = 0) -> StableDiffusion3Pipeline:
         CLIPTextModelWithProjection(clip_config(borrowed["tokenizer"], width, projection, num_layers=3, num_heads=2))
         for width, projection in zip(CLIP_WIDTHS, PROJECTION_WIDTHS, strict=True)
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=4.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
     return StableDiffusion3Pipeline(
         transformer=_transformer(), text_encoder=first, text_encoder_2=second, scheduler=scheduler, **borrowed
     )

@@ -31,7 +31,7 @@ import msgspec
 
 from benchmarks.proof.folder import Budget, ProofFolder, Setup, refuse_to_mix, run_s
 from benchmarks.proof.results import write_results
-from tetrion.engine.config import DeviceSpec, parse_devices
+from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.planning.cost.tables import only_table
@@ -43,7 +43,6 @@ from tetrion.entrypoints.bench.slo_run import Results, SloOptions, run_points
 from tetrion.entrypoints.bench.workloads import MIXES
 from tetrion.entrypoints.errors import InputError, exit_code_and_line
 from tetrion.entrypoints.record import commit, host_facts
-from tetrion.entrypoints.session import EngineOptions
 
 LOADS = (0.65, 0.15)
 """Heavy, light."""
@@ -95,7 +94,12 @@ def run_what_is_left(
     """On one engine, which starts with the folder's cost table if there is one."""
     profile = given.profile if folder.setup is None else str(folder.profile_path)
     embedded = EmbeddedSystem(
-        EngineOptions(devices=given.devices, model=given.model, load_format=given.load_format, profile=profile)
+        EngineConfig(
+            devices=given.devices,
+            models=(given.model,),
+            load_format=given.load_format,
+            profiles={} if profile is None else {given.model: profile},
+        )
     )
     machine = embedded.facts | {"device_names": device_names(parse_devices(given.devices)), "commit": commit()}
     if folder.setup is not None:
@@ -152,8 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--devices", help="As for tetrion generate. Default: all GPUs, else cpu:2.")
-    parser.add_argument("--model", help="Default: the embedded model.")
-    parser.add_argument("--load-format", choices=["safetensors", "dummy"])
+    parser.add_argument("--model", default="shapes", help="Default: the embedded model.")
+    parser.add_argument("--load-format", default="safetensors", choices=["safetensors", "dummy"])
     parser.add_argument("--profile", help="Cost table. Default: the engine's own.")
     parser.add_argument("--policy", action="append", help="Instead of all; the first is what others are compared with.")
     parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))

@@ -29,8 +29,8 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
-from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.live import HttpSystem, check_trace
 from tetrion.entrypoints.bench.outcomes import Outcome
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--devices", default="cuda")
-    parser.add_argument("--model", default=EngineConfig().model, help="folder or id; default: the embedded one")
+    parser.add_argument("--model", default=EngineConfig().models[0], help="folder or id; default: the embedded one")
     parser.add_argument("--load-format", default="safetensors", choices=("dummy", "safetensors"))
     parser.add_argument("--profile", help="the server's cost table; default: the engine's own")
     parser.add_argument("--size", action="append", type=parse_size, metavar="WxH", help="may be repeated")

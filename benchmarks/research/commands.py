@@ -9,6 +9,7 @@ from tetrion.entrypoints import cli
 from tetrion.entrypoints.bench.slo_commands import (
     ENGINE_OPTIONS,
     FILE,
+    LIVE,
     POSITIVE,
     RESULT_OPTIONS,
     TABLE_OPTIONS,
@@ -19,7 +20,7 @@ from tetrion.entrypoints.bench.slo_commands import (
     spell,
     with_options,
 )
-from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.errors import report_errors
 from tetrion.entrypoints.number_range import NumberRange
 
 
@@ -70,16 +71,16 @@ def energy_saving(**options: Any) -> int:
     def run() -> int:
         from benchmarks.research.saving import command
         from tetrion.entrypoints.errors import InputError
-        from tetrion.entrypoints.session import EngineOptions
+        from tetrion.entrypoints.options import take_config
 
         given = {name: value for name, value in options.items() if value not in (None, False, ())}
         command_line = spell("energy-saving", given, PROGRAM)
         is_live, devices = given.pop("live", False), given.pop("devices", None)
-        engine = {name: given.pop(name) for name in ("model", "load_format", "num_threads") if name in given}
+        engine = {name: given.pop(name) for name in LIVE if name in given}
         if is_live:
             planner = tuple(f"{name}={given[name]}" for name in ("j_per_s", "extra_j") if name in given)
-            profile = str(given["profile"])
-            given["live"] = EngineOptions(devices=devices, profile=profile, planner=planner, **engine)
+            profile = (str(given["profile"]),)
+            given["live"] = take_config({"devices": devices, "profile": profile, "planner": planner, **engine})
         elif engine:
             raise InputError(f"{next(iter(engine))}: is for --live")
         elif devices is not None:

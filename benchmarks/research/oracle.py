@@ -145,7 +145,7 @@ def saving(mode: Totals, fastest: Totals, best: Mapping[str, Totals]) -> Saving:
 
 
 def _alone(name: str, request: TraceRequest, table: DegreeTable, step_overhead_s: float) -> Spent:
-    aux_s = table.cost.encode_s + table.cost.decode_s
+    aux_s = sum(table.cost.aux_s.values())
     room_s = math.inf if request.slo_s is None else request.slo_s - aux_s - MARGIN_S
     degrees = ORACLES[name](request, table, room_s, step_overhead_s) or (table.widest,) * request.num_steps
     latency_s = aux_s + sum(table.step_s[degree] + step_overhead_s for degree in degrees)
@@ -160,7 +160,7 @@ def _alone(name: str, request: TraceRequest, table: DegreeTable, step_overhead_s
 
 def _joules(table: DegreeTable, degrees: Sequence[int]) -> float:
     known_j, cost = table.cost.step_by_degree_j, table.cost
-    return sum(known_j[degree] for degree in degrees) + (cost.encode_j or 0.0) + (cost.decode_j or 0.0)
+    return sum(known_j[degree] for degree in degrees) + sum(cost.aux_j.values())
 
 
 def _metered_j(drawn: Sequence[Spent]) -> float | None:

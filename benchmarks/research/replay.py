@@ -21,14 +21,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
+from tetrion.engine.messages import Command, Denoise, StageCommand
 from tetrion.engine.planning.cost.predict import predict_s
 from tetrion.engine.planning.cost.profile import ClassCost, Profile, read_profile
 from tetrion.engine.planning.cost.tables import CostTables
-from tetrion.engine.planning.snapshot import Stage
 from tetrion.engine.shape import cost_key_of_size
+from tetrion.engine.stages import Stage
 from tetrion.entrypoints.bench.outcomes import Chunk, Run
-from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings, stage_of
+from tetrion.entrypoints.bench.recording import Recorder, Recording, read_recordings
 from tetrion.entrypoints.bench.simulation import MAX_INFLIGHT, simulate
 from tetrion.entrypoints.bench.slo_statistics import Row, attainment
 from tetrion.entrypoints.bench.workloads import Size
@@ -102,9 +102,9 @@ class _Replayer:
         spread = {} if seed is None else self._spread
 
         def duration(command: Command, _: float) -> float:
-            assert isinstance(command, EncodePrompt | Denoise | Decode)
+            assert isinstance(command, StageCommand)
             shape = command.params.shape
-            ratios = spread.get((shape.size, stage_of(command)), [1.0])
+            ratios = spread.get((shape.size, command.stage), [1.0])
             seconds = predict_s(command, self._costs) * draw.choice(ratios) * self._slowdown(recorder.now_s() - start_s)
             return seconds + (self._overhead_s if isinstance(command, Denoise) else 0.0)
 
@@ -138,12 +138,11 @@ def _measured_class(
     profile: Profile, size: tuple[int, int], mean_ms: dict[tuple[tuple[int, int], str | int], float]
 ) -> ClassCost:
     known = profile.cost(cost_key_of_size(size))
-    return ClassCost(
-        step_ms={
-            degree: mean_ms.get((size, degree), 1e3 * step_s) for degree, step_s in known.step_by_degree_s.items()
-        },
-        encode_ms=mean_ms.get((size, "encode"), 1e3 * known.encode_s),
-        decode_ms=mean_ms.get((size, "decode"), 1e3 * known.decode_s),
+    return ClassCost.of(
+        {degree: mean_ms.get((size, degree), 1e3 * step_s) for degree, step_s in known.step_by_degree_s.items()},
+        {stage: mean_ms.get((size, stage), 1e3 * aux_s) for stage, aux_s in known.aux_s.items()},
+        {},
+        {},
     )
 
 
@@ -161,8 +160,7 @@ def _times(recording: Recording, profile: Profile) -> Iterator[tuple[Chunk, floa
     for chunk in recording.chunks:
         request = recording.run.outcomes[chunk.request].request
         cost = profile.cost(request.cost_key)
-        stages_s = {"encode": cost.encode_s, "decode": cost.decode_s}
-        said_s = stages_s.get(chunk.stage) or chunk.chunk_steps * cost.step_s(len(chunk.members))
+        said_s = cost.aux_s.get(chunk.stage) or chunk.chunk_steps * cost.step_s(len(chunk.members))
         if not chunk.failed:
             yield chunk, chunk.net_s, said_s
 

@@ -16,12 +16,13 @@ import msgspec
 
 from benchmarks.research import oracle as energy_oracle
 from benchmarks.research.oracle import Spent
-from tetrion.engine.config import EnergyMode, PlannerConfig
+from tetrion.engine.config import EnergyMode, EngineConfig, PlannerConfig
 from tetrion.engine.executors.simulated import Disturbance
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.cost.tables import only_table
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import why_not
+from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.live import EmbeddedSystem
 from tetrion.entrypoints.bench.outcomes import Mode, Run
@@ -31,7 +32,6 @@ from tetrion.entrypoints.bench.slo_points import Point, points
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.record import check_writable, make_record, write_record
-from tetrion.entrypoints.session import EngineOptions
 
 STEP_OVERHEAD_S = 0.0003
 REGROUP_S = 0.0002
@@ -53,12 +53,12 @@ Draw = Callable[[Trace, EnergyMode, int], tuple[Run, Mapping[int, float | None]]
 
 
 class SavingOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """`planner`: with `j_per_s`, `extra_j`; its mode is replaced. `idle_watts`: what a GPU draws that does nothing."""
+    """`horizon`: with `j_per_s`, `extra_j`; its mode is replaced. `idle_watts`: what a GPU draws that does nothing."""
 
     profile: Profile
     num_devices: int = 8
     modes: tuple[EnergyMode, ...] = ("fastest", "least-energy")
-    planner: PlannerConfig = PlannerConfig()
+    horizon: HorizonOptions = HorizonOptions()
     idle_watts: float | None = None
 
 
@@ -111,7 +111,7 @@ def tables_for(options: SavingOptions, sizes: set[tuple[int, int]]) -> DegreeTab
     """Raises InputError if the profile has no joules for one of them."""
     tables = DegreeTables(only_table(options.profile), options.num_devices)
     for key in map(cost_key_of_size, sorted(sizes)):
-        if reason := why_not(tables["", key], key, options.planner):
+        if reason := why_not(tables["", key], key, PlannerConfig()):
             raise InputError(f"profile: {reason}")
     return tables
 
@@ -120,11 +120,11 @@ def command(
     *,
     profile: Path,
     devices: int = 8,
-    live: EngineOptions | None = None,
+    live: EngineConfig | None = None,
     mode: Sequence[str] = ("least-energy",),
     idle_watts: float | None = None,
-    j_per_s: float = PlannerConfig().j_per_s,
-    extra_j: float = PlannerConfig().extra_j,
+    j_per_s: float = HorizonOptions().j_per_s,
+    extra_j: float = HorizonOptions().extra_j,
     output: Path | None = None,
     as_json: bool = False,
     command_line: str = "python -m benchmarks.research energy-saving",
@@ -140,9 +140,9 @@ def command(
         raise InputError(f"devices: must be from 1 to {MAX_DEVICES}, got {devices}")
     modes = tuple(name for name in get_args(EnergyMode) if name in ("fastest", *mode))
     try:
-        planner = msgspec.convert({"j_per_s": j_per_s, "extra_j": extra_j}, PlannerConfig)
+        horizon = msgspec.convert({"j_per_s": j_per_s, "extra_j": extra_j}, HorizonOptions)
         options = SavingOptions(
-            profile=read_profile(profile), num_devices=devices, modes=modes, planner=planner, idle_watts=idle_watts
+            profile=read_profile(profile), num_devices=devices, modes=modes, horizon=horizon, idle_watts=idle_watts
         )
         found = list(points(grid(**workload), devices, lambda: only_table(options.profile)))
     except OSError as error:
@@ -219,10 +219,10 @@ def _simulate(
     run = simulate(
         trace,
         profile=options.profile,
-        policy=options.planner.policy,
+        policy=PlannerConfig().policy,
         num_devices=options.num_devices,
         duration=Disturbance(seed=seed, step_overhead_s=STEP_OVERHEAD_S, regroup_s=REGROUP_S),
-        planner_config=msgspec.structs.replace(options.planner, energy=mode),
+        planner_config=PlannerConfig(options=msgspec.structs.replace(options.horizon, energy=mode)),
     )
     return run, {}
 

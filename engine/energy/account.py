@@ -19,11 +19,13 @@ from tetrion.engine.energy.figures import EnergyFigures, Totals, errors_of
 from tetrion.engine.energy.gpu_ledger import WINDOW_S, GpuLedger, Settled, Window
 from tetrion.engine.energy.idle_shares import IdleShares
 from tetrion.engine.energy.meters.base import MODEL, EnergyMeter, NoMeter, Reading
-from tetrion.engine.energy.modelled import command_j, fastest_degree, steps_j
-from tetrion.engine.energy.quantum import PHASES, Phase, Quantum, Share
-from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
+from tetrion.engine.energy.modelled import fastest_degree, steps_j
+from tetrion.engine.energy.quantum import Quantum, Share
+from tetrion.engine.messages import Denoise, StageCommand
+from tetrion.engine.planning.cost.predict import measured_j
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.request import JOULES_PER_WH, PhaseJoules, Receipt, unmetered, with_saving
+from tetrion.engine.stages import STAGES, Stage
 
 logger = logging.getLogger(__name__)
 UNRECONCILED = 0.1
@@ -85,7 +87,7 @@ class EnergyAccount:
 
     # Told by the loop --------------------------------------------------------------------------------------------
 
-    def sent(self, command: GroupCommand, members: tuple[int, ...], costs: CostTables, now_s: float) -> None:
+    def sent(self, command: StageCommand, members: tuple[int, ...], costs: CostTables, now_s: float) -> None:
         """A command is about to be given to its members. Told afterwards, a reading may have settled its beginning."""
         if not self._meter.reason:
             self._noted.append((self._on_sent, (command, members, costs, now_s)))
@@ -166,7 +168,7 @@ class EnergyAccount:
             except Exception as error:
                 self._not_booked(arguments[0], error)
 
-    def _not_booked(self, about: "GroupCommand | int | _End", error: Exception) -> None:
+    def _not_booked(self, about: "StageCommand | int | _End", error: Exception) -> None:
         """`about`: the command, its id, or the end that was not worked off."""
         match about:
             case _End():
@@ -180,8 +182,8 @@ class EnergyAccount:
         if spent is not None:
             spent.unknown = spent.unknown or NOT_BOOKED
 
-    def _on_sent(self, command: GroupCommand, members: tuple[int, ...], costs: CostTables, now_s: float) -> None:
-        self._sent[command.command_id] = _Sent(command, members, now_s, command_j(command, costs))
+    def _on_sent(self, command: StageCommand, members: tuple[int, ...], costs: CostTables, now_s: float) -> None:
+        self._sent[command.command_id] = _Sent(command, members, now_s, measured_j(command, costs))
         if command.request_id not in self._spent:
             self._spent[command.request_id] = _Spent(self._idle.begin(now_s))
         self._idle.busy(members, now_s)
@@ -214,7 +216,8 @@ class EnergyAccount:
 
     def _book(self, sent: "_Sent", device_id: int, started_s: float, ended_s: float) -> None:
         command, params, shape = sent.command, sent.command.params, sent.command.params.shape
-        phase, passes = _phase_and_passes(command)
+        phase = command.stage
+        passes = command.chunk_steps * shape.num_branches if isinstance(command, Denoise) else 1
         quantum = Quantum(
             start_s=started_s,
             end_s=ended_s,
@@ -259,7 +262,7 @@ class EnergyAccount:
         self._totals.add(settled)
 
     def _receipt(self, request: RequestFacts, spent: "_Spent", idle_j: float | None, costs: CostTables) -> Receipt:
-        pending: dict[Phase, float] = defaultdict(float)
+        pending: dict[Stage, float] = defaultdict(float)
         drift = 0.0
         for uuid in spent.gpus:
             ledger = self._ledgers[uuid]
@@ -272,7 +275,7 @@ class EnergyAccount:
         if spent.unknown or is_blind:
             blank = self._unmetered(spent.unknown or NO_POWER, request.degrees, self._meter.source)
             return blank if isinstance(saving_j, str) else with_saving(blank, saving_j)
-        by_phase = {phase: spent.settled_j[phase] + pending[phase] for phase in PHASES if phase in spent.phases}
+        by_phase = {phase: spent.settled_j[phase] + pending[phase] for phase in STAGES if phase in spent.phases}
         active_j = sum(by_phase.values())
         # Where it began and ended is known to a reading's distance only.
         edge_j = sum(ledger.edge_j(self._meter.resolution_s) for ledger in ledgers)
@@ -332,7 +335,7 @@ class _Sent:
 
     __slots__ = ("command", "members", "model_j", "pending", "sent_s")
 
-    def __init__(self, command: GroupCommand, members: tuple[int, ...], sent_s: float, model_j: float | None) -> None:
+    def __init__(self, command: StageCommand, members: tuple[int, ...], sent_s: float, model_j: float | None) -> None:
         self.command, self.members, self.sent_s, self.model_j = command, members, sent_s, model_j
         self.pending = set(members)
 
@@ -353,23 +356,11 @@ class _Spent:
     __slots__ = ("gpus", "idle_start", "phases", "settled_j", "unknown")
 
     def __init__(self, idle_start: dict[str, float]) -> None:
-        self.settled_j: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self.settled_j: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
         self.gpus: set[str] = set()
-        self.phases: set[Phase] = set()
+        self.phases: set[Stage] = set()
         self.unknown = ""
         self.idle_start = idle_start
-
-
-def _phase_and_passes(command: GroupCommand) -> tuple[Phase, int]:
-    match command:
-        case EncodePrompt():
-            return "encode", 1
-        case Denoise():
-            return "denoise", command.chunk_steps * command.params.shape.num_branches
-        case Decode():
-            return "decode", 1
-        case _:
-            raise AssertionError(f"{type(command).__name__} is not a stage of a request")
 
 
 def _saving(request: RequestFacts, costs: CostTables, num_devices: int) -> float | str:

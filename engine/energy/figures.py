@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import msgspec
 
 from tetrion.engine.energy.gpu_ledger import Settled, Window
-from tetrion.engine.energy.quantum import Phase
+from tetrion.engine.stages import Stage
 
-TotalKey = tuple[str, str, Phase]
-"""(Model, cost key, phase)."""
+TotalKey = tuple[str, str, Stage]
+"""(Model, cost key, stage)."""
 
 
 class MeterErrors(msgspec.Struct, frozen=True, kw_only=True):

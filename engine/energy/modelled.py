@@ -1,29 +1,11 @@
-"""Joules as the profile has them: what a stage takes, and what the fastest plan of a request would have taken.
+"""Joules as the profile has them: what steps take, and at which degree they would be fastest.
 
 Pure arithmetic on cost tables. What a table does not say is None: nothing is guessed from neighbouring sizes.
 """
 
 from collections.abc import Iterable
 
-from tetrion.engine.messages import CopyLatents, Decode, Denoise, EncodePrompt, GroupCommand
 from tetrion.engine.planning.cost.tables import CostTables
-
-
-def command_j(command: GroupCommand, costs: CostTables) -> float | None:
-    """Joules of a command over all of its members."""
-    if isinstance(command, CopyLatents):
-        return None
-    cost = costs.profiles[command.params.model].measured(command.params.shape.cost_key)
-    if cost is None:
-        return None
-    match command:
-        case EncodePrompt():
-            return cost.encode_j
-        case Denoise():
-            step_j = cost.step_j.get(len(command.members))
-            return None if step_j is None else step_j * command.chunk_steps
-        case Decode():
-            return cost.decode_j
 
 
 def steps_j(costs: CostTables, model: str, key: str, degrees: Iterable[int]) -> float | None:

@@ -1,16 +1,15 @@
 """What a GPU did from when to when, and for whom (`Quantum`). A value."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Phase = Literal["encode", "denoise", "decode"]
-PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
+from tetrion.engine.stages import Stage
 
 
 class Share(NamedTuple):
-    """Where joules go: a phase of a request, drawn by `model` at the cost of `cost_key`."""
+    """Where joules go: a stage of a request, drawn by `model` at the cost of `cost_key`."""
 
     request_id: str
-    phase: Phase
+    phase: Stage
     model: str
     cost_key: str
 

@@ -5,12 +5,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from tetrion.engine.messages import Command, Event
-
-Finish = Callable[[Any], Any]
-"""Makes of a picture what is to be received."""
-Receive = Callable[[Any], None]
-"""Takes what was made, or the exception in its place."""
+from tetrion.engine.messages import Command, Decode, Event
+from tetrion.engine.request import NOT_METERED, Receipt
 
 
 class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +20,21 @@ class WorkerReady(msgspec.Struct, frozen=True, kw_only=True):
     """Another worker is in a lost one's place, loaded and idle. It knows nothing of what the others have counted."""
 
     device_id: int
+
+
+class PictureReady(msgspec.Struct, frozen=True, kw_only=True):
+    """What `take_image` of a `Decode` command has come to. `ready_s`: when, on the engine's clock. `image`: uint8
+    [height, width, 3]. `error`: what went wrong; then there is neither image nor receipt."""
+
+    command_id: int
+    ready_s: float
+    image: Any = None
+    receipt: Receipt = NOT_METERED
+    error: Exception | None = None
+
+
+Happening = Event | WorkerLost | WorkerReady | PictureReady
+"""What an executor reports."""
 
 
 class Executor(Protocol):
@@ -41,8 +52,8 @@ class Executor(Protocol):
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
         """Give a command to all members, or to none and return False if one of them cannot take it now."""
 
-    def poll(self) -> list[Event | WorkerLost | WorkerReady]:
-        """All events since the last call; never blocks."""
+    def poll(self) -> list[Happening]:
+        """All that has happened since the last call; never blocks."""
 
     async def wait(self, until_s: float | None) -> None:
         """Return at the next event, at `wake`, or at `until_s`."""
@@ -66,7 +77,6 @@ class Executor(Protocol):
     def release_image_slot(self, image_slot: int) -> None:
         """Give a slot back."""
 
-    def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
-        """Give the slot back and `receive` what `finish` makes of a copy of its picture of (width, height), uint8
-        [height, width, 3], or the exception that kept it from being made: now or soon, between ticks. Copying and
-        finishing may be another thread's."""
+    def take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+        """Copy the picture that the command has left in its image slot, give the slot back, and report PictureReady
+        with `receipt()`. Neither blocks the caller: the copy and `receipt` may be another thread's."""

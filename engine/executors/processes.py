@@ -3,19 +3,19 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from tetrion.engine.config import DeviceSpec, EngineConfig
 from tetrion.engine.errors import GenerationError
-from tetrion.engine.executors.base import Finish, Receive, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Happening, PictureReady, WorkerLost
 from tetrion.engine.executors.fleet.pool import WorkerPool
 from tetrion.engine.executors.fleet.segments import Segments
-from tetrion.engine.messages import Command, Event
+from tetrion.engine.messages import Command, Decode
 from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.request import Receipt
 from tetrion.engine.transport.available_memory import available_memory_bytes
 
 WORKER_BYTES = 400_000_000
@@ -26,25 +26,26 @@ with."""
 class ProcessExecutor:
     """Drives one persistent process per device. Create it, `await start()`, use it, `await close()`."""
 
-    def __init__(self, devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: EngineConfig) -> None:
+    def __init__(self, devices: tuple[DeviceSpec, ...], specs: Sequence[ModelSpec], config: EngineConfig) -> None:
         self.devices = devices
         self.device_ids = tuple(device.device_id for device in devices)
-        self._spec = spec
+        self._specs = specs
         self._config = config
         self._wake = asyncio.Event()
         self._segments: Segments | None = None
         self._pool: WorkerPool | None = None
         self._copies: set[asyncio.Task[None]] = set()
+        self._pictures: list[PictureReady] = []
 
     # Life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Create the shared memory, start the workers, load the model.
+        """Create the shared memory, start the workers, load the models.
 
         Raises SharedMemoryError if memory does not suffice, GenerationError if a worker fails to come up in time.
         """
         self._check_memory()
-        self._segments = Segments(self.devices, self._spec, self._config)
+        self._segments = Segments(self.devices, self._specs, self._config)
         try:
             self._pool = WorkerPool(self.devices, self._segments, self._config.start_timeout_s, self._wake.set)
             self._pool.start()
@@ -93,8 +94,9 @@ class ProcessExecutor:
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
         return self._started_pool.submit(command, members)
 
-    def poll(self) -> list[Event | WorkerLost | WorkerReady]:
-        return self._started_pool.poll()
+    def poll(self) -> list[Happening]:
+        pictures, self._pictures = self._pictures, []
+        return [*self._started_pool.poll(), *pictures]
 
     async def wait(self, until_s: float | None) -> None:
         timeout_s = None if until_s is None else max(0.0, until_s - self.now_s())
@@ -124,25 +126,28 @@ class ProcessExecutor:
     def release_image_slot(self, image_slot: int) -> None:
         self._mapped.images.release(image_slot)
 
-    def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
-        """In another thread: copying a large picture takes milliseconds, in which a device would wait for the loop."""
-        width, height = size
+    def take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+        copy = asyncio.create_task(self._take_image(decode, receipt))
+        self._copies.add(copy)
+        copy.add_done_callback(self._copies.discard)
 
-        def make() -> Any:
-            return finish(self._mapped.images.read(image_slot, (height, width, 3)))
+    async def _take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+        """In another thread: copying a large picture takes milliseconds, in which a device would wait for the loop, and
+        a receipt may have to wait for the account, which is booking a reading."""
+        width, height = decode.params.shape.size
 
-        async def take() -> None:
-            made: Any
-            try:
-                made = await asyncio.to_thread(make)
-            except Exception as error:
-                made = error
-            self.release_image_slot(image_slot)
-            receive(made)
+        def take() -> tuple[npt.NDArray[np.uint8], Receipt]:
+            return self._mapped.images.read(decode.image_slot, (height, width, 3)), receipt()
 
-        taking = asyncio.create_task(take())
-        self._copies.add(taking)
-        taking.add_done_callback(self._copies.discard)
+        command_id = decode.command_id
+        try:
+            image, cost = await asyncio.to_thread(take)
+            ready = PictureReady(command_id=command_id, ready_s=self.now_s(), image=image, receipt=cost)
+        except Exception as error:
+            ready = PictureReady(command_id=command_id, ready_s=self.now_s(), error=error)
+        self.release_image_slot(decode.image_slot)
+        self._pictures.append(ready)
+        self.wake()
 
     def read_latents(self, image_slot: int, num_tokens: int, num_channels: int) -> npt.NDArray[np.float32]:
         """A copy of what `CopyLatents` left: fp32 [num_tokens, num_channels]."""

@@ -14,24 +14,21 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from tetrion.engine.executors.base import Finish, Receive, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Happening, PictureReady, WorkerLost, WorkerReady
 from tetrion.engine.messages import (
     BarriersReset,
     Command,
     Decode,
-    Decoded,
     Denoise,
-    Denoised,
-    Encoded,
     EncodePrompt,
     Event,
-    Failed,
     ResetBarriers,
+    StageCommand,
+    failed,
 )
 from tetrion.engine.planning.cost.predict import predict_s
 from tetrion.engine.planning.cost.tables import CostTables
-
-SimulatedCommand = EncodePrompt | Denoise | Decode
+from tetrion.engine.request import Receipt
 
 
 class Disturbance:
@@ -97,10 +94,10 @@ class SimulatedExecutor:
         self._now_s = 0.0
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
-        self._events: list[Event | WorkerLost | WorkerReady] = []
+        self._events: list[Happening] = []
         self._free_s = dict.fromkeys(self.device_ids, 0.0)
         self._state_s: dict[int, float] = {}
-        self._unanswered: dict[int, dict[int, SimulatedCommand]] = {d: {} for d in self.device_ids}
+        self._unanswered: dict[int, dict[int, StageCommand]] = {d: {} for d in self.device_ids}
         self._woken = False
 
     def at(self, time_s: float, action: Callable[[], None]) -> None:
@@ -129,7 +126,7 @@ class SimulatedExecutor:
             (device_id,) = members
             self._events.append(BarriersReset(command_id=command.command_id, device_id=device_id))
             return True
-        if not isinstance(command, (EncodePrompt, Denoise, Decode)):
+        if not isinstance(command, StageCommand):
             raise ValueError(f"a simulated device does not execute {type(command).__name__}")
         start_s = max(self._now_s, self._state_s.get(command.state_id, 0.0), *[self._free_s[m] for m in members])
         end_s = start_s + self._duration(command, predict_s(command, self._costs))
@@ -141,7 +138,7 @@ class SimulatedExecutor:
         self.at(end_s, lambda: self._complete(ticket, command, members, start_s))
         return True
 
-    def _complete(self, ticket: int, command: SimulatedCommand, members: tuple[int, ...], start_s: float) -> None:
+    def _complete(self, ticket: int, command: StageCommand, members: tuple[int, ...], start_s: float) -> None:
         if any([ticket not in self._unanswered[member] for member in members]):
             return  # a member was lost or aborted: the others wait until they are aborted too
         for number, member in enumerate(members):
@@ -156,7 +153,7 @@ class SimulatedExecutor:
         if self._unanswered[member].pop(ticket, None) is not None:
             self._events.append(event)
 
-    def poll(self) -> list[Event | WorkerLost | WorkerReady]:
+    def poll(self) -> list[Happening]:
         events, self._events = self._events, []
         return events
 
@@ -180,7 +177,7 @@ class SimulatedExecutor:
         for device_id in device_ids:
             self._free_s[device_id] = self._now_s
             for command in self._unanswered[device_id].values():
-                self._events.append(_aborted(command, device_id))
+                self._events.append(failed(command, device_id, "aborted", "aborted"))
             self._unanswered[device_id].clear()
 
     def kill(self, device_id: int, reason: str) -> None:
@@ -200,49 +197,20 @@ class SimulatedExecutor:
     def release_image_slot(self, image_slot: int) -> None:
         """Slots are not scarce here."""
 
-    def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
-        width, height = size
-        self.release_image_slot(image_slot)
-        receive(finish(np.broadcast_to(np.uint8(0), (height, width, 3))))
+    def take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+        """Takes no time."""
+        width, height = decode.params.shape.size
+        image = np.broadcast_to(np.uint8(0), (height, width, 3))
+        self.release_image_slot(decode.image_slot)
+        ready = PictureReady(command_id=decode.command_id, image=image, receipt=receipt(), ready_s=self._now_s)
+        self._events.append(ready)
 
 
-def _answer(command: SimulatedCommand, device_id: int, started_s: float, ended_s: float) -> Event:
+def _answer(command: StageCommand, device_id: int, started_s: float, ended_s: float) -> Event:
     match command:
         case EncodePrompt():
-            return Encoded(
-                command_id=command.command_id,
-                device_id=device_id,
-                request_id=command.request_id,
-                started_s=started_s,
-                ended_s=ended_s,
-                num_text_tokens=len(command.prompt.split()),
-            )
+            return command.encoded(device_id, started_s, ended_s, num_text_tokens=len(command.prompt.split()))
         case Denoise():
-            return Denoised(
-                command_id=command.command_id,
-                device_id=device_id,
-                request_id=command.request_id,
-                step_index=command.step_index + command.chunk_steps,
-                started_s=started_s,
-                ended_s=ended_s,
-                waited_s=0.0,
-            )
+            return command.denoised(device_id, started_s, ended_s, waited_s=0.0)
         case Decode():
-            return Decoded(
-                command_id=command.command_id,
-                device_id=device_id,
-                request_id=command.request_id,
-                image_slot=command.image_slot,
-                started_s=started_s,
-                ended_s=ended_s,
-            )
-
-
-def _aborted(command: SimulatedCommand, device_id: int) -> Failed:
-    return Failed(
-        command_id=command.command_id,
-        device_id=device_id,
-        request_id=command.request_id,
-        kind="aborted",
-        message="aborted",
-    )
+            return command.decoded(device_id, started_s, ended_s)

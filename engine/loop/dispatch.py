@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from tetrion.engine.loop.requests import Request
-from tetrion.engine.messages import Decode, Denoise, EncodePrompt, GroupCommand
+from tetrion.engine.messages import Decode, Denoise, EncodePrompt, StageCommand
 from tetrion.engine.planning.snapshot import Assignment
 
 
@@ -13,7 +13,7 @@ def command_for(
     command_id: int,
     round_id: int,
     acquire_image_slot: Callable[[], int | None],
-) -> GroupCommand | None:
+) -> StageCommand | None:
     """The command for an assignment, or None while there is no room for its picture. `command_id` is also the state's
     id of an attempt that begins with it."""
     match assignment.stage:

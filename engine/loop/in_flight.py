@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from tetrion.engine.messages import GroupCommand
+from tetrion.engine.messages import StageCommand
 
 MAX_DEPTH = 2
 """Commands a device may hold: the one that runs and the one planned ahead."""
@@ -15,7 +15,7 @@ class InFlight:
 
     __slots__ = ("command", "duration_s", "end_s", "members", "num_behind", "pending", "start_s")
 
-    def __init__(self, command: GroupCommand, members: tuple[int, ...], start_s: float, duration_s: float) -> None:
+    def __init__(self, command: StageCommand, members: tuple[int, ...], start_s: float, duration_s: float) -> None:
         self.command = command
         self.members = members
         self.pending = set(members)
@@ -51,7 +51,7 @@ class InFlightTable:
     def __iter__(self) -> Iterator[InFlight]:
         return iter(self._by_id.values())
 
-    def add(self, command: GroupCommand, members: tuple[int, ...], now_s: float, duration_s: float) -> None:
+    def add(self, command: StageCommand, members: tuple[int, ...], now_s: float, duration_s: float) -> None:
         entry = InFlight(command, members, max([self.free_s(member, now_s) for member in members]), duration_s)
         self._by_id[command.command_id] = entry
         self._by_request.setdefault(command.request_id, []).append(entry)

@@ -24,7 +24,7 @@ from tetrion.engine.errors import (
     RequestError,
     shown,
 )
-from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Executor, Happening, PictureReady, WorkerLost, WorkerReady
 from tetrion.engine.loop.dispatch import command_for
 from tetrion.engine.loop.guarded_planner import GuardedPlanner
 from tetrion.engine.loop.in_flight import InFlightTable
@@ -39,7 +39,6 @@ from tetrion.engine.messages import (
     Decoded,
     Denoised,
     Encoded,
-    Event,
     Failed,
     LatentsCopied,
     Loaded,
@@ -52,6 +51,7 @@ from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient
+from tetrion.engine.planning.policies.registry import with_options
 from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
 from tetrion.engine.request import Output, ResolvedRequest
 
@@ -80,20 +80,20 @@ class EngineLoop:
         outputs: Callable[[Output], None],
         energy: EnergyAccount | None = None,
     ) -> None:
+        self._config = with_options(config.planner)
         self.executor = executor
         self.planner = planner
         self.cost_models = cost_models
         self.table = RequestTable(
             config.max_inflight,
             config.max_queued,
-            config.planner.patience_s,
-            is_patient=lambda request: may_be_patient(request.asked, config.planner),
+            self._config.patience_s,
+            is_patient=lambda request: may_be_patient(request.asked, self._config),
         )
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
-        self._config = config.planner
         self._in_flight = InFlightTable(executor.device_ids)
-        self._snapshots = SnapshotBuilder(executor, self.table, self._in_flight, config.planner)
-        self._guarded_planner = GuardedPlanner(config.planner.policy)
+        self._snapshots = SnapshotBuilder(executor, self.table, self._in_flight, self._config)
+        self._guarded_planner = GuardedPlanner(self._config.policy)
         self._refusals = Refusals()
         self._stall_timeout_s = config.stall_timeout_s
         self._command_ids = itertools.count(FIRST_COMMAND_ID)
@@ -179,7 +179,8 @@ class EngineLoop:
     # The loop ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until `stop`. Raises EngineEnded if it cannot serve any more (see recovery.py)."""
+        """Until `stop`, and until the last pictures are copied. Raises EngineEnded if it cannot serve any more (see
+        recovery.py)."""
         try:
             while not self._stopping:
                 self.tick()
@@ -187,13 +188,20 @@ class EngineLoop:
                 self._due_s = math.inf if wake_s is None else wake_s
                 await self.executor.wait(wake_s)
         except EngineEnded as error:
-            self._end_all(error)
+            await self._end_all(error)
             raise
-        self._end_all(GenerationError("the engine was stopped"))
+        await self._end_all(GenerationError("the engine was stopped"))
 
-    def _end_all(self, reason: GenerationError) -> None:
+    async def _end_all(self, reason: GenerationError) -> None:
+        """Requests still alive fail; those whose picture is being copied get it."""
         for request in self.table.all():
             self._books.end(request, reason)
+        while self._books.awaits_pictures:
+            for event in self.executor.poll():
+                if isinstance(event, PictureReady):
+                    self._books.picture_ready(event)
+            if self._books.awaits_pictures:
+                await self.executor.wait(None)
 
     def tick(self) -> None:
         begun = self.statistics.begin_tick()
@@ -204,7 +212,7 @@ class EngineLoop:
         self.statistics.end_tick(begun)
 
     def collect(self) -> None:
-        """Take what the workers have answered."""
+        """Take what the workers have answered, and finished pictures."""
         for event in self.executor.poll():
             self._handle(event)
         self._recovery.check_stalls()
@@ -306,10 +314,12 @@ class EngineLoop:
             self._books.fail(request, what, error)
         self._wake()
 
-    def _handle(self, event: Event | WorkerLost | WorkerReady) -> None:
+    def _handle(self, event: Happening) -> None:
         match event:
             case Encoded() | Denoised() | Decoded() | Failed():
                 self._on_answer(event)
+            case PictureReady():
+                self._books.picture_ready(event)
             case BarriersReset():
                 self._recovery.barriers_reset(event)
                 self._has_news = True

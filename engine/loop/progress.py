@@ -10,18 +10,18 @@ flight is written down first of all and depends on nothing that may fail, so the
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.errors import GenerationError, RequestCancelled, shown
-from tetrion.engine.executors.base import Executor
+from tetrion.engine.executors.base import Executor, PictureReady
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
-from tetrion.engine.loop.requests import TERMINAL_STATES, Request, RequestState, RequestTable
+from tetrion.engine.loop.requests import STAGE_STATES, TERMINAL_STATES, Request, RequestState, RequestTable
 from tetrion.engine.loop.statistics import LoopStatistics
-from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, GroupCommand
+from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, Failed, StageCommand
 from tetrion.engine.planning.cost.correction import CostModel, CostModels
 from tetrion.engine.planning.cost.predict import predict_j, predict_s
 from tetrion.engine.request import Failure, Output, Receipt
+from tetrion.engine.stages import AFTER_STEPS, NEXT_STAGE
 
 logger = logging.getLogger(__name__)
 NOT_WRITTEN = "what came of it could not be written down"
@@ -49,10 +49,12 @@ class Bookkeeper:
         self._statistics = statistics
         self._energy = energy
         self._outputs = outputs
+        self._being_copied: dict[int, Request] = {}
+        """Requests that have ended but for their picture, by the id of the command that decoded it."""
 
     # A command's members ------------------------------------------------------------------------------------------
 
-    def sending(self, command: GroupCommand, members: tuple[int, ...]) -> float:
+    def sending(self, command: StageCommand, members: tuple[int, ...]) -> float:
         """A command is about to be given to its members; returns how long it is predicted to take. The energy account
         must know before it can begin: readings are settled in another thread up to where nobody has been given
         anything."""
@@ -61,13 +63,13 @@ class Bookkeeper:
         self._energy.sent(command, members, costs, self._executor.now_s())
         return duration_s
 
-    def not_sent(self, command: GroupCommand, members: tuple[int, ...]) -> None:
+    def not_sent(self, command: StageCommand, members: tuple[int, ...]) -> None:
         """They did not take it, or it could not be sent."""
         self.discard(command)
         for member in members:
             self._guarded(command.request_id, self._energy.failed, command.command_id, member, self._executor.now_s())
 
-    def sent(self, request: Request, command: GroupCommand, members: tuple[int, ...], duration_s: float) -> None:
+    def sent(self, request: Request, command: StageCommand, members: tuple[int, ...], duration_s: float) -> None:
         """The request's next command was given to its members."""
         now_s = self._executor.now_s()
         if request.started_s is None:
@@ -75,8 +77,10 @@ class Bookkeeper:
         self._in_flight.add(command, members, now_s, duration_s)
         if isinstance(command, Denoise):
             request.planned_step_index += command.chunk_steps
-        if isinstance(command, (EncodePrompt, Denoise)):
+        if command.stage not in AFTER_STEPS:
             request.planned_holders = members
+        if command.stage != "denoise" or request.planned_step_index == request.num_steps:
+            request.planned_stage = NEXT_STAGE[command.stage]
         self._follow(request)
         self._statistics.sent(command.command_id, members, now_s)
         request.spent_j += predict_j(command, self._cost_models.tables)
@@ -92,7 +96,7 @@ class Bookkeeper:
             self._guarded(event.request_id, self._member_executed, event, now_s)
         return entry
 
-    def member_failed(self, command: GroupCommand, device_id: int, now_s: float) -> None:
+    def member_failed(self, command: StageCommand, device_id: int, now_s: float) -> None:
         """A member has failed or is lost."""
         self._guarded(command.request_id, self._member_failed, command.command_id, device_id, now_s)
 
@@ -123,51 +127,46 @@ class Bookkeeper:
                 case Denoised():
                     self._denoised(request, entry, event)
                 case Decoded():
-                    self._decoded(request, event)
+                    self._decoded(request, entry.command, event)
         except Exception as error:
             self.fail(request, NOT_WRITTEN, error)
 
-    def discard(self, command: GroupCommand) -> None:
+    def discard(self, command: StageCommand) -> None:
         """Nobody wants the command's result."""
         if isinstance(command, Decode):
             self._executor.release_image_slot(command.image_slot)
 
     def _encoded(self, request: Request, event: Encoded) -> None:
-        request.encode_s = event.ended_s - event.started_s
         request.num_text_tokens = event.num_text_tokens
-        self._cost_model_of(request).observe_encode(request.cost_key, request.encode_s)
+        self._observe_aux(request, event)
         self._move(request, RequestState.READY)
 
     def _denoised(self, request: Request, entry: InFlight, event: Denoised) -> None:
         degree, chunk_steps = len(entry.members), event.step_index - request.step_index
         elapsed_s = event.ended_s - event.started_s - event.waited_s
         self._cost_model_of(request).observe_step(request.cost_key, degree, elapsed_s / chunk_steps)
-        request.denoise_s += elapsed_s
+        request.stage_s["denoise"] += elapsed_s
         request.step_index = event.step_index
         request.degrees += [degree] * chunk_steps
         done = request.step_index == request.num_steps
         self._move(request, RequestState.DENOISED if done else RequestState.READY)
 
-    def _decoded(self, request: Request, event: Decoded) -> None:
+    def _decoded(self, request: Request, command: StageCommand, event: Decoded) -> None:
+        """If nobody wants it any more, or something goes wrong, its slot is free again."""
+        assert isinstance(command, Decode)
+        receipt = None
         try:
             receipt = self._finished(request, event)
-        except Exception:
-            self._executor.release_image_slot(event.image_slot)
-            raise
-        if receipt is None:
-            self._executor.release_image_slot(event.image_slot)
-            return
-        self._executor.take_image(
-            event.image_slot,
-            request.size,
-            finish=lambda image: (image, receipt()),
-            receive=lambda made: self._taken(request, made),
-        )
+        finally:
+            if receipt is None:
+                self.discard(command)
+        if receipt is not None:
+            self._executor.take_image(command, receipt)
+            self._being_copied[command.command_id] = request
 
     def _finished(self, request: Request, event: Decoded) -> Callable[[], Receipt] | None:
         """What gives the receipt of a request that has its picture, None if nobody wants it any more."""
-        request.decode_s = event.ended_s - event.started_s
-        self._cost_model_of(request).observe_decode(request.cost_key, request.decode_s)
+        self._observe_aux(request, event)
         if request.cancelled:
             return None
         receipt = self._ended(request)
@@ -176,19 +175,12 @@ class Bookkeeper:
         self._outputs(request.progress())
         return receipt
 
-    def _taken(self, request: Request, made: tuple[Any, Receipt] | Exception) -> None:
-        """The picture and its receipt are there. Nobody hears of what is raised here."""
-        if isinstance(made, Exception):
-            self.fail(request, "the picture could not be copied, or its receipt not made", made)
-            return
-        try:
-            image, receipt = made
-            self._outputs(request.result(image, self._executor.now_s(), receipt))
-        except Exception as error:
-            self.fail(request, "its result could not be handed out", error)
-
     def _cost_model_of(self, request: Request) -> CostModel:
         return self._cost_models[request.params.model]
+
+    def _observe_aux(self, request: Request, event: Encoded | Decoded) -> None:
+        request.stage_s[event.stage] = event.ended_s - event.started_s
+        self._cost_model_of(request).observe_aux(request.cost_key, event.stage, request.stage_s[event.stage])
 
     def _move(self, request: Request, state: RequestState) -> None:
         self._table.move(request, state)
@@ -198,12 +190,27 @@ class Bookkeeper:
     def _follow(self, request: Request) -> None:
         """If a request's next command is dispatched, its state says so."""
         for entry in self._in_flight.of_request(request.request_id)[:1]:
-            if isinstance(entry.command, EncodePrompt) and request.state is RequestState.WAITING:
-                self._table.move(request, RequestState.ENCODING)
-            elif isinstance(entry.command, Denoise) and request.state is RequestState.READY:
-                self._table.move(request, RequestState.DENOISING)
-            elif isinstance(entry.command, Decode) and request.state is RequestState.DENOISED:
-                self._table.move(request, RequestState.DECODING)
+            is_ready, is_in_it = STAGE_STATES[entry.command.stage]
+            if request.state is is_ready:
+                self._table.move(request, is_in_it)
+
+    # A picture ----------------------------------------------------------------------------------------------------
+
+    @property
+    def awaits_pictures(self) -> bool:
+        """Whether some are still being copied."""
+        return bool(self._being_copied)
+
+    def picture_ready(self, event: PictureReady) -> None:
+        """The request has its result, or fails."""
+        request = self._being_copied.pop(event.command_id)
+        if event.error is not None:
+            self.fail(request, "the picture could not be copied, or its receipt not made", event.error)
+            return
+        try:
+            self._outputs(request.result(event.image, event.ready_s, event.receipt))
+        except Exception as error:
+            self.fail(request, "its result could not be handed out", error)
 
     # A request's end ----------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from tetrion.engine.errors import EngineOverloaded, RequestError
 from tetrion.engine.request import ImageResult, Progress, Receipt, ResolvedRequest
+from tetrion.engine.stages import STAGES, Stage
 
 
 class RequestState(enum.Enum):
@@ -45,13 +46,20 @@ LEGAL_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     _S.CANCELLED: frozenset(),
 }
 TERMINAL_STATES = frozenset(state for state, following in LEGAL_TRANSITIONS.items() if not following)
+STAGE_STATES: dict[Stage, tuple[RequestState, RequestState]] = {
+    "encode": (_S.WAITING, _S.ENCODING),
+    "denoise": (_S.READY, _S.DENOISING),
+    "decode": (_S.DENOISED, _S.DECODING),
+}
+"""The states of a request that is ready for a stage, and that is in it."""
 
 
 class Request:
     """One accepted request while it lives. Written by `RequestTable` (state, slot) and `EngineLoop` (progress).
 
     `step_index` counts finished steps, `planned_step_index` also those dispatched; `planned_holders` are the devices
-    whose slot holds, or will hold, the latents of `planned_step_index`. `spent_j`: joules of all that was dispatched
+    whose slot holds, or will hold, the latents of `planned_step_index`; `planned_stage` comes after all that was
+    dispatched (None: that was the last). `stage_s`: time on devices. `spent_j`: joules of all that was dispatched
     for it, lost attempts included, as far as the profile knows them. `cancelled`: it ends once nothing is in flight for
     it, with `error` if there is one.
 
@@ -65,18 +73,17 @@ class Request:
         "cancelled",
         "cost_key",
         "deadline_s",
-        "decode_s",
         "degrees",
-        "denoise_s",
-        "encode_s",
         "error",
         "image",
         "num_text_tokens",
         "params",
         "planned_holders",
+        "planned_stage",
         "planned_step_index",
         "slot",
         "spent_j",
+        "stage_s",
         "started_s",
         "state",
         "state_id",
@@ -104,9 +111,10 @@ class Request:
         """Forget all work: nothing is encoded, no step is done."""
         self.step_index = self.planned_step_index = 0
         self.planned_holders: tuple[int, ...] = ()
+        self.planned_stage: Stage | None = STAGES[0]
         self.degrees: list[int] = []
         self.num_text_tokens = 0
-        self.encode_s = self.denoise_s = self.decode_s = 0.0
+        self.stage_s: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
 
     @property
     def request_id(self) -> str:
@@ -135,6 +143,7 @@ class Request:
         assert self.started_s is not None
         return ImageResult(
             request_id=self.request_id,
+            model=self.params.model,
             image=image,
             prompt=self.asked.prompt,
             width=width,
@@ -145,9 +154,9 @@ class Request:
             num_text_tokens=self.num_text_tokens,
             latency_s=finished_s - self.arrival_s,
             queue_s=self.started_s - self.arrival_s,
-            encode_s=self.encode_s,
-            denoise_s=self.denoise_s,
-            decode_s=self.decode_s,
+            encode_s=self.stage_s["encode"],
+            denoise_s=self.stage_s["denoise"],
+            decode_s=self.stage_s["decode"],
             slo_met=None if self.deadline_s is None else finished_s <= self.deadline_s,
             energy=energy,
         )

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
-from tetrion.engine.loop.requests import Request, RequestState, RequestTable
-from tetrion.engine.messages import Decode
+from tetrion.engine.loop.requests import Request, RequestTable
 from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import urgency
-from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot, Stage
+from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
+from tetrion.engine.stages import STAGES, Stage
 
 MAX_COMMANDS_PER_REQUEST = 2
 
@@ -40,6 +41,7 @@ class SnapshotBuilder:
         self._table = table
         self._in_flight = in_flight
         self._config = config
+        self._energy_mode = horizon_options(config).energy
         self._entries: dict[str, Entry] = {}
         self._current: list[Entry] = []
         self._overdue: list[Entry] = []
@@ -71,7 +73,7 @@ class SnapshotBuilder:
 
     def view_of_new(self, request: Request) -> RequestView:
         """A request of which nothing is done or in flight."""
-        return self._view(request, "encode", request.arrival_s)
+        return self._view(request, STAGES[0], request.arrival_s)
 
     def _snapshot(
         self, now_s: float, free_s: dict[int, float], costs: CostTables, current: Sequence[Entry]
@@ -140,8 +142,8 @@ class SnapshotBuilder:
         return free_s
 
     def _view_of_admitted(self, request: Request, running: Sequence[InFlight]) -> RequestView | None:
-        stage = _next_stage(request, running)
-        if stage is None:
+        stage = request.planned_stage
+        if stage is None or request.cancelled or len(running) >= MAX_COMMANDS_PER_REQUEST:
             return None
         return self._view(request, stage, max([entry.end_s for entry in running], default=request.arrival_s))
 
@@ -163,16 +165,6 @@ class SnapshotBuilder:
             weight=weight * config.class_weights.get(request.cost_key, 1.0) if config.class_weights else weight,
             priority=asked.priority,
             force_degrees=asked.force_degrees,
-            energy_mode=asked.energy.mode or config.energy,
+            energy_mode=asked.energy.mode or self._energy_mode,
             budget_j=None if budget_j is None else budget_j - request.spent_j,
         )
-
-
-def _next_stage(request: Request, running: Sequence[InFlight]) -> Stage | None:
-    if request.cancelled or len(running) >= MAX_COMMANDS_PER_REQUEST:
-        return None
-    if any([isinstance(entry.command, Decode) for entry in running]):
-        return None
-    if request.state is RequestState.WAITING:
-        return "encode"
-    return "denoise" if request.planned_step_index < request.num_steps else "decode"

@@ -14,7 +14,7 @@ import msgspec
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import Preset, component_folder, read_preset
-from tetrion.engine.models.locate import HUB_FILES
+from tetrion.engine.families.locate import HUB_FILES
 
 WEIGHTS_SUFFIX = ".safetensors"
 SAMPLE_BYTES = 4096

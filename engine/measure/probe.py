@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tetrion.engine.errors import GenerationError
-from tetrion.engine.executors.base import WorkerLost, WorkerReady
+from tetrion.engine.executors.base import PictureReady, WorkerLost, WorkerReady
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.loop.dispatch import decode_command, denoise_command, encode_command
 from tetrion.engine.loop.requests import Request
@@ -164,7 +164,7 @@ class Probe:
                     raise GenerationError(f"worker {event.device_id} ended while measuring: {event.reason}")
                 if isinstance(event, Failed):
                     raise GenerationError(f"worker {event.device_id} failed while measuring: {event.message}")
-                assert not isinstance(event, WorkerReady), "nobody replaces a worker while measuring"
+                assert not isinstance(event, WorkerReady | PictureReady), "nobody replaces a worker while measuring"
                 answers.append(event)
             if len(answers) < at_least:
                 await self.executor.wait(None)

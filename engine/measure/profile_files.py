@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from tetrion.engine.config import DeviceSpec, EngineConfig
+from tetrion.engine.families.served import ServedModels
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import Profile, read_profile
@@ -31,13 +32,21 @@ def committed_folder() -> Path:
     return Path(str(importlib.resources.files(PACKAGE)))
 
 
-def chosen_profile(devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: EngineConfig) -> Profile | None:
-    """The table of `config.profile`, else the user's or the committed one of these GPUs and this model, else None.
+def chosen_profiles(devices: tuple[DeviceSpec, ...], models: ServedModels, config: EngineConfig) -> dict[str, Profile]:
+    """The measured table of each model that has one: that of `config.profiles`, else the user's or the committed one of
+    these GPUs.
 
     Raises ValueError for a file that cannot be read or is of another model.
     """
-    if config.profile is not None:
-        return _named_profile(Path(config.profile).expanduser(), spec)
+    files = {models.names.get(name, name): Path(file).expanduser() for name, file in config.profiles.items()}
+    chosen = {
+        name: _named_profile(files[name], spec) if name in files else _found_profile(devices, spec, config)
+        for name, spec in models.specs.items()
+    }
+    return {name: profile for name, profile in chosen.items() if profile is not None}
+
+
+def _found_profile(devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: EngineConfig) -> Profile | None:
     gpu = single_gpu_name(devices)
     if gpu is None:
         return None
@@ -71,10 +80,10 @@ def _named_profile(path: Path, spec: ModelSpec) -> Profile:
     try:
         profile = read_profile(path)
     except OSError as error:
-        raise ValueError(f"profile: cannot read {str(path)!r}: {error.strerror or error}") from None
+        raise ValueError(f"profiles: cannot read {str(path)!r}: {error.strerror or error}") from None
     if profile.heads != spec.num_heads:
         raise ValueError(
-            f"profile: {str(path)!r} is of a model with {profile.heads} heads, {spec.name!r} has {spec.num_heads}"
+            f"profiles: {str(path)!r} is of a model with {profile.heads} heads, {spec.name!r} has {spec.num_heads}"
         )
     return profile
 

@@ -5,7 +5,7 @@ kind, so all workers of a machine draw the same; they are no model, and pictures
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +26,10 @@ class DummyFiles:
     @property
     def names(self) -> Iterable[str]:
         return self._shapes.keys()
+
+    @property
+    def identity(self) -> Hashable:
+        return self.folder.name, frozenset(self._shapes.items())
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._shapes:

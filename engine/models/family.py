@@ -100,7 +100,8 @@ class Model:
     """Of so many steps."""
     guidance_factor: Callable[[Params], float]
     """How far a step goes from the negative prompt's velocity towards the prompt's: 1 is the prompt's own."""
-    weights_bytes: int
+    weights_bytes: int = 0
+    """Of what is loaded for it alone, or for it first: models may have components in common."""
 
 
 class FamilyModule(Protocol):

@@ -432,5 +432,4 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         codec=Autoencoder(component_folder(path, "vae"), parts["vae"], spec),
         schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image),
         guidance_factor=lambda params: params.true_cfg_scale,
-        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )

@@ -10,7 +10,7 @@ multiple of 64 bytes, so that kernels see the same alignment in every process.
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -60,6 +60,10 @@ class TensorFiles(Protocol):
     @property
     def names(self) -> Iterable[str]: ...
 
+    @property
+    def identity(self) -> Hashable:
+        """Equal to another's only if all tensors are."""
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises CheckpointError if there is no such tensor."""
 
@@ -84,6 +88,10 @@ class ComponentFiles:
     def names(self) -> Iterable[str]:
         return self._path_of.keys()
 
+    @property
+    def identity(self) -> Hashable:
+        return frozenset((name, _identity(path)) for name, path in self._path_of.items())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header. Raises CheckpointError if there is no such tensor."""
         return tuple(self._file(name).get_slice(name).get_shape())
@@ -96,6 +104,13 @@ class ComponentFiles:
         if name not in self._path_of:
             raise CheckpointError(f"model: {str(self.folder)!r} has no tensor {name}")
         return self._opened[self._path_of[name]]
+
+
+def _identity(path: Path) -> str:
+    """The file that links lead to. The hub's cache calls files by what is in them (`blobs/HASH`), so that equal ones of
+    two models are known to be."""
+    path = path.resolve()
+    return path.name if path.parent.name == "blobs" else str(path)
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
@@ -139,6 +154,18 @@ class Component(NamedTuple):
     files: TensorFiles
     plan: Plan
 
+    @property
+    def identity(self) -> Hashable:
+        """Equal to another's only if both are loaded as the same tensors."""
+        return self.files.identity, frozenset(self.plan.items())
+
+
+def same_components(components: Mapping[str, Component]) -> dict[str, str]:
+    """Each component that is loaded as the same tensors as one before it -> that one."""
+    first: dict[Hashable, str] = {}
+    firsts = {name: first.setdefault(component.identity, name) for name, component in components.items()}
+    return {name: same for name, same in firsts.items() if same != name}
+
 
 def planned_shapes(components: Mapping[str, Component]) -> dict[str, tuple[int, ...]]:
     """Shapes of all planned tensors, by `component/name`. Raises CheckpointError for missing or misshapen ones."""
@@ -150,16 +177,19 @@ def planned_shapes(components: Mapping[str, Component]) -> dict[str, tuple[int, 
 
 
 def load_to_device(components: Mapping[str, Component], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All planned tensors in `dtype` in the device's memory, by `component/name`.
+    """All planned tensors in `dtype` in the device's memory, by `component/name`. Equal components share theirs.
 
     Converts and fuses there, one tensor at a time: host memory holds only the page cache. Raises CheckpointError for
     missing or misshapen tensors, before anything is allocated.
     """
-    tensors = {}
-    shapes = planned_shapes(components)
+    tensors: dict[str, Tensor] = {}
+    shapes, same = planned_shapes(components), same_components(components)
     for component, (files, plan) in components.items():
         for name, part in plan.items():
             key = f"{component}/{name}"
+            if component in same:
+                tensors[key] = tensors[f"{same[component]}/{name}"]
+                continue
             tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device)
             _fill(tensors[key], files, part)
     return tensors
@@ -169,11 +199,14 @@ def publish(fd: int, components: Mapping[str, Component]) -> int:
     """Write the planned tensors of all components as one safetensors image into the shared segment `fd`.
 
     Tensor names in the image are `component/name`. Converts and fuses on the way, one tensor at a time: the only full
-    copy is the image. Returns its size in bytes. Raises CheckpointError for missing or misshapen tensors, before
-    anything is written, and SharedMemoryError if there is no room.
+    copy is the image; it holds equal components once, and says of which others they are. Returns its size in bytes.
+    Raises CheckpointError for missing or misshapen tensors, before anything is written, and SharedMemoryError if there
+    is no room.
     """
+    same = same_components(components)
     shapes = planned_shapes(components)
-    header, offsets, num_bytes = _layout(shapes)
+    components = {name: component for name, component in components.items() if name not in same}
+    header, offsets, num_bytes = _layout(planned_shapes(components), same)
     _reserve(fd, num_bytes)
     with mmap.mmap(fd, num_bytes) as image:
         image[: len(header)] = header
@@ -197,11 +230,15 @@ def attach(fd: int) -> dict[str, Tensor]:
         image = mmap.mmap(fd, num_bytes, access=mmap.ACCESS_COPY)
         data_start = 8 + int.from_bytes(image[:8], "little")
         header = json.loads(image[8:data_start])
-        return {
+        same = header.pop("__metadata__", {})
+        tensors = {
             name: _view(image, tuple(entry["shape"]), data_start + entry["data_offsets"][0])
             for name, entry in header.items()
             if entry["dtype"] == "F32"
         }
+        for component, first in same.items():
+            tensors |= {f"{component}/{name}": tensor for name, tensor in component_tensors(tensors, first).items()}
+        return tensors
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"model: the shared weights segment holds no complete image: {error}") from None
 
@@ -264,12 +301,13 @@ def _fill(target: Tensor, files: TensorFiles, part: Part) -> None:
         row += len(tensor)
 
 
-def _layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, int], int]:
-    """Header bytes, data offset of each tensor, size of the whole image.
+def _layout(shapes: Mapping[str, tuple[int, ...]], same: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Header bytes, data offset of each tensor, size of the whole image. `same`: what the header is to say of
+    components that are not in it.
 
     safetensors allows no gaps, so filler tensors lie between those whose sizes are no multiples of the alignment.
     """
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {"__metadata__": dict(same)} if same else {}
     offsets: dict[str, int] = {}
     position = 0
     for name, shape in shapes.items():

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.loading import Component, planned_shapes
+from tetrion.engine.models.loading import Component, planned_shapes, same_components
 from tetrion.engine.models.recording import Gemm, step_operators
 from tetrion.engine.parallel.layout import SlabLayout
 
@@ -53,23 +53,25 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     def describe(self) -> str:
         weights = ", ".join(f"{name} {_gb(count)}" for name, count in self.weights_bytes.items())
         return (
-            f"model {self.model!r} takes {_gb(self.num_bytes)}: weights {_gb(sum(self.weights_bytes.values()))}"
+            f"model {self.model} takes {_gb(self.num_bytes)}: weights {_gb(sum(self.weights_bytes.values()))}"
             f" ({weights}), slab {_gb(self.slab_bytes)}, a step's activations {_gb(self.step_bytes)},"
             f" decoding {_gb(self.decode_bytes)}"
         )
 
 
-def memory_budget(
-    specs: Sequence[ModelSpec], components: Mapping[str, Mapping[str, Component]], layout: SlabLayout
-) -> MemoryBudget:
-    """Of a device that has all of `specs` and decodes all pictures whole. `components`: by model. Weights and
-    activations have the slab's element size. Raises CheckpointError for missing tensors."""
+def memory_budget(specs: Sequence[ModelSpec], components: Mapping[str, Component], layout: SlabLayout) -> MemoryBudget:
+    """Of a device that has all of `specs` and decodes all pictures whole. `components`: by "model/component"; what is
+    the same in two models is there once. Weights and activations have the slab's element size. Raises CheckpointError
+    for missing tensors."""
     itemsize = layout.itemsize
-    weights: dict[str, int] = {}
-    for spec in specs:
-        for key, shape in planned_shapes(components[spec.name]).items():
-            name = key.partition("/")[0] if len(specs) == 1 else f"{spec.name}/{key.partition('/')[0]}"
-            weights[name] = weights.get(name, 0) + math.prod(shape) * itemsize
+    same = same_components(components)
+    weights = {
+        name if len(specs) > 1 else name.rpartition("/")[2]: sum(
+            math.prod(shape) * itemsize for shape in planned_shapes({name: component}).values()
+        )
+        for name, component in components.items()
+        if name not in same
+    }
     widest = max(sum(map(spec.max_rows, spec.segments)) * spec.hidden_size for spec in specs) * itemsize
     whole_pixels = max(spec.sizes.max for spec in specs) ** 2
     return MemoryBudget(

@@ -4,6 +4,7 @@ Owns the way from checkpoint folders to `Model`s, over weights that all CPU work
 Worker-only: importing it takes seconds. A new family is one line of `engine/families/registry.py`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,31 +27,51 @@ def load_shared(
     here); the others map what it wrote. Raises CheckpointError, or SharedMemoryError if the segment cannot be filled.
     """
     if publish_weights:
-        components = {(spec, name): part for spec in specs for name, part in components_of(spec, load_format).items()}
-        publish(fd, {f"{spec.name}/{name}": part for (spec, name), part in components.items()})
-    tensors = attach(fd)
-    return [family_module(spec).build(spec, load_format, component_tensors(tensors, spec.name), ops) for spec in specs]
+        publish(fd, all_components(specs, load_format))
+    return _build_all(specs, load_format, attach(fd), ops)
 
 
 def load_on_device(
-    spec: ModelSpec,
+    specs: Sequence[ModelSpec],
     load_format: LoadFormat,
     components: Mapping[str, Component],
     device: torch.device,
     dtype: torch.dtype,
     ops: Ops,
-) -> Model:
-    """Load the `components_of` a spec into the memory of `device`.
+) -> list[Model]:
+    """The models of `specs`, whose components (`all_components`) are given, in the memory of `device`.
 
     Raises CheckpointError, or the device's out-of-memory.
     """
-    tensors: dict[str, Tensor] = load_to_device(components, device, dtype)
-    return family_module(spec).build(spec, load_format, tensors, ops)
+    return _build_all(specs, load_format, load_to_device(components, device, dtype), ops)
 
 
 def components_of(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, Component]:
-    """All that would be loaded, by component. Raises CheckpointError."""
+    """All of a model that would be loaded, by component. Raises CheckpointError."""
     return family_module(spec).components(spec, load_format)
+
+
+def all_components(specs: Sequence[ModelSpec], load_format: LoadFormat) -> dict[str, Component]:
+    """Those of all models, by "model/component"."""
+    return {
+        f"{spec.name}/{name}": component
+        for spec in specs
+        for name, component in components_of(spec, load_format).items()
+    }
+
+
+def _build_all(
+    specs: Sequence[ModelSpec], load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops
+) -> list[Model]:
+    models: list[Model] = []
+    counted: set[int] = set()
+    for spec in specs:
+        own = component_tensors(tensors, spec.name)
+        new = {tensor.data_ptr(): tensor.nbytes for tensor in own.values() if tensor.data_ptr() not in counted}
+        counted |= new.keys()
+        model = family_module(spec).build(spec, load_format, own, ops)
+        models.append(dataclasses.replace(model, weights_bytes=sum(new.values())))
+    return models
 
 
 def import_families() -> None:

@@ -446,7 +446,6 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         codec=Autoencoder(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec),
         schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image, "trained"),
         guidance_factor=lambda params: params.guidance,
-        weights_bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
 
 

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from tetrion.engine.planning.degrees import DegreeTables, degree_tables
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill
 from tetrion.engine.planning.free_profile import FreeProfile
+from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import MARGIN_S, denoise_due_s, due_s
 from tetrion.engine.planning.snapshot import RequestView, Snapshot
+from tetrion.engine.stages import AFTER_STEPS, AUX_FROM, BEFORE_STEPS
 
 
 def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | None:
@@ -21,12 +23,13 @@ def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | No
         return None
     tables = degree_tables(snapshot)
     others = [view for view in snapshot.requests if view.deadline_s is not None]
-    works = [work for view in others if view.stage != "decode" and not (work := _work(snapshot, tables, view)).is_late]
-    drop_first = DROP_FIRST[snapshot.config.drop]
+    to_denoise = [view for view in others if view.stage not in AFTER_STEPS]
+    works = [work for view in to_denoise if not (work := _work(snapshot, tables, view)).is_late]
+    drop_first = DROP_FIRST[horizon_options(snapshot.config).drop]
     profile, new = _free_profile(snapshot), _work(snapshot, tables, newcomer)
     fill(profile, works, drop_first)
     end_s = profile.finish_s(new.table, new.table.widest, new.start_s, new.remaining, math.inf)
-    earliest_s = end_s + _aux_s(snapshot, tables, others) + new.table.cost.decode_s + MARGIN_S
+    earliest_s = end_s + _aux_s(snapshot, tables, others) + new.table.after_s + MARGIN_S
     if earliest_s <= newcomer.deadline_s:
         return None
     place = sum(work.due_s <= new.due_s for work in works)
@@ -39,9 +42,8 @@ def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | No
 
 def _aux_s(snapshot: Snapshot, tables: DegreeTables, views: Sequence[RequestView]) -> float:
     """How long the encodes and decodes that these requests still need keep every device busy."""
-    costs = [(view.stage, tables[view.model, view.cost_key].cost) for view in views]
-    device_s = sum(cost.decode_s + (cost.encode_s if stage == "encode" else 0.0) for stage, cost in costs)
-    return device_s / len(snapshot.devices)
+    costs = [(view.stage, tables[view.model, view.cost_key].cost.aux_s) for view in views]
+    return sum(aux_s[stage] for next_stage, aux_s in costs for stage in AUX_FROM[next_stage]) / len(snapshot.devices)
 
 
 def _free_profile(snapshot: Snapshot) -> FreeProfile:
@@ -51,7 +53,7 @@ def _free_profile(snapshot: Snapshot) -> FreeProfile:
 def _work(snapshot: Snapshot, tables: DegreeTables, view: RequestView, lost_s: float = 0.0) -> Work:
     """`lost_s` of the time until it is due are needed for something else."""
     table, start_s = tables[view.model, view.cost_key], max(snapshot.now_s, view.ready_s)
-    if view.stage == "encode":
-        start_s = max(start_s, min(device.free_s for device in snapshot.devices)) + table.cost.encode_s
-    due = denoise_due_s(due_s(view, snapshot.config), table.cost.decode_s) - lost_s
+    if view.stage in BEFORE_STEPS:
+        start_s = max(start_s, min(device.free_s for device in snapshot.devices)) + table.before_s[view.stage]
+    due = denoise_due_s(due_s(view, snapshot.config), table.after_s) - lost_s
     return Work(view, table, start_s, due, True)

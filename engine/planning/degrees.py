@@ -7,6 +7,7 @@ from tetrion.engine.planning.cost.profile import MEMO_KEYS, Profile, SizeCost
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.snapshot import RequestView, Snapshot
 from tetrion.engine.shape import parse_cost_key
+from tetrion.engine.stages import AFTER_STEPS, BEFORE_STEPS, Stage
 
 MIN_SPEED_UP = 1.02
 
@@ -22,10 +23,13 @@ class DegreeTable:
     the narrowest (0.0 where not useful); `largest[n]`: the widest useful degree that fits on n devices (0: none);
     `work_s`: GPU-seconds of one step at the narrowest, the measure of size among requests. `step_j[degree]` joules
     (0.0 where not useful), empty if those of any useful degree are not known; `legal`: all degrees that
-    the devices can form.
+    the devices can form. `before_s[stage]`: seconds from the beginning of a stage to the first step;
+    `after_s`: from the last step to the end.
     """
 
     __slots__ = (
+        "after_s",
+        "before_s",
         "cost",
         "degrees",
         "fastest_step_s",
@@ -42,6 +46,11 @@ class DegreeTable:
     def __init__(self, cost: SizeCost, legal: tuple[int, ...], num_devices: int) -> None:
         """`legal`: ascending, at most `num_devices`."""
         self.cost = cost
+        before = enumerate(BEFORE_STEPS)
+        self.before_s: dict[Stage, float] = {
+            stage: sum(cost.aux_s[following] for following in BEFORE_STEPS[number:]) for number, stage in before
+        }
+        self.after_s = sum(cost.aux_s[stage] for stage in AFTER_STEPS)
         self.degrees = useful_degrees(cost, legal)
         self.legal = legal
         self.step_s = [0.0] * (num_devices + 1)

@@ -11,8 +11,10 @@ from tetrion.engine.errors import BudgetUnmeetable, CheapestPlan, RequestError
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_mode import ROUNDING_J, cheapest_plan
+from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import denoise_due_s
 from tetrion.engine.request import EnergyOptions, ResolvedRequest
+from tetrion.engine.stages import AUX_STAGES, BEFORE_STEPS
 
 POLICY = "horizon"
 
@@ -34,9 +36,10 @@ def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerC
 
 
 def check_default(costs: CostTables | None, num_devices: int, config: PlannerConfig) -> None:
-    """Raises ValueError if an engine cannot have `config.energy`. `costs` None: some table will be measured at the
-    start, and has no joules."""
-    if config.energy == "fastest":
+    """Raises ValueError if an engine cannot have the energy mode of `config`. `costs` None: some table will be measured
+    at the start, and has no joules."""
+    mode = horizon_options(config).energy
+    if mode == "fastest":
         return
     reason = "the cost table measured at the start has no joules (step_j); name one that has with profile"
     if costs is not None:
@@ -44,23 +47,22 @@ def check_default(costs: CostTables | None, num_devices: int, config: PlannerCon
         names = [(model, key) for model, profile in costs.profiles.items() for key in profile.classes]
         reason = next(filter(None, (why_not(tables[name], name[1], config) for name in names)), "")
     if reason:
-        raise ValueError(f"planner.energy: {config.energy!r} is not possible: {reason}")
+        raise ValueError(f"planner.options.energy: {mode!r} is not possible: {reason}")
 
 
 def cheapest_for(table: DegreeTable, num_steps: int, slo_s: float | None) -> CheapestPlan:
     """The least joules that the request can be drawn with, within `slo_s` if that is possible at all. The joules of the
     table's steps must be known."""
-    cost = table.cost
-    available_s = math.inf if slo_s is None else denoise_due_s(slo_s, cost.decode_s) - cost.encode_s
+    before_s, aux_j = table.before_s[BEFORE_STEPS[0]], table.cost.aux_j
+    available_s = math.inf if slo_s is None else denoise_due_s(slo_s, table.after_s) - before_s
     in_time = cheapest_plan(table, num_steps, available_s)
     plan = in_time or cheapest_plan(table, num_steps, math.inf)
     assert plan is not None, "any degree is fast enough where time is endless"
-    stages = {"encode": cost.encode_j, "decode": cost.decode_j}
     return CheapestPlan(
         degrees=plan.degrees,
-        seconds=cost.encode_s + plan.seconds + cost.decode_s,
-        joules=plan.joules + sum(joules or 0.0 for joules in stages.values()),
-        uncounted=tuple(stage for stage, joules in stages.items() if joules is None),
+        seconds=before_s + plan.seconds + table.after_s,
+        joules=plan.joules + sum(aux_j.values()),
+        uncounted=tuple(stage for stage in AUX_STAGES if stage not in aux_j),
         in_time=None if slo_s is None else in_time is not None,
     )
 

@@ -21,9 +21,11 @@ import msgspec
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.degrees import DegreeTable, chunk_steps
 from tetrion.engine.planning.forward_fill import Work
+from tetrion.engine.planning.horizon_options import HorizonOptions, horizon_options
 from tetrion.engine.planning.slo import denoise_due_s, due_s
 from tetrion.engine.planning.snapshot import RequestView
 from tetrion.engine.request import ImageRequest
+from tetrion.engine.stages import AUX_FROM
 
 PATIENT_SLACK_S = 3600.0
 """With less slack than that a request is interactive: it never waits for others' sake."""
@@ -73,8 +75,8 @@ def worth_using(
     them is always among the answer)."""
     if not degrees or not table.step_j or (view.energy_mode == "fastest" and view.budget_j is None):
         return degrees
-    base = target or cheapest_degree(table, degrees)
-    worth = [degree for degree in degrees if _is_worth(view, table, base, degree, config)]
+    base, options = target or cheapest_degree(table, degrees), horizon_options(config)
+    worth = [degree for degree in degrees if _is_worth(view, table, base, degree, options)]
     if view.budget_j is None:
         return worth
     return [degree for degree in worth if degree == base or affordable_steps(view, table, degree, config, now_s)]
@@ -99,7 +101,7 @@ def affordable_steps(view: RequestView, table: DegreeTable, degree: int, config:
     if view.budget_j is None or not table.step_j:
         return most
     remaining, left_j = view.num_steps - view.step_index, _left_j(view, table) + ROUNDING_J
-    available_s = denoise_due_s(due_s(view, config), table.cost.decode_s) - start_s
+    available_s = denoise_due_s(due_s(view, config), table.after_s) - start_s
     best = cheapest_plan(table, remaining, available_s)
     if best is None or best.joules > left_j:
         available_s = math.inf
@@ -127,7 +129,7 @@ def set_patient_aside(works: Sequence[Work], now_s: float) -> list[Work]:
 
 def may_be_patient(asked: ImageRequest, config: PlannerConfig) -> bool:
     """Whether a request is patient when it comes, if nothing else is to be done."""
-    mode = asked.energy.mode or config.energy
+    mode = asked.energy.mode or horizon_options(config).energy
     return mode == "least-energy" and asked.slo_ms is not None and asked.slo_ms >= PATIENT_SLACK_S * 1e3
 
 
@@ -150,19 +152,18 @@ def _devices_for(patient: Sequence[Work], now_s: float) -> int:
     return most
 
 
-def _is_worth(view: RequestView, table: DegreeTable, base: int, degree: int, config: PlannerConfig) -> bool:
+def _is_worth(view: RequestView, table: DegreeTable, base: int, degree: int, options: HorizonOptions) -> bool:
     extra_j, saved_s = table.step_j[degree] - table.step_j[base], table.step_s[base] - table.step_s[degree]
     match view.energy_mode:
         case "fastest":
             return True
         case "balanced":
-            return extra_j <= config.j_per_s * saved_s
+            return extra_j <= options.j_per_s * saved_s
         case "least-energy":
-            return extra_j <= config.extra_j * table.step_j[base]
+            return extra_j <= options.extra_j * table.step_j[base]
 
 
 def _left_j(view: RequestView, table: DegreeTable) -> float:
-    """What the budget leaves for denoising, as far as the joules of encode and decode are known."""
+    """What the budget leaves for denoising, as far as the joules of the other stages are known."""
     assert view.budget_j is not None
-    encode_j = (table.cost.encode_j or 0.0) if view.stage == "encode" else 0.0
-    return view.budget_j - encode_j - (table.cost.decode_j or 0.0)
+    return view.budget_j - sum(table.cost.aux_j.get(stage, 0.0) for stage in AUX_FROM[view.stage])

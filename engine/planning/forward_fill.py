@@ -60,7 +60,7 @@ def fraction_left(work: Work) -> float:
 
 
 DROP_FIRST: Mapping[str, Callable[[Work], float]] = {"work": work_left, "fraction": fraction_left}
-"""By name (`PlannerConfig.drop`): the larger of two is dropped."""
+"""By name (`HorizonOptions.drop`): the larger of two is dropped."""
 
 
 def place(profile: FreeProfile, work: Work, due_s: float) -> bool:

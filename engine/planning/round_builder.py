@@ -47,7 +47,7 @@ class RoundBuilder:
             steps = num_steps or chunk_steps(request, step_s, self.snapshot.config.chunk_s)
             duration_s = steps * step_s
         else:
-            duration_s = cost.encode_s if request.stage == "encode" else cost.decode_s
+            duration_s = cost.aux_s[request.stage]
         start_s = max(request.ready_s, *[self.free_s[device_id] for device_id in members])
         self.occupy(members, start_s + duration_s)
         assignment = Assignment(

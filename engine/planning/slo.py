@@ -11,9 +11,9 @@ def due_s(request: RequestView, config: PlannerConfig) -> float:
     return request.arrival_s + config.patience_s if request.deadline_s is None else request.deadline_s
 
 
-def denoise_due_s(due: float, decode_s: float) -> float:
-    """When denoising has to be finished: deadline less decode less a margin for dispatch."""
-    return due - decode_s - MARGIN_S
+def denoise_due_s(due: float, after_s: float) -> float:
+    """When denoising has to be finished: deadline less what comes after it less a margin for dispatch."""
+    return due - after_s - MARGIN_S
 
 
 def slo_s(request: RequestView, config: PlannerConfig) -> float:

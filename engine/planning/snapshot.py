@@ -1,13 +1,12 @@
 """What a planner sees (`Snapshot`) and what it answers (`RoundPlan`). Values only: no clock, no I/O, no torch."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
 from tetrion.engine.config import EnergyMode, PlannerConfig
 from tetrion.engine.planning.cost.tables import CostTables
-
-Stage = Literal["encode", "denoise", "decode"]
+from tetrion.engine.stages import Stage
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ from tetrion.engine.messages import (
 )
 from tetrion.engine.parallel.cpu.barrier import Aborted
 from tetrion.engine.transport.channel import EngineGone, attach_channel
-from tetrion.engine.worker.answers import failed
+from tetrion.engine.worker.failures import failure_of
 from tetrion.engine.worker.spec import WorkerSpec
 
 Send = Callable[[Event], None]
@@ -125,7 +125,7 @@ def execute(runner: CommandRunner, command: Command, device_id: int) -> Event | 
     except Exception as error:
         if not isinstance(error, (Aborted, MemoryError, torch.OutOfMemoryError)):
             traceback.print_exc()
-        return failed(command, device_id, error)
+        return failure_of(command, device_id, error)
 
 
 def exit_with_engine(engine_life_fd: int) -> None:

@@ -7,7 +7,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import Model
 from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.memory_budget import memory_budget
-from tetrion.engine.models.registry import components_of, load_on_device
+from tetrion.engine.models.registry import all_components, load_on_device
 from tetrion.engine.parallel.exchange import Exchange
 from tetrion.engine.parallel.gpu.exchange import GpuExchange, SharedResources
 from tetrion.engine.parallel.gpu.memory import GpuMemory
@@ -33,19 +33,16 @@ class GpuBackend:
 
     def load(self, publish: bool) -> list[Model]:
         device, spec = self.queue.device, self._spec
-        components = {model.name: components_of(model, spec.load_format) for model in spec.models}
+        components = all_components(spec.models, spec.load_format)
         budget = memory_budget(spec.models, components, spec.layout)
         if device.type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(device)
             budget = budget.fitted(free_bytes + budget.slab_bytes, spec.device.name)  # the slab is already taken
-        models = []
-        for model_spec in spec.models:
-            parts = components[model_spec.name]
-            model = load_on_device(model_spec, spec.load_format, parts, device, self._slabs.dtype, self._ops)
+        models = load_on_device(spec.models, spec.load_format, components, device, self._slabs.dtype, self._ops)
+        for model in models:
             model.codec.whole_pixels = budget.whole_pixels
             if device.type == "cuda":
                 model.codec.fuse()
-            models.append(model)
         return models
 
     def exchange(self, spec: ModelSpec) -> Exchange:

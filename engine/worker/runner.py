@@ -32,7 +32,6 @@ from tetrion.engine.models.family import Model
 from tetrion.engine.parallel.exchange import Exchange
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.transport.image_slab import ImageSlab
-from tetrion.engine.worker import answers
 from tetrion.engine.worker.denoiser import Denoiser, State
 from tetrion.engine.worker.recorded_encoders import RecordedEncoders
 from tetrion.engine.worker.spec import WorkerSpec
@@ -138,7 +137,7 @@ class Runner:
         def finish() -> Event:
             _passed(ended, check)
             num_tokens = embeddings[0].num_tokens
-            return answers.encoded(command, self.device_id, started.time_s(), ended.time_s(), num_tokens)
+            return command.encoded(self.device_id, started.time_s(), ended.time_s(), num_tokens)
 
         self._completions.add(command, finish)
 
@@ -164,7 +163,7 @@ class Runner:
         def finish() -> Event:
             _passed(ended, check)
             waited_s = entered.time_s() - started.time_s()
-            return answers.denoised(command, self.device_id, started.time_s(), ended.time_s(), waited_s)
+            return command.denoised(self.device_id, started.time_s(), ended.time_s(), waited_s)
 
         self._completions.add(command, finish)
 
@@ -182,7 +181,7 @@ class Runner:
         def finish() -> Event:
             _passed(ended, check)
             self._images.write(command.image_slot, picture.numpy())
-            return answers.decoded(command, self.device_id, started.time_s(), ended.time_s())
+            return command.decoded(self.device_id, started.time_s(), ended.time_s())
 
         self._completions.add(command, finish)
 
@@ -193,7 +192,7 @@ class Runner:
         def finish() -> Event:
             copied.wait()
             self._images.write(command.image_slot, latents.numpy())
-            return answers.latents_copied(command, self.device_id, tuple(latents.shape))
+            return command.copied(self.device_id, tuple(latents.shape))
 
         self._completions.add(command, finish)
 

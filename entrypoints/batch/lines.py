@@ -2,14 +2,14 @@
 
     {"prompt": "a red circle", "size": "256x256", "seed": 7, "num_steps": 12, "guidance": 3.5, "slo_ms": 900, "id": "a"}
 
-Only `prompt` is required. `negative_prompt` and `true_cfg_scale` are for models that take them.
-`id` names the picture (`<id>.png`; default: the line's number, from 1). `priority` and
-`energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be given too. Without `seed` a line gets one
-made from its id, so that every run draws the same picture. Blank lines are skipped.
+Only `prompt` is required. `model` is for engines that serve several (default: the first); `negative_prompt` and
+`true_cfg_scale` are for models that take them. `id` names the picture (`<id>.png`; default: the line's number, from 1).
+`priority` and `energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be given too. Without `seed` a
+line gets one made from its id, so that every run draws the same picture. Blank lines are skipped.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +28,7 @@ Resolve = Callable[[ImageRequest], ImageRequest]
 
 class RequestLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: str
+    model: str | None = None
     size: str | None = None
     seed: int | None = None
     num_steps: int | None = None
@@ -71,11 +72,13 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
     return [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
 
 
-def parse_lines(lines: list[tuple[int, bytes]], resolve: Resolve, checkpoint: str) -> Iterator[BatchItem | BadLine]:
+def parse_lines(
+    lines: list[tuple[int, bytes]], resolve: Resolve, checkpoints: Mapping[str, str]
+) -> Iterator[BatchItem | BadLine]:
     """Each line as a picture to draw or as a complaint. `resolve` fills in defaults and raises RequestError.
 
-    `checkpoint` is the identity of what draws, for the digest. Two ids that differ only in case count as one: file
-    systems may say so.
+    `checkpoints`: by model, the identity of what draws, for the digest. Two ids that differ only in case count as one:
+    file systems may say so.
     """
     decoder = msgspec.json.Decoder(RequestLine)
     line_of: dict[str, int] = {}
@@ -93,7 +96,8 @@ def parse_lines(lines: list[tuple[int, bytes]], resolve: Resolve, checkpoint: st
         except (RequestError, InputError) as error:
             yield BadLine(line=number, id=identifier, error=str(error))
         else:
-            yield BatchItem(line=number, id=identifier, request=request, digest=_digest(request, checkpoint))
+            digest = _digest(request, checkpoints[request.model or ""])
+            yield BatchItem(line=number, id=identifier, request=request, digest=digest)
 
 
 def seed_of_id(identifier: str) -> int:
@@ -107,6 +111,7 @@ def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
     width, height = parse_size(line.size) if line.size is not None else (None, None)
     return ImageRequest(
         prompt=line.prompt,
+        model=line.model,
         width=width,
         height=height,
         num_steps=line.num_steps,

@@ -45,10 +45,13 @@ async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     lines = read_lines(requests_file)
 
     def resolve(request: ImageRequest) -> ImageRequest:
-        return resolve_request(request, engine.spec, len(engine.devices)).asked
+        return resolve_request(request, engine.models, len(engine.devices)).asked
 
-    checkpoint = checkpoint_identity(Path(engine.spec.path), engine.config.load_format)
-    parsed = list(parse_lines(lines, resolve, checkpoint))
+    load_format = engine.config.load_format
+    checkpoints = {
+        name: checkpoint_identity(Path(spec.path), load_format) for name, spec in engine.models.specs.items()
+    }
+    parsed = list(parse_lines(lines, resolve, checkpoints))
     items = [entry for entry in parsed if isinstance(entry, BatchItem)]
     bad_lines = [entry for entry in parsed if isinstance(entry, BadLine)]
     pictures.prepare_folder(output)
@@ -134,8 +137,7 @@ class _Run:
 
     def _write_picture(self, item: BatchItem, result: ImageResult) -> Entry:
         """Raises InputError if another file has come to have the picture's name since the start."""
-        model = self._engine.spec.name
-        data = pictures.encode(result.image, "png", text=pictures.metadata(result, model) | {ID_KEY: item.id})
+        data = pictures.encode(result.image, "png", text=pictures.metadata(result) | {ID_KEY: item.id})
         if _is_taken(item, self._manifest, self._output):
             raise InputError(_complaint(item, self._output))
         pictures.replace_file(self._output / item.file, data)
@@ -145,7 +147,7 @@ class _Run:
             status="finished",
             file=item.file,
             digest=item.digest,
-            model=model,
+            model=result.model,
             prompt=result.prompt,
             seed=result.seed,
             width=result.width,

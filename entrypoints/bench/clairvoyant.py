@@ -124,8 +124,8 @@ def _work(request: TraceRequest, tables: CostTables, num_devices: int, scale: fl
     return Work(
         arrival_s=request.arrival_s,
         deadline_s=request.arrival_s + request.slo_s + DEADLINE_TOLERANCE_S,
-        encode_s=cost.encode_s * scale,
-        decode_s=cost.decode_s * scale,
+        encode_s=cost.aux_s["encode"] * scale,
+        decode_s=cost.aux_s["decode"] * scale,
         num_steps=request.num_steps,
         hull=upper_hull([(degree, 1 / (cost.step_s(degree) * scale + step_overhead_s)) for degree in degrees]),
     )

@@ -31,7 +31,7 @@ def calibration(
     largest = max(range(len(sizes)), key=lambda i: sizes[i][0] * sizes[i][1])
     key = _key(sizes[largest], num_branches)
     cost = profile.cost(key)
-    alone_s = cost.encode_s + num_steps * cost.step_s(_degrees(key, profile, num_devices)[-1]) + cost.decode_s
+    alone_s = sum(cost.aux_s.values()) + num_steps * cost.step_s(_degrees(key, profile, num_devices)[-1])
     return SLO_HEADROOM * alone_s / base_slo_s[largest]
 
 
@@ -51,7 +51,7 @@ def load_of(
         key = _key(size, num_branches)
         cost = profile.cost(key)
         degree = _degrees(key, profile, num_devices)[0]
-        device_s += share * (cost.encode_s + num_steps * degree * cost.step_s(degree) + cost.decode_s)
+        device_s += share * (sum(cost.aux_s.values()) + num_steps * degree * cost.step_s(degree))
     return rate_per_min / 60 * device_s / num_devices
 
 
@@ -80,8 +80,7 @@ def _compressed(request: TraceRequest, factor: int, tables: CostTables) -> Trace
         raise ValueError(f"compress: {request.num_steps} steps cannot be divided by {factor}")
     slo_s = request.slo_s
     if slo_s is not None:
-        cost = tables.cost(request.model, request.cost_key)
-        aux_s = cost.encode_s + cost.decode_s
+        aux_s = sum(tables.cost(request.model, request.cost_key).aux_s.values())
         slo_s = aux_s + (slo_s - aux_s) / factor
     return msgspec.structs.replace(
         request, arrival_s=request.arrival_s / factor, num_steps=request.num_steps // factor, slo_s=slo_s

@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.api import AsyncEngine
+from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.meters.base import MeterUnavailable
-from tetrion.engine.measure.profile_files import chosen_profile
+from tetrion.engine.measure.profile_files import chosen_profiles
 from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.energy_export import export
 from tetrion.entrypoints.bench.energy_points import EnergyPoint, SweepOptions, describe, sweep_points
@@ -25,8 +26,9 @@ from tetrion.entrypoints.bench.live import HEAD_START_S
 from tetrion.entrypoints.bench.workloads import Trace
 from tetrion.entrypoints.energy_windows import CounterWindows, EnergyWindows, WindowEnergy, ZeusWindows
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.options import only_model
 from tetrion.entrypoints.record import check_writable, make_record, write_record
-from tetrion.entrypoints.session import EngineOptions, open_engine, run_async
+from tetrion.entrypoints.session import open_engine, run_async
 
 Row = dict[str, Any]
 ITEMSIZE = {"cuda": 2, "cpu": 4}
@@ -34,7 +36,7 @@ NOT_AT_ITS_END = "the sweep was under way"
 
 
 def command(
-    engine_options: EngineOptions,
+    config: EngineConfig,
     options: SweepOptions,
     *,
     trace: Trace | None = None,
@@ -47,7 +49,8 @@ def command(
 ) -> int:
     """Measure and report; with `dry_run` only say what would be done. `trace`: an open loop in place of the sweep."""
     check_writable(output, "output")
-    engine = open_engine(engine_options)
+    only_model(config)
+    engine = open_engine(config)
     legal = engine.spec.legal_degrees(len(engine.devices))
     if unknown := [degree for degree in options.degrees if degree not in legal]:
         raise InputError(f"degrees: {unknown[0]} is not one of {', '.join(map(str, legal))}")
@@ -216,13 +219,13 @@ def _export(engine: AsyncEngine, results: Sequence[PointResult], folder: Path) -
 
 def _plan_of_sweep(engine: AsyncEngine, points: Sequence[EnergyPoint], options: SweepOptions) -> Row:
     """With the latencies of the cost table, if the engine would start with one."""
-    profile = chosen_profile(engine.devices, engine.spec, engine.config)
+    profile = chosen_profiles(engine.devices, engine.models, engine.config).get(engine.spec.name)
 
     def latency_s(point: EnergyPoint) -> float | None:
         if profile is None:
             return None
         cost = profile.cost(cost_key_of_size((point.width, point.height)))
-        return cost.encode_s + point.num_steps * cost.step_s(point.degree) + cost.decode_s
+        return sum(cost.aux_s.values()) + point.num_steps * cost.step_s(point.degree)
 
     return describe(points, options, latency_s)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.errors import report_errors
 from tetrion.entrypoints.number_range import NumberRange
 
 LONGEST_S = 3600

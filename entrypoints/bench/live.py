@@ -12,7 +12,7 @@ from typing import Any, Self
 import msgspec
 
 from tetrion.engine.api import AsyncEngine
-from tetrion.engine.config import EnergyMode
+from tetrion.engine.config import EnergyMode, EngineConfig
 from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError
 from tetrion.engine.hardware.event_loop import new_event_loop
 from tetrion.engine.loop.statistics import LoopFigures
@@ -28,7 +28,8 @@ from tetrion.entrypoints.bench.recording import Recorder
 from tetrion.entrypoints.bench.simulation import as_image_request, prompt_of
 from tetrion.entrypoints.bench.workloads import Size, Trace, TraceRequest
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.session import EngineOptions, freeze_gc, open_engine
+from tetrion.entrypoints.options import only_model
+from tetrion.entrypoints.session import freeze_gc, open_engine
 
 HEAD_START_S = 0.1
 """From the start of a run to time 0 of its trace."""
@@ -50,10 +51,11 @@ class EmbeddedSystem:
 
     mode: Mode = "live"
 
-    def __init__(self, options: EngineOptions) -> None:
-        """Raises InputError for what is wrong with `options`; starts nothing."""
+    def __init__(self, config: EngineConfig) -> None:
+        """Raises InputError for what is wrong with `config`; starts nothing."""
+        only_model(config)
         self.recorder = Recorder()
-        self._engine = open_engine(options, lambda config: AsyncEngine(config, instrument=self.recorder))
+        self._engine = open_engine(config, lambda config: AsyncEngine(config, instrument=self.recorder))
         self._runner = asyncio.Runner(loop_factory=new_event_loop)
         self._run_number = 0
         self.energy_mode: EnergyMode | None = None
@@ -83,7 +85,7 @@ class EmbeddedSystem:
     @property
     def profile(self) -> Profile:
         """The cost table as corrected so far."""
-        return self._engine.stats().profile
+        return self._engine.stats().profiles[self._engine.spec.name]
 
     @property
     def tables(self) -> CostTables:
@@ -200,7 +202,7 @@ class HttpSystem:
             raise InputError(f"url: {self.url} is not a server that is ready: {error}") from None
         self.num_devices = int(ready["num_devices"])
         weights = "those of the trace are not sent: the API takes none"
-        self.facts: dict[str, Any] = {"model": ready.get("model"), "url": self.url, "weights": weights}
+        self.facts: dict[str, Any] = {"model": ", ".join(ready.get("models", ())), "url": self.url, "weights": weights}
 
     def run(self, trace: Trace, policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
         """One trace (`policy` is the server's own)."""

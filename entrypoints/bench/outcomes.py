@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 
 from tetrion.engine.loop.statistics import LoopFigures
-from tetrion.engine.planning.snapshot import Stage
+from tetrion.engine.stages import Stage
 from tetrion.entrypoints.bench.workloads import TraceRequest
 
 Mode = Literal["sim", "live"]

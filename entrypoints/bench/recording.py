@@ -11,33 +11,32 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Executor, Happening, PictureReady, WorkerLost, WorkerReady
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.messages import (
     BarriersReset,
     Command,
-    Decode,
     Decoded,
     Denoise,
     Denoised,
     Encoded,
-    EncodePrompt,
     Event,
     Failed,
     LatentsCopied,
     Loaded,
     PeersMapped,
     Pong,
+    StageCommand,
     Started,
 )
 from tetrion.engine.planning.cost.profile import Profile
-from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot, Stage
+from tetrion.engine.planning.snapshot import Planner, RoundPlan, Snapshot
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
 from tetrion.entrypoints.record import write_whole
 
-Happening = Event | WorkerLost | WorkerReady
-"""What an executor tells of."""
+Heard = Event | WorkerLost | WorkerReady
+"""What a recorder keeps of what an executor reports."""
 
 
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +85,7 @@ class _Sent(NamedTuple):
 
 
 class _Told(NamedTuple):
-    event: Happening
+    event: Heard
     time_s: float
 
 
@@ -169,10 +168,10 @@ class Recorder:
         )
 
     def _on_command(self, command: Command, members: tuple[int, ...], now_s: float) -> None:
-        if isinstance(command, (EncodePrompt, Denoise, Decode)) and command.request_id.isdecimal():
+        if isinstance(command, StageCommand) and command.request_id.isdecimal():
             self._open[command.command_id] = _OpenChunk(command, members, now_s)
 
-    def _on_event(self, event: Happening, now_s: float) -> None:
+    def _on_event(self, event: Heard, now_s: float) -> None:
         match event:
             case Denoised():
                 self._close(event.command_id, event.device_id, event.started_s, event.ended_s, event.waited_s)
@@ -211,7 +210,7 @@ class _OpenChunk:
     """A command that members have yet to answer. `times`: (started, ended, waited) of those that have, on the clock of
     the executor."""
 
-    def __init__(self, command: EncodePrompt | Denoise | Decode, members: tuple[int, ...], submitted_s: float) -> None:
+    def __init__(self, command: StageCommand, members: tuple[int, ...], submitted_s: float) -> None:
         self.command = command
         self.submitted_s = submitted_s
         self.failed = False
@@ -226,7 +225,7 @@ class _OpenChunk:
         steps = (command.step_index, command.chunk_steps) if isinstance(command, Denoise) else (0, 0)
         return Chunk(
             request=int(command.request_id),
-            stage=stage_of(command),
+            stage=command.stage,
             members=self.members,
             start_s=min(starts_s),
             joined_s=max(starts_s),
@@ -237,16 +236,6 @@ class _OpenChunk:
             chunk_steps=steps[1],
             failed=self.failed,
         )
-
-
-def stage_of(command: EncodePrompt | Denoise | Decode) -> Stage:
-    match command:
-        case EncodePrompt():
-            return "encode"
-        case Denoise():
-            return "denoise"
-        case Decode():
-            return "decode"
 
 
 class _RecordedExecutor:
@@ -279,5 +268,5 @@ class _RecordedExecutor:
 
     def poll(self) -> list[Happening]:
         events, now_s = self._executor.poll(), self.now_s()
-        self._heard += [_Told(event, now_s) for event in events]
+        self._heard += [_Told(event, now_s) for event in events if not isinstance(event, PictureReady)]
         return events

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from tetrion.engine.config import EngineConfig
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.policies.registry import get_planner
@@ -29,7 +30,6 @@ from tetrion.entrypoints.bench.workloads import ONE_MODEL, read_trace
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.plotting import import_matplotlib
 from tetrion.entrypoints.record import as_text, check_writable, make_record, write_record
-from tetrion.entrypoints.session import EngineOptions
 
 DEFAULT_SIMULATED_DEVICES = 8
 NO_FILES: Mapping[str, Path] = MappingProxyType({})
@@ -41,7 +41,7 @@ def command(
     simulate: bool = False,
     live: bool = False,
     url: str | None = None,
-    engine: EngineOptions | None = None,
+    engine: EngineConfig | None = None,
     profile: Mapping[str, Path] = NO_FILES,
     floors: Mapping[str, Path] = NO_FILES,
     share: Mapping[str, float] = NO_WEIGHTS,
@@ -99,7 +99,7 @@ def command(
             elif url is not None:
                 system = HttpSystem(url)
             else:
-                embedded = EmbeddedSystem(engine or EngineOptions())
+                embedded = EmbeddedSystem(engine or EngineConfig())
                 embedded.check(samples(options.grid))
                 system = stack.enter_context(embedded)
             _prepare(options, system)

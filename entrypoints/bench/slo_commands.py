@@ -1,6 +1,6 @@
 """The commands around deadlines: options of `tetrion bench slo`, `timeline` and `plot`.
 
-Imports nothing but click at module level, so that `--help` is quick.
+Imports little but click at module level, so that `--help` is quick.
 """
 
 import shlex
@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.errors import report_errors
+from tetrion.entrypoints.options import some_engine_options, take_config
 
 FILE = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
@@ -44,11 +45,9 @@ SIMULATION_OPTIONS = (
     click.option("--regroup-ms", type=float, help="Simulated: added when members change. Default: 0.2."),
     click.option("--lose", metavar="S:DEVICE", multiple=True, help="Simulated: this device dies after S seconds."),
 )
-ENGINE_OPTIONS = (
-    click.option("--model", metavar="PATH", help="Live: a FLUX.1 folder. Default: the embedded model."),
-    click.option("--load-format", help="Live: safetensors (default) or dummy weights."),
-    click.option("--num-threads", type=POSITIVE, help="Live: CPU threads per worker."),
-)
+ENGINE_OPTIONS = (some_engine_options("models", "load_format", "num_threads"),)
+"""Of the engine that runs live."""
+LIVE = ("model", "load_format", "num_threads")
 TABLE_OPTIONS = (
     click.option(
         "--profile",
@@ -106,17 +105,16 @@ def slo(**options: Any) -> int:
 
     def run() -> int:
         from tetrion.entrypoints.bench.slo import command
-        from tetrion.entrypoints.session import EngineOptions
 
         given = given_options(options)
         given["command_line"] = spell("slo", given)
         given |= by_model(given)
         devices = given.pop("devices", None)
-        engine = {name: given.pop(name) for name in ("model", "load_format", "num_threads") if name in given}
+        engine = take_config({name: given.pop(name) for name in LIVE if name in given} | {"devices": devices})
         simulation = {name: given.pop(name) for name in SIMULATION if name in given}
         if options["simulate"] and devices is not None:
             given["devices"] = number_of_devices(devices)
-        command(engine=EngineOptions(devices=devices, **engine), simulation=simulation, **given)
+        command(engine=engine, simulation=simulation, **given)
         return 0
 
     return report_errors(run)

@@ -7,19 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tetrion.engine.config import parse_devices
+from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.bench import step_on_cpus
 from tetrion.entrypoints.bench.step_on_gpus import OTHERS, SECTIONS, StepBench, StepOptions
 from tetrion.entrypoints.bench.step_picture import draw_steps
 from tetrion.entrypoints.bench.step_record import FLOOR, OURS, StepRecord, read_record, table
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.options import only_model
 from tetrion.entrypoints.plotting import check_png
 from tetrion.entrypoints.profile import checked_degrees, checked_sizes
 from tetrion.entrypoints.record import check_writable, make_record, write_record
-from tetrion.entrypoints.session import EngineOptions, engine_config
 
 SIZES = ((256, 256), (512, 512), (1024, 1024), (2048, 2048))
 SYSTEMS = (OURS, FLOOR, *OTHERS)
@@ -28,7 +28,7 @@ FACTS = ("model", "load_format", "text_tokens", "batch")
 
 
 def command(
-    engine: EngineOptions,
+    config: EngineConfig,
     *,
     command_line: str,
     num_steps: int | None = None,
@@ -49,15 +49,14 @@ def command(
 
     Returns the record. Raises InputError, or CheckpointError.
     """
-    config = engine_config(engine)
-    devices = parse_devices(config.devices)
+    model, devices = only_model(config), parse_devices(config.devices)
     check_writable(output, "output")
     if plot is not None:
         check_png(plot, "plot")
     if devices[0].kind == "cpu" and not rehearse:
         record = step_on_cpus.run(
             command_line,
-            model=config.model,
+            model=model,
             num_workers=len(devices),
             num_steps=num_steps or CPU_STEPS,
             repeats=repeats,
@@ -66,7 +65,7 @@ def command(
         text = write_record(record, output)
         print(text if as_json else step_on_cpus.table(record))
         return record
-    spec = read_model_spec(resolve_model(config.model), config.load_format)
+    spec = read_model_spec(resolve_model(model), config.load_format)
     options = StepOptions(
         sizes=checked_sizes(spec, sizes, SIZES),
         degrees=checked_degrees(spec, len(devices), degrees),

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 async def compare_with_diffusers(model: str, num_threads: int, num_steps: int, repeats: int) -> list[Row]:
     """Whole requests at degree 1: rows of systems `tetrion` and `diffusers`, milliseconds per request."""
     rows = []
-    config = EngineConfig(model=model, devices="cpu:1", num_threads=num_threads)
+    config = EngineConfig(models=(model,), devices="cpu:1", num_threads=num_threads)
     async with AsyncEngine(config) as engine:
         baseline = await LineProcess.start(
             "tetrion.entrypoints.bench.diffusers_baseline",
@@ -57,7 +57,7 @@ async def compare_degrees(model: str, num_workers: int, num_steps: int, repeats:
     Returns the rows, and what the workers' shared weights occupy.
     """
     rows: list[Row] = []
-    config = EngineConfig(model=model, devices=f"cpu:{num_workers}", num_threads=1)
+    config = EngineConfig(models=(model,), devices=f"cpu:{num_workers}", num_threads=1)
     async with AsyncEngine(config) as engine:
         degrees = engine.spec.legal_degrees(num_workers)
         for px in (size for size in SIZES if size <= engine.spec.sizes.max):

@@ -93,7 +93,7 @@ class StepBench:
     # Ours and the floor -------------------------------------------------------------------------------------------
 
     async def _measure_ours(self) -> None:
-        executor = ProcessExecutor(self._devices, self._spec, self._config)
+        executor = ProcessExecutor(self._devices, [self._spec], self._config)
         try:
             await executor.start()
         except GenerationError as error:

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.executors.base import Executor, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Executor, Happening
 from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.measure.probe import PROMPT, SEED, ChunkPlan, ChunkTimes, Members, Probe, Size
-from tetrion.engine.messages import Denoised, Event
+from tetrion.engine.messages import Denoised
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile
@@ -200,7 +200,7 @@ class _Listener:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._executor, name)
 
-    def poll(self) -> list[Event | WorkerLost | WorkerReady]:
+    def poll(self) -> list[Happening]:
         events = self._executor.poll()
         self.chunks += [event for event in events if isinstance(event, Denoised)]
         return events

@@ -26,7 +26,7 @@ def create_app(service: ImageService) -> ASGIApp:
             Route("/v1/images/generations", service.generations, methods=["POST"]),
             Route("/v1/images/files/{name}", service.file),
             Route("/v1/models", service.models),
-            Route("/v1/models/{model}", service.model),
+            Route("/v1/models/{model:path}", service.model),
             Route("/health", service.health),
             Route("/ready", service.ready),
             Route("/metrics", service.metrics),

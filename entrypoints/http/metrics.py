@@ -13,9 +13,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from tetrion.engine.energy.quantum import PHASES
 from tetrion.engine.errors import GenerationError
 from tetrion.engine.request import ImageResult
+from tetrion.engine.stages import STAGES
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, EngineStats
@@ -32,7 +32,6 @@ class Metrics:
     """The registry of one server. `observe` every result, `text` is what a scrape gets."""
 
     def __init__(self, engine: "AsyncEngine") -> None:
-        self._model = engine.spec.name
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
         self._joules = Histogram(
@@ -47,10 +46,10 @@ class Metrics:
         receipt, resolution = result.energy, f"{result.width}x{result.height}"
         samples = [("all", "active", receipt.active_j), ("all", "idle", receipt.idle_share_j)]
         if receipt.phases is not None:
-            samples += [(phase, "active", getattr(receipt.phases, phase)) for phase in PHASES]
+            samples += [(phase, "active", getattr(receipt.phases, phase)) for phase in STAGES]
         for phase, state, joules in samples:
             if joules is not None:
-                self._joules.labels(self._model, resolution, phase, state).observe(joules)
+                self._joules.labels(result.model, resolution, phase, state).observe(joules)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
@@ -88,12 +87,12 @@ class _EngineCollector(Collector):
             "Joules of all GPUs: active, idle and unattributed make up their counters.",
             labels=LABELS,
         )
-        own, energy = self._engine.spec.name, stats.energy
+        energy = stats.energy
         for (model, cost_key, phase), joules in sorted((energy.active_j or {}).items()):
             family.add_metric((model, cost_key, phase, "active"), joules)
         for state, total_j in (("idle", energy.idle_j), ("unattributed", energy.unattributed_j)):
             if total_j is not None:
-                family.add_metric((own, "", "", state), total_j)
+                family.add_metric(("", "", "", state), total_j)
         return family
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from tetrion.engine.errors import BudgetUnmeetable, RequestError
+from tetrion.engine.errors import BudgetUnmeetable, ModelNotFound, RequestError
 from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Receipt
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.errors import InputError
@@ -27,6 +27,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     The budget in `energy` is that of each picture."""
 
     prompt: str
+    model: str | None = None
     n: Annotated[int, Meta(ge=1, le=10)] | None = None
     size: str | None = None
     width: int | None = None
@@ -79,15 +80,18 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     total_tokens: int
 
 
-class GenerationResponse(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationResponse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`model`: the one that drew. `warnings`: what was done otherwise than asked for; left out if nothing was."""
+
     created: int
-    background: Literal["opaque"] = "opaque"
+    background: Literal["opaque"]
     output_format: PictureFormat
-    quality: ResponseQuality = "high"
+    quality: ResponseQuality
     size: str
     model: str
     data: list[Picture]
     usage: Usage
+    warnings: tuple[str, ...] = ()
 
 
 def decode_body(data: bytes) -> GenerationBody:
@@ -106,12 +110,13 @@ def decode_body(data: bytes) -> GenerationBody:
     return body
 
 
-def to_requests(body: GenerationBody, seed: int) -> list[ImageRequest]:
-    """One request a picture, with seeds `seed`, `seed + 1`, … Raises ApiError (400)."""
+def to_requests(body: GenerationBody, model: str | None, seed: int) -> list[ImageRequest]:
+    """One request a picture, drawn by `model`, with seeds `seed`, `seed + 1`, … Raises ApiError (400)."""
     width, height = _width_and_height(body)
     return [
         ImageRequest(
             prompt=body.prompt,
+            model=model,
             width=width,
             height=height,
             num_steps=body.num_inference_steps,
@@ -128,8 +133,14 @@ def to_requests(body: GenerationBody, seed: int) -> list[ImageRequest]:
     ]
 
 
+def model_not_found(error: ModelNotFound) -> ApiError:
+    return ApiError(404, str(error), param=error.field, code="model_not_found")
+
+
 def invalid_request(error: RequestError, body: GenerationBody) -> ApiError:
     """The engine's complaint about a request in the names that the client used."""
+    if isinstance(error, ModelNotFound):
+        return model_not_found(error)
     detail = str(error).removeprefix(f"{error.field}: ")
     param = PARAM_OF_FIELD.get(error.field, error.field)
     if param in ("width", "height") and getattr(body, param) is None:

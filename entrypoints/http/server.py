@@ -108,7 +108,7 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
             if await _start(engine, serving):
                 freeze_gc()
                 service.is_ready = True
-                click.echo(f"serving model {engine.spec.name} on {url_of(sock)}", err=True)
+                click.echo(f"serving {', '.join(engine.models.specs)} on {url_of(sock)}", err=True)
                 await _until_stopped(engine, serving)
         finally:
             service.is_ready = False

@@ -20,7 +20,15 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from tetrion.engine.errors import DeadlineUnmeetable, EngineOverloaded, GenerationError, RequestCancelled, RequestError
+from tetrion.engine.errors import (
+    DeadlineUnmeetable,
+    EngineOverloaded,
+    GenerationError,
+    ModelNotFound,
+    RequestCancelled,
+    RequestError,
+    shown,
+)
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import schema
@@ -58,11 +66,12 @@ class ImageService:
         body = schema.decode_body(await _read_body(request))
         self._check_ready()
         seed = secrets.randbelow(RANDOM_SEEDS - (body.n or 1)) if body.seed is None else body.seed
-        requests = schema.to_requests(body, seed)
+        model, warnings = self._model_of(body)
+        requests = schema.to_requests(body, model, seed)
         handles = self._submit(requests, body)
         try:
             with self._reserve(body, handles) as reservation:
-                drawing = self._draw(handles, body, reservation, self._base_url(request))
+                drawing = self._draw(handles, body, warnings, reservation, self._base_url(request))
                 response = await _unless_disconnected(request, drawing)
         finally:
             for handle in handles:
@@ -80,14 +89,15 @@ class ImageService:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": list(map(self._describe, self._engine.models.specs))})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/{id}`."""
-        name = request.path_params["model"]
-        if name != self._engine.spec.name:
-            raise ApiError(404, f"The model {name!r} is not served here.", param="model", code="model_not_found")
-        return _json(self._model())
+        models, name = self._engine.models, request.path_params["model"]
+        spec = models.find(name)
+        if spec is None:
+            raise schema.model_not_found(ModelNotFound(name, tuple(models.specs)))
+        return _json(self._describe(spec.name))
 
     async def health(self, request: Request) -> Response:
         """`GET /health`: this process answers, and is not without any worker. (One that stays so ends by itself.)"""
@@ -117,14 +127,24 @@ class ImageService:
         if not stats.num_alive:
             raise ApiError(503, "No device is alive.", code="not_ready")
         counts = {name: getattr(stats, name) for name in ("num_devices", "num_alive", "num_queued", "num_admitted")}
-        return _json({"status": "ready", "model": self._engine.spec.name, **counts})
+        return _json({"status": "ready", "models": list(self._engine.models.specs), **counts})
 
     async def metrics(self, request: Request) -> Response:
         """`GET /metrics`, for Prometheus; answers while the engine loads, too."""
         return Response(self._metrics.text(), headers={"content-type": MEDIA_TYPE})
 
-    def _model(self) -> dict[str, object]:
-        return {"id": self._engine.spec.name, "object": "model", "created": self._created, "owned_by": "tetrion"}
+    def _describe(self, model: str) -> dict[str, object]:
+        aliases = self._engine.models.aliases(model)
+        return {"id": model, "object": "model", "created": self._created, "owned_by": "tetrion", "aliases": aliases}
+
+    def _model_of(self, body: schema.GenerationBody) -> tuple[str | None, tuple[str, ...]]:
+        """The model to draw with, and what to warn of. Where only one is served it draws under any name: clients have
+        names of other services built in."""
+        models = self._engine.models
+        if body.model is None or models.find(body.model) is not None or len(models.specs) > 1:
+            return body.model, ()
+        only = models.default.name
+        return only, (f"model: {shown(body.model)} is not served here; {only} drew, the only one that is",)
 
     def _check_ready(self) -> None:
         if not self.is_ready:
@@ -172,7 +192,12 @@ class ImageService:
             ) from None
 
     async def _draw(
-        self, handles: list[RequestHandle], body: schema.GenerationBody, reservation: Reservation, base_url: str
+        self,
+        handles: list[RequestHandle],
+        body: schema.GenerationBody,
+        warnings: tuple[str, ...],
+        reservation: Reservation,
+        base_url: str,
     ) -> schema.GenerationResponse:
         try:
             results = await _all_results(handles)
@@ -182,12 +207,11 @@ class ImageService:
         except RequestCancelled:
             raise ApiError(503, "The request was cancelled by the server.", code="cancelled") from None
         picture_format = body.output_format or "png"
-        model = self._engine.spec.name
         data = []
         for result in results:
             self._metrics.observe(result)
             encoded = await pictures.encode_in_thread(
-                result.image, picture_format, body.output_compression, pictures.metadata(result, model)
+                result.image, picture_format, body.output_compression, pictures.metadata(result)
             )
             if body.response_format == "url":
                 media_type = pictures.MEDIA_TYPES[picture_format]
@@ -197,14 +221,18 @@ class ImageService:
                 text = (await asyncio.to_thread(base64.b64encode, encoded)).decode()
                 data.append(schema.describe_picture(result, b64_json=text))
         first = results[0]
-        num_image_tokens = self._engine.spec.sizes.num_rows(first.width, first.height) * len(results)
+        sizes = self._engine.models.specs[first.model].sizes
+        num_image_tokens = sizes.num_rows(first.width, first.height) * len(results)
         return schema.GenerationResponse(
             created=int(time.time()),
+            background="opaque",
             output_format=picture_format,
+            quality="high",
             size=f"{first.width}x{first.height}",
-            model=model,
+            model=first.model,
             data=data,
             usage=schema.usage(first.num_text_tokens, num_image_tokens),
+            warnings=warnings,
         )
 
     def _base_url(self, request: Request) -> str:

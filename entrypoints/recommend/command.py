@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tetrion.entrypoints.exit_codes import report_errors
+from tetrion.entrypoints.errors import report_errors
 from tetrion.entrypoints.number_range import NumberRange
 
 

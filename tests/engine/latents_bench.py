@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.executors.base import WorkerLost
 from tetrion.engine.executors.processes import ProcessExecutor
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import CopyLatents, Denoise, EncodePrompt, Failed, GroupCommand, LatentsCopied
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
 
@@ -24,11 +24,11 @@ class LatentsBench:
     """`num_steps`: of every request."""
 
     def __init__(self, config: EngineConfig, num_steps: int) -> None:
-        self.spec = read_model_spec(resolve_model(config.model), config.load_format)
+        self.spec = read_model_spec(resolve_model(config.models[0]), config.load_format)
         self.num_steps = num_steps
         self._runner = asyncio.Runner()
         self._ids = itertools.count(1000)
-        self._executor = ProcessExecutor(parse_devices(config.devices), self.spec, config)
+        self._executor = ProcessExecutor(parse_devices(config.devices), [self.spec], config)
         self._runner.run(self._executor.start())
 
     @property

@@ -95,7 +95,7 @@ async def test_bad_requests_are_refused_at_once(engine: AsyncEngine) -> None:
             engine.submit(request)
         assert caught.value.field == field
     with pytest.raises(CheckpointError, match="no-such-model"):
-        AsyncEngine(EngineConfig(model="no-such-model"))
+        AsyncEngine(EngineConfig(models=("no-such-model",)))
     with pytest.raises(ValueError, match="policy"):
         AsyncEngine(EngineConfig(planner=PlannerConfig(policy="none")))
 

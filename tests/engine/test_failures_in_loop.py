@@ -11,7 +11,6 @@ import pytest
 from tests.engine.loop.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.errors import EngineEnded, GenerationError
-from tetrion.engine.executors.base import Finish, Receive
 from tetrion.engine.executors.simulated import SimulatedExecutor
 from tetrion.engine.loop import dispatch as commands
 from tetrion.engine.loop.guarded_planner import FALLBACK, MAX_FAILURES, GuardedPlanner, PlanFault, check_plan
@@ -19,7 +18,7 @@ from tetrion.engine.loop.refusals import Refusals
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
-from tetrion.engine.request import Failure, ImageRequest, Output, Progress
+from tetrion.engine.request import Failure, ImageRequest, Output, Progress, Receipt
 from tetrion.engine.resolve import resolve_request
 from tetrion.engine.transport.ring import MessageTooLong
 
@@ -389,9 +388,8 @@ def part_of(simulation: Simulation, name: str) -> Any:
 
 
 PARTS = [
-    ("_cost_model", "observe_encode"),
+    ("_cost_model", "observe_aux"),
     ("_cost_model", "observe_step"),
-    ("_cost_model", "observe_decode"),
     ("_statistics", "sent"),
     ("_statistics", "answered"),
     ("_statistics", "ended"),
@@ -415,6 +413,17 @@ def test_an_error_while_something_is_written_down_ends_one_request(
     assert isinstance(error, GenerationError) and "spoilt" in str(error)
     assert any(f"request {name}" in record.getMessage() and record.exc_info for record in caplog.records)
     check_nothing_is_left(simulation)
+
+
+def test_a_decode_whose_time_cannot_be_written_down_gives_its_image_slot_back(caplog: pytest.LogCaptureFixture) -> None:
+    simulation, calls = Simulation(executor=Slots()), itertools.count()
+
+    def is_bad(_: str, stage: str, __: float) -> bool:
+        return stage == "decode" and next(calls) == 0
+
+    spoil(part_of(simulation, "_cost_model"), "observe_aux", is_bad)
+    run(simulation, "bad")
+    check_only_bad_failed(simulation, caplog)
 
 
 @pytest.mark.parametrize(("part", "method"), PARTS)
@@ -468,11 +477,11 @@ def test_a_caller_that_does_not_take_results_is_told_of_a_failure_in_vain(caplog
 
 def test_an_executor_that_cannot_copy_a_picture_fails_its_request_alone(caplog: pytest.LogCaptureFixture) -> None:
     class Clumsy(Slots):
-        def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
-            if size == (512, 512):
-                self.release_image_slot(image_slot)
+        def take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+            if decode.request_id == "bad":
+                self.release_image_slot(decode.image_slot)
                 raise MemoryError("no room")
-            super().take_image(image_slot, size, finish, receive)
+            super().take_image(decode, receipt)
 
     simulation = Simulation(executor=Clumsy())
     simulation.request("bad", width=512, height=512)
@@ -522,7 +531,7 @@ def test_admission_that_fails_refuses_the_newcomer_alone(monkeypatch: pytest.Mon
 
 def test_failures_are_logged_as_errors_with_the_id(caplog: pytest.LogCaptureFixture) -> None:
     simulation = Simulation(executor=Slots())
-    spoil(part_of(simulation, "_cost_model"), "observe_encode", lambda *_: True)
+    spoil(part_of(simulation, "_cost_model"), "observe_aux", lambda *_: True)
     simulation.request("the-one")
     simulation.run()
     records = [record for record in caplog.records if "request the-one failed" in record.getMessage()]

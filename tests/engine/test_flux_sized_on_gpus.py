@@ -19,7 +19,7 @@ from tetrion.engine import Engine, EngineConfig, ImageRequest
     ],
 )
 def test_latents_do_not_depend_on_the_degree(devices: str) -> None:
-    config = EngineConfig(devices=devices, model="flux1-dev", load_format="dummy", max_inflight=2)
+    config = EngineConfig(devices=devices, models=("flux1-dev",), load_format="dummy", max_inflight=2)
     bench = LatentsBench(config, num_steps=2)
     try:
         for size in ((256, 256), (512, 768)):
@@ -39,7 +39,7 @@ def test_latents_do_not_depend_on_the_degree(devices: str) -> None:
 def test_the_largest_picture_fits_and_is_the_same_again() -> None:
     """It takes far more memory to decode than anything else, and is decoded between others."""
     requests = [ImageRequest(prompt="a", width=side, height=side, num_steps=1, seed=1) for side in (2048, 256, 2048)]
-    with Engine(EngineConfig(devices="cuda:0", model="flux1-dev", load_format="dummy")) as engine:
+    with Engine(EngineConfig(devices="cuda:0", models=("flux1-dev",), load_format="dummy")) as engine:
         first, small, again = engine.generate(requests)
     assert first.image.shape == (2048, 2048, 3) and small.image.shape == (256, 256, 3)
     assert first.image.std() > 1

@@ -88,3 +88,31 @@ def test_every_message_is_frozen_tagged_and_keyword_only(union: object) -> None:
 def test_a_malformed_command_is_refused(raw: dict[str, object]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(raw), type=messages.Command)
+
+
+@given(DENOISE, st.integers(0, 63))
+def test_a_commands_answer_names_command_request_and_device(command: messages.Denoise, device_id: int) -> None:
+    event = command.denoised(device_id, started_s=1.0, ended_s=2.0, waited_s=0.5)
+    assert (event.command_id, event.request_id, event.device_id) == (command.command_id, command.request_id, device_id)
+    assert event.step_index == command.step_index + command.chunk_steps
+
+
+def test_a_failure_names_the_request_of_a_group_command_only() -> None:
+    reset = messages.ResetBarriers(command_id=5)
+    assert messages.failed(reset, 3, "error", "x").request_id == ""
+    copy = messages.CopyLatents(
+        command_id=6,
+        request_id="r",
+        state_id=1,
+        slot=0,
+        params=Params(
+            model="",
+            shape=StepShape(width=16, height=16, image=1, text=(1,)),
+            num_steps=1,
+            guidance=0.0,
+            seed=0,
+        ),
+        image_slot=0,
+    )
+    failure = messages.failed(copy, 3, "out_of_memory", "x")
+    assert (failure.command_id, failure.device_id, failure.request_id) == (6, 3, "r")

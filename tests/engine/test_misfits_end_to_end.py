@@ -197,7 +197,7 @@ async def test_errors_of_the_engine_s_own_cost_the_requests_they_concern(
         with pytest.raises(GenerationError, match="cannot plan it"):
             await draw(engine, small(request_id="bad-plan"))
         assert "request bad-plan failed" in caplog.text and engine.stats().policy == "horizon"
-        monkeypatch.setattr(engine._loop.cost_models["shapes"], "observe_encode", lambda *_: 1 // 0)
+        monkeypatch.setattr(engine._loop.cost_models["shapes"], "observe_aux", lambda *_: 1 // 0)
         with pytest.raises(GenerationError, match="could not be written down"):
             await draw(engine, small(request_id="bad-books"))
         monkeypatch.undo()

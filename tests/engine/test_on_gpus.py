@@ -69,7 +69,7 @@ async def engine(request: pytest.FixtureRequest):
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_pictures_do_not_depend_on_the_degree(engine: AsyncEngine) -> None:
-    assert engine.stats().inexact_degrees == ()
+    assert engine.stats().inexact_degrees == {"shapes": ()}
     schedules: list[tuple[int, ...]] = [(1,), (2,), (1, 2, 1, 2), (2, 2, 1)]
     results = [await engine.generate(request(force_degrees=degrees)) for degrees in schedules]
     assert [result.degrees[0] for result in results] == [1, 2, 1, 2]

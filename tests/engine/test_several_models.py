@@ -60,7 +60,7 @@ def test_branches_that_go_apart_take_a_degree_of_two_no_longer_than_one_alone() 
 @pytest.mark.parametrize("admission", ["all", "reject-hopeless"])
 @pytest.mark.parametrize("mode", ["fastest", "balanced", "least-energy"])
 def test_modes_and_admission_hold_for_both(mode: str, admission: str) -> None:
-    config = PlannerConfig(energy=mode, admission=admission)  # type: ignore[arg-type]
+    config = PlannerConfig(options={"energy": mode}, admission=admission)  # type: ignore[arg-type]
     run = simulate(trace(12, slo_s=20.0), profile=PROFILES, policy="horizon", num_devices=4, planner_config=config)
     assert all(outcome.is_met for outcome in run.outcomes)
 

@@ -1,5 +1,6 @@
-"""Real workers that draw with guidance: two evaluations a step, whatever the degree."""
+"""Real workers that draw with models of two families, one with guidance: two evaluations a step at every degree."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 
@@ -8,8 +9,10 @@ import pytest_asyncio
 
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.errors import RequestError
+from tetrion.engine.errors import ModelNotFound, RequestError
+from tetrion.engine.families.checkpoint import embedded_folder
 from tetrion.engine.request import ImageRequest, ImageResult
+from tetrion.engine.shape import parse_cost_key
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server")]
 SCHEDULES = ((1,), (2,), (3,), (4,), (1, 4, 2, 3))
@@ -17,7 +20,9 @@ SCHEDULES = ((1,), (2,), (3,), (4,), (1, 4, 2, 3))
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def shapes_sd3(fork_server: None) -> AsyncIterator[AsyncEngine]:
-    async with AsyncEngine(EngineConfig(model="shapes-sd3", devices="cpu:4", num_threads=1)) as running:
+    models, aliases = ("shapes-sd3", "shapes"), {"flux": "shapes"}
+    config = EngineConfig(models=models, model_aliases=aliases, devices="cpu:4", num_threads=1)
+    async with AsyncEngine(config) as running:
         yield running
 
 
@@ -57,6 +62,43 @@ async def test_sd3_draws_what_it_is_asked_for(shapes_sd3: AsyncEngine) -> None:
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]
     assert ((red > 180) & (green < 100) & (blue < 100)).mean() > 0.03
     assert ((blue > 150) & (red < 100)).mean() < 0.005
+
+
+async def test_models_on_one_pool_draw_side_by_side_what_each_draws_alone(
+    shapes_sd3: AsyncEngine, engine: AsyncEngine
+) -> None:
+    """Every request in other slots and groups than alone, beside the other model's."""
+    seeds = range(4)
+    alone = [digest(await draw(engine, seed=seed)) for seed in seeds]
+    sd3_alone = [digest(await draw(shapes_sd3, seed=seed)) for seed in seeds]
+    both = await asyncio.gather(
+        *(draw(shapes_sd3, model="flux", seed=seed, force_degrees=(1, 2, 4, 3, 1)) for seed in seeds),
+        *(draw(shapes_sd3, seed=seed, force_degrees=(4, 1, 3, 2, 1)) for seed in seeds),
+    )
+    assert [result.model for result in both] == ["shapes"] * 4 + ["shapes-sd3"] * 4
+    assert [digest(result) for result in both] == alone + sd3_alone
+
+
+async def test_each_model_has_its_own_costs_and_limits(shapes_sd3: AsyncEngine) -> None:
+    stats = shapes_sd3.stats()
+    assert stats.profiles.keys() == {"shapes", "shapes-sd3"} == stats.inexact_degrees.keys()
+    measured = list(stats.profiles["shapes-sd3"].classes)[:2]
+    assert [parse_cost_key(key).num_branches for key in measured] == [2, 2]
+    assert not any(stats.inexact_degrees.values())
+    with pytest.raises(ModelNotFound, match=r"served: shapes-sd3, shapes$"):
+        await draw(shapes_sd3, model="flux1-dev")
+    with pytest.raises(RequestError, match="true_cfg_scale: is no input of model 'shapes-sd3'"):
+        await draw(shapes_sd3, true_cfg_scale=3.0)
+
+
+async def test_weights_that_two_models_have_in_common_are_there_once(
+    shapes_sd3: AsyncEngine, engine: AsyncEngine
+) -> None:
+    """`shapes-sd3` takes its VAE and T5 from `shapes`."""
+    folder = embedded_folder()
+    own_mb = sum(file.stat().st_size for file in (folder / "shapes-sd3").rglob("*.safetensors")) / 1e6
+    added_mb = (shapes_sd3.stats().weights_bytes - engine.stats().weights_bytes) / 1e6
+    assert 0.9 * 2 * own_mb < added_mb < 1.1 * 2 * own_mb, "half precision on disk, fp32 in memory"
 
 
 async def test_flux_with_true_guidance_draws_the_same_bits_at_every_degree(engine: AsyncEngine) -> None:

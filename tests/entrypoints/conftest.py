@@ -25,7 +25,9 @@ from tetrion.engine.errors import (
     GenerationError,
     RequestCancelled,
 )
+from tetrion.engine.families.served import ServedModels
 from tetrion.engine.loop.statistics import LoopFigures
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import ImageRequest, ImageResult, Progress
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.cli import run
@@ -113,6 +115,7 @@ def draw(request: ImageRequest) -> ImageResult:
     image = np.full((request.height, request.width, 3), colour, dtype=np.uint8)
     return ImageResult(
         request_id=request.request_id,
+        model=request.model or "",
         image=image,
         prompt=request.prompt,
         width=request.width,
@@ -130,12 +133,19 @@ def draw(request: ImageRequest) -> ImageResult:
     )
 
 
+def models_of(config: EngineConfig) -> ServedModels:
+    """One is always called `shapes`; several as the configuration calls them."""
+    names = config.models if len(config.models) > 1 else (SPEC.name,)
+    specs = {name: msgspec.structs.replace(SPEC, name=name) for name in names}
+    return ServedModels(specs=specs, names=config.model_aliases)
+
+
 class FakeEngine:
     """`start_error` is raised on entering; `handles` are all accepted requests."""
 
     def __init__(self, config: EngineConfig, start_error: Exception | None = None) -> None:
         self.config = config
-        self.spec = SPEC
+        self.models = models_of(config)
         self.devices: tuple[DeviceSpec, ...] = parse_devices(config.devices)
         self.start_error = start_error
         self.is_running = False
@@ -147,6 +157,10 @@ class FakeEngine:
         self.num_alive = len(self.devices)
         self.death: GenerationError | None = None
         self._ended = asyncio.Event()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.models.default
 
     async def __aenter__(self) -> "FakeEngine":
         if self.start_error is not None:
@@ -176,7 +190,7 @@ class FakeEngine:
     def submit(self, request: ImageRequest) -> FakeHandle:
         if not self.is_running:
             raise GenerationError("the engine is not running")
-        resolved = resolve_request(request, self.spec, len(self.devices)).asked
+        resolved = resolve_request(request, self.models, len(self.devices)).asked
         if "full" in resolved.prompt:
             raise EngineOverloaded("4096 requests are queued")
         if "hopeless" in resolved.prompt:

@@ -14,6 +14,7 @@ from tetrion.engine.energy.early_check import MeteringError
 from tetrion.engine.energy.meters.base import MeterUnavailable
 from tetrion.engine.errors import DeadlineUnmeetable, GenerationError
 from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.transport.segment import SharedMemoryError
 from tetrion.entrypoints.cli import run
 
@@ -51,11 +52,13 @@ def error_of(capture: Capture) -> str:
         (["--devices", "tpu"], "devices: expected cpu:N"),
         (["--num-threads", "0"], "--num-threads"),
         (["--planner", "rescue"], "planner: expected KEY=VALUE"),
-        (["--planner", "drop=largest"], "planner.drop: "),
+        (["--planner", "drop=largest"], "planner.options.drop: "),
+        (["--planner", "pace=2"], "planner.options: Object contains unknown field `pace`"),
+        (["--policy", "fixed-1", "--planner", "rescue=false"], "planner.options: Object contains unknown field"),
         (["--planner", 'tenant_weights={"gold": 0}'], "planner.tenant_weights"),
         (["--carbon-timeout-s", "0"], "0.0 is not in the range 0<x<=60"),
         (["--carbon-timeout-s", "61"], "61.0 is not in the range 0<x<=60"),
-        (["--carbon-timeout-s", "nan"], "metering.carbon_timeout_s: "),
+        (["--carbon-timeout-s", "nan"], "--carbon-timeout-s"),
         (["--meter", "watt"], "metering.meter: "),
         (["--num-steps", "many"], "--num-steps"),
         (["--prompts", "missing.txt"], "prompts: cannot read 'missing.txt'"),
@@ -178,9 +181,10 @@ def test_ctrl_c_is_130(tetrion: Tetrion, tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_planners_settings_reach_the_engine(tetrion: Tetrion, factory: FakeFactory, tmp_path: Path) -> None:
     settings = ("admission=reject-hopeless", "rescue=false", 'tenant_weights={"gold": 4}', "chunk_s=0.2")
     arguments = [word for setting in settings for word in ("--planner", setting)]
-    assert tetrion("generate", "a red circle", "--policy", "fixed-1", *arguments, "--output", tmp_path) == 0
+    assert tetrion("generate", "a red circle", *arguments, "--output", tmp_path) == 0
     planner = factory.last.config.planner
-    assert (planner.policy, planner.admission, planner.rescue) == ("fixed-1", "reject-hopeless", False)
+    assert (planner.policy, planner.admission) == ("horizon", "reject-hopeless")
+    assert planner.options == HorizonOptions(rescue=False)
     assert (planner.tenant_weights, planner.chunk_s) == ({"gold": 4.0}, 0.2)
 
 
@@ -216,7 +220,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60)
     exit_code, modules = json.loads(done.stderr)
     assert exit_code == 0 and done.stdout.startswith("Usage: tetrion")
-    assert not {"torch", "numpy", "PIL", "rich", "uvicorn", "starlette", "msgspec", "uvloop", "asyncio"} & set(modules)
+    assert not {"torch", "numpy", "PIL", "rich", "uvicorn", "starlette", "uvloop", "asyncio"} & set(modules)
 
 
 def test_no_command_here_imports_torch() -> None:

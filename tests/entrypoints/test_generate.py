@@ -53,10 +53,19 @@ def test_several_pictures_get_a_sheet(tetrion: Tetrion, tmp_path: Path, capsys: 
         assert (sheet == (seed, 0, 128)).all(axis=2).sum() == 2 * 256 * 256
 
 
+def test_every_model_draws_every_prompt(tetrion: Tetrion, tmp_path: Path, capsys: Capture) -> None:
+    arguments = ("a star", "--seed", 7, "--model", "a/flux", "--model", "sd3", "--output", tmp_path, "--json")
+    assert tetrion("generate", *arguments) == 0
+    report = report_of(capsys)
+    assert report["models"] == ["a/flux", "sd3"] == [image["model"] for image in report["images"]]
+    names = [Path(image["file"]).name for image in report["images"]]
+    assert names == ["a-star-7-a-flux.png", "a-star-7-sd3.png"]
+
+
 def test_json_is_one_object_with_everything(tetrion: Tetrion, tmp_path: Path, capsys: Capture) -> None:
     assert tetrion("generate", "a star", "--seed", 3, "--slo-ms", 400, "--output", tmp_path, "--json") == 0
     report = report_of(capsys)
-    assert report["model"] == "shapes" and report["sheet"] is None and report["devices"]
+    assert report["models"] == ["shapes"] and report["sheet"] is None and report["devices"]
     (image,) = report["images"]
     assert image["seed"] == 3 and image["degrees"] == [1, 2, 2, 2] and image["degrees_compact"] == "1×1 2×3"
     assert (image["width"], image["height"], image["num_steps"]) == (256, 256, 4)
@@ -97,9 +106,9 @@ def test_options_reach_the_engine(tetrion: Tetrion, factory: FakeFactory, tmp_pa
     request = ("--num-steps", 3, "--guidance", 2.5, "--slo-ms", 900, "--force-degrees", "1,2,1")
     assert tetrion("generate", "a star", "--output", tmp_path, *engine, *request) == 0
     config, (handle,) = factory.last.config, factory.last.handles
-    assert (config.devices, config.model, config.planner.policy, config.num_threads) == (
+    assert (config.devices, config.models, config.planner.policy, config.num_threads) == (
         "cpu:2",
-        "some/folder",
+        ("some/folder",),
         "fixed-2",
         1,
     )

@@ -37,9 +37,21 @@ async def test_the_table_is_what_an_engine_plans_with(tmp_path: Path, capsys: Ca
     assert sum(profile.meta["memory"]["weights_bytes"].values()) > 60e6
     printed = capsys.readouterr().out
     assert "model 'shapes' takes" in printed and str(path) in printed and f"joules: not metered: {CPU_ONLY}" in printed
-    config = EngineConfig(devices="cpu:2", num_threads=1, profile=str(path))
+    config = EngineConfig(devices="cpu:2", num_threads=1, profiles={"shapes": str(path)})
     async with AsyncEngine(config) as engine:
-        assert engine.stats().profile == profile
+        assert engine.stats().profiles == {"shapes": profile}
+
+
+@pytest.mark.usefixtures("fork_server")
+async def test_a_guided_model_is_priced_by_its_branches(tmp_path: Path) -> None:
+    import asyncio
+
+    path = tmp_path / "table.json"
+    arguments = ["profile", "--model", "shapes-sd3", "--devices", "cpu:2", "--num-threads", "1", "--steps", "1"]
+    assert await asyncio.to_thread(run, [*arguments, "--sizes", "128x128", "--output", str(path)]) == 0
+    profile = read_profile(path)
+    assert list(profile.classes) == ["128x128*2"] and profile.degrees("128x128*2") == (1, 2)
+    assert [row["size"] for row in profile.meta["self_test"]] == ["128x128*2"] * 2
 
 
 def test_sizes_and_degrees_as_typed() -> None:

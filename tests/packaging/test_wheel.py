@@ -41,7 +41,7 @@ def test_the_installed_wheel_finds_its_model(wheel: Path, tmp_path: Path) -> Non
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        "from tetrion.engine.models.locate import resolve_model;"
+        "from tetrion.engine.families.locate import resolve_model;"
         "from tetrion.engine.families.registry import read_model_spec;"
         "import tetrion.entrypoints.cli as cli;"
         "print(read_model_spec(resolve_model('shapes')).path); print(cli.__file__)"

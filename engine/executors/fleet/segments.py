@@ -5,6 +5,7 @@ It outlasts every worker: one that is started again maps the same segments. Star
 
 import contextlib
 import os
+from collections.abc import Sequence
 
 from tetrion.engine.config import DeviceSpec, EngineConfig, threads_per_worker
 from tetrion.engine.model_spec import ModelSpec
@@ -26,22 +27,21 @@ class Segments:
     The slabs of GPU workers lie on the GPUs, and their files here stay empty unless `slabs_in_host_memory`.
     """
 
-    def __init__(self, devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: EngineConfig) -> None:
+    def __init__(self, devices: tuple[DeviceSpec, ...], specs: Sequence[ModelSpec], config: EngineConfig) -> None:
         """Raises SharedMemoryError if memory does not suffice; nothing is left then."""
         num, kind = len(devices), devices[0].kind
         self.slabs_in_host_memory = kind == "cpu" or config.peer_access == "never"
-        self._model = spec
+        self._models = tuple(specs)
         self._load_format, self._attention = config.load_format, config.attention
         self._num_threads = threads_per_worker(config, num)
-        self._layout = slab_layout([spec], num, config.max_inflight, ITEMSIZE[kind])
+        self._layout = slab_layout(specs, num, config.max_inflight, ITEMSIZE[kind])
         with contextlib.ExitStack() as undo:
             self._slab_fds = [_anonymous_file(undo, f"slab-{device.device_id}") for device in devices]
             if self.slabs_in_host_memory:
                 self.reserve_slabs()
             self._control = SharedSegment.create("control", ControlLayout(num_devices=num).num_bytes)
             undo.callback(self._control.close)
-            slot_bytes = max(3 * spec.sizes.max**2, 4 * spec.max_rows("image") * spec.latents.width)
-            self.images = ImageSlab.create(2 * num + 2, slot_bytes)
+            self.images = ImageSlab.create(2 * num + 2, max(map(_image_slot_bytes, specs)))
             undo.callback(self.images.close)
             self._weights_fd = _anonymous_file(undo, "weights")
             self._life_read_fd, life_write_fd = os.pipe()
@@ -67,7 +67,7 @@ class Segments:
         return WorkerSpec(
             device=device,
             num_threads=self._num_threads,
-            models=(self._model,),
+            models=self._models,
             load_format=self._load_format,
             attention=self._attention,
             layout=self._layout,
@@ -86,6 +86,11 @@ class Segments:
         """Give everything back, once; workers that still run see the engine end."""
         del self.aborts  # its words keep the segment mapped
         self._resources.close()
+
+
+def _image_slot_bytes(spec: ModelSpec) -> int:
+    """For the largest picture, or its latents."""
+    return max(3 * spec.sizes.max**2, 4 * spec.max_rows("image") * spec.latents.width)
 
 
 def _anonymous_file(undo: contextlib.ExitStack, name: str) -> int:

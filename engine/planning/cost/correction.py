@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.shape import parse_cost_key
+from tetrion.engine.stages import Stage
 
 SMOOTHING = 0.1
 CLIP = 2.0
@@ -18,6 +19,9 @@ MAX_KEYS = 256
 TOLERANCE = 0.02
 """Steps take a few percent more or less each time, and a mean of ten or so wavers with them: below this, plans would
 follow noise, and what is worked out of a cost would be worked out anew with every other answer."""
+
+_What = int | Stage
+"""What a time was observed of: a step at this degree, or another stage."""
 
 
 class CostModel:
@@ -35,9 +39,9 @@ class CostModel:
             raise ValueError(f"smoothing: must be above 0 and at most 1, got {smoothing}")
         self._base = profile
         self._smoothing = smoothing
-        self._means: dict[str, dict[int | str, tuple[float, int]]] = {}
+        self._means: dict[str, dict[_What, tuple[float, int]]] = {}
         self._profile = profile
-        self._shown: dict[str, dict[int | str, float]] = {}
+        self._shown: dict[str, dict[_What, float]] = {}
         self._stale: set[str] = set()
 
     @property
@@ -58,15 +62,11 @@ class CostModel:
         if degree in self._base.degrees(key):
             self._observe(key, degree, step_s, self._base.step_s(key, degree))
 
-    def observe_encode(self, key: str, encode_s: float) -> None:
-        """A text encode took `encode_s` seconds."""
-        self._observe(key, "encode", encode_s, self._base.encode_s(key))
+    def observe_aux(self, key: str, stage: Stage, stage_s: float) -> None:
+        """A stage other than denoising took `stage_s` seconds."""
+        self._observe(key, stage, stage_s, self._base.cost(key).aux_s[stage])
 
-    def observe_decode(self, key: str, decode_s: float) -> None:
-        """A VAE decode took `decode_s` seconds."""
-        self._observe(key, "decode", decode_s, self._base.decode_s(key))
-
-    def _observe(self, key: str, what: int | str, observed_s: float, predicted_s: float) -> None:
+    def _observe(self, key: str, what: _What, observed_s: float, predicted_s: float) -> None:
         if not 0 < observed_s < math.inf:
             return
         means = self._means.get(key)
@@ -91,18 +91,16 @@ class CostModel:
         if base is not self._base:
             self._base, self._profile = base, self._profile.with_branches(num_branches)
 
-    def _corrected_class(self, key: str, means: dict[int | str, tuple[float, int]]) -> ClassCost:
-        def ratio(what: int | str) -> float:
+    def _corrected_class(self, key: str, means: dict[_What, tuple[float, int]]) -> ClassCost:
+        def ratio(what: _What) -> float:
             return means[what][0] if what in means else 1.0
 
         cost, known = self._base.cost(key), self._base.classes.get(key)
-        return ClassCost(
-            step_ms={degree: step_s * 1e3 * ratio(degree) for degree, step_s in cost.step_by_degree_s.items()},
-            encode_ms=cost.encode_s * 1e3 * ratio("encode"),
-            decode_ms=cost.decode_s * 1e3 * ratio("decode"),
-            step_j=known.step_j if known is not None else {},
-            encode_j=known.encode_j if known is not None else None,
-            decode_j=known.decode_j if known is not None else None,
+        return ClassCost.of(
+            {degree: step_s * 1e3 * ratio(degree) for degree, step_s in cost.step_by_degree_s.items()},
+            {stage: aux_s * 1e3 * ratio(stage) for stage, aux_s in cost.aux_s.items()},
+            known.step_j if known is not None else {},
+            known.aux_j if known is not None else {},
         )
 
 

@@ -15,11 +15,12 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from tetrion.engine.shape import CostKey, parse_cost_key
+from tetrion.engine.stages import Stage
 
 MAX_SLOPE = 2.0
 MIN_COST_S = 1e-9
@@ -42,19 +43,45 @@ class ClassCost(msgspec.Struct, frozen=True, kw_only=True):
     encode_j: float | None = None
     decode_j: float | None = None
 
+    @classmethod
+    def of(
+        cls,
+        step_ms: dict[int, float],
+        aux_ms: Mapping[Stage, float],
+        step_j: dict[int, float],
+        aux_j: Mapping[Stage, float],
+    ) -> Self:
+        return cls(
+            step_ms=step_ms,
+            encode_ms=aux_ms["encode"],
+            decode_ms=aux_ms["decode"],
+            step_j=step_j,
+            encode_j=aux_j.get("encode"),
+            decode_j=aux_j.get("decode"),
+        )
+
+    @property
+    def aux_ms(self) -> dict[Stage, float]:
+        """Of all stages but denoising."""
+        return {"encode": self.encode_ms, "decode": self.decode_ms}
+
+    @property
+    def aux_j(self) -> dict[Stage, float]:
+        """Of those of them whose joules are known."""
+        joules: dict[Stage, float | None] = {"encode": self.encode_j, "decode": self.decode_j}
+        return {stage: known for stage, known in joules.items() if known is not None}
+
 
 class SizeCost(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Cost of one key, measured or estimated (`is_estimated`). `step_by_degree_s` has only the profile's own degrees,
-    `step_by_degree_j` (joules over all members) those of them for which some class has joules; `encode_j` and
-    `decode_j` are never estimated."""
+    `step_by_degree_j` (joules over all members) those of them for which some class has joules. `aux_s`: seconds of the
+    other stages, each on one device; `aux_j`: joules of those for which they are known, never estimated."""
 
     degrees: tuple[int, ...]
     step_by_degree_s: dict[int, float]
-    encode_s: float
-    decode_s: float
+    aux_s: dict[Stage, float]
     step_by_degree_j: dict[int, float] = {}
-    encode_j: float | None = None
-    decode_j: float | None = None
+    aux_j: dict[Stage, float] = {}
     is_estimated: bool = False
 
     @functools.cached_property
@@ -161,14 +188,6 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """Seconds of one denoising step."""
         return self.cost(key).step_s(degree)
 
-    def encode_s(self, key: str) -> float:
-        """Seconds of the text encode (and the starting noise) of one request."""
-        return self.cost(key).encode_s
-
-    def decode_s(self, key: str) -> float:
-        """Seconds of the VAE decode of one picture."""
-        return self.cost(key).decode_s
-
     def _work_out(self, key: CostKey) -> SizeCost:
         exact, curves = self.measured(key.text), self._by_branches.get(key.num_branches)
         if curves is None:
@@ -181,12 +200,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return SizeCost(
             degrees=tuple(step),
             step_by_degree_s=step,
-            encode_s=exact.encode_ms / 1e3,
-            decode_s=exact.decode_ms / 1e3,
+            aux_s={stage: ms / 1e3 for stage, ms in exact.aux_ms.items()},
             step_by_degree_j=curves.joules(step, key) | exact.step_j,
-            encode_j=exact.encode_j,
-            decode_j=exact.decode_j,
+            aux_j=exact.aux_j,
         )
+
+
+_Table = tuple[list[tuple[int, ClassCost]], int]
+"""Classes by some measure of size, ascending, and the size that is asked for."""
 
 
 class _Curves:
@@ -204,11 +225,14 @@ class _Curves:
         step = {}
         for degree in sorted(degrees):
             step[degree] = _at([(n, c.step_ms[degree]) for n, c in table if degree in c.step_ms], work) / 1e3
+        tables: dict[Stage, _Table] = {"encode": (table, work), "decode": (self._by_pixels, key.pixels)}
         return SizeCost(
             degrees=tuple(step),
             step_by_degree_s=step,
-            encode_s=_at([(n, c.encode_ms) for n, c in table], work) / 1e3,
-            decode_s=_at([(n, c.decode_ms) for n, c in self._by_pixels], key.pixels) / 1e3,
+            aux_s={
+                stage: _at([(n, c.aux_ms[stage]) for n, c in classes], size) / 1e3
+                for stage, (classes, size) in tables.items()
+            },
             step_by_degree_j=self.joules(step, key),
             is_estimated=True,
         )
@@ -229,10 +253,9 @@ def in_branches(cost: SizeCost, known: int, wanted: int) -> SizeCost:
     return SizeCost(
         degrees=tuple(step_s),
         step_by_degree_s=step_s,
-        encode_s=cost.encode_s / known * wanted,
-        decode_s=cost.decode_s,
+        aux_s=cost.aux_s | {"encode": cost.aux_s["encode"] / known * wanted},
         step_by_degree_j=_apart_or_in_turn(_alone(cost.step_by_degree_j, known, known), wanted, wanted),
-        decode_j=cost.decode_j,
+        aux_j={stage: joules for stage, joules in cost.aux_j.items() if stage != "encode"},
         is_estimated=True,
     )
 
@@ -252,12 +275,11 @@ def _apart_or_in_turn(table: Mapping[int, float], num_branches: int, parts: int)
 
 
 def _as_class(cost: SizeCost) -> ClassCost:
-    return ClassCost(
-        step_ms={degree: step_s * 1e3 for degree, step_s in cost.step_by_degree_s.items()},
-        encode_ms=cost.encode_s * 1e3,
-        decode_ms=cost.decode_s * 1e3,
-        step_j=dict(cost.step_by_degree_j),
-        decode_j=cost.decode_j,
+    return ClassCost.of(
+        {degree: step_s * 1e3 for degree, step_s in cost.step_by_degree_s.items()},
+        {stage: aux_s * 1e3 for stage, aux_s in cost.aux_s.items()},
+        dict(cost.step_by_degree_j),
+        cost.aux_j,
     )
 
 
@@ -293,12 +315,10 @@ def _check_class(key: str, cost: ClassCost, heads: int) -> None:
         raise ValueError(f"{where}.step_ms: must have at least one degree")
     for name, table in (("step_ms", cost.step_ms), ("step_j", cost.step_j)):
         _check_table(f"{where}.{name}", table, max_degree)
-    for name, value in (("encode_ms", cost.encode_ms), ("decode_ms", cost.decode_ms)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{where}.{name}: must be at least 0 and finite, got {value}")
-    for name, joules in (("encode_j", cost.encode_j), ("decode_j", cost.decode_j)):
-        if joules is not None and not 0 <= joules < math.inf:
-            raise ValueError(f"{where}.{name}: must be at least 0 and finite, got {joules}")
+    for unit, values in (("ms", cost.aux_ms), ("j", cost.aux_j)):
+        for stage, value in values.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{where}.{stage}_{unit}: must be at least 0 and finite, got {value}")
 
 
 def _check_table(where: str, table: Mapping[int, float], max_degree: int) -> None:

@@ -28,7 +28,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
 
 def best_fit(snapshot: Snapshot, request: RequestView, table: DegreeTable) -> int:
     """The narrowest degree that meets the deadline from now on; the narrowest of all where none does."""
-    due = denoise_due_s(due_s(request, snapshot.config), table.cost.decode_s)
+    due = denoise_due_s(due_s(request, snapshot.config), table.after_s)
     budget_s = due - max(snapshot.now_s, request.ready_s)
     remaining = request.num_steps - request.step_index
     return next((d for d in table.degrees if remaining * table.step_s[d] <= budget_s), table.narrowest)

@@ -20,6 +20,7 @@ from tetrion.engine.planning.degrees import chunk_steps, degree_tables
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import arrival_order, urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, RoundPlan, Snapshot
+from tetrion.engine.stages import AFTER_STEPS
 
 
 def serve_forced(policy: Planner) -> Planner:
@@ -78,7 +79,7 @@ def _not_held_back(
     if not impatient:
         return tuple(others)
     turn = arrival_order(impatient[0])
-    return tuple(request for request in others if arrival_order(request) < turn or request.stage == "decode")
+    return tuple(request for request in others if arrival_order(request) < turn or request.stage in AFTER_STEPS)
 
 
 class _Reservations:

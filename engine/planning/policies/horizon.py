@@ -28,10 +28,12 @@ from tetrion.engine.planning.degrees import DegreeTable, degree_tables
 from tetrion.engine.planning.energy_mode import affordable_steps, apply_budget, set_patient_aside, worth_using
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill, fill_soft
 from tetrion.engine.planning.free_profile import FreeProfile
+from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.policies.leftover import Option, gain, widen
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, slo_s, urgency
 from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
+from tetrion.engine.stages import AFTER_STEPS, AUX_STAGES, BEFORE_STEPS
 
 AUX_SOON_S = 0.036
 """Devices whose encode or decode ends within this count as free when degrees are decided."""
@@ -59,10 +61,10 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     waiting = set_patient_aside(tick.works, snapshot.now_s)
     on_time = [work for work in tick.works if not work.is_late and not work.is_soft and work not in waiting]
     soft = [work for work in tick.works if work.is_soft]
-    bound = snapshot.config.max_candidates or max(MIN_CANDIDATES, 4 * len(snapshot.devices))
+    bound = tick.options.max_candidates or max(MIN_CANDIDATES, 4 * len(snapshot.devices))
     rescued = tick.rescued = tick.rescue(soft) or tick.rescue_late(on_time[:bound])
     profile = tick.free_profile(rescued)
-    dropped = fill(profile, on_time[:bound], DROP_FIRST[snapshot.config.drop]) + on_time[bound:]
+    dropped = fill(profile, on_time[:bound], DROP_FIRST[tick.options.drop]) + on_time[bound:]
     fill_soft(profile, [work for work in soft[:bound] if work not in rescued])
     placed = [*rescued, *(work for work in [*on_time, *soft] if work.level)]
     left = tick.set_targets(placed)
@@ -77,10 +79,12 @@ class _Tick:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self.config = snapshot.config
+        self.options = horizon_options(snapshot.config)
         self.now_s = snapshot.now_s
         self.builder = RoundBuilder(snapshot)
         self.tables = degree_tables(snapshot)
-        self.encode_end_s: dict[str, float] = {}
+        self.first_step_s: dict[str, float] = {}
+        """When the steps of a request that has other stages before it can begin."""
         self.in_chunk = [request for request in snapshot.requests if self._is_in_chunk(request)]
         self.works: list[Work] = []
         self.late: list[Work] = []
@@ -89,31 +93,32 @@ class _Tick:
         self.capacity = 0
 
     def _is_in_chunk(self, request: RequestView) -> bool:
-        return request.ready_s > self.builder.limit_s and (request.step_index > 0 or request.stage == "decode")
+        return request.ready_s > self.builder.limit_s and (request.step_index > 0 or request.stage in AFTER_STEPS)
 
     # 1: decode, encode --------------------------------------------------------------------------------------------
 
     def start_aux(self) -> None:
         """Start every decode, then every encode that finds an idle device, most urgent first."""
         requests = self.snapshot.requests
-        aux = [request for stage in ("decode", "encode") for request in requests if request.stage == stage]
+        aux = [request for stage in reversed(AUX_STAGES) for request in requests if request.stage == stage]
         if not aux:
             return
         claimed = {device for request in requests if request.stage == "denoise" for device in request.members}
         for request in aux:
+            table, stage = self.tables[request.model, request.cost_key], request.stage
             if self.builder.idle and self.builder.is_ready(request):
                 end_s = self.builder.free_s[self.builder.start(request, claimed=claimed).members[0]]
             else:
-                encode_s = self.tables[request.model, request.cost_key].cost.encode_s
-                end_s = max(request.ready_s, min(self.builder.free_s.values())) + encode_s
-            self.encode_end_s[request.request_id] = end_s
+                end_s = max(request.ready_s, min(self.builder.free_s.values())) + table.cost.aux_s[stage]
+            if stage in BEFORE_STEPS:
+                self.first_step_s[request.request_id] = end_s + (table.before_s[stage] - table.cost.aux_s[stage])
 
     # 2: what is left to do ----------------------------------------------------------------------------------------
 
     def collect(self) -> None:
         """Every request with steps left but for the backlog, most urgent first; those that are late, the first of the
         backlog among them, likewise."""
-        self.works = [self._work(request) for request in self.snapshot.requests if request.stage != "decode"]
+        self.works = [self._work(request) for request in self.snapshot.requests if request.stage not in AFTER_STEPS]
         self.late = [work for work in self.works if work.is_late]
         if backlog := [self._work(request) for request in self.snapshot.backlog[:LATE_ITEMS]]:
             self.late = sorted(self.late + backlog, key=lambda work: urgency(work.view, self.config))
@@ -121,11 +126,11 @@ class _Tick:
     def _work(self, request: RequestView) -> Work:
         table = self.tables[request.model, request.cost_key]
         start_s, is_ready = self.now_s, True
-        if request.stage == "encode":
-            start_s, is_ready = self.encode_end_s[request.request_id], False
+        if request.stage in BEFORE_STEPS:
+            start_s, is_ready = self.first_step_s[request.request_id], False
         elif request.ready_s > start_s:
             start_s, is_ready = request.ready_s, self.builder.is_ready(request)
-        due = denoise_due_s(due_s(request, self.config), table.cost.decode_s)
+        due = denoise_due_s(due_s(request, self.config), table.after_s)
         work = Work(request, table, start_s, due, is_ready)
         if request.budget_j is not None:
             apply_budget(work, self.config)
@@ -142,7 +147,7 @@ class _Tick:
         """The late request to rescue, if the system is below saturation: few are late, and nobody on time has to be
         dropped for it."""
         are_few = max(len(self.snapshot.backlog), len(self.late)) <= LATE_ITEMS
-        if not (self.late and self.config.rescue and are_few):
+        if not (self.late and self.options.rescue and are_few):
             return []
         rescued = self.rescue(self.late)
         return rescued if rescued and not fill(self.free_profile(rescued), on_time) else []
@@ -286,7 +291,7 @@ class _Tick:
         targets = {work.view.request_id: work.target for work in self.works}
         times: list[float] = []
         for request in self.in_chunk:
-            kept = 1 if request.stage == "decode" else targets[request.request_id]
+            kept = 1 if request.stage in AFTER_STEPS else targets[request.request_id]
             times += [request.ready_s] * (len(request.members) - kept)
         in_chunk = {device for request in self.in_chunk for device in request.members}
         soon_s, idle = self.now_s + AUX_SOON_S, self.builder.idle

@@ -1,8 +1,13 @@
-"""Policies by name. A new one is one file with a plain function of a snapshot, and one line here."""
+"""Policies by name. A new one is one file with a plain function of a snapshot, and one line here. If it has options,
+they are a struct of its own (`OPTIONS`), which it finds in `snapshot.config.options`."""
 
 import re
 from collections.abc import Callable
 
+import msgspec
+
+from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies import best_fit, horizon, rssp, tetriserve
 from tetrion.engine.planning.policies.fixed import fixed_planner
 from tetrion.engine.planning.policies.forced import serve_forced
@@ -20,9 +25,14 @@ FAMILIES: dict[str, Callable[[int], Planner]] = {
     "tetriserve-g": tetriserve.rounds_planner,
 }
 """Names that end in a number: `fixed-2`, `tetriserve-g2`."""
+OPTIONS: dict[str, type[msgspec.Struct]] = {"horizon": HorizonOptions}
 WORK_CONSERVING = frozenset({"tetriserve-continuous", "edf-best-fit"})
 """Policies that leave no device idle beside a ready request that could use it."""
 POLICY_NAMES = ("horizon", "fixed-K (fixed-1, fixed-2, …)", *sorted(POLICIES.keys() - {"horizon"}), "tetriserve-gN")
+
+
+class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a policy that has none."""
 
 
 def get_planner(name: str) -> Planner:
@@ -34,6 +44,18 @@ def get_planner(name: str) -> Planner:
     if policy is None:
         raise ValueError(f"policy: expected one of {', '.join(POLICY_NAMES)}, got {name!r}")
     return serve_forced(policy)
+
+
+def with_options(config: PlannerConfig) -> PlannerConfig:
+    """`config` with the options of its policy read. Raises ValueError naming the one that is wrong."""
+    kind = OPTIONS.get(config.policy, NoOptions)
+    if isinstance(config.options, kind):
+        return config
+    try:
+        return msgspec.structs.replace(config, options=msgspec.convert(config.options, kind))
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        raise ValueError(f"planner.options{path.rstrip('`')}: {message}") from None
 
 
 def _of_family(name: str) -> Planner | None:

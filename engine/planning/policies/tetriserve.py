@@ -154,7 +154,7 @@ def _begin(builder: RoundBuilder, tables: Tables) -> list[Work]:
     works = []
     for request in ready_to_denoise(builder, requests):
         table = tables[request.model, request.cost_key]
-        due = denoise_due_s(due_s(request, snapshot.config), table.cost.decode_s)
+        due = denoise_due_s(due_s(request, snapshot.config), table.after_s)
         works.append(Work(request, table, max(snapshot.now_s, request.ready_s), due, True))
     return works
 

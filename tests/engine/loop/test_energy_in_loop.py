@@ -26,9 +26,9 @@ WITH_JOULES = msgspec.structs.replace(
 )
 
 
-def drawn(wish: EnergyOptions | None = None, *, slo_ms: float | None = None, **planner: object) -> tuple[int, ...]:
+def drawn(wish: EnergyOptions | None = None, *, slo_ms: float | None = None, **options: object) -> tuple[int, ...]:
     """The degrees of a 512² request of 12 steps that has four devices to itself."""
-    simulation = Simulation(profile=WITH_JOULES, planner=planner)
+    simulation = Simulation(profile=WITH_JOULES, planner={"options": options})
     simulation.request("a", width=512, height=512, slo_ms=slo_ms, energy=wish or EnergyOptions())
     simulation.run()
     assert simulation.results["a"].slo_met is not False

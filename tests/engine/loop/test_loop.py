@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.errors import DeadlineUnmeetable, EngineEnded, EngineOverloaded, GenerationError, RequestCancelled
-from tetrion.engine.executors.base import Finish, Receive, WorkerLost, WorkerReady
+from tetrion.engine.executors.base import Happening, PictureReady
 from tetrion.engine.executors.simulated import SimulatedExecutor
 from tetrion.engine.loop.loop import EngineLoop
-from tetrion.engine.messages import Command, Denoise, Event
+from tetrion.engine.messages import Command, Decode, Denoise
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Snapshot
-from tetrion.engine.request import MAX_ATTEMPTS, Failure, ImageRequest, ImageResult, Output, Progress
+from tetrion.engine.request import MAX_ATTEMPTS, Failure, ImageRequest, ImageResult, Output, Progress, Receipt
 from tetrion.engine.resolve import resolve_request
 
 SPEC = make_spec()
@@ -121,12 +121,12 @@ def test_a_request_passes_through_all_its_stages(policy: str) -> None:
 
 def test_a_picture_that_cannot_be_copied_fails_its_request_alone() -> None:
     class OutOfMemory(SimulatedExecutor):
-        def take_image(self, image_slot: int, size: tuple[int, int], finish: Finish, receive: Receive) -> None:
-            if size == (512, 512):
-                self.release_image_slot(image_slot)
-                receive(MemoryError("no room"))
+        def take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+            if decode.request_id == "large":
+                error = MemoryError("no room")
+                self._events.append(PictureReady(command_id=decode.command_id, ready_s=self._now_s, error=error))
             else:
-                super().take_image(image_slot, size, finish, receive)
+                super().take_image(decode, receipt)
 
     simulation = Simulation(executor=OutOfMemory(COSTS, 2))
     simulation.request("large", width=512, height=512)
@@ -135,6 +135,76 @@ def test_a_picture_that_cannot_be_copied_fails_its_request_alone() -> None:
     assert set(simulation.results) == {"small"}
     assert isinstance(simulation.failures["large"], GenerationError)
     assert "could not be copied" in str(simulation.failures["large"])
+
+
+class SlowCopies(SimulatedExecutor):
+    """Whose pictures take a second to copy."""
+
+    def take_image(self, decode: Decode, receipt: Callable[[], Receipt]) -> None:
+        self.at(self.now_s() + 1.0, lambda: SimulatedExecutor.take_image(self, decode, receipt))
+
+
+def test_a_requests_latency_ends_when_its_picture_is_copied() -> None:
+    simulation = Simulation(executor=SlowCopies(COSTS, 1))
+    simulation.request("a", width=512, height=512, num_steps=20)
+    simulation.run()
+    assert simulation.results["a"].latency_s == pytest.approx(0.005 + 20 * 0.2 + 0.08 + 1.0, abs=1e-6)
+
+
+def test_latency_does_not_count_how_long_a_copied_picture_waits_for_the_loop() -> None:
+    class Early(SimulatedExecutor):
+        def poll(self) -> list[Happening]:
+            events = super().poll()
+            return [
+                msgspec.structs.replace(event, ready_s=1.0) if isinstance(event, PictureReady) else event
+                for event in events
+            ]
+
+    simulation = Simulation(executor=Early(COSTS, 1))
+    simulation.request("a", width=512, height=512, num_steps=20)
+    simulation.run()
+    assert simulation.results["a"].latency_s == 1.0
+
+
+def test_a_request_cancelled_while_its_picture_is_copied_has_its_result() -> None:
+    simulation = Simulation(executor=SlowCopies(COSTS, 1))
+    simulation.request("a", width=512, height=512, num_steps=20)
+    simulation.executor.at(4.5, lambda: simulation.loop.cancel("a"))
+    simulation.run()
+    assert set(simulation.results) == {"a"} and not simulation.failures
+
+
+def test_an_id_may_be_used_again_while_its_first_picture_is_copied() -> None:
+    simulation = Simulation(executor=SlowCopies(COSTS, 1))
+    results: list[ImageResult] = []
+    simulation.loop._books._outputs = lambda output: (
+        results.append(output) if isinstance(output, ImageResult) else None  # type: ignore[func-returns-value]
+    )
+    for at_s, num_steps in ((0.0, 2), (0.1, 3)):
+        simulation.request("a", at_s=at_s, width=128, height=128, num_steps=num_steps)
+    simulation.executor.at(10.0, simulation.loop.stop)
+    simulation.run()
+    assert [result.num_steps for result in results] == [2, 3]
+
+
+def test_a_loop_that_is_stopped_hands_out_the_pictures_that_are_being_copied() -> None:
+    simulation = Simulation(executor=SlowCopies(COSTS, 2))
+    simulation.request("copied", width=128, height=128, num_steps=2)
+    simulation.request("denoised", width=512, height=512)
+    simulation.executor.at(0.5, simulation.loop.stop)
+    simulation.run()
+    assert set(simulation.results) == {"copied"} and simulation.executor.now_s() == pytest.approx(1.0, abs=0.1)
+    assert "was stopped" in str(simulation.failures["denoised"])
+
+
+def test_an_engine_that_gives_itself_up_hands_out_the_pictures_that_are_being_copied() -> None:
+    simulation = Simulation(executor=SlowCopies(COSTS, 1), no_worker_timeout_s=0.1)
+    simulation.request("copied", width=128, height=128, num_steps=2)
+    simulation.request("late", at_s=0.1, width=128, height=128, num_steps=200)
+    simulation.executor.at(0.2, lambda: simulation.executor.lose(0))
+    with pytest.raises(EngineEnded):
+        simulation.run()
+    assert set(simulation.results) == {"copied"} and set(simulation.failures) == {"late"}
 
 
 def test_alone_it_is_wide_and_in_company_narrow() -> None:
@@ -323,7 +393,7 @@ def test_a_loop_that_stood_still_reads_what_has_come_before_it_judges() -> None:
         executor._now_s += 100
         unread.append(None)
 
-    def read_late() -> list[Event | WorkerLost | WorkerReady]:
+    def read_late() -> list[Happening]:
         if unread:
             unread.clear()
             return []

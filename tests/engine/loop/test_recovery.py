@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from tests.engine.loop.test_loop import COSTS, Simulation
 from tetrion.engine.errors import EngineEnded
-from tetrion.engine.executors.simulated import SimulatedCommand, SimulatedExecutor
-from tetrion.engine.messages import BarriersReset, Command, Decode, Denoise, ResetBarriers
+from tetrion.engine.executors.simulated import SimulatedExecutor
+from tetrion.engine.messages import BarriersReset, Command, Decode, Denoise, ResetBarriers, StageCommand
 from tetrion.engine.request import Failure, Output
 
 
@@ -85,7 +85,7 @@ class CountingExecutor(SimulatedExecutor):
             self.counts[device_id, peer] = self.counters[device_id, peer] = 0
         self._events.append(BarriersReset(command_id=command.command_id, device_id=device_id))
 
-    def _complete(self, ticket: int, command: SimulatedCommand, members: tuple[int, ...], start_s: float) -> None:
+    def _complete(self, ticket: int, command: StageCommand, members: tuple[int, ...], start_s: float) -> None:
         if isinstance(command, Denoise) and all(ticket in self._unanswered[m] for m in members):
             self.num_groups += len(members) > 1
             for a, b in combinations(members, 2):

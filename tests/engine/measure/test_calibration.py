@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.executors.processes import ProcessExecutor
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.measure.calibration import Calibrator, _cache_path
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.planning.cost.profile import Profile
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.measure import checkpoint_identity as module
 from tetrion.engine.measure.checkpoint_identity import SAMPLE_BYTES, checkpoint_identity
-from tetrion.engine.models.locate import resolve_model
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 NUM_VALUES = 20 * SAMPLE_BYTES

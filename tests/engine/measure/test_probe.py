@@ -4,10 +4,10 @@ import numpy as np
 
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.executors.processes import ProcessExecutor
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.measure.probe import ChunkTimes, Probe, chunk_times
 from tetrion.engine.messages import Denoised, Encoded, Event
-from tetrion.engine.models.locate import resolve_model
 
 
 def denoised(command_id: int, device_id: int, started_s: float, waited_s: float, ended_s: float) -> Denoised:
@@ -37,8 +37,8 @@ def test_chunks_in_the_order_of_their_commands_whatever_order_members_answer_in(
 
 async def test_groups_rehearse_side_by_side_and_those_that_share_a_member_in_turn() -> None:
     config = EngineConfig(devices="cpu:3", num_threads=1)
-    spec = read_model_spec(resolve_model(config.model), config.load_format)
-    executor = ProcessExecutor(parse_devices(config.devices), spec, config)
+    spec = read_model_spec(resolve_model(config.models[0]), config.load_format)
+    executor = ProcessExecutor(parse_devices(config.devices), [spec], config)
     await executor.start()
     try:
         probe = Probe(executor, spec)

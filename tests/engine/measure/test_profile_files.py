@@ -8,8 +8,9 @@ import pytest
 from tests.engine.specs import make_spec
 from tetrion.engine import config
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.families.served import serving
 from tetrion.engine.measure import profile_files
-from tetrion.engine.measure.profile_files import chosen_profile, profile_file_name
+from tetrion.engine.measure.profile_files import chosen_profiles, profile_file_name
 from tetrion.engine.planning.cost.profile import Profile
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -36,7 +37,7 @@ def committed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def choose(devices: str, settings: EngineConfig | None = None) -> Profile | None:
-    return chosen_profile(parse_devices(devices), SPEC, settings or EngineConfig())
+    return chosen_profiles(parse_devices(devices), serving(SPEC), settings or EngineConfig()).get(SPEC.name)
 
 
 def test_file_names() -> None:
@@ -70,13 +71,13 @@ def test_the_users_own_table_comes_first_unless_caches_are_off(committed: Path) 
 
 def test_a_named_table_holds_everywhere(committed: Path, tmp_path: Path) -> None:
     path = write_profile(tmp_path / "mine", 1)
-    chosen = choose("cpu:2", EngineConfig(profile=str(path)))
+    chosen = choose("cpu:2", EngineConfig(profiles={SPEC.name: str(path)}))
     assert chosen is not None and chosen.degrees("512x512") == (1,)
 
 
 def test_a_named_table_that_cannot_be_used(committed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"profile: cannot read .*nothing\.json"):
-        choose("cpu:2", EngineConfig(profile=str(tmp_path / "nothing.json")))
+    with pytest.raises(ValueError, match=r"profiles: cannot read .*nothing\.json"):
+        choose("cpu:2", EngineConfig(profiles={SPEC.name: str(tmp_path / "nothing.json")}))
     path = write_profile(tmp_path / "other", 1, heads=12)
     with pytest.raises(ValueError, match="model with 12 heads, 'flux1-dev' has 24"):
-        choose("cpu:2", EngineConfig(profile=str(path)))
+        choose("cpu:2", EngineConfig(profiles={SPEC.name: str(path)}))

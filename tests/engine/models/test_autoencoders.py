@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.shape import StepShape
 
 

@@ -11,10 +11,10 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from tests.engine.models.conftest import LocalAttention
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.family import Attend
 from tetrion.engine.models.flux import FluxTransformer, project_text, read_config, rope
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.parallel.exchange import Rope, Stream
 from tetrion.engine.parallel.group import GroupPlan, Shard, plan_group
 from tetrion.engine.params import Params

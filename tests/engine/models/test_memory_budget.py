@@ -3,11 +3,11 @@
 import msgspec
 import pytest
 
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.memory_budget import TILED_PIXELS, MemoryBudget, memory_budget
-from tetrion.engine.models.registry import components_of
+from tetrion.engine.models.registry import all_components
 from tetrion.engine.parallel.layout import slab_layout
 
 
@@ -17,8 +17,7 @@ def flux() -> ModelSpec:
 
 
 def budget_of(*specs: ModelSpec) -> MemoryBudget:
-    components = {spec.name: components_of(spec, "dummy") for spec in specs}
-    return memory_budget(specs, components, slab_layout(specs, 4, 64, itemsize=2))
+    return memory_budget(specs, all_components(specs, "dummy"), slab_layout(specs, 4, 64, itemsize=2))
 
 
 def test_flux_in_bf16(flux: ModelSpec) -> None:
@@ -46,9 +45,15 @@ def test_too_little_memory_is_refused_with_the_numbers(flux: ModelSpec) -> None:
 
 
 def test_models_that_share_a_device_add_their_weights_but_not_their_working_memory(flux: ModelSpec) -> None:
-    other = msgspec.structs.replace(flux, name="other", sizes=msgspec.structs.replace(flux.sizes, max=1024))
-    one, both = budget_of(flux), budget_of(flux, other)
-    assert both.model == "flux1-dev, other"
-    assert sum(both.weights_bytes.values()) == 2 * sum(one.weights_bytes.values())
-    assert both.weights_bytes["other/transformer"] == one.weights_bytes["transformer"]
-    assert (both.slab_bytes, both.step_bytes, both.decode_bytes) == (one.slab_bytes, one.step_bytes, one.decode_bytes)
+    other = read_model_spec(resolve_model("sd3-medium"), "dummy")
+    both, apart = budget_of(flux, other), (budget_of(flux), budget_of(other))
+    assert both.model == "flux1-dev, sd3-medium"
+    assert sum(both.weights_bytes.values()) == sum(sum(budget.weights_bytes.values()) for budget in apart)
+    assert both.weights_bytes["flux1-dev/transformer"] == apart[0].weights_bytes["transformer"]
+    for name in ("slab_bytes", "step_bytes", "decode_bytes"):
+        assert getattr(both, name) == max(getattr(budget, name) for budget in apart)
+
+
+def test_what_two_models_have_in_common_is_there_once(flux: ModelSpec) -> None:
+    twin = msgspec.structs.replace(flux, name="twin")
+    assert budget_of(flux, twin).num_bytes == budget_of(flux).num_bytes

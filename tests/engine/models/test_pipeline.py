@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
-from tetrion.engine.models.locate import resolve_model
 
 PROMPT = "a red circle above a blue square"
 

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.recording import Attention, Gemm, step_operators
 
 

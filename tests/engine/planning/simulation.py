@@ -16,7 +16,8 @@ from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import legal_for
 from tetrion.engine.planning.slo import urgency
-from tetrion.engine.planning.snapshot import Assignment, DeviceView, Planner, RequestView, RoundPlan, Snapshot, Stage
+from tetrion.engine.planning.snapshot import Assignment, DeviceView, Planner, RequestView, RoundPlan, Snapshot
+from tetrion.engine.stages import NEXT_STAGE, Stage
 
 HEADS = 24
 BASE_SLO_S = {8: (1.5, 2.0, 3.0, 5.0), 4: (1.5, 2.5, 5.0, 10.0)}
@@ -179,12 +180,11 @@ class Simulation:
             request.step_index += assignment.chunk_steps
             request.degrees += [len(assignment.members)] * assignment.chunk_steps
             request.stage = "denoise" if request.step_index < request.num_steps else "decode"
-        elif assignment.stage == "encode":
-            end_s = start_s + cost.encode_s
-            request.stage = "denoise"
         else:
-            end_s = start_s + cost.decode_s
-            request.stage, request.finish_s = None, end_s
+            end_s = start_s + cost.aux_s[assignment.stage]
+            request.stage = NEXT_STAGE[assignment.stage]
+        if request.stage is None:
+            request.finish_s = end_s
             del self.alive[request.request_id]
         request.ready_s, request.members = end_s, assignment.members
         self.free_s.update(dict.fromkeys(assignment.members, end_s))

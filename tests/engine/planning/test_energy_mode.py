@@ -21,6 +21,7 @@ from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_admission import cheapest_for, check_default, check_wish
 from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S, cheapest_plan
 from tetrion.engine.planning.forward_fill import RESERVE
+from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import MARGIN_S
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
@@ -62,7 +63,7 @@ def draw_alone(view: RequestView, num_devices: int, **config: object) -> tuple[f
             requests=(view,),
             devices=tuple(DeviceView(device_id=i, free_s=now_s) for i in range(num_devices)),
             costs=costs_of(PROFILE),
-            config=PlannerConfig(**config),  # type: ignore[arg-type]
+            config=PlannerConfig(options=HorizonOptions(**config)),  # type: ignore[arg-type]
         )
         (chunk,) = PLANNER(snapshot).assignments
         degree, cost = len(chunk.members), PROFILE.cost(view.cost_key)
@@ -92,7 +93,7 @@ alone = st.fixed_dictionaries(
 def alone_view(size: tuple[int, int], num_devices: int, num_steps: int, room: float, **fields: object) -> RequestView:
     """A request whose deadline leaves `room` times the seconds that the fastest degree takes."""
     cost = table(cost_key_of_size(size), num_devices)
-    due_s = NOW_S + room * num_steps * cost.fastest_step_s + cost.cost.decode_s + 2 * MARGIN_S
+    due_s = NOW_S + room * num_steps * cost.fastest_step_s + cost.after_s + 2 * MARGIN_S
     return request("a", cost_key=cost_key_of_size(size), num_steps=num_steps, deadline_s=due_s, **fields)
 
 
@@ -133,7 +134,7 @@ def test_alone_least_energy_takes_no_more_than_balanced_nor_that_than_fastest_an
         view = alone_view(**case, energy_mode=mode)  # type: ignore[arg-type]
         taken[mode], end_s, _ = draw_alone(view, case["num_devices"])  # type: ignore[arg-type]
         assert view.deadline_s is not None
-        assert end_s + PROFILE.decode_s(view.cost_key) <= view.deadline_s
+        assert end_s + PROFILE.cost(view.cost_key).aux_s["decode"] <= view.deadline_s
     assert taken["least-energy"] <= taken["balanced"] + 1e-6 <= taken["fastest"] + 2e-6
 
 
@@ -145,7 +146,7 @@ def test_a_budget_that_the_cheapest_plan_meets_is_kept_in_every_mode(
     view = alone_view(**case, energy_mode=mode)  # type: ignore[arg-type]
     costs = table(view.cost_key, case["num_devices"])  # type: ignore[arg-type]
     assert view.deadline_s is not None
-    available_s = view.deadline_s - NOW_S - costs.cost.decode_s - MARGIN_S
+    available_s = view.deadline_s - NOW_S - costs.after_s - MARGIN_S
     cheapest = cheapest_plan(costs, view.num_steps, available_s)
     assert cheapest is not None
     budget_j = share * cheapest.joules
@@ -291,11 +292,11 @@ def test_without_joules_modes_and_budgets_are_refused() -> None:
 
 def test_a_mode_as_the_default_needs_joules_too() -> None:
     for mode in MODES:
-        check_default(costs_of(PROFILE), 4, PlannerConfig(energy=mode))
+        check_default(costs_of(PROFILE), 4, PlannerConfig(options=HorizonOptions(energy=mode)))
     check_default(None, 4, PlannerConfig())
     for costs, reason in ((costs_of(flux_profile()), "no joules"), (None, "measured at the start has no joules")):
-        with pytest.raises(ValueError, match=rf"planner\.energy: 'balanced' is not possible: .*{reason}"):
-            check_default(costs, 4, PlannerConfig(energy="balanced"))
+        with pytest.raises(ValueError, match=rf"planner\.options\.energy: 'balanced' is not possible: .*{reason}"):
+            check_default(costs, 4, PlannerConfig(options=HorizonOptions(energy="balanced")))
 
 
 @given(pixels=st.integers(16, 4096))

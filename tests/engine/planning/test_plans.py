@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
@@ -67,9 +68,11 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         )
     config = PlannerConfig(
         patience_s=draw(st.sampled_from((5.0, 60.0))),
-        drop=draw(st.sampled_from(("work", "fraction"))),
-        rescue=draw(st.booleans()),
-        max_candidates=draw(st.sampled_from((None, 1, 3))),
+        options=HorizonOptions(
+            drop=draw(st.sampled_from(("work", "fraction"))),
+            rescue=draw(st.booleans()),
+            max_candidates=draw(st.sampled_from((None, 1, 3))),
+        ),
     )
     return Snapshot(
         now_s=NOW_S,

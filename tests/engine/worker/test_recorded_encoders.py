@@ -8,7 +8,7 @@ import torch
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import TextEncoding
 from tetrion.engine.models.ops import ReferenceOps
-from tetrion.engine.models.registry import components_of, load_on_device
+from tetrion.engine.models.registry import all_components, load_on_device
 from tetrion.engine.worker.recorded_encoders import RecordedEncoders
 from tetrion.engine.worker.work_queue import CudaQueue, ImmediateQueue, Work, WorkQueue
 
@@ -29,7 +29,8 @@ def encoders_of(spec: ModelSpec, queue: WorkQueue) -> TextEncoding:
 
         ops = GpuOps(torch.zeros(1, dtype=torch.int32, device=queue.device))
     dtype = torch.float32 if on_cpu else torch.bfloat16
-    return load_on_device(spec, "dummy", components_of(spec, "dummy"), queue.device, dtype, ops).text
+    (model,) = load_on_device([spec], "dummy", all_components([spec], "dummy"), queue.device, dtype, ops)
+    return model.text
 
 
 @pytest.mark.parametrize(

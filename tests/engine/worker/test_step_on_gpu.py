@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.dummy import DummyFiles
@@ -18,7 +19,6 @@ from tetrion.engine.models.family import LatentCodec, Model, TextEncoding
 from tetrion.engine.models.flux import network, project_text, read_config, transformer_shapes, weights_plan
 from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.loading import Component, component_tensors, load_to_device
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.parallel.gpu.exchange import GpuExchange, SharedResources
 from tetrion.engine.parallel.gpu.memory import GpuMemory
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
@@ -116,7 +116,6 @@ def our_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tuple[Ten
         codec=cast(LatentCodec, None),
         schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image),
         guidance_factor=lambda params: 1.0,
-        weights_bytes=0,
     )
     denoiser = Denoiser(model, ops, exchange, queue, step, torch.bfloat16)
     noise, embeds, pooled = inputs

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from tests.entrypoints.conftest import SPEC, FakeFactory
 from tetrion.engine.config import EngineConfig
+from tetrion.engine.families.served import serving
 from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures as pictures_module
 from tetrion.entrypoints.batch.lines import seed_of_id
@@ -102,9 +103,20 @@ async def test_pictures_of_another_checkpoint_of_the_same_name_are_drawn_again(
         weights = {"bias": np.full(3, weight, np.float32)}
         save_file(weights, tmp_path / parent / "shapes" / "vae" / "model.safetensors")
         engine = factory(EngineConfig(devices="cpu:1"))
-        engine.spec = msgspec.structs.replace(SPEC, path=str(tmp_path / parent / "shapes"))
+        engine.models = serving(msgspec.structs.replace(SPEC, path=str(tmp_path / parent / "shapes")))
         assert await batch(requests, out, engine) == 0
         assert len(engine.handles) == num_drawn
+
+
+def test_each_line_is_drawn_by_its_model(
+    tetrion: Tetrion, write: Callable[..., Path], out: Path, capsys: Capture
+) -> None:
+    several = ("--model", "flux", "--model", "sd3", "--model-alias", "best=sd3")
+    stars = [{"prompt": "a star"} | named for named in ({}, {"model": "sd3"}, {"model": "best"}, {"model": "dall-e"})]
+    assert tetrion("batch", write(*stars), "--output", out, *several) == 1
+    assert "model: 'dall-e' is not served here; served: flux, sd3" in capsys.readouterr().err
+    assert [entry.get("model") for entry in manifest(out)] == [None, "flux", "sd3", "sd3"]
+    assert Image.open(out / "2.png").text["model"] == "sd3"  # type: ignore[attr-defined]
 
 
 def test_pictures_of_random_weights_are_not_the_models(

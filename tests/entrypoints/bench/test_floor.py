@@ -4,9 +4,9 @@ import msgspec
 import pytest
 import torch
 
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.models.recording import Attention, Gemm, step_operators
 from tetrion.engine.shape import StepShape
 from tetrion.entrypoints.bench import floor as floor_module

@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 
 from benchmarks.research.replay import command as replay_command
+from tetrion.engine.config import EngineConfig
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.messages import Command, Denoise, EncodePrompt
 from tetrion.entrypoints.bench import live
@@ -21,7 +22,6 @@ from tetrion.entrypoints.bench.recording import Recorder, read_recordings
 from tetrion.entrypoints.bench.slo import command
 from tetrion.entrypoints.bench.workloads import TraceRequest, write_trace
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.session import EngineOptions
 
 
 def trace(arrivals_s: list[float], px: int = 128, slo_s: float = 60.0) -> tuple[TraceRequest, ...]:
@@ -72,7 +72,7 @@ class Server(BaseHTTPRequestHandler):
     bodies: ClassVar[list[dict[str, object]]] = []
 
     def do_GET(self) -> None:
-        self._answer(200, {"status": "ready", "num_devices": 3, "model": "shapes"})
+        self._answer(200, {"status": "ready", "num_devices": 3, "models": ["shapes"]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -160,7 +160,7 @@ def test_an_embedded_engine_runs_every_policy_and_its_record_replays(
     write_trace(tmp_path / "T.jsonl", trace([0.0, 0.1, 0.2]))
     record = command(
         live=True,
-        engine=EngineOptions(devices="cpu:2", num_threads=1),
+        engine=EngineConfig(devices="cpu:2", num_threads=1),
         trace=[tmp_path / "T.jsonl"],
         policy=["fixed-1", "fixed-2", "tetriserve-g1"],
         record=tmp_path / "r.jsonl",
@@ -187,4 +187,4 @@ def test_an_embedded_engine_runs_every_policy_and_its_record_replays(
 def test_a_size_that_the_model_does_not_draw_is_refused_before_anything_runs(tmp_path: Path) -> None:
     write_trace(tmp_path / "T.jsonl", trace([0.0], px=1024))
     with pytest.raises(InputError, match="trace: request 1: width: must be a multiple of 16 from 128 to 512"):
-        command(live=True, engine=EngineOptions(devices="cpu:1"), trace=[tmp_path / "T.jsonl"])
+        command(live=True, engine=EngineConfig(devices="cpu:1"), trace=[tmp_path / "T.jsonl"])

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.measure.probe import ChunkTimes
 from tetrion.engine.messages import Denoised
-from tetrion.engine.models.locate import resolve_model
 from tetrion.entrypoints.bench import step_on_gpus
 from tetrion.entrypoints.bench.step_on_gpus import StepBench, StepOptions
 from tetrion.entrypoints.bench.step_picture import draw_steps

@@ -40,10 +40,10 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(store_bytes: int = 1 << 24, public_url: str | None = None) -> AsyncIterator[Served]:
+async def serving(store_bytes: int = 1 << 24, public_url: str | None = None, **config: Any) -> AsyncIterator[Served]:
     sock = socket.create_server(("127.0.0.1", 0))
     store = PictureStore(store_bytes)
-    async with FakeEngine(EngineConfig(devices="cpu:2")) as engine:
+    async with FakeEngine(EngineConfig(devices="cpu:2", **config)) as engine:
         service = ImageService(engine, store, public_url)  # type: ignore[arg-type]
         service.is_ready = True
         server = uvicorn.Server(uvicorn.Config(create_app(service), lifespan="off", log_config=None))
@@ -266,7 +266,7 @@ async def test_a_body_too_large(served: Served) -> None:
 async def test_unknown_paths_and_methods(served: Served) -> None:
     for method, path, status, code in (
         ("GET", "/", 404, "unknown_url"),
-        ("GET", "/v1/models/", 404, "unknown_url"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
         ("POST", "/v1/images/edits", 404, "unknown_url"),
         ("GET", GENERATIONS, 405, "method_not_allowed"),
         ("DELETE", "/health", 405, "method_not_allowed"),
@@ -341,13 +341,45 @@ async def test_the_user_is_the_tenant(served: Served) -> None:
     assert served.engine.handles[-1].request.tenant == "gold"
 
 
+async def test_the_model_is_the_one_that_the_body_names() -> None:
+    async with serving(models=("flux", "sd3"), model_aliases={"gpt-image-1": "sd3"}) as served:
+        for named, drew in ((None, "flux"), ("flux", "flux"), ("sd3", "sd3"), ("gpt-image-1", "sd3")):
+            response = (await served.post(**({} if named is None else {"model": named}), n=2)).json()
+            assert response["model"] == drew and "warnings" not in response
+            assert [handle.request.model for handle in served.engine.handles[-2:]] == [drew, drew]
+
+
+async def test_several_models_are_listed_and_no_other_is_found() -> None:
+    async with serving(models=("flux", "sd3"), model_aliases={"a/b": "sd3"}) as served:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+            assert [model.id async for model in client.models.list()] == ["flux", "sd3"]
+            assert (await client.models.retrieve("a/b")).id == "sd3"
+            for ask in (client.models.retrieve("dall-e-3"), client.images.generate(prompt="a", model="dall-e-3")):
+                with pytest.raises(openai.NotFoundError) as refused:
+                    await ask
+                assert (refused.value.param, refused.value.code) == ("model", "model_not_found")
+                assert "'dall-e-3' is not served here; served: flux, sd3" in refused.value.message
+        assert (await served.http.get("/ready")).json()["models"] == ["flux", "sd3"]
+        assert not served.engine.handles
+
+
+async def test_a_server_of_one_model_draws_under_any_name_and_says_so(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        response = await client.images.generate(prompt="a star", model="dall-e-3")
+    assert response.model == "shapes"  # type: ignore[attr-defined]
+    (warning,) = response.warnings  # type: ignore[attr-defined]
+    assert warning.startswith("model: 'dall-e-3' is not served here; shapes drew")
+    refused = await served.post(model=3)
+    assert refused.status_code == 400 and error_of(refused)["param"] == "model"
+
+
 async def test_models_health_and_ready(served: Served) -> None:
     async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
         assert [model.id async for model in client.models.list()] == ["shapes"]
         assert (await client.models.retrieve("shapes")).owned_by == "tetrion"
     assert (await served.http.get("/health")).json() == {"status": "ok"}
     ready = (await served.http.get("/ready")).json()
-    assert ready["status"] == "ready" and ready["model"] == "shapes" and ready["num_alive"] == 2
+    assert ready["status"] == "ready" and ready["models"] == ["shapes"] and ready["num_alive"] == 2
 
 
 async def test_before_the_engine_is_ready(served: Served) -> None:

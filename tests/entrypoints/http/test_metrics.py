@@ -58,7 +58,7 @@ async def test_joules_by_resolution_phase_and_state_add_up_to_the_counter(served
     joules = {key[1]: value for key, value in found.items() if key[0] == "tetrion_energy_joules_total"}
     denoise = labels(model="shapes", resolution="512x512", phase="denoise", state="active")
     assert joules[denoise] == 900.0 and sum(joules.values()) == METERED.counter_j
-    assert joules[labels(model="shapes", resolution="", phase="", state="idle")] == 50.0
+    assert joules[labels(model="", resolution="", phase="", state="idle")] == 50.0
     assert found["tetrion_gpu_power_watts", labels(gpu="GPU-a")] == 650.5
     assert found["tetrion_cpu_energy_joules_total", ()] == 12.0
     errors = ("identity_error", "unattributed_share", "raw_error", "model_error")
@@ -97,7 +97,7 @@ async def test_before_the_engine_runs_there_is_nothing_to_tell(served: Served) -
 
 async def test_pictures_fall_into_buckets_up_to_51_kilojoules(served: Served) -> None:
     metrics = Metrics(served.engine)  # type: ignore[arg-type]
-    request = ImageRequest(prompt="x", width=256, height=256, num_steps=2, seed=1)
+    request = ImageRequest(prompt="x", model="shapes", width=256, height=256, num_steps=2, seed=1)
     for joules in (70.0, 51_000.0, 60_000.0):
         receipt = Receipt(method="nvml", active_j=joules, idle_share_j=1.0, phases=PhaseJoules(denoise=joules))
         metrics.observe(msgspec.structs.replace(draw(request), energy=receipt))

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.executors.fleet.forked import ForkedWorker, ForkServer
 from tetrion.engine.executors.fleet.segments import Segments, inherited
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import Event, Ping, Pong, Shutdown, Started
-from tetrion.engine.models.locate import resolve_model
 from tetrion.engine.transport.channel import create_channel, send_to_all
 from tetrion.engine.worker import fork_server
 
@@ -58,7 +58,7 @@ class Employer:
 
     def __init__(self, server: ForkServer) -> None:
         config = EngineConfig(devices="cpu:1", num_threads=1)
-        self.segments = Segments(parse_devices("cpu:1"), read_model_spec(resolve_model("shapes")), config)
+        self.segments = Segments(parse_devices("cpu:1"), [read_model_spec(resolve_model("shapes"))], config)
         self.channel = create_channel("worker")
         self.life_fd, worker_life_fd = os.pipe()
         spec = self.segments.worker_spec(parse_devices("cpu:1")[0], self.channel.spec, worker_life_fd)

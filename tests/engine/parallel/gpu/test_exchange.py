@@ -4,6 +4,7 @@ They take the host's GPUs in turn (marker `gpu`), with slabs mapped through IPC 
 graphs; without a GPU their kernels are interpreted.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,9 @@ OTHER_SHAPE = {"text": [1], "image": 40}
 GUIDED = {"text": [5, 3], "image": 22}
 SAME_TEXT = {"text": [6, 6], "image": 9}
 NO_TEXT = {"text": [7, 0], "image": 13}
-TOLERANCE = 3e-2 if ON_GPU else 1e-5
+TOLERANCE, STEPS_TOLERATED = 3e-2 if ON_GPU else 1e-5, 6
+IDS = itertools.count(1000)
+"""Of states: an earlier test's may still be in a slot, further than what is pulled."""
 
 
 @pytest.fixture(scope="module", params=MEMORY)
@@ -53,7 +56,7 @@ def run(fleet: DeviceFleet, operations: Operations) -> None:
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
 def test_any_degree_gives_the_bits_of_one_device(fleet: DeviceFleet, degree: int, shape: dict[str, Any]) -> None:
     """With two branches 2 and 4 are apart, 3 in turn."""
-    life, operations = Life(2, 3000 + degree, 1, shape), nothing()
+    life, operations = Life(2, next(IDS), 1, shape), nothing()
     operations[1].append(life.encode())
     life.denoise([3, 1, 0, 2][:degree], 1, operations)
     run(fleet, operations)
@@ -63,11 +66,12 @@ def test_any_degree_gives_the_bits_of_one_device(fleet: DeviceFleet, degree: int
 def check(fleet: DeviceFleet, life: Life) -> None:
     """Every holder has the bits of one device, which has the arithmetic of a CPU worker."""
     expected, reference = alone(fleet, life), in_this_process(device_spec(), life)
+    tolerance = TOLERANCE * max(1.0, life.step_index / STEPS_TOLERATED)  # what is rounded adds up
     for device in life.holders:
         for ours, theirs in zip(state(fleet, device, life.slot["slot"], life.shape), expected, strict=True):
             assert torch.equal(ours, theirs), f"device {device}: {(ours - theirs).abs().max()}"
     for ours, theirs in zip(expected, reference, strict=True):
-        assert (ours.view_as(theirs) - theirs).norm() <= TOLERANCE * theirs.norm()
+        assert (ours.view_as(theirs) - theirs).norm() <= tolerance * theirs.norm()
 
 
 SCHEDULES: list[tuple[dict[str, Any], list[tuple[list[int], int]]]] = [
@@ -82,7 +86,7 @@ def test_any_schedule_gives_the_bits_of_one_device(
     fleet: DeviceFleet, shape: dict[str, Any], schedule: list[tuple[list[int], int]]
 ) -> None:
     """Groups grow, shrink and move; newcomers pull from members and from devices that have left."""
-    life, operations = Life(1, 4000 + len(schedule), 0, shape), nothing()
+    life, operations = Life(1, next(IDS), 0, shape), nothing()
     operations[0].append(life.encode())
     for members, chunk_steps in schedule:
         life.denoise(members, chunk_steps, operations)
@@ -92,7 +96,11 @@ def test_any_schedule_gives_the_bits_of_one_device(
 
 def test_turned_pictures_of_one_size_do_not_share_what_is_theirs(fleet: DeviceFleet) -> None:
     """The same shapes, in turn and apart: what a shape has in one place is another's every time."""
-    first, second, operations = Life(0, 4501, 0, SAME_TEXT), Life(1, 4502, 0, SAME_TEXT | {"turned": 1}), nothing()
+    first, second, operations = (
+        Life(0, next(IDS), 0, SAME_TEXT),
+        Life(1, next(IDS), 0, SAME_TEXT | {"turned": 1}),
+        nothing(),
+    )
     operations[0] += [first.encode(), second.encode()]
     for ours, theirs in (([0, 1], [1, 0]), ([0, 1], [0, 1]), ([1, 0], [1])):
         first.denoise(ours, 1, operations)
@@ -104,7 +112,7 @@ def test_turned_pictures_of_one_size_do_not_share_what_is_theirs(fleet: DeviceFl
 
 def test_requests_alternate_on_the_same_devices(fleet: DeviceFleet) -> None:
     """Disjoint and overlapping groups, two shapes, slots of their own."""
-    first, second, operations = Life(0, 5001, 1, GUIDED), Life(2, 5002, 2, OTHER_SHAPE), nothing()
+    first, second, operations = Life(0, next(IDS), 1, GUIDED), Life(2, next(IDS), 2, OTHER_SHAPE), nothing()
     operations[1].append(first.encode())
     operations[2].append(second.encode())
     for ours, theirs in (([1, 0], [2]), ([0], [1, 2]), ([0, 1, 2], [1])):
@@ -116,18 +124,18 @@ def test_requests_alternate_on_the_same_devices(fleet: DeviceFleet) -> None:
 
 
 def test_pull_copies_the_state_for_a_decode(fleet: DeviceFleet) -> None:
-    life, operations = Life(1, 6001, 2, GUIDED), nothing()
+    life, operations = Life(1, next(IDS), 2, GUIDED), nothing()
     operations[2].append(life.encode())
     operations[0].append({"op": "pull", "source": 2, "step_index": 0, **life.slot, **GUIDED})
     run(fleet, operations)
     for ours, theirs in zip(state(fleet, 0, 1, GUIDED), state(fleet, 2, 1, GUIDED), strict=True):
         assert torch.equal(ours, theirs) and ours.any()
     found = fleet.run({0: [{"op": "version", "slot": 1}]})
-    assert found == {0: [slot_version(6001, 0)]}
+    assert found == {0: [slot_version(life.slot["state_id"], 0)]}
 
 
 def test_pull_refuses_a_state_that_is_too_far(fleet: DeviceFleet) -> None:
-    life, operations = Life(1, 6002, 2, SHAPE), nothing()
+    life, operations = Life(1, next(IDS), 2, SHAPE), nothing()
     operations[2].append(life.encode())
     life.denoise([2], 2, operations)
     run(fleet, operations)
@@ -138,7 +146,7 @@ def test_pull_refuses_a_state_that_is_too_far(fleet: DeviceFleet) -> None:
 
 def test_an_abort_ends_a_wait_and_nothing_is_published(fleet: DeviceFleet) -> None:
     """Device 1 never comes. Device 0's state stays as it was before it entered; device 2's as it was, too."""
-    life, other, operations = Life(1, 7001, 0, SHAPE), Life(2, 7002, 2, SHAPE), nothing()
+    life, other, operations = Life(1, next(IDS), 0, SHAPE), Life(2, next(IDS), 2, SHAPE), nothing()
     operations[0].append(life.encode())
     operations[2].append(other.encode())
     run(fleet, operations)
@@ -154,13 +162,13 @@ def test_an_abort_ends_a_wait_and_nothing_is_published(fleet: DeviceFleet) -> No
     for old, new in zip(before, (state(fleet, 0, 1, SHAPE), state(fleet, 2, 2, SHAPE)), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
     found = fleet.run({d: [{"op": "version", "slot": 1}] for d in (0, 2)})
-    assert found[0] == [slot_version(7001, 0)]
+    assert found[0] == [slot_version(life.slot["state_id"], 0)]
     fleet.send(0, other.encode(), {"op": "check"})
     assert "aborted" in fleet.receive(0), "an aborted device must not go on before it is reset"
     fleet.reset()
     nobody = [0] * NUM_DEVICES
     assert fleet.run({d: [{"op": "counts"}] for d in range(NUM_DEVICES)}) == {d: [nobody] for d in range(NUM_DEVICES)}
-    assert_all_work(fleet, 7003)
+    assert_all_work(fleet)
 
 
 LEAVERS = {
@@ -175,7 +183,7 @@ LEAVERS = {
 def test_a_chunk_aborted_half_way_leaves_no_readable_state(fleet: DeviceFleet, case: str) -> None:
     """Device 1 enters and leaves after one step of two: everybody else waits for it, or for somebody who does."""
     members, _ = LEAVERS[case]
-    life, operations = Life(1, 7101, 0, GUIDED), nothing()
+    life, operations = Life(1, next(IDS), 0, GUIDED), nothing()
     operations[0].append(life.encode())
     run(fleet, operations)
     operations = nothing()
@@ -193,13 +201,13 @@ def test_a_chunk_aborted_half_way_leaves_no_readable_state(fleet: DeviceFleet, c
     found = fleet.run({device: [{"op": "version", "slot": 1}] for device in others})
     assert found == {device: [INVALID_VERSION] for device in others}
     fleet.reset()
-    assert_all_work(fleet, 7102)
+    assert_all_work(fleet)
 
 
 @pytest.mark.parametrize("pulled", ["constants", "state"])
 def test_an_abort_ends_a_newcomers_wait_for_its_source(fleet: DeviceFleet, pulled: str) -> None:
     """Device 2 has another request's state, or has this one's but not that far."""
-    life, operations = Life(1, 7201, 2, GUIDED), nothing()
+    life, operations = Life(1, next(IDS), 2, GUIDED), nothing()
     if pulled == "state":
         operations[2].append(life.encode())
         run(fleet, {2: operations[2]})
@@ -207,13 +215,13 @@ def test_an_abort_ends_a_newcomers_wait_for_its_source(fleet: DeviceFleet, pulle
     assert not fleet.has_answered(0, 0.5)
     fleet.abort.set(0)
     assert "aborted" in fleet.receive(0)
-    assert fleet.run({0: [{"op": "version", "slot": 1}]}) != {0: [slot_version(7201, 1)]}
+    assert fleet.run({0: [{"op": "version", "slot": 1}]}) != {0: [slot_version(life.slot["state_id"], 1)]}
     fleet.reset()
-    assert_all_work(fleet, 7202)
+    assert_all_work(fleet)
 
 
-def assert_all_work(fleet: DeviceFleet, state_id: int) -> None:
-    life, operations = Life(1, state_id, 1, GUIDED), nothing()
+def assert_all_work(fleet: DeviceFleet) -> None:
+    life, operations = Life(1, next(IDS), 1, GUIDED), nothing()
     operations[1].append(life.encode())
     life.denoise([2, 0, 1, 3], 1, operations)
     run(fleet, operations)
@@ -221,7 +229,7 @@ def assert_all_work(fleet: DeviceFleet, state_id: int) -> None:
 
 
 def test_a_killed_peer_is_survived_and_replaced(fleet: DeviceFleet) -> None:
-    life, operations = Life(1, 8001, 0, SHAPE), nothing()
+    life, operations = Life(1, next(IDS), 0, SHAPE), nothing()
     operations[0].append(life.encode())
     run(fleet, operations)
     operations = nothing()
@@ -234,10 +242,10 @@ def test_a_killed_peer_is_survived_and_replaced(fleet: DeviceFleet) -> None:
         fleet.abort.set(device)
     assert all("aborted" in fleet.receive(device) for device in (0, 2))
     fleet.run({device: [{"op": "reset"}] for device in (0, 2)})
-    pair, operations = Life(0, 8002, 2, OTHER_SHAPE), nothing()
+    pair, operations = Life(0, next(IDS), 2, OTHER_SHAPE), nothing()
     operations[2].append(pair.encode())
     pair.denoise([2, 0], 2, operations)
     run(fleet, {device: operations[device] for device in (0, 2)})
     check(fleet, pair)
     fleet.replace(1)
-    assert_all_work(fleet, 8003)
+    assert_all_work(fleet)

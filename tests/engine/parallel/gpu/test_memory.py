@@ -174,7 +174,7 @@ def test_a_fleet_changes_over_to_host_memory() -> None:
         fleet.reserve()
         fleet.host_memory = True
         fleet.map({0: [], 1: []})
-        shape, life = {"num_text": 5, "num_image": 22}, {"slot": 1, "state_id": 9}
+        shape, life = {"text": [5], "image": 22}, {"slot": 1, "state_id": 9}
         pull = {"op": "pull", "source": 0, "step_index": 0, **life, **shape}
         check = {"op": "check"}
         fleet.run({0: [{"op": "encode", **life, **shape}, check], 1: [pull, check]})

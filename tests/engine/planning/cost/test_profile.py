@@ -19,8 +19,8 @@ def test_a_table_written_by_hand_works() -> None:
     profile = parse_profile(BY_HAND)
     assert profile.degrees("1024x1024") == (1, 2, 4)
     assert profile.step_s("1024x1024", 2) == pytest.approx(0.1057)
-    assert profile.encode_s("1024x1024") == pytest.approx(0.025)
-    assert profile.decode_s("1024x1024") == pytest.approx(0.120)
+    assert profile.cost("1024x1024").aux_s["encode"] == pytest.approx(0.025)
+    assert profile.cost("1024x1024").aux_s["decode"] == pytest.approx(0.120)
     assert profile.gpu == "H100"
     assert profile.classes["1024x1024"].step_j == {1: 90.5}
     assert parse_profile(msgspec.json.encode(profile)) == profile
@@ -71,7 +71,7 @@ def test_estimates_grow_with_the_picture_and_are_positive(sides: list[int]) -> N
         times = [profile.step_s(f"{side}x{side}", degree) for side in sizes]
         assert all(time_s > 0 for time_s in times)
         assert all(small <= large * (1 + 1e-9) for small, large in itertools.pairwise(times))
-    assert all(profile.decode_s(f"{side}x{side}") > 0 for side in sizes)
+    assert all(profile.cost(f"{side}x{side}").aux_s["decode"] > 0 for side in sizes)
 
 
 def test_estimates_lie_between_the_neighbours() -> None:
@@ -93,8 +93,8 @@ def test_noise_cannot_make_a_larger_picture_cheaper() -> None:
 def test_one_class_scales_with_its_tokens_and_free_stages_stay_free() -> None:
     profile = make_profile({"64x64": {"step_ms": {1: 10.0, 2: 6.0}, "encode_ms": 0, "decode_ms": 0}})
     assert profile.step_s("128x64", 2) == pytest.approx(0.012)
-    assert profile.encode_s("64x64") == 0
-    assert 0 <= profile.decode_s("128x128") < 1e-6
+    assert profile.cost("64x64").aux_s["encode"] == 0
+    assert 0 <= profile.cost("128x128").aux_s["decode"] < 1e-6
 
 
 def test_degrees_that_the_table_lacks_are_not_offered_but_can_be_estimated() -> None:
@@ -165,7 +165,7 @@ def test_two_branches_go_in_turn_at_odd_degrees_and_apart_at_even_ones(degree: i
     one, two = profile.cost("640x384"), profile.cost("640x384*2")
     assert two.is_estimated and degree in two.degrees
     assert two.step_s(degree) == pytest.approx(2 * one.step_s(degree) if degree % 2 else one.step_s(degree // 2))
-    assert two.encode_s == pytest.approx(2 * one.encode_s) and two.decode_s == one.decode_s
+    assert two.aux_s == pytest.approx({"encode": 2 * one.aux_s["encode"], "decode": one.aux_s["decode"]})
 
 
 def test_joules_of_two_branches_are_twice_those_of_one() -> None:
@@ -178,7 +178,7 @@ def test_a_table_of_two_branches_prices_one() -> None:
     cost = {"step_ms": {1: 90.0, 2: 50.0, 4: 30.0}, "step_j": {2: 12.0}, "encode_ms": 2, "decode_ms": 1}
     one = make_profile({"64x64*2": cost}).cost("64x64")
     assert one.step_by_degree_s == pytest.approx({1: 0.050, 2: 0.030})
-    assert (one.encode_s, one.decode_s, one.step_by_degree_j) == (0.001, 0.001, {1: 6.0})
+    assert (one.aux_s, one.step_by_degree_j) == ({"encode": 0.001, "decode": 0.001}, {1: 6.0})
 
 
 @given(classes=TABLES, twos=two_branches, key=st.sampled_from(["256x256", "768x768", "256x512"]))
@@ -193,7 +193,7 @@ def test_classes_with_other_branches_say_nothing(
 @given(rows=st.lists(st.integers(0, 16384), min_size=2, max_size=2), key=st.sampled_from(["256x256", "1024x1024x9"]))
 def test_reference_rows_cost_steps_and_no_decode(rows: list[int], key: str) -> None:
     few, many = (flux_profile().cost(f"{key}+r{n}" if n else key) for n in sorted(rows))
-    assert few.decode_s == many.decode_s
+    assert few.aux_s["decode"] == many.aux_s["decode"]
     assert all(few.step_s(degree) <= many.step_s(degree) * (1 + 1e-9) for degree in few.degrees)
 
 

@@ -4,6 +4,7 @@ import math
 
 from tests.engine.planning.simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
@@ -26,13 +27,14 @@ def request(request_id: str, **fields: object) -> RequestView:
     return RequestView(request_id=request_id, **{**values, **fields})  # type: ignore[arg-type]
 
 
-def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **config: float) -> RoundPlan:
+def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **options: float) -> RoundPlan:
+    planner = PlannerConfig(options=HorizonOptions(**options))  # type: ignore[arg-type]
     snapshot = Snapshot(
         now_s=NOW_S,
-        requests=tuple(sorted(requests, key=lambda r: urgency(r, PlannerConfig(**config)))),
+        requests=tuple(sorted(requests, key=lambda r: urgency(r, planner))),
         devices=tuple(DeviceView(device_id=i, free_s=NOW_S + wait_s) for i, wait_s in enumerate(free_in_s)),
         costs=costs_of(profile or flux_profile()),
-        config=PlannerConfig(**config),
+        config=planner,
     )
     return get_planner("horizon")(snapshot)
 
@@ -187,7 +189,7 @@ def test_overload_with_slos_does_not_starve_those_without() -> None:
 def test_a_request_that_needs_all_devices_waits_for_a_short_one_and_not_for_a_long_one() -> None:
     """On two devices a step of 2048² takes 0.5 s longer on one: the short one is let through on both, not beside it."""
     cost = flux_profile().cost("2048x2048")
-    due_s = NOW_S + 10 * cost.step_s(2) + cost.decode_s + 1.0
+    due_s = NOW_S + 10 * cost.step_s(2) + cost.aux_s["decode"] + 1.0
     large = request("large", cost_key="2048x2048", step_index=18, deadline_s=due_s)
     short = request("short", cost_key="256x256", step_index=24, deadline_s=NOW_S + 1)
     long = request("long", step_index=22, deadline_s=NOW_S + 2)

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.policies.registry import get_planner
+from tetrion.engine.planning.horizon_options import HorizonOptions
+from tetrion.engine.planning.policies.registry import get_planner, with_options
 
 
 def test_known_names() -> None:
@@ -17,6 +18,25 @@ def test_known_names() -> None:
 def test_unknown_names_are_answered_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=rf"policy: expected one of horizon, fixed-K.*got '{re.escape(name)}'"):
         get_planner(name)
+
+
+def test_options_by_name_become_the_policys_own_struct() -> None:
+    read = with_options(PlannerConfig(options={"drop": "fraction"}))
+    assert read.options == HorizonOptions(drop="fraction") and with_options(read) is read
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "what"),
+    [
+        ("horizon", {"drop": "largest"}, r"planner\.options\.drop: Invalid enum value 'largest'"),
+        ("horizon", {"pace": 1}, r"planner\.options: .*unknown field `pace`"),
+        ("rssp", {"drop": "work"}, r"planner\.options: .*unknown field `drop`"),
+        ("fixed-2", HorizonOptions(), r"planner\.options: Expected `object`"),
+    ],
+)
+def test_options_that_a_policy_does_not_have_are_refused(policy: str, options: object, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        with_options(PlannerConfig(policy=policy, options=options))
 
 
 def test_planning_imports_no_torch_and_no_io() -> None:

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from tetrion.engine.families.locate import embedded_models, resolve_model
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.models.locate import embedded_models, resolve_model
 
 
 def test_embedded_name() -> None:
@@ -27,7 +27,7 @@ def test_neither(name) -> None:
 
 def test_engine_process_modules_import_no_torch() -> None:
     code = (
-        "import sys, tetrion.engine.models.locate as l; from tetrion.engine.families.registry import read_model_spec;"
+        "import sys, tetrion.engine.families.locate as l; from tetrion.engine.families.registry import read_model_spec;"
         "read_model_spec(l.resolve_model('shapes')); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tetrion.engine.models.locate import resolve_model
+from tetrion.engine.families.locate import resolve_model
 
 HUB_ID, REVISION = "someone/Small-Shapes", "0123456789abcdef0123456789abcdef01234567"
 UNWANTED = {"flux1.safetensors": b"one large file", "transformer/code.py": b"raise SystemExit", "vae/w.bin": b"pickle"}
 RESOLVE = (
-    "import sys; from tetrion.engine.models.locate import resolve_model; "
+    "import sys; from tetrion.engine.families.locate import resolve_model; "
     "from tetrion.engine.families.registry import read_model_spec; spec = read_model_spec(resolve_model(sys.argv[1])); "
     "print(spec.path, spec.name, spec.num_steps, spec.max_text_tokens)"
 )

@@ -1,0 +1,18 @@
+"""What a worker answers for a command that failed."""
+
+import torch
+
+from tetrion.engine.messages import Command, Failed, failed
+from tetrion.engine.parallel.cpu.barrier import Aborted
+
+MAX_MESSAGE_CHARS = 2000
+
+
+def failure_of(command: Command, device_id: int, error: Exception) -> Failed:
+    match error:
+        case Aborted():
+            return failed(command, device_id, "aborted", "aborted: another member of its group failed or was lost")
+        case MemoryError() | torch.OutOfMemoryError():
+            return failed(command, device_id, "out_of_memory", f"out of memory: {error}"[:MAX_MESSAGE_CHARS])
+        case _:
+            return failed(command, device_id, "error", f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS])
