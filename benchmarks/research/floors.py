@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
-from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.models.recording import Gemm, step_operators
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.research.commands import run
 from benchmarks.research.floors import fit, usual_shape, work_of
-from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.families.locate import resolve_model
+from tetrion.engine.families.registry import read_model_spec
 from tetrion.entrypoints.bench.extrapolation import read_floors
 
 RATES = np.array([700e12, 500e12, 4e12])
