@@ -163,11 +163,11 @@ def memory_facts(spec: ModelSpec, config: EngineConfig, kind: str, num_devices: 
     """The memory budget of one device, in bytes and in words."""
     from tetrion.engine.executors.fleet.segments import ITEMSIZE
     from tetrion.engine.models.memory_budget import memory_budget  # these import torch
-    from tetrion.engine.models.registry import components_of
+    from tetrion.engine.models.registry import all_components
     from tetrion.engine.parallel.layout import slab_layout
 
     layout = slab_layout([spec], num_devices, config.max_inflight, ITEMSIZE[kind])
-    budget = memory_budget([spec], {spec.name: components_of(spec, config.load_format)}, layout)
+    budget = memory_budget([spec], all_components([spec], config.load_format), layout)
     return msgspec.to_builtins(budget) | {"num_bytes": budget.num_bytes, "text": budget.describe()}
 
 
