@@ -13,7 +13,7 @@ HEADINGS = (
     ("95 %", 14),
     ("to first", 22),
     ("possible", 16),
-    ("worst class", 18),
+    ("worst class", 28),
     ("mean s", 9),
     ("p95 s", 9),
     ("p99 s", 9),
