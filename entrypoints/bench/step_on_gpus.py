@@ -17,9 +17,12 @@ from tetrion.engine.config import DeviceSpec, EngineConfig
 from tetrion.engine.errors import GenerationError
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.hardware.nvml import gpu_facts
-from tetrion.engine.measure.probe import Probe, Size
+from tetrion.engine.measure.probe import PROMPT, Probe, Size
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
+from tetrion.engine.request import ImageRequest
+from tetrion.engine.resolve import resolve_request
+from tetrion.engine.shape import StepShape
 from tetrion.entrypoints.bench.line_process import LineProcess, ProcessFailed
 from tetrion.entrypoints.bench.rank_group import run_ranks
 from tetrion.entrypoints.bench.step_points import exactness, idle_gaps, px_of, resize_every_step, time_floor, time_step
@@ -195,12 +198,17 @@ class StepBench:
     def _profile(self) -> Profile | None:
         """The steps just timed, for the engine's own loop to plan with; None if there are none."""
         steps: dict[str, dict[int, float]] = {}
+        keys = {px_of(size): self._usual_shape(size).cost_key for size in self._sizes()}
         for row in self._record.rows:
-            if row["system"] == OURS and row["ms"] is not None:
-                px = row["px"] if isinstance(row["px"], str) else f"{row['px']}x{row['px']}"
-                steps.setdefault(px, {})[row["degree"]] = row["ms"]
-        classes = {px: ClassCost(step_ms=ms, encode_ms=10.0, decode_ms=50.0) for px, ms in steps.items()}
+            if row["system"] == OURS and row["ms"] is not None and row["px"] in keys:
+                steps.setdefault(keys[row["px"]], {})[row["degree"]] = row["ms"]
+        classes = {key: ClassCost(step_ms=ms, encode_ms=10.0, decode_ms=50.0) for key, ms in steps.items()}
         return Profile(heads=self._spec.num_heads, classes=classes) if classes else None
+
+    def _usual_shape(self, size: Size) -> StepShape:
+        """Of a picture of this size, guided as the model is unless told otherwise."""
+        asked = ImageRequest(prompt=PROMPT, width=size[0], height=size[1])
+        return resolve_request(asked, self._spec, len(self._devices)).params.shape
 
     # Others -------------------------------------------------------------------------------------------------------
 
@@ -218,6 +226,7 @@ class StepBench:
             "transformer": str(Path(self._spec.path) / "transformer"),
             "device": self._devices[0].kind,
             "num_text": self._spec.max_text_tokens,
+            "num_branches": self._usual_shape(lacking[0][0]).num_branches,
             "sizes": [[name, size[0] // unit, size[1] // unit] for name, (size, _) in points.items()],
             "seconds": self._options.seconds,
             "until_s": self._until_s - self._options.seconds,

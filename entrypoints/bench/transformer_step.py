@@ -1,6 +1,7 @@
-"""One rank's part in timing a FLUX.1 transformer of another system: its inputs, sustained steps, answers.
+"""One rank's part in timing another system's transformer: sustained steps, answers.
 
-Knows a transformer only as a module with diffusers' `forward`; which one it is and how it is parallel is the caller's.
+Knows a transformer only as a module with diffusers' `forward`, whose arguments are in `diffusers_inputs.py`; how it is
+parallel is the caller's.
 """
 
 import json
@@ -9,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tetrion.entrypoints.bench.diffusers_inputs import INPUTS, StepSize
 from tetrion.entrypoints.bench.line_process import TAIL_CHARS, claim_stdout
 
+GUIDANCE = 4.5
 BATCH_S = 0.25
 MIN_BATCHES = 3
 Step = Callable[[], object]
@@ -25,7 +29,8 @@ Step = Callable[[], object]
 
 class StepJob(msgspec.Struct, frozen=True, kw_only=True):
     """`transformer`: folder of its config.json. `sizes`: (width, height) in tokens, with the number they go by.
-    `seconds`: how long each is timed. `until_s`: CLOCK_MONOTONIC; nothing is begun after it."""
+    `seconds`: how long each is timed. `until_s`: CLOCK_MONOTONIC; nothing is begun after it. `num_branches`: of
+    classifier-free guidance."""
 
     transformer: str
     device: str
@@ -33,6 +38,7 @@ class StepJob(msgspec.Struct, frozen=True, kw_only=True):
     sizes: list[tuple[str, int, int]]
     seconds: float
     until_s: float
+    num_branches: int = 1
     compiled: bool = False
 
 
@@ -49,6 +55,12 @@ def device_of(job: StepJob) -> torch.device:
     device = torch.device("cuda", int(os.environ["RANK"]))
     torch.cuda.set_device(device)
     return device
+
+
+def class_name(job: StepJob) -> str:
+    """Of the transformer, as its config.json names it."""
+    config: dict[str, Any] = json.loads((Path(job.transformer) / "config.json").read_text())
+    return str(config["_class_name"])
 
 
 def new_transformer(model: type[Any], job: StepJob, device: torch.device) -> Any:
@@ -97,29 +109,24 @@ def time_size(transformer: nn.Module, job: StepJob, width: int, height: int) -> 
 
 
 def step_of(transformer: Any, job: StepJob, width: int, height: int) -> Step:
-    """One denoising step on random inputs: the transformer and the Euler update."""
-    weight, config = next(transformer.parameters()), transformer.config
+    """One denoising step on random inputs, as diffusers' pipelines do it: the transformer, on all guidance branches at
+    once, guidance, and the Euler update."""
+    weight = next(transformer.parameters())
     generator = torch.Generator(weight.device).manual_seed(1)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
 
-    latents, text = random(1, width * height, config.in_channels), random(1, job.num_text, config.joint_attention_dim)
-    ids = torch.zeros(height, width, 3, device=weight.device)
-    ids[..., 1] = torch.arange(height, device=weight.device)[:, None]
-    ids[..., 2] = torch.arange(width, device=weight.device)[None]
-    inputs = {
-        "hidden_states": latents,
-        "encoder_hidden_states": text,
-        "pooled_projections": random(1, config.pooled_projection_dim),
-        "timestep": torch.full((1,), 0.5, device=weight.device, dtype=weight.dtype),
-        "guidance": torch.full((1,), 3.5, device=weight.device) if config.guidance_embeds else None,
-        "img_ids": ids.view(-1, 3),
-        "txt_ids": torch.zeros(job.num_text, 3, device=weight.device),
-    }
+    size = StepSize(job.num_text, width, height, job.num_branches)
+    latents, others = INPUTS[class_name(job)](transformer.config, size, random)
+    guided = job.num_branches > 1
 
     def step() -> None:
-        (velocity,) = transformer(**inputs, return_dict=False)
+        batch = torch.cat([latents] * job.num_branches) if guided else latents
+        (velocity,) = transformer(hidden_states=batch, **others, return_dict=False)
+        if guided:
+            negative, positive = velocity.chunk(2)
+            velocity = negative + GUIDANCE * (positive - negative)
         torch.add(latents, velocity, alpha=-0.03)
 
     return step

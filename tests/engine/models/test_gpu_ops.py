@@ -1,6 +1,7 @@
 """The GPU's operators (kernels interpreted here) against the plain ones, and each row's independence of the others."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,22 +14,40 @@ from tetrion.engine.models.ops import Linear, Ops, ReferenceOps
 from tetrion.kernels.reference import Branch
 
 STEPS, STEP = 3, 2
-SIZES = {"cpu": (150, 96, 160, 16), "cuda": (1150, 3072, 12288, 64)}
-"""Rows, C, hidden and narrow channels: on a GPU FLUX.1's, for which row exactness was measured."""
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
+
+
+class Sizes(NamedTuple):
+    """Rows, C, hidden and narrow channels."""
+
+    num_rows: int
+    C: int
+    hidden: int
+    narrow: int
+
+
+TINY = Sizes(150, 96, 288, 16)
+SIZES = [
+    pytest.param(
+        "cpu",
+        TINY,
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter"),
+        id="tiny",
+    ),
+    pytest.param("cuda", Sizes(1150, 3072, 12288, 64), marks=pytest.mark.gpu, id="FLUX.1"),
+    pytest.param("cuda", Sizes(1150, 1536, 6144, 64), marks=pytest.mark.gpu, id="SD3-medium"),
+    pytest.param("cuda", Sizes(1150, 2432, 9728, 64), marks=pytest.mark.gpu, id="SD3.5-large"),
 ]
 
 
 class Tensors:
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, device: str, sizes: Sizes, dtype: torch.dtype) -> None:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, device=device).to(dtype)
 
-        self.num_rows, C, hidden, narrow = SIZES[device]
+        self.num_rows, C, hidden, narrow = sizes
         self.square = Linear(random(C, C) / C**0.5, random(C))
         self.up = Linear(random(hidden, C) / C**0.5, random(hidden))
+        self.down = Linear(random(C, hidden) / hidden**0.5, random(C))
         self.joined = Linear(random(C, C + hidden) / hidden**0.5, random(C))
         self.narrow = Linear(random(narrow, C) / C**0.5, random(narrow))
         self.table = random(STEPS, 2, C)
@@ -38,6 +57,7 @@ class Tensors:
 Apply = Callable[[Ops, Tensors, slice, Tensor, Tensor], Tensor]
 OPERATORS: dict[str, Apply] = {
     "linear": lambda ops, t, rows, a, b: ops.linear(t.x[rows], t.square),
+    "linear of long sums": lambda ops, t, rows, a, b: ops.linear(t.hidden[rows], t.down),
     "gelu_linear": lambda ops, t, rows, a, b: ops.gelu_linear(t.x[rows], t.up),
     "joined_linear": lambda ops, t, rows, a, b: ops.joined_linear(t.x[rows], t.hidden[rows], t.joined),
     "narrow_linear": lambda ops, t, rows, a, b: ops.narrow_linear(t.x[rows], t.narrow),
@@ -57,9 +77,9 @@ def fresh_numbers() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("device", DEVICES)
-def test_equals_the_reference_at_the_counters_step(device: str, name: str) -> None:
-    tensors = Tensors(device, torch.float32)
+@pytest.mark.parametrize(("device", "sizes"), SIZES)
+def test_equals_the_reference_at_the_counters_step(device: str, sizes: Sizes, name: str) -> None:
+    tensors = Tensors(device, sizes, torch.float32)
     ops, apply = GpuOps(torch.tensor([STEP], dtype=torch.int32, device=device)), OPERATORS[name]
     result = apply(ops, tensors, slice(None), *tensors.table.unbind(1))
     step = torch.tensor([STEP], dtype=torch.int32)
@@ -69,18 +89,19 @@ def test_equals_the_reference_at_the_counters_step(device: str, name: str) -> No
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_row_does_not_depend_on_the_others(device: str, name: str) -> None:
-    tensors = Tensors(device, torch.float32 if device == "cpu" else torch.bfloat16)
+@pytest.mark.parametrize(("device", "sizes"), SIZES)
+def test_a_row_does_not_depend_on_the_others(device: str, sizes: Sizes, name: str) -> None:
+    tensors = Tensors(device, sizes, torch.float32 if device == "cpu" else torch.bfloat16)
     ops, apply = GpuOps(torch.tensor([STEP], dtype=torch.int32, device=device)), OPERATORS[name]
     vectors = tensors.table.unbind(1)
     whole = apply(ops, tensors, slice(None), *vectors)
-    for rows in (slice(0, 1), slice(3, MIN_ROWS), slice(40, 40 + MIN_ROWS), slice(50, tensors.num_rows)):
+    ends = (1, MIN_ROWS, 128, 167, 256, 333, 576, tensors.num_rows)
+    for rows in (*(slice(3, 3 + count) for count in ends[:-1]), *(slice(40, end) for end in ends[1:])):
         assert torch.equal(apply(ops, tensors, rows, *vectors), whole[rows]), f"{name} of rows {rows}"
 
 
 def test_no_tokens_are_no_problem() -> None:
-    tensors, step = Tensors("cpu", torch.float32), torch.zeros(1, dtype=torch.int32)
+    tensors, step = Tensors("cpu", TINY, torch.float32), torch.zeros(1, dtype=torch.int32)
     for name, apply in OPERATORS.items():
         result = apply(GpuOps(step), tensors, slice(4, 4), *tensors.table.unbind(1))
         assert result.shape[0] == 0, name
@@ -88,7 +109,7 @@ def test_no_tokens_are_no_problem() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, NARROW_ROWS, NARROW_ROWS + 1])
 def test_narrow_linear_covers_every_row(num_rows: int) -> None:
-    tensors, step = Tensors("cpu", torch.float32), torch.zeros(1, dtype=torch.int32)
+    tensors, step = Tensors("cpu", TINY, torch.float32), torch.zeros(1, dtype=torch.int32)
     x = torch.randn(num_rows, tensors.x.shape[1])
     result = GpuOps(step).narrow_linear(x, tensors.narrow)
     expected = ReferenceOps(step).narrow_linear(x, tensors.narrow)

@@ -4,12 +4,17 @@ import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tetrion.entrypoints.bench.rank_group import run_ranks
+from tetrion.entrypoints.bench.transformer_step import StepJob, step_of
 
+MODULE = "tetrion.entrypoints.bench.diffusers_step"
 TOY = {
     "_class_name": "FluxTransformer2DModel",
     "in_channels": 4,
@@ -38,14 +43,66 @@ def job(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_diffusers_times_every_size(job: dict[str, Any]) -> None:
-    answers, reason = run_ranks("tetrion.entrypoints.bench.diffusers_step", job, [0], 150)
+    answers, reason = run_ranks(MODULE, job, [0], 150)
     assert reason is None and [answer["name"] for answer in answers] == ["small", "wide"]
     assert all(answer["ms"] > 0 for answer in answers)
 
 
+TOY_SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 8,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+}
+
+
+@pytest.mark.parametrize("num_branches", [1, 2])
+def test_sd3_is_timed_with_guidance_and_without(job: dict[str, Any], num_branches: int) -> None:
+    (Path(job["transformer"]) / "config.json").write_text(json.dumps(TOY_SD3))
+    answers, reason = run_ranks(MODULE, job | {"num_branches": num_branches}, [0], 150)
+    assert reason is None and [answer["name"] for answer in answers] == ["small", "wide"]
+    assert all(answer["ms"] > 0 for answer in answers)
+
+
+def test_what_diffusers_cannot_split_says_so(job: dict[str, Any]) -> None:
+    (Path(job["transformer"]) / "config.json").write_text(json.dumps(TOY_SD3))
+    answers, reason = run_ranks(MODULE, job, [0, 1], 150)
+    assert answers == [] and reason is not None and "SD3Transformer2DModel knows no context parallelism" in reason
+
+
+def test_a_guided_step_evaluates_both_branches_at_once_and_guides(tmp_path: Path) -> None:
+    calls: list[Tensor] = []
+
+    class Recorder(torch.nn.Module):
+        config = SimpleNamespace(**TOY_SD3, patch_size=2)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, hidden_states: Tensor, **others: Any) -> tuple[Tensor]:
+            calls.append(hidden_states)
+            assert {len(value) for name, value in others.items() if name != "return_dict"} == {2}
+            return (hidden_states,)
+
+    (tmp_path / "config.json").write_text(json.dumps(TOY_SD3))
+    job = StepJob(transformer=str(tmp_path), device="cpu", num_text=6, sizes=[], seconds=1, until_s=0, num_branches=2)
+    step_of(Recorder(), job, 4, 3)()
+    (batch,) = calls
+    assert batch.shape == (2, 4, 6, 8) and torch.equal(batch[0], batch[1])
+
+
 def test_nothing_is_begun_after_the_time_is_up(job: dict[str, Any]) -> None:
     job["until_s"] = time.monotonic()
-    assert run_ranks("tetrion.entrypoints.bench.diffusers_step", job, [0], 150) == ([], None)
+    assert run_ranks(MODULE, job, [0], 150) == ([], None)
 
 
 @pytest.mark.skipif(find_spec("xfuser") is not None, reason="xfuser is installed")
