@@ -60,14 +60,12 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`meter`: auto (NVML's counters where the devices are GPUs, else none), nvml, model (the profile's joules), none,
-    or `replay:FILE` (recorded readings). `carbon`: grams of CO₂e per kWh, a CSV by hour or a URL (see
-    `energy/carbon.py`); None: none is reported. `carbon_token_file`: the token for a URL; `carbon_timeout_s`: how long
-    it may take to answer. `period_s`: the shortest time between two readings (see `energy/sampler.py`)."""
+    or `replay:FILE` (recorded readings). `carbon`: grams of CO₂e per kWh, for receipts; None: unknown, unless whoever
+    embeds the engine says it (`AsyncEngine`). `period_s`: the shortest time between two readings (see
+    `energy/sampler.py`)."""
 
     meter: Annotated[str, Meta(pattern="^(auto|nvml|model|none|replay:.+)$")] = "auto"
-    carbon: str | None = None
-    carbon_token_file: str | None = None
-    carbon_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    carbon: float | None = None
     period_s: Annotated[float, Meta(ge=0.02, le=10)] = 0.1
     window_s: Annotated[float, Meta(ge=5, le=600)] = 5.0
 

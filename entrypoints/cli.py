@@ -35,13 +35,7 @@ def engine_options(command: Command) -> Command:
             multiple=True,
             help="A setting of the planner, such as energy=least-energy; may be repeated.",
         ),
-        click.option(
-            "--carbon-timeout-s",
-            type=click.FloatRange(0, 60, min_open=True),
-            help="How long a --carbon URL may take to answer. Default: 5.",
-        ),
-        click.option("--carbon-token-file", metavar="FILE", help="Token for a --carbon URL."),
-        click.option("--carbon", metavar="G|CSV|URL", help="Grams of CO₂e per kWh, for receipts. Default: none given."),
+        click.option("--carbon", type=float, metavar="G", help="Grams of CO₂e per kWh, for receipts."),
         click.option("--meter", metavar="NAME", help="Energy: auto (default), nvml, model, none or replay:FILE."),
         click.option(
             "--profile", metavar="FILE", help="Cost table made by `tetrion profile`. Default: see that command's help."

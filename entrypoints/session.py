@@ -18,7 +18,7 @@ from tetrion.entrypoints.errors import InputError
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
 
-METERING = ("meter", "carbon", "carbon_token_file", "carbon_timeout_s")
+METERING = ("meter", "carbon")
 EngineFactory = Callable[[EngineConfig], "AsyncEngine"]
 
 
@@ -35,9 +35,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     planner: tuple[str, ...] = ()
     """`KEY=VALUE` each: fields of `PlannerConfig` and options of its policy."""
     meter: str | None = None
-    carbon: str | None = None
-    carbon_token_file: str | None = None
-    carbon_timeout_s: float | None = None
+    carbon: float | None = None
 
 
 def engine_config(options: EngineOptions) -> EngineConfig:
