@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
@@ -78,7 +79,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         now_s=NOW_S,
         requests=tuple(sorted(requests, key=lambda request: urgency(request, config))),
         devices=tuple(DeviceView(device_id=device, free_s=time_s) for device, time_s in free_s.items()),
-        costs=costs_of(PROFILE),
+        tables=DegreeTables(costs_of(PROFILE), len(free_s)),
         config=config,
     )
 
