@@ -192,6 +192,11 @@ class Simulation:
         return end_s
 
 
+def content(snapshot: Snapshot) -> bytes:
+    """All that a snapshot says; of its tables the costs."""
+    return msgspec.json.encode(msgspec.structs.asdict(snapshot) | {"tables": snapshot.costs})
+
+
 def check_plan(snapshot: Snapshot, plan: RoundPlan) -> None:
     """Every promise that holds for any plan of any policy."""
     limit_s = snapshot.now_s + snapshot.config.lead_s
