@@ -8,7 +8,7 @@ async with AsyncEngine() as engine:
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol, Self
 
 import msgspec
@@ -119,9 +119,17 @@ class RequestHandle:
 class AsyncEngine:
     """An engine on the running asyncio loop. An async context manager; `start` and `close` by hand do as well."""
 
-    def __init__(self, config: EngineConfig | None = None, instrument: Instrument | None = None) -> None:
-        """Checks configuration and model folders; starts nothing. Raises ValueError (CheckpointError for a model)."""
-        self._instrument = instrument
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        instrument: Instrument | None = None,
+        g_per_kwh: Callable[[], float | None] | None = None,
+    ) -> None:
+        """Checks configuration and model folders; starts nothing. Raises ValueError (CheckpointError for a model).
+
+        `g_per_kwh`: grams of CO₂e per kWh now (None: not known), for receipts, in place of `MeteringConfig.carbon`. It
+        is asked at the end of each request, in other threads, and must answer at once."""
+        self._instrument, self._g_per_kwh = instrument, g_per_kwh
         self.config = config or EngineConfig()
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
         check_metering(self.config.metering, has_gpus=self.devices[0].kind == "cuda")
@@ -195,7 +203,7 @@ class AsyncEngine:
     def _open_metering(self, executor: ProcessExecutor) -> Metering:
         metering, uuids = self.config.metering, executor.device_uuids
         try:
-            return Metering(metering, executor.device_ids, uuids)
+            return Metering(metering, executor.device_ids, uuids, self._g_per_kwh)
         except ValueError as error:
             raise MeteringError(str(error)) from error
 

@@ -79,13 +79,9 @@ class MeteringConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = "auto"
     carbon: Annotated[
-        str | None,
-        option(
-            "Grams of CO₂e per kWh, a CSV by hour or a URL, for receipts. Default: none given.", metavar="G|CSV|URL"
-        ),
+        float | None,
+        option("Grams of CO₂e per kWh, for receipts. Default: none given.", metavar="G"),
     ] = None
-    carbon_token_file: Annotated[str | None, option("Token for a --carbon URL.", metavar="FILE")] = None
-    carbon_timeout_s: Annotated[float, Meta(gt=0, le=60), option("How long a --carbon URL may take to answer.")] = 5.0
     period_s: Annotated[float, Meta(ge=0.02, le=10)] = 0.1
     window_s: Annotated[float, Meta(ge=5, le=600)] = 5.0
 

@@ -5,7 +5,7 @@ with Engine() as engine:
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 from tetrion.engine.api import AsyncEngine, RequestHandle
@@ -18,12 +18,14 @@ from tetrion.engine.request import Failure, ImageRequest, ImageResult
 class Engine:
     """The engine for synchronous code. Owns an event loop, which runs only inside its methods."""
 
-    def __init__(self, config: EngineConfig | None = None) -> None:
-        """Starts the engine at once; raises as `AsyncEngine.start`. Call `close`, or use it in a `with`."""
+    def __init__(self, config: EngineConfig | None = None, g_per_kwh: Callable[[], float | None] | None = None) -> None:
+        """Starts the engine at once; raises as `AsyncEngine.start`. Call `close`, or use it in a `with`.
+
+        `g_per_kwh`: as for `AsyncEngine`."""
         self._runner = asyncio.Runner(loop_factory=new_event_loop)
         self._unfinished: dict[str, RequestHandle] = {}
         self._unasked: list[ImageResult | Failure] = []
-        self._engine = AsyncEngine(config)
+        self._engine = AsyncEngine(config, g_per_kwh=g_per_kwh)
         try:
             self._runner.run(self._engine.start())
         except BaseException:

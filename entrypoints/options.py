@@ -163,6 +163,8 @@ def _click_type(kind: inspect.Type) -> Any:
             return click.Choice([str(value) for value in kind.values])
         case inspect.IntType():
             return click.IntRange(min=kind.ge, max=kind.le)
+        case inspect.FloatType(ge=None, gt=None, le=None):
+            return float
         case inspect.FloatType():
             low = kind.ge if kind.ge is not None else kind.gt
             return NumberRange(low, kind.le, min_open=kind.ge is None)

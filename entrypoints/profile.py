@@ -28,6 +28,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import ClassCost, Profile
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
+from tetrion.engine.stages import AUX_STAGES
 from tetrion.entrypoints.arguments import parse_degrees, parse_size
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.options import only_model
@@ -175,12 +176,14 @@ def table(profile: Profile) -> str:
     """The costs as text for people."""
     degrees = sorted({degree for cost in profile.classes.values() for degree in cost.step_ms})
     head = "".join(f"{f'step at {degree}':>12}" for degree in degrees)
-    lines = [f"{'ms':<12}{head}{'encode':>10}{'decode':>10}"]
+    head += "".join(f"{stage:>10}" for stage in AUX_STAGES)
+    lines = [f"{'ms':<12}{head}"]
     for size, cost in profile.classes.items():
         steps = "".join(
             f"{cost.step_ms[degree]:>12.2f}" if degree in cost.step_ms else f"{'–':>12}" for degree in degrees
         )
-        lines.append(f"{size:<12}{steps}{cost.encode_ms:>10.2f}{cost.decode_ms:>10.2f}")
+        aux = "".join(f"{cost.aux_ms[stage]:>10.2f}" for stage in AUX_STAGES)
+        lines.append(f"{size:<12}{steps}{aux}")
     inexact = [row for row in profile.meta["self_test"] if not row["bit_identical"]]
     for row in inexact:
         lines.append(f"inexact: {row['size']} at degree {row['degree']} differs by {row['max_difference']:.3g}")
@@ -196,9 +199,7 @@ def _joules_table(profile: Profile, degrees: Sequence[int]) -> list[str]:
     for size, cost in profile.classes.items():
         if cost.step_j:
             steps = "".join(f"{cost.step_j.get(degree, math.nan):>12.2f}" for degree in degrees)
-            aux = "".join(
-                f"{math.nan if joules is None else joules:>10.2f}" for joules in (cost.encode_j, cost.decode_j)
-            )
+            aux = "".join(f"{cost.aux_j.get(stage, math.nan):>10.2f}" for stage in AUX_STAGES)
             lines.append(f"{size:<12}{steps}{aux}")
     if profile.meta["step_j_reason"]:
         return [*lines, f"joules: not metered: {profile.meta['step_j_reason']}"]

@@ -32,7 +32,6 @@ from tetrion.kernels.attention import attention
 from tetrion.kernels.attention_tiles import CANDIDATES, tile_for
 from tetrion.kernels.barrier import CACHE_LINE, barrier
 from tetrion.kernels.chunk_words import chunk_words, lanes_for
-from tetrion.kernels.gelu import gelu
 from tetrion.kernels.group_table import group_words
 from tetrion.kernels.guided_step import guided_step
 from tetrion.kernels.output_push import output_push
@@ -347,14 +346,7 @@ def row_operators(shapes: Shapes, device: torch.device) -> Iterator[Row]:
     width = shapes.num_heads * shapes.head_dim
     for num_rows in (shapes.num_text + image for image in shapes.num_image):
         x, y = (torch.randn(num_rows, width).bfloat16() for _ in range(2))
-        wide, (shift, scale, gate) = (
-            torch.randn(num_rows, 4 * width).bfloat16(),
-            torch.randn(3, width).div(8).bfloat16(),
-        )
-        out = torch.full_like(wide, float("nan"))
-        error = _error(gelu(wide, out=out), F.gelu(wide.float(), approximate="tanh"))
-        calls: Calls = {"ours": partial(gelu, wide, out=out), "eager": partial(F.gelu, wide, approximate="tanh")}
-        yield _row_of("gelu", wide, 2, error, median_ms(calls, device))
+        shift, scale, gate = torch.randn(3, width).div(8).bfloat16()
         split = (shapes.num_text, num_rows - shapes.num_text)
         branches = [
             Branch(x_part, shift, scale, gate, y_part)
@@ -363,7 +355,7 @@ def row_operators(shapes: Shapes, device: torch.device) -> Iterator[Row]:
         total = reference.gated_residual(x.float(), gate.float(), y.float())
         normed = torch.cat([normed for _, normed in residual_modulate(branches)])
         error = _error(normed, reference.modulate(total, shift.float(), scale.float()))
-        calls = {
+        calls: Calls = {
             "ours": partial(residual_modulate, branches),
             "eager": partial(reference.residual_modulate, branches),
         }

@@ -21,6 +21,7 @@ import numpy as np
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, Snapshot
@@ -40,9 +41,9 @@ NUM_STEPS = 28
 NOW_S = 10_000.0
 
 
-def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, costs: CostTables) -> Snapshot:
+def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, tables: DegreeTables) -> Snapshot:
     """A random state with so many requests. Those past their deadline are its backlog, as the engine has it."""
-    config, heads = PlannerConfig(), costs.profiles[""].heads
+    config, heads = PlannerConfig(), tables.costs.profiles[""].heads
     legal = tuple(n for n in range(1, num_devices + 1) if heads % n == 0)
     free_s = dict.fromkeys(range(num_devices), NOW_S)
     unheld = list(range(draw.randint(1, max(1, num_devices // 4)), num_devices))
@@ -77,7 +78,7 @@ def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, cost
         now_s=NOW_S,
         requests=tuple(sorted(requests, key=lambda view: urgency(view, config))),
         devices=tuple(DeviceView(device_id=device, free_s=time_s) for device, time_s in free_s.items()),
-        costs=costs,
+        tables=tables,
         config=config,
         backlog=tuple(sorted(backlog, key=lambda view: urgency(view, config))),
     )
@@ -97,9 +98,10 @@ def measure(profile: Profile, policies: list[str], num_snapshots: int) -> list[R
     """A row for every policy, number of devices and number of requests."""
     rows, costs = [], CostTables(profiles={"": profile})
     for num_devices in DEVICES:
+        tables = DegreeTables(costs, num_devices)
         for num_requests in REQUESTS:
             draw = random.Random(f"{num_requests} requests, {num_devices} devices")
-            snapshots = [make_snapshot(draw, num_requests, num_devices, costs) for _ in range(num_snapshots)]
+            snapshots = [make_snapshot(draw, num_requests, num_devices, tables) for _ in range(num_snapshots)]
             for policy in policies:
                 planner = get_planner(policy)
                 planner(snapshots[0])  # what is worked out once for a profile

@@ -1,15 +1,14 @@
-"""From configuration to a running energy account: `Metering` owns meter, sampler, account and carbon intensity.
+"""From configuration to a running energy account: `Metering` owns meter, sampler and account.
 
 What a machine does not offer is not an error unless it was asked for by name: then the account knows why it is empty.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tetrion.engine.config import MeteringConfig
 from tetrion.engine.energy.account import EnergyAccount
-from tetrion.engine.energy.carbon import Intensity, find_intensity
 from tetrion.engine.energy.meters.base import MODEL, EnergyMeter, MeterUnavailable, ModelMeter, NoMeter
 from tetrion.engine.energy.meters.nvml import NvmlMeter, canonical_uuid
 from tetrion.engine.energy.meters.rapl import RaplMeter
@@ -23,22 +22,18 @@ CPU_ONLY = "the devices are CPU workers, which have no energy counter of their o
 
 
 class Metering:
-    """`gpu_uuids`: device id → UUID of its GPU, empty where devices are CPUs. Raises ValueError for a meter that was
-    asked for by name and is not there, and for a carbon intensity that cannot be read."""
+    """`gpu_uuids`: device id → UUID of its GPU, empty where devices are CPUs. `g_per_kwh`: in place of `config.carbon`
+    (see `AsyncEngine`). Raises ValueError for a meter that was asked for by name and is not there."""
 
     def __init__(
         self,
         config: MeteringConfig,
         device_ids: tuple[int, ...],
         gpu_uuids: Mapping[int, str],
+        g_per_kwh: Callable[[], float | None] | None = None,
     ) -> None:
         uuids = {device_id: canonical_uuid(uuid) for device_id, uuid in gpu_uuids.items()}
-        self._intensity: Intensity | None = None
-        if config.carbon is not None:
-            self._intensity = find_intensity(config.carbon, config.carbon_token_file, config.carbon_timeout_s)
         self.meter = open_meter(config.meter, tuple(dict.fromkeys(uuids.values())))
-        if self._intensity is not None:
-            self._intensity.start()
         cpu_meter = _cpu_meter()
         self._reads_gpus = bool(self.meter.uuids) and self.meter.source != MODEL
         self._reads_cpu = not cpu_meter.reason
@@ -46,7 +41,7 @@ class Metering:
             self.meter,
             {device_id: uuids.get(device_id, _stand_in(self.meter, device_id)) for device_id in device_ids},
             cpu_meter=cpu_meter,
-            g_per_kwh=None if self._intensity is None else self._intensity.g_per_kwh,
+            g_per_kwh=g_per_kwh or (None if config.carbon is None else lambda: config.carbon),
             window_s=config.window_s,
         )
         self._sampler = Sampler(self.meter, self.account.receive, config.period_s)
@@ -73,8 +68,6 @@ class Metering:
 
     def stop(self) -> None:
         self._sampler.stop()
-        if self._intensity is not None:
-            self._intensity.close()
 
 
 def open_meter(name: str, uuids: tuple[str, ...]) -> EnergyMeter:

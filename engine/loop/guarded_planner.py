@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from tetrion.engine.errors import shown
-from tetrion.engine.planning.degrees import degree_tables
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, Planner, RequestView, RoundPlan, Snapshot
 
@@ -165,7 +164,7 @@ def _check_stage(assignment: Assignment, view: RequestView, snapshot: Snapshot) 
         if degree != 1:
             raise PlanFault(f"members: {view.stage} runs on one device, got {degree}")
         return
-    legal_degrees = degree_tables(snapshot)[view.model, view.cost_key].legal
+    legal_degrees = snapshot.tables[view.model, view.cost_key].legal
     if degree not in legal_degrees:
         raise PlanFault(f"members: {degree} is not one of the degrees {', '.join(map(str, legal_degrees))}")
     if assignment.step_index != view.step_index:

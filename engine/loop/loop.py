@@ -36,6 +36,7 @@ from tetrion.engine.loop.snapshots import SnapshotBuilder
 from tetrion.engine.loop.statistics import LoopStatistics
 from tetrion.engine.messages import (
     BarriersReset,
+    Decode,
     Decoded,
     Denoised,
     Encoded,
@@ -270,7 +271,7 @@ class EngineLoop:
         if command is None:
             self._no_image_slot()
             return
-        if assignment.stage == "decode":
+        if isinstance(command, Decode):
             self._refusals.over([NO_IMAGE_SLOT])
         try:
             duration_s = self._books.sending(command, members)

@@ -16,6 +16,7 @@ from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.requests import Request, RequestTable
 from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
@@ -42,6 +43,7 @@ class SnapshotBuilder:
         self._in_flight = in_flight
         self._config = config
         self._energy_mode = horizon_options(config).energy
+        self._tables: DegreeTables | None = None
         self._entries: dict[str, Entry] = {}
         self._current: list[Entry] = []
         self._overdue: list[Entry] = []
@@ -85,10 +87,16 @@ class SnapshotBuilder:
             now_s=now_s,
             requests=tuple([entry[3] for entry in current]),
             devices=tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()]),
-            costs=costs,
+            tables=self._tables_for(costs, len(free_s)),
             config=self._config,
             backlog=self._backlog,
         )
+
+    def _tables_for(self, costs: CostTables, num_devices: int) -> DegreeTables:
+        tables = self._tables
+        if tables is None or tables.costs is not costs or tables.num_devices != num_devices:
+            tables = self._tables = DegreeTables(costs, num_devices, tables)
+        return tables
 
     def _refresh(self) -> None:
         """Look again at the requests that have changed, and at those that something is or was in flight for."""

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tetrion.engine.models.ops import Linear
-from tetrion.kernels.gelu import gelu
 from tetrion.kernels.guided_step import guided_step
-from tetrion.kernels.reference import Branch
+from tetrion.kernels.reference import Branch, gelu_tanh
 from tetrion.kernels.residual_modulate import residual_modulate
 
 MIN_ROWS = 64
@@ -45,8 +44,7 @@ class GpuOps:
     def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
         """On CUDA the GELU is the GEMM's epilogue: the hidden layer, the widest tensor of all, is written once."""
         if not x.is_cuda:
-            hidden = self.linear(x, layer)
-            return gelu(hidden, out=hidden)
+            return gelu_tanh(self.linear(x, layer))
         return torch._addmm_activation(layer.bias, _padded(x), layer.weight.t(), use_gelu=True)[: len(x)]
 
     def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:

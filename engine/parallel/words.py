@@ -1,6 +1,6 @@
 """Words of shared memory by which processes tell each other how far they are, and how to wait on them.
 
-Owns 32-bit words, slot versions, abort words and the platform's way to block on a word; knows no torch and no groups.
+Owns 32-bit words, slot versions, abort words and how to block on a word; knows no torch and no groups.
 
 Every word has ONE writer, so no atomic read-modify-write is needed, only stores and loads that do not tear. A
 memoryview of format "I" or "Q" copies 4 or 8 aligned bytes with a compile-time constant size in CPython: one move
@@ -12,27 +12,21 @@ Memory order. A writer stores data (torch operators), then the word; a reader lo
 * x86-64 keeps stores in order and loads in order (TSO), so a reader that sees the word sees the data. Streaming stores,
   which TSO does not cover, have drained: torch takes the interpreter lock again when an operator returns, and pool
   threads pass a join; both are locked instructions.
-* Elsewhere a full fence stands before the word's store and after its load: FUTEX_WAKE on Linux (the kernel's waker side
-  begins with a full barrier, which its own waiter-count protocol needs), OSMemoryBarrier on macOS. A platform with
-  neither is refused.
+* On AArch64 a full fence stands before the word's store and after its load: FUTEX_WAKE (the kernel's waker side begins
+  with a full barrier, which its own waiter-count protocol needs). Other platforms are refused.
 """
 
 import ctypes
 import errno
 import platform
 import sys
-import time
-from collections.abc import Callable
-from typing import Protocol
 
 from tetrion.engine.parallel.layout import ControlLayout
 
 WORD_MASK = 0xFFFF_FFFF
 INVALID_VERSION = 0
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
-FUTEX_SYSCALLS = {"x86_64": 202, "aarch64": 98, "riscv64": 98}
-TOTAL_STORE_ORDER = ("x86_64", "AMD64")
-FIRST_SLEEP_S, LONGEST_SLEEP_S = 50e-6, 2e-3
+FUTEX_SYSCALLS = {"x86_64": 202, "aarch64": 98}
 
 
 class SharedWord:
@@ -50,44 +44,37 @@ class SharedWord:
         self._view[0] = value & WORD_MASK
 
 
-class Waiter(Protocol):
-    """How this platform blocks on a word that another process will change."""
-
-    def wait(self, word: SharedWord, seen: int, timeout_s: float) -> None:
-        """Block while the word is `seen`, at most `timeout_s`; may return early for no reason."""
-
-    def wake(self, word: SharedWord) -> None:
-        """Called after every store to the word: lets those who wait on it look again."""
-
-    def fence(self, word: SharedWord) -> None:
-        """Order all earlier loads and stores before all later ones, where the CPU does not do so unasked."""
-
-
-class FutexWaiter:
-    """Linux. Shared futexes (no PRIVATE flag), so words may lie in any shared mapping.
+class Waiter:
+    """Blocks on a word that another process will change, by a shared futex (no PRIVATE flag): words may lie in any
+    shared mapping. Linux on x86-64 and AArch64.
 
     The writer wakes after every store: the kernel compares the word with `seen` under the lock that wakers take, so no
     wake-up is lost, and no flag is needed to tell whether somebody sleeps.
     """
 
     def __init__(self) -> None:
-        if not has_futex():
-            raise RuntimeError(f"no futex on {sys.platform} {platform.machine()}")
+        """Raises RuntimeError on other platforms."""
+        machine = platform.machine()
+        if sys.platform != "linux" or machine not in FUTEX_SYSCALLS:
+            raise RuntimeError(f"expected Linux on {' or '.join(FUTEX_SYSCALLS)}, this is {sys.platform} on {machine}")
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
         self._syscall.restype = ctypes.c_long
         pointer, word = ctypes.c_void_p, ctypes.c_uint32
         self._syscall.argtypes = [ctypes.c_long, pointer, ctypes.c_int, word, pointer, pointer, ctypes.c_int]
-        self._number = FUTEX_SYSCALLS[platform.machine()]
-        self._fence_needed = platform.machine() not in TOTAL_STORE_ORDER
+        self._number = FUTEX_SYSCALLS[machine]
+        self._fence_needed = machine != "x86_64"
 
     def wait(self, word: SharedWord, seen: int, timeout_s: float) -> None:
+        """Block while the word is `seen`, at most `timeout_s`; may return early for no reason."""
         timeout = (ctypes.c_int64 * 2)(int(timeout_s), int(timeout_s % 1 * 1e9))  # struct timespec
         self._call(word, FUTEX_WAIT, seen, ctypes.byref(timeout))
 
     def wake(self, word: SharedWord) -> None:
+        """Called after every store to the word: lets those who wait on it look again."""
         self._call(word, FUTEX_WAKE, 0x7FFF_FFFF, None)
 
     def fence(self, word: SharedWord) -> None:
+        """Order all earlier loads and stores before all later ones, where the CPU does not do so unasked."""
         if self._fence_needed:
             self.wake(word)
 
@@ -96,34 +83,6 @@ class FutexWaiter:
             code = ctypes.get_errno()
             if code not in (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR):
                 raise OSError(code, f"futex operation {operation} failed")
-
-
-class SleepWaiter:
-    """Where there is no futex: sleep with growing intervals. Nobody needs to be woken."""
-
-    def __init__(self) -> None:
-        self._fence = _plain_fence()
-
-    def wait(self, word: SharedWord, seen: int, timeout_s: float) -> None:
-        deadline_s, sleep_s = time.monotonic() + timeout_s, FIRST_SLEEP_S
-        while word.load() == seen and time.monotonic() < deadline_s:
-            time.sleep(sleep_s)
-            sleep_s = min(2 * sleep_s, LONGEST_SLEEP_S)
-
-    def wake(self, word: SharedWord) -> None:
-        pass
-
-    def fence(self, word: SharedWord) -> None:
-        self._fence()
-
-
-def has_futex() -> bool:
-    return sys.platform == "linux" and sys.maxsize > 2**32 and platform.machine() in FUTEX_SYSCALLS
-
-
-def platform_waiter() -> Waiter:
-    """Raises RuntimeError on a platform whose memory order is neither strong nor can be fenced from here."""
-    return FutexWaiter() if has_futex() else SleepWaiter()
 
 
 class SlotVersion:
@@ -192,15 +151,3 @@ class AbortWords:
 
     def is_set(self, device: int) -> bool:
         return self._words[device].load() != 0
-
-
-def _plain_fence() -> Callable[[], object]:
-    if platform.machine() in TOTAL_STORE_ORDER:
-        return lambda: None
-    if has_futex():
-        word, waiter = SharedWord(memoryview(bytearray(4)), 0), FutexWaiter()
-        return lambda: waiter.wake(word)
-    try:
-        return ctypes.CDLL(None).OSMemoryBarrier
-    except AttributeError:
-        raise RuntimeError(f"no memory fence known on {sys.platform} {platform.machine()}") from None

@@ -7,7 +7,7 @@ would once it was admitted. Requests without SLO do not count, since they give w
 import math
 from collections.abc import Sequence
 
-from tetrion.engine.planning.degrees import DegreeTables, degree_tables
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill
 from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.horizon_options import horizon_options
@@ -21,7 +21,7 @@ def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | No
     devices; else the earliest deadline that it could meet with nobody displaced for it."""
     if newcomer.deadline_s is None or not snapshot.devices:
         return None
-    tables = degree_tables(snapshot)
+    tables = snapshot.tables
     others = [view for view in snapshot.requests if view.deadline_s is not None]
     to_denoise = [view for view in others if view.stage not in AFTER_STEPS]
     works = [work for view in to_denoise if not (work := _work(snapshot, tables, view)).is_late]

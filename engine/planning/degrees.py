@@ -5,7 +5,6 @@ import functools
 from tetrion.engine.model_spec import legal_degrees
 from tetrion.engine.planning.cost.profile import MEMO_KEYS, Profile, SizeCost
 from tetrion.engine.planning.cost.tables import CostTables
-from tetrion.engine.planning.snapshot import RequestView, Snapshot
 from tetrion.engine.shape import parse_cost_key
 from tetrion.engine.stages import AFTER_STEPS, BEFORE_STEPS, Stage
 
@@ -90,26 +89,32 @@ def legal_for(profile: Profile, key: str, num_devices: int) -> tuple[int, ...]:
     return legal_degrees(profile.heads, parse_cost_key(key).num_branches, num_devices)
 
 
-def chunk_steps(request: RequestView, step_s: float, chunk_s: float) -> int:
-    """Steps of the next chunk: as many whole steps as `chunk_s` holds, at least one, at most those remaining."""
-    return max(1, min(int(chunk_s / step_s + 1e-9), request.num_steps - request.step_index))
-
-
 class DegreeTables(dict[ClassName, DegreeTable]):
     """The table of each (model, cost key), made when it is first asked for."""
 
-    def __init__(self, costs: CostTables, num_devices: int) -> None:
+    def __init__(self, costs: CostTables, num_devices: int, before: "DegreeTables | None" = None) -> None:
+        """`before`: the tables until now. A correction concerns few classes, many times a minute: those of the others
+        are used again."""
         super().__init__()
-        self._costs = costs
-        self._num_devices = num_devices
+        self.costs = costs
+        self.num_devices = num_devices
+        self._before: dict[ClassName, DegreeTable] = {}
+        if before is not None and before.num_devices == num_devices:
+            self._before = dict(before) if len(before._before) >= MEMO_KEYS else {**before._before, **before}
+
+    def __eq__(self, other: object) -> bool:
+        """Whatever has been asked for so far."""
+        return isinstance(other, DegreeTables) and (self.costs, self.num_devices) == (other.costs, other.num_devices)
+
+    __hash__ = None
 
     @functools.cached_property
     def group_sizes(self) -> tuple[int, ...]:
         """How many devices a static group may have, ascending: degrees that some class of the cost tables has, and
         those at which some model's heads are shared out evenly."""
         sizes: set[int] = set()
-        for model, profile in self._costs.profiles.items():
-            sizes.update([n for n in range(1, self._num_devices + 1) if profile.heads % n == 0])
+        for model, profile in self.costs.profiles.items():
+            sizes.update([n for n in range(1, self.num_devices + 1) if profile.heads % n == 0])
             for table in [self[model, key] for key in profile.classes]:
                 sizes.update(usable_degrees(table.cost, table.legal))
         return tuple(sorted(sizes))
@@ -118,19 +123,9 @@ class DegreeTables(dict[ClassName, DegreeTable]):
         if len(self) >= MEMO_KEYS:
             self.clear()
         model, key = name
-        profile, num_devices = self._costs.profiles[model], self._num_devices
-        cost, legal = profile.cost(key), legal_for(profile, key, num_devices)
-        table = cost.derived.get((DegreeTable, num_devices))
-        if table is None:
-            table = cost.derived[DegreeTable, num_devices] = DegreeTable(cost, legal, num_devices)
+        profile = self.costs.profiles[model]
+        cost, table = profile.cost(key), self._before.get(name)
+        if table is None or table.cost is not cost:
+            table = DegreeTable(cost, legal_for(profile, key, self.num_devices), self.num_devices)
         self[name] = table
         return table
-
-
-def degree_tables(snapshot: Snapshot) -> DegreeTables:
-    """The tables of a snapshot's costs and devices; they live as long as the costs do."""
-    costs, num_devices = snapshot.costs, len(snapshot.devices)
-    tables = costs.derived.get((DegreeTables, num_devices))
-    if tables is None:
-        tables = costs.derived[DegreeTables, num_devices] = DegreeTables(costs, num_devices)
-    return tables

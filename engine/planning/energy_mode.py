@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.degrees import DegreeTable, chunk_steps
+from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.forward_fill import Work
 from tetrion.engine.planning.horizon_options import HorizonOptions, horizon_options
 from tetrion.engine.planning.slo import denoise_due_s, due_s
@@ -97,7 +97,7 @@ def apply_budget(work: Work, config: PlannerConfig) -> None:
 def affordable_steps(view: RequestView, table: DegreeTable, degree: int, config: PlannerConfig, start_s: float) -> int:
     """Steps of a chunk at `degree` from `start_s` on after which the rest can still be done for what is left of the
     budget, and in time as long as that is possible; 0: not even one."""
-    most = chunk_steps(view, table.step_s[degree], config.chunk_s)
+    most = view.chunk_steps(table.step_s[degree], config.chunk_s)
     if view.budget_j is None or not table.step_j:
         return most
     remaining, left_j = view.num_steps - view.step_index, _left_j(view, table) + ROUNDING_J

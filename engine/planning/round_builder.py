@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable
 
-from tetrion.engine.planning.degrees import chunk_steps
 from tetrion.engine.planning.placement import NO_CLAIMS, choose_members
 from tetrion.engine.planning.snapshot import Assignment, RequestView, RoundPlan, Snapshot
 
@@ -44,7 +43,7 @@ class RoundBuilder:
         if request.stage == "denoise":
             step_s = cost.step_s(degree)
             step_index = request.step_index
-            steps = num_steps or chunk_steps(request, step_s, self.snapshot.config.chunk_s)
+            steps = num_steps or request.chunk_steps(step_s, self.snapshot.config.chunk_s)
             duration_s = steps * step_s
         else:
             duration_s = cost.aux_s[request.stage]

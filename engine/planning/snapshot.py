@@ -6,6 +6,7 @@ import msgspec
 
 from tetrion.engine.config import EnergyMode, PlannerConfig
 from tetrion.engine.planning.cost.tables import CostTables
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.stages import Stage
 
 
@@ -33,6 +34,10 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     energy_mode: EnergyMode = "fastest"
     budget_j: float | None = None
 
+    def chunk_steps(self, step_s: float, chunk_s: float) -> int:
+        """Steps of the next chunk: as many whole steps as `chunk_s` holds, at least one, at most those remaining."""
+        return max(1, min(int(chunk_s / step_s + 1e-9), self.num_steps - self.step_index))
+
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
     """`free_s`: when the device's last queued command is predicted to end (now or earlier: idle)."""
@@ -42,7 +47,8 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Times are seconds on one clock. Devices are ordered by id, requests by urgency (see `slo.urgency`).
+    """Times are seconds on one clock. Devices are ordered by id, requests by urgency (see `slo.urgency`). `tables`:
+    what a request's stages cost, and at which degrees so many devices may run it.
 
     `backlog`: requests that nothing can bring home in time and nothing is in flight for: their deadline has passed and
     they are ready to denoise. Kept apart since there may be thousands of them in an overload, which a policy
@@ -52,9 +58,13 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     now_s: float
     requests: tuple[RequestView, ...]
     devices: tuple[DeviceView, ...]
-    costs: CostTables
+    tables: DegreeTables
     config: PlannerConfig
     backlog: tuple[RequestView, ...] = ()
+
+    @property
+    def costs(self) -> CostTables:
+        return self.tables.costs
 
     @property
     def all_requests(self) -> tuple[RequestView, ...]:

@@ -9,8 +9,7 @@ from tetrion.engine.energy.early_check import MeteringError
 from tetrion.engine.sync_engine import Engine
 
 BAD = [
-    (MeteringConfig(carbon="-5"), "carbon: grams per kWh must be at least 0"),
-    (MeteringConfig(carbon="/nonexistent.csv"), "carbon: cannot read '/nonexistent.csv'"),
+    (MeteringConfig(carbon=-5.0), "carbon: grams per kWh must be at least 0"),
     (MeteringConfig(meter="replay:/nonexistent"), "meter: cannot read '/nonexistent'"),
 ]
 

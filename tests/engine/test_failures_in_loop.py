@@ -16,6 +16,7 @@ from tetrion.engine.loop import dispatch as commands
 from tetrion.engine.loop.guarded_planner import FALLBACK, MAX_FAILURES, GuardedPlanner, PlanFault, check_plan
 from tetrion.engine.loop.refusals import Refusals
 from tetrion.engine.messages import Command, Decode, Denoise, EncodePrompt
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
 from tetrion.engine.request import Failure, ImageRequest, Output, Progress, Receipt
@@ -201,7 +202,7 @@ def test_devices_that_are_busy_or_gone_are_no_members() -> None:
         now_s=1.0,
         requests=(view,),
         devices=(DeviceView(device_id=0, free_s=0.5), DeviceView(device_id=1, free_s=1.5)),
-        costs=COSTS,
+        tables=DegreeTables(COSTS, 2),
         config=PlannerConfig(),
     )
 

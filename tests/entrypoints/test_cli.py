@@ -56,9 +56,8 @@ def error_of(capture: Capture) -> str:
         (["--planner", "pace=2"], "planner.options: Object contains unknown field `pace`"),
         (["--policy", "fixed-1", "--planner", "rescue=false"], "planner.options: Object contains unknown field"),
         (["--planner", 'tenant_weights={"gold": 0}'], "planner.tenant_weights"),
-        (["--carbon-timeout-s", "0"], "0.0 is not in the range 0<x<=60"),
-        (["--carbon-timeout-s", "61"], "61.0 is not in the range 0<x<=60"),
-        (["--carbon-timeout-s", "nan"], "--carbon-timeout-s"),
+        (["--carbon", "hours.csv"], "'hours.csv' is not a valid float"),
+        (["--carbon", ""], "'' is not a valid float"),
         (["--meter", "watt"], "metering.meter: "),
         (["--num-steps", "many"], "--num-steps"),
         (["--prompts", "missing.txt"], "prompts: cannot read 'missing.txt'"),
@@ -127,10 +126,6 @@ def test_an_engine_that_does_not_start_is_one_line(
         (["--carbon", "-5"], "carbon: grams per kWh must be at least 0 and finite, got -5.0"),
         (["--carbon", "-1e3"], "carbon: grams per kWh must be at least 0 and finite, got -1000.0"),
         (["--carbon", "1e400"], "carbon: grams per kWh must be at least 0 and finite, got inf"),
-        (["--carbon", ""], "carbon: must not be empty"),
-        (["--carbon", "/nonexistent.csv"], "carbon: cannot read '/nonexistent.csv'"),
-        (["--carbon", "http://foo:abc/"], "carbon: cannot ask 'http://foo:abc/'"),
-        (["--carbon", "http://foo/", "--carbon-token-file", "/none"], "carbon_token_file: cannot read '/none'"),
         (["--meter", "replay:/nonexistent"], "meter: cannot read '/nonexistent'"),
         (["--meter", "nvml"], "meter: NVML does not start"),
     ],
@@ -189,11 +184,10 @@ def test_the_planners_settings_reach_the_engine(tetrion: Tetrion, factory: FakeF
 
 
 def test_the_options_of_metering_reach_the_engine(tetrion: Tetrion, factory: FakeFactory, tmp_path: Path) -> None:
-    arguments = ("--meter", "none", "--carbon", "350", "--carbon-token-file", "t", "--carbon-timeout-s", "0.5")
+    arguments = ("--meter", "none", "--carbon", "350")
     assert tetrion("generate", "a red circle", *arguments, "--output", tmp_path) == 0
     metering = factory.last.config.metering
-    assert (metering.meter, metering.carbon, metering.carbon_token_file) == ("none", "350", "t")
-    assert metering.carbon_timeout_s == 0.5
+    assert (metering.meter, metering.carbon) == ("none", 350.0)
 
 
 def test_unknown_command_and_option(tetrion: Tetrion, capsys: Capture) -> None:

@@ -91,7 +91,7 @@ def test_bad_input_is_found_before_anything_starts(tmp_path: Path) -> None:
         (("a", "--model", tmp_path / "nowhere", *output), "model: "),
         (("a", "--policy", "best", *output), "best"),
         (("a", "--output", tmp_path / "file"), "output: cannot write"),
-        (("a", "--carbon", "/nonexistent.csv", *output), "carbon: cannot read '/nonexistent.csv'"),
+        (("a", "--carbon", "-5", *output), "carbon: grams per kWh must be at least 0 and finite"),
         (("a", "--meter", "replay:/nonexistent", *output), "meter: cannot read '/nonexistent'"),
     ):
         assert says in tetrion("generate", *arguments, exit_code=2).stderr

@@ -39,7 +39,7 @@ def test_every_option_reaches_its_field() -> None:
     values = {
         "model": "a", "model_alias": "x=a", "devices": "cpu:3", "load_format": "dummy", "attention": "triton",
         "profile": "a=p.json", "num_threads": 2, "max_inflight": 3, "max_queued": 4, "planner": "rescue=false",
-        "policy": "horizon", "meter": "model", "carbon": "5", "carbon_token_file": "t", "carbon_timeout_s": 2.5,
+        "policy": "horizon", "meter": "model", "carbon": 5,
         "start_timeout_s": 7, "stall_timeout_s": 8, "no_worker_timeout_s": 9,
     }  # fmt: skip
     assert {option.name for option in OPTIONS} == set(values)
@@ -55,7 +55,7 @@ def test_every_option_reaches_its_field() -> None:
         max_inflight=3,
         max_queued=4,
         planner=with_options(PlannerConfig(policy="horizon", options={"rescue": False})),
-        metering=MeteringConfig(meter="model", carbon="5", carbon_token_file="t", carbon_timeout_s=2.5),
+        metering=MeteringConfig(meter="model", carbon=5.0),
         start_timeout_s=7.0,
         stall_timeout_s=8.0,
         no_worker_timeout_s=9.0,

@@ -18,7 +18,6 @@ from triton.compiler import ASTSource
 from tetrion.kernels import (
     attention,
     barrier,
-    gelu,
     group_norm_silu,
     guided_step,
     output_push,
@@ -114,7 +113,6 @@ def main() -> None:
         "qk_norm_rope_push of copies": compiled(qk_norm_rope_push, plain, num_warps=4),
         "output_push": compiled(output_push, output, num_warps=4),
         "residual_modulate": compiled(residual_modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6}, num_warps=8),
-        "gelu": compiled(gelu, {"WIDTH": 12288, "COLUMNS": 1024, "SLOPE": gelu.TWICE}, num_warps=4),
         "group_norm_partial": compiled(group_norm_silu._partial_statistics, maps, num_warps=group_norm_silu.NUM_WARPS),
         "group_norm_join": compiled(group_norm_silu._join_statistics, join, num_warps=group_norm_silu.JOIN_WARPS),
         "group_norm_silu": compiled(group_norm_silu._norm_silu, maps, num_warps=group_norm_silu.NUM_WARPS),

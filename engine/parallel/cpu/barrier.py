@@ -33,7 +33,6 @@ from tetrion.engine.parallel.words import (
     SharedWord,
     SlotVersion,
     Waiter,
-    platform_waiter,
     reaches,
 )
 
@@ -56,12 +55,11 @@ class PairwiseBarrier:
         control: memoryview,
         *,
         spin_s: float = SPIN_S,
-        waiter: Waiter | None = None,
     ) -> None:
         assert len(buffers) == layout.num_devices, f"{len(buffers)} slabs for {layout.num_devices} devices"
         self.device_id = device_id
         self._layout, self._buffers = layout, buffers
-        self._waiter = platform_waiter() if waiter is None else waiter
+        self._waiter = Waiter()
         self._spin_ns = int(spin_s * 1e9)
         devices = range(layout.num_devices)
         self._incoming = [SharedWord(buffers[device_id], layout.counter_offset(peer)) for peer in devices]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tetrion.engine.parallel.layout import Piece, SlabLayout
-from tetrion.engine.parallel.words import SlotVersion, Waiter, platform_waiter
+from tetrion.engine.parallel.words import SlotVersion, Waiter
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 
@@ -22,8 +22,6 @@ class SharedSlabs:
         layout: SlabLayout,
         device_id: int,
         buffers: Sequence[memoryview],
-        *,
-        waiter: Waiter | None = None,
     ) -> None:
         assert len(buffers) == layout.num_devices, f"{len(buffers)} slabs for {layout.num_devices} devices"
         assert all(buffer.nbytes >= layout.num_bytes for buffer in buffers), f"slabs need {layout.num_bytes} bytes"
@@ -31,7 +29,7 @@ class SharedSlabs:
         self.device_id = device_id
         self.dtype = DTYPES[layout.itemsize]
         self._buffers = [buffer.cast("B") for buffer in buffers]
-        self._waiter = platform_waiter() if waiter is None else waiter
+        self._waiter = Waiter()
 
     def fields(self, device: int, model: str, slot: int, branch: int = 0) -> dict[str, Tensor]:
         """A request's state, by field: [max rows, width] of a branch. Rows beyond the request's own are left over."""

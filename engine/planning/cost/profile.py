@@ -72,7 +72,7 @@ class ClassCost(msgspec.Struct, frozen=True, kw_only=True):
         return {stage: known for stage, known in joules.items() if known is not None}
 
 
-class SizeCost(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+class SizeCost(msgspec.Struct, frozen=True, kw_only=True):
     """Cost of one key, measured or estimated (`is_estimated`). `step_by_degree_s` has only the profile's own degrees,
     `step_by_degree_j` (joules over all members) those of them for which some class has joules. `aux_s`: seconds of the
     other stages, each on one device; `aux_j`: joules of those for which they are known, never estimated."""
@@ -83,11 +83,6 @@ class SizeCost(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     step_by_degree_j: dict[int, float] = {}
     aux_j: dict[Stage, float] = {}
     is_estimated: bool = False
-
-    @functools.cached_property
-    def derived(self) -> dict[Any, Any]:
-        """Not part of the value: what others have worked out from it and keep for as long as it lives."""
-        return {}
 
     def step_s(self, degree: int) -> float:
         """Seconds of one step at `degree`. A degree that the table lacks (a forced one) is estimated: log-log between

@@ -4,7 +4,7 @@ A request that no degree can bring home in time keeps its place in the order and
 more devices than are idle takes what there is. Devices that are left stay idle. It never looks ahead.
 """
 
-from tetrion.engine.planning.degrees import DegreeTable, degree_tables
+from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.policies.stages import ready_to_denoise, start_aux
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, urgency
@@ -15,7 +15,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     """The next round. Pure: same snapshot, same plan."""
     if not snapshot.devices:
         return RoundPlan()
-    builder, tables = RoundBuilder(snapshot), degree_tables(snapshot)
+    builder, tables = RoundBuilder(snapshot), snapshot.tables
     requests = sorted(snapshot.all_requests, key=lambda request: urgency(request, snapshot.config))
     start_aux(builder, requests)
     for request in ready_to_denoise(builder, requests):

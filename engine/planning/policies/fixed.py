@@ -6,7 +6,7 @@ Devices that are left over when K does not divide their number stay idle, as the
 
 from collections.abc import Sequence
 
-from tetrion.engine.planning.degrees import chunk_steps, degree_tables, usable_degrees
+from tetrion.engine.planning.degrees import usable_degrees
 from tetrion.engine.planning.slo import arrival_order
 from tetrion.engine.planning.snapshot import Assignment, Planner, RequestView, RoundPlan, Snapshot
 
@@ -43,7 +43,7 @@ def static_groups(snapshot: Snapshot, group_size: int) -> list[Group]:
     ids = [device.device_id for device in snapshot.devices]
     if not ids:
         return []
-    size = max(degree for degree in degree_tables(snapshot).group_sizes if degree <= group_size)
+    size = max(degree for degree in snapshot.tables.group_sizes if degree <= group_size)
     return [tuple(ids[i : i + size]) for i in range(0, len(ids) - size + 1, size)]
 
 
@@ -64,12 +64,12 @@ def _assign(snapshot: Snapshot, request: RequestView, group: Group) -> Assignmen
     if request.stage != "denoise":
         holder = next((device for device in request.members if device in group), group[0])
         return Assignment(request_id=request.request_id, stage=request.stage, members=(holder,))
-    table = degree_tables(snapshot)[request.model, request.cost_key]
+    table = snapshot.tables[request.model, request.cost_key]
     degree = usable_degrees(table.cost, tuple([d for d in table.legal if d <= len(group)]))[-1]
     return Assignment(
         request_id=request.request_id,
         stage="denoise",
         members=group[:degree],
         step_index=request.step_index,
-        chunk_steps=chunk_steps(request, table.cost.step_s(degree), snapshot.config.chunk_s),
+        chunk_steps=request.chunk_steps(table.cost.step_s(degree), snapshot.config.chunk_s),
     )

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tetrion.engine.planning.degrees import chunk_steps, degree_tables
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import arrival_order, urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, RoundPlan, Snapshot
@@ -62,7 +61,7 @@ def pinned_degree(request: RequestView, legal: Sequence[int]) -> int:
 
 def pinned_chunk_steps(request: RequestView, step_s: float, chunk_s: float) -> int:
     """Steps until the chunk is full or the pinned degree changes."""
-    steps, first = chunk_steps(request, step_s, chunk_s), request.step_index
+    steps, first = request.chunk_steps(step_s, chunk_s), request.step_index
     changes = (k for k in range(1, steps) if _pin(request, first + k) != _pin(request, first))
     return next(changes, steps)
 
@@ -89,7 +88,7 @@ class _Reservations:
         self.snapshot = snapshot
         self.builder = RoundBuilder(snapshot)
         self.open = set(self.builder.free_s)
-        self.tables = degree_tables(snapshot)
+        self.tables = snapshot.tables
 
     def start_or_reserve(self, request: RequestView) -> None:
         """Start a ready request, or keep the devices it needs free for it."""

@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from tetrion.engine.config import EnergyMode
-from tetrion.engine.planning.degrees import DegreeTable, degree_tables
+from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.energy_mode import affordable_steps, apply_budget, set_patient_aside, worth_using
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill, fill_soft
 from tetrion.engine.planning.free_profile import FreeProfile
@@ -82,7 +82,7 @@ class _Tick:
         self.options = horizon_options(snapshot.config)
         self.now_s = snapshot.now_s
         self.builder = RoundBuilder(snapshot)
-        self.tables = degree_tables(snapshot)
+        self.tables = snapshot.tables
         self.first_step_s: dict[str, float] = {}
         """When the steps of a request that has other stages before it can begin."""
         self.in_chunk = [request for request in snapshot.requests if self._is_in_chunk(request)]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from tetrion.engine.planning.cost.profile import SizeCost
-from tetrion.engine.planning.degrees import ClassName, DegreeTable, degree_tables
+from tetrion.engine.planning.degrees import ClassName, DegreeTable
 from tetrion.engine.planning.forward_fill import Work
 from tetrion.engine.planning.policies.leftover import Option, gain, widen
 from tetrion.engine.planning.policies.stages import ready_to_denoise, start_aux
@@ -41,7 +41,7 @@ def plan_continuously(snapshot: Snapshot) -> RoundPlan:
     if not snapshot.devices:
         return RoundPlan()
     builder, chunk_s = RoundBuilder(snapshot), snapshot.config.chunk_s
-    works = _begin(builder, degree_tables(snapshot))
+    works = _begin(builder, snapshot.tables)
     decide(works, len(builder.idle), snapshot.now_s + chunk_s)
     _start(builder, works, lambda step_s, _: int(chunk_s / step_s + 1e-9))
     return builder.build()
@@ -71,7 +71,7 @@ def rounds_planner(steps_per_round: int) -> Planner:
 
 def round_s(snapshot: Snapshot, steps_per_round: int) -> float:
     """Length of a round: so many steps of the slowest class in the cost tables at the widest degree of the machine."""
-    tables, profiles = degree_tables(snapshot), snapshot.costs.profiles
+    tables, profiles = snapshot.tables, snapshot.costs.profiles
     slowest_s = max(tables[model, key].fastest_step_s for model, profile in profiles.items() for key in profile.classes)
     return GRID_S * math.ceil(steps_per_round * slowest_s / GRID_S - 1e-9)
 
@@ -128,7 +128,7 @@ def _saving_degrees(work: Work, next_s: float) -> list[Option]:
 
 def _paced_tables(snapshot: Snapshot, length_s: float) -> Tables:
     """Tables whose steps take as long as they do when only whole steps fit in a round."""
-    true_tables, tables = degree_tables(snapshot), {}
+    true_tables, tables = snapshot.tables, {}
     for name in {(request.model, request.cost_key) for request in snapshot.all_requests}:
         table = true_tables[name]
         paced = DegreeTable(_paced(table.cost, length_s), table.legal, len(snapshot.devices))

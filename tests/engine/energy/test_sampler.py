@@ -1,4 +1,4 @@
-"""The sampler's thread. For carbon intensity see `test_carbon.py`."""
+"""The sampler's thread."""
 
 import time
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from tests.engine.parallel.conftest import NUM_DEVICES, Fleet, anonymous_file
 from tests.engine.parallel.toy_models import SPECS
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.layout import slab_layout
-from tetrion.engine.parallel.words import SharedWord, platform_waiter
+from tetrion.engine.parallel.words import SharedWord, Waiter
 from tetrion.engine.shape import StepShape
 
 
@@ -36,7 +36,7 @@ class SegmentsFleet(Fleet):
 
     def wait_for_arrival(self, device: int, peer: int, count: int) -> None:
         """Return once `device` has arrived at its barrier number `count` with `peer` since the last reset."""
-        word, waiter = SharedWord(self.buffers[peer], self.layout.counter_offset(device)), platform_waiter()
+        word, waiter = SharedWord(self.buffers[peer], self.layout.counter_offset(device)), Waiter()
         until_s = time.monotonic() + self.answer_timeout_s
         while (seen := word.load()) < count:
             assert time.monotonic() < until_s, f"device {device} has arrived {seen} times of {count}"

@@ -12,18 +12,12 @@ from tetrion.engine.parallel.layout import ControlLayout
 from tetrion.engine.parallel.words import (
     INVALID_VERSION,
     AbortWords,
-    FutexWaiter,
     SharedWord,
-    SleepWaiter,
     SlotVersion,
     Waiter,
-    has_futex,
-    platform_waiter,
     reaches,
     slot_version,
 )
-
-WAITERS = [SleepWaiter, pytest.param(FutexWaiter, marks=pytest.mark.skipif(not has_futex(), reason="no futex here"))]
 
 
 def test_word_is_32_bits_at_its_offset() -> None:
@@ -39,9 +33,8 @@ def test_unaligned_word_is_refused() -> None:
         SharedWord(memoryview(bytearray(16)), 2)
 
 
-@pytest.mark.parametrize("waiter_type", WAITERS)
-def test_wait_ends_with_a_change(waiter_type: type[Waiter]) -> None:
-    word, waiter = SharedWord(memoryview(bytearray(64)), 0), waiter_type()
+def test_wait_ends_with_a_change() -> None:
+    word, waiter = SharedWord(memoryview(bytearray(64)), 0), Waiter()
     ended = threading.Event()
 
     def wait_for_change() -> None:
@@ -56,28 +49,20 @@ def test_wait_ends_with_a_change(waiter_type: type[Waiter]) -> None:
     assert ended.wait(30.0)
 
 
-@pytest.mark.parametrize("waiter_type", WAITERS)
-def test_wait_is_bounded_and_skipped_if_the_word_has_changed(waiter_type: type[Waiter]) -> None:
-    word, waiter = SharedWord(memoryview(bytearray(64)), 0), waiter_type()
+def test_wait_is_bounded_and_skipped_if_the_word_has_changed() -> None:
+    word, waiter = SharedWord(memoryview(bytearray(64)), 0), Waiter()
     waiter.wait(word, 0, timeout_s=0.01)
     word.store(5)
     waiter.wait(word, 0, timeout_s=3600.0)
     assert word.load() == 5
 
 
-def test_other_platforms_sleep_if_they_can_fence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    assert isinstance(platform_waiter(), SleepWaiter)
-    with pytest.raises(RuntimeError, match="no futex on darwin x86_64"):
-        FutexWaiter()
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="has OSMemoryBarrier")
-def test_platform_without_a_fence_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "alpha")
-    with pytest.raises(RuntimeError, match=r"no memory fence known on .* alpha"):
-        platform_waiter()
+@pytest.mark.parametrize(("system", "machine"), [("darwin", "x86_64"), ("darwin", "arm64"), ("linux", "riscv64")])
+def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch, system: str, machine: str) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(RuntimeError, match=f"expected Linux on x86_64 or aarch64, this is {system} on {machine}"):
+        Waiter()
 
 
 @given(
@@ -91,7 +76,7 @@ def test_version_reaches_only_its_own_state(states: tuple[int, int], steps: tupl
 
 
 def test_every_version_changes_the_sequence() -> None:
-    version = SlotVersion(memoryview(bytearray(64)), 0, platform_waiter())
+    version = SlotVersion(memoryview(bytearray(64)), 0, Waiter())
     for value in (slot_version(2**40, 3), slot_version(2**40, 3), INVALID_VERSION):
         before = version.sequence.load()
         version.store(value)

@@ -23,7 +23,7 @@ from tetrion.engine.parallel.cpu.barrier import Aborted, PairwiseBarrier
 from tetrion.engine.parallel.cpu.exchange import CpuExchange
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.layout import SlabLayout
-from tetrion.engine.parallel.words import SleepWaiter, platform_waiter, slot_version
+from tetrion.engine.parallel.words import slot_version
 
 
 class Device:
@@ -33,12 +33,8 @@ class Device:
         self.layout, self.spec, self.device_id = layout, spec, device_id
         self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in slab_fds]
         self.control = memoryview(mmap.mmap(control_fd, 0))
-        self.op_waiter("platform")
-
-    def op_waiter(self, kind: str) -> None:
-        waiter = SleepWaiter() if kind == "sleep" else platform_waiter()
-        self.slabs = SharedSlabs(self.layout, self.device_id, self.buffers, waiter=waiter)
-        self.barrier = PairwiseBarrier(self.layout, self.device_id, self.buffers, self.control, waiter=waiter)
+        self.slabs = SharedSlabs(self.layout, self.device_id, self.buffers)
+        self.barrier = PairwiseBarrier(self.layout, self.device_id, self.buffers, self.control)
         self.exchange = CpuExchange(self.slabs, self.barrier, self.spec)
         self.toy = Toy(self.exchange, self.spec, reference_step, torch.float32, torch.device("cpu"), lambda work: work)
 

@@ -14,7 +14,7 @@ import numpy
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
-from tetrion.engine.planning.degrees import legal_for
+from tetrion.engine.planning.degrees import DegreeTables, legal_for
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, Planner, RequestView, RoundPlan, Snapshot
 from tetrion.engine.stages import NEXT_STAGE, Stage
@@ -121,6 +121,7 @@ class Simulation:
         self.planner = planner
         self.trace = list(trace)
         self.costs = costs_of(profile)
+        self.tables = DegreeTables(self.costs, num_devices)
         self.config = config or PlannerConfig()
         self.on_plan = on_plan
         self.step_overhead_s, self.regroup_s = overhead_s
@@ -166,7 +167,7 @@ class Simulation:
             now_s=now_s,
             requests=tuple(sorted(views, key=lambda view: urgency(view, self.config))),
             devices=tuple(DeviceView(device_id=d, free_s=max(t, now_s)) for d, t in self.free_s.items()),
-            costs=self.costs,
+            tables=self.tables,
             config=self.config,
         )
 
@@ -189,6 +190,11 @@ class Simulation:
         request.ready_s, request.members = end_s, assignment.members
         self.free_s.update(dict.fromkeys(assignment.members, end_s))
         return end_s
+
+
+def content(snapshot: Snapshot) -> bytes:
+    """All that a snapshot says; of its tables the costs."""
+    return msgspec.json.encode(msgspec.structs.asdict(snapshot) | {"tables": snapshot.costs})
 
 
 def check_plan(snapshot: Snapshot, plan: RoundPlan) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.admission import earliest_deadline_s
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
 
 from .simulation import costs_of, flux_profile
@@ -36,7 +37,7 @@ def busy(requests: tuple[RequestView, ...] = (), num_devices: int = 8, until_s: 
         now_s=NOW_S,
         requests=requests,
         devices=tuple(DeviceView(device_id=i, free_s=until_s) for i in range(num_devices)),
-        costs=costs_of(PROFILE),
+        tables=DegreeTables(costs_of(PROFILE), num_devices),
         config=PlannerConfig(),
     )
 

@@ -62,7 +62,7 @@ def draw_alone(view: RequestView, num_devices: int, **config: object) -> tuple[f
             now_s=now_s,
             requests=(view,),
             devices=tuple(DeviceView(device_id=i, free_s=now_s) for i in range(num_devices)),
-            costs=costs_of(PROFILE),
+            tables=DegreeTables(costs_of(PROFILE), num_devices),
             config=PlannerConfig(options=HorizonOptions(**config)),  # type: ignore[arg-type]
         )
         (chunk,) = PLANNER(snapshot).assignments
@@ -110,7 +110,9 @@ def test_any_mode_keeps_the_contract_repeats_and_lets_nobody_in_a_hurry_wait(
         )
         for view in snapshot.requests
     )
-    snapshot = msgspec.structs.replace(snapshot, requests=requests, costs=costs_of(PROFILE))
+    snapshot = msgspec.structs.replace(
+        snapshot, requests=requests, tables=DegreeTables(costs_of(PROFILE), len(snapshot.devices))
+    )
     plan = PLANNER(snapshot)
     check_plan(snapshot, plan)
     assert PLANNER(snapshot) == plan

@@ -54,6 +54,6 @@ def test_a_degree_that_the_table_lacks_is_not_used_and_one_that_pays_is() -> Non
 def test_static_groups_have_a_degree_that_is_known_or_even() -> None:
     assert [len(group) for group in static_groups(snapshot(8), 5)] == [4, 4]
     cost = {"step_ms": {1: 9.0, 5: 2.0}, "encode_ms": 1, "decode_ms": 1}
-    wide = snapshot(8, costs=costs_of(make_profile({"512x512": cost})))
+    wide = snapshot(8, make_profile({"512x512": cost}))
     assert [len(group) for group in static_groups(wide, 5)] == [5]
     assert fixed_planner(5)(wide).assignments == ()

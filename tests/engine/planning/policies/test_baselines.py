@@ -6,7 +6,7 @@ import pytest
 from tests.engine.planning.simulation import costs_of, make_profile
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.cost.profile import Profile
-from tetrion.engine.planning.degrees import DegreeTable
+from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.forward_fill import Work
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.policies.tetriserve import decide, least_gpu_time_mix, round_s
@@ -46,7 +46,7 @@ def snapshot(
         now_s=now_s,
         requests=tuple(msgspec.structs.replace(r, ready_s=max(r.ready_s, now_s)) for r in requests),
         devices=tuple(DeviceView(device_id=i, free_s=max(now_s, time_s)) for i, time_s in enumerate(free_s)),
-        costs=costs_of(PROFILE),
+        tables=DegreeTables(costs_of(PROFILE), len(free_s)),
         config=PlannerConfig(),
     )
 
@@ -173,7 +173,9 @@ def test_the_clock_of_the_rounds_ignores_small_corrections_of_the_profile() -> N
     step_ms = {1: 200.0, 2: 120.0, 4: 79.9}
     faster = make_profile({"1024x1024": {"step_ms": step_ms, "encode_ms": 25, "decode_ms": 90}})
     assert isinstance(faster, Profile)
-    assert round_s(msgspec.structs.replace(snapshot([]), costs=costs_of(faster)), 5) == pytest.approx(ROUND_S)
+    assert round_s(msgspec.structs.replace(snapshot([]), tables=DegreeTables(costs_of(faster), 4)), 5) == pytest.approx(
+        ROUND_S
+    )
 
 
 @pytest.mark.parametrize("name", ["tetriserve-g0", "tetriserve-g", "tetriserve-2", "tetriserve-continuous-2", "rssp-1"])

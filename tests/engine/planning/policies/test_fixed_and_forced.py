@@ -2,21 +2,24 @@ import pytest
 
 from tests.engine.planning.simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.policies.fixed import fixed_planner, static_groups
 from tetrion.engine.planning.policies.forced import pinned_chunk_steps, pinned_degree
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
 
 
-def snapshot(num_devices: int, **fields: object) -> Snapshot:
+def snapshot(num_devices: int, profile: Profile | None = None, **fields: object) -> Snapshot:
     values: dict[str, object] = {
         "now_s": 0.0,
         "requests": (),
         "devices": tuple(DeviceView(device_id=i, free_s=0.0) for i in range(num_devices)),
-        "costs": costs_of(flux_profile()),
         "config": PlannerConfig(),
     }
-    return Snapshot(**{**values, **fields})  # type: ignore[arg-type]
+    values |= fields
+    tables = DegreeTables(costs_of(profile or flux_profile()), len(values["devices"]))  # type: ignore[arg-type]
+    return Snapshot(**values, tables=tables)  # type: ignore[arg-type]
 
 
 def request(request_id: str, **fields: object) -> RequestView:
@@ -71,7 +74,7 @@ def test_fixed_serves_in_order_of_arrival_and_keeps_the_group() -> None:
 
 def test_fixed_falls_back_to_a_degree_that_the_profile_has() -> None:
     sparse = make_profile({"512x512": {"step_ms": {1: 9.0, 2: 6.0}, "encode_ms": 1, "decode_ms": 1}})
-    plan = fixed_planner(4)(snapshot(4, costs=costs_of(sparse), requests=(request("a"),)))
+    plan = fixed_planner(4)(snapshot(4, sparse, requests=(request("a"),)))
     assert plan.assignments[0].members == (0, 1)
 
 

@@ -4,6 +4,7 @@ import math
 
 from tests.engine.planning.simulation import SimRequest, Simulation, costs_of, flux_profile, make_profile
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
@@ -33,7 +34,7 @@ def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **op
         now_s=NOW_S,
         requests=tuple(sorted(requests, key=lambda r: urgency(r, planner))),
         devices=tuple(DeviceView(device_id=i, free_s=NOW_S + wait_s) for i, wait_s in enumerate(free_in_s)),
-        costs=costs_of(profile or flux_profile()),
+        tables=DegreeTables(costs_of(profile or flux_profile()), len(free_in_s)),
         config=planner,
     )
     return get_planner("horizon")(snapshot)
