@@ -167,8 +167,9 @@ class AsyncEngine:
         A process that does little else spares the loop full garbage collections (15 to 30 ms each) by `gc.freeze()`
         once this has returned, as `tetrion serve` does.
 
-        Raises SharedMemoryError if memory does not suffice, GenerationError if a worker does not come up, MeteringError
-        if the meter does not know a worker's GPU. Nothing is left running then.
+        Raises SharedMemoryError if memory does not suffice, CheckpointError for what only loading shows of a model's
+        files, GenerationError if a worker does not come up, MeteringError if the meter does not know a worker's GPU.
+        Nothing is left running then.
         """
         assert self._executor is None, "the engine was started before"
         self._executor = ProcessExecutor(self.devices, tuple(self.models.specs.values()), self.config)

@@ -5,6 +5,7 @@ import reprlib
 import msgspec
 
 MAX_CHARS = 80
+MAX_LINE_CHARS = 1000
 
 
 _short = reprlib.Repr()
@@ -19,6 +20,16 @@ def shown(value: object) -> str:
         text = f"a value of type {type(value).__name__}"
     if len(text) > 2 * MAX_CHARS:
         text = f"{text[: 2 * MAX_CHARS]}..."
+    return _printable(text)
+
+
+def one_line(text: str) -> str:
+    """`text` on a single line of at most `MAX_LINE_CHARS` characters, with nothing that a terminal would obey."""
+    line = _printable(text[: MAX_LINE_CHARS + 1])
+    return line if len(line) <= MAX_LINE_CHARS else f"{line[: MAX_LINE_CHARS - 3]}..."
+
+
+def _printable(text: str) -> str:
     return "".join([c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text])
 
 

@@ -191,7 +191,7 @@ GroupCommand = StageCommand | CopyLatents
 """Commands that occupy devices and belong to a request."""
 
 
-FailureKind = Literal["aborted", "out_of_memory", "error"]
+FailureKind = Literal["aborted", "out_of_memory", "checkpoint", "error"]
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -285,7 +285,8 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A command ended without its result. `aborted`: the engine set the abort word; `error`: `message` says what."""
+    """A command ended without its result. `aborted`: the engine set the abort word; `checkpoint`: its files are at
+    fault, which they are for every worker, and `message` is for users; `error`: `message` says what."""
 
     command_id: int
     device_id: int

@@ -4,9 +4,12 @@
 """
 
 import functools
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
+from tetrion.engine.errors import one_line
 from tetrion.engine.shape import Rows, StepShape
 
 MAX_UNEVENNESS = 1.2
@@ -16,20 +19,26 @@ on the fullest as on 8) that are worth no measurement; a tighter one would leave
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder is missing, incomplete or of an architecture that is not supported."""
+    """A checkpoint folder is missing, incomplete, damaged or of an architecture that is not supported. The message is
+    one line, whatever the checkpoint has brought into it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of a FlowMatchEulerDiscreteScheduler config that decides the noise levels."""
+    """The part of a FlowMatchEulerDiscreteScheduler config that decides the noise levels. `use_flow_sigmas`: they are
+    spaced as it was trained, whatever the pipeline would choose."""
 
-    num_train_timesteps: int = 1000
-    shift: float = 1.0
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
+    shift: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
     use_dynamic_shifting: bool = False
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
-    time_shift_type: str = "exponential"
+    base_shift: Annotated[float, Meta(ge=-1e6, le=1e6)] = 0.5
+    max_shift: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.15
+    base_image_seq_len: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 256
+    max_image_seq_len: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 4096
+    time_shift_type: Literal["exponential", "linear"] = "exponential"
+    use_flow_sigmas: bool = False
 
 
 class SlotField(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,7 +42,8 @@ class ProcessExecutor:
     async def start(self) -> None:
         """Create the shared memory, start the workers, load the models.
 
-        Raises SharedMemoryError if memory does not suffice, GenerationError if a worker fails to come up in time.
+        Raises SharedMemoryError if memory does not suffice, CheckpointError if a worker finds that a model's files are
+        at fault, GenerationError if one fails to come up in time.
         """
         self._check_memory()
         self._segments = Segments(self.devices, self._specs, self._config)

@@ -5,20 +5,29 @@ steps and text length, and components that the model shares with another one. No
 """
 
 import importlib.resources
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.model_spec import CheckpointError, SchedulerSpec
+from tetrion.engine.errors import shown
+from tetrion.engine.families.components import convert, refuse_quantization
+from tetrion.engine.families.files import decode, fault, read_file, read_object
+from tetrion.engine.families.tokenizers import TokenizerKind, missing_files
+from tetrion.engine.families.weights import describe_files, has_weights
+from tetrion.engine.model_spec import CheckpointError, SchedulerSpec, Sizes
 
 EMBEDDED_PACKAGE = "tetrion.configs.models"
 INDEX_FILE = "model_index.json"
 PRESET_FILE = "preset.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes a pipeline's components are; code of a checkpoint's own is not run."""
 UNSUPPORTED_OPTIONS = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -27,9 +36,11 @@ UNSUPPORTED_OPTIONS = (
     "shift_terminal",
     "stochastic_sampling",
 )
-"""Of the scheduler."""
-
-_T = TypeVar("_T")
+"""Of the scheduler. What else a config may say of it changes nothing in diffusers either."""
+MAX_SHIFT = 80.0
+"""Its exponential is about what fp32 holds."""
+_Steps = Annotated[int, Meta(ge=1, le=1000)]
+_Pixels = Annotated[int, Meta(ge=1, le=65536)]
 
 
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,13 +50,13 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     name: str = ""
-    num_steps: int = 28
-    guidance: float | None = 3.5
-    max_text_tokens: int = 512
-    min_size: int = 128
-    max_size: int = 2048
-    default_width: int = 1024
-    default_height: int = 1024
+    num_steps: _Steps = 28
+    guidance: Annotated[float, Meta(ge=0, le=1000)] | None = 3.5
+    max_text_tokens: Annotated[int, Meta(ge=1, le=4096)] = 512
+    min_size: _Pixels = 128
+    max_size: _Pixels = 2048
+    default_width: _Pixels = 1024
+    default_height: _Pixels = 1024
     components_from: dict[str, str] = {}
 
 
@@ -60,7 +71,32 @@ def pipeline_name(folder: Path) -> object:
         raise CheckpointError(f"model: {str(folder)!r} is not a folder")
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(f"model: {str(folder)!r} is missing {INDEX_FILE}")
-    return read_json(folder, INDEX_FILE).get("_class_name")
+    return read_object(folder / INDEX_FILE).get("_class_name")
+
+
+def check_classes(folder: Path, classes: Mapping[str, Sequence[str]]) -> None:
+    """Raises CheckpointError for a component that `model_index.json` says is of another class, or for which it has
+    none. What it does not name its own config tells. `classes`: component -> what it may be, the usual one first."""
+    index = read_object(folder / INDEX_FILE)
+    refuse_quantization(folder / INDEX_FILE, index)
+    for component, names in classes.items():
+        entry = index.get(component, ["", names[0]])
+        is_pair = isinstance(entry, list) and len(entry) == 2
+        if not is_pair or entry[1] not in names or entry[0] not in ("", *LIBRARIES):
+            raise fault(
+                folder / INDEX_FILE, f": {component}: {shown(entry)} is not supported (its class must be {names[0]})"
+            )
+
+
+def has_component(folder: Path, component: str) -> bool:
+    """Whether `model_index.json` names a class for it. Raises CheckpointError."""
+    entry = read_object(folder / INDEX_FILE).get(component)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def names_component(folder: Path, component: str) -> bool:
+    """Whether `model_index.json` says anything of it, be it that there is none. Raises CheckpointError."""
+    return component in read_object(folder / INDEX_FILE)
 
 
 def component_folder(folder: Path, component: str) -> Path:
@@ -87,13 +123,22 @@ def component_file(folder: Path, name: str) -> Path:
 
 
 def read_preset(folder: Path, default: Preset) -> Preset:
-    """The folder's preset file, or `default`."""
-    try:
-        return msgspec.json.decode((folder / PRESET_FILE).read_bytes(), type=Preset)
-    except FileNotFoundError:
+    """The folder's preset file, or `default`. Raises CheckpointError."""
+    path = folder / PRESET_FILE
+    if not os.path.lexists(path):
         return default
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"model: {str(folder / PRESET_FILE)!r}: {error}") from None
+    return decode(read_file(path), Preset, path, "")
+
+
+def check_sizes(folder: Path, sizes: Sizes) -> Sizes:
+    """Raises CheckpointError if the preset's default is no size that is drawn."""
+    if sizes.min > sizes.max or not all(map(sizes.accept, sizes.default)):
+        raise fault(
+            folder / PRESET_FILE,
+            f": default_width and default_height {list(sizes.default)} must be multiples of {sizes.multiple} from"
+            f" min_size {sizes.min} to max_size {sizes.max}",
+        )
+    return sizes
 
 
 def model_name(folder: Path, preset: Preset) -> str:
@@ -110,7 +155,7 @@ def check_complete(
     load_format: LoadFormat,
     *,
     configs: Sequence[str],
-    tokenizers: Sequence[str],
+    tokenizers: Mapping[str, TokenizerKind],
     with_weights: Sequence[str],
 ) -> None:
     """Raises CheckpointError naming all that is missing. `configs`: files; `tokenizers` and `with_weights`: components,
@@ -122,58 +167,59 @@ def check_complete(
         raise CheckpointError(f"model: {str(folder)!r} is missing {', '.join(missing)}")
 
 
-def _missing_weights(folder: Path, tokenizers: Sequence[str], with_weights: Sequence[str], hint: bool) -> list[str]:
-    missing = [f"{name}/{TOKENIZER_CONFIG}" for name in tokenizers if not has_tokenizer(component_folder(folder, name))]
+def _missing_weights(
+    folder: Path, tokenizers: Mapping[str, TokenizerKind], with_weights: Sequence[str], hint: bool
+) -> list[str]:
+    missing = [
+        f"{name}/{file}"
+        for name, kind in tokenizers.items()
+        for file in missing_files(component_folder(folder, name), kind)
+    ]
     weights = [
-        f"{part}/*.safetensors"
+        f"{part}/*.safetensors{describe_files(component_folder(folder, part))}"
         for part in with_weights
-        if not any(component_folder(folder, part).glob("*.safetensors"))
+        if not has_weights(component_folder(folder, part))
     ]
     if hint and len(weights) == len(with_weights):
         weights[-1] += " (it holds configs only: load_format dummy draws random weights)"
     return missing + weights
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a component folder holds a tokenizer."""
-    return (folder / TOKENIZER_CONFIG).is_file()
-
-
-def read_config(folder: Path, name: str, config_type: type[_T], class_name: str) -> _T:
-    """A component's config ("component/file") as a value. Raises CheckpointError if it is of another class, has no
-    such field or one of another type."""
-    config = read_json(folder, name)
-    if config.get("_class_name") != class_name:
-        component = name.partition("/")[0]
-        raise CheckpointError(f"model: {component} {config.get('_class_name')!r} is not supported")
-    return _convert(folder, name, config, config_type)
-
-
 def read_scheduler(folder: Path) -> SchedulerSpec:
     """Raises CheckpointError for another scheduler than FlowMatchEuler's, or for options that are not supported."""
-    config = read_json(folder, SCHEDULER_FILE)
-    if config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-        raise CheckpointError(
-            f"model: scheduler {config.get('_class_name')!r} is not supported"
-            " (supported: FlowMatchEulerDiscreteScheduler)"
-        )
+    path = component_file(folder, SCHEDULER_FILE)
+    config = read_object(path)
+    if (found := config.get("_class_name")) != SCHEDULER:
+        raise fault(path, f": _class_name: scheduler {shown(found)} is not supported (supported: {SCHEDULER})")
     for option in UNSUPPORTED_OPTIONS:
         if config.get(option):
-            raise CheckpointError(f"model: scheduler option {option} is not supported")
-    return _convert(folder, SCHEDULER_FILE, config, SchedulerSpec)
+            raise fault(path, f": scheduler option {option} is not supported")
+    return convert(path, {name: value for name, value in config.items() if value is not None}, SchedulerSpec)
+
+
+def check_shifts(folder: Path, scheduler: SchedulerSpec, sizes: Sizes) -> None:
+    """Raises CheckpointError if the noise levels of a picture cannot be computed for all sizes."""
+    if not scheduler.use_dynamic_shifting:
+        return
+    path, first, last = (
+        component_file(folder, SCHEDULER_FILE),
+        scheduler.base_image_seq_len,
+        scheduler.max_image_seq_len,
+    )
+    if first == last:
+        raise fault(path, f": base_image_seq_len and max_image_seq_len must differ, got {first} and {last}")
+    slope = (scheduler.max_shift - scheduler.base_shift) / (last - first)
+    for rows in (sizes.num_rows(sizes.min, sizes.min), sizes.num_rows(sizes.max, sizes.max)):
+        shift = scheduler.base_shift + slope * (rows - first)
+        least = 0.0 if scheduler.time_shift_type == "linear" else -MAX_SHIFT
+        if not least < shift <= MAX_SHIFT:
+            raise fault(
+                path,
+                f": base_shift {scheduler.base_shift:g} and max_shift {scheduler.max_shift:g} make a shift of {shift:g}"
+                f" of {rows} rows, which must be between {least:g} and {MAX_SHIFT:g}",
+            )
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of the checkpoint; `name`: of a file in its folder, or "component/file"."""
-    path = component_file(folder, name) if "/" in name else folder / name
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"model: {str(path)!r} is not a JSON object: {error}") from None
-
-
-def _convert(folder: Path, name: str, config: dict[str, Any], config_type: type[_T]) -> _T:
-    try:
-        return msgspec.convert(config, config_type)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"model: {str(folder)!r}: {name}: {error}") from None
+    """A JSON object of the checkpoint; `name`: of a file in its folder, or "component/file". Raises CheckpointError."""
+    return read_object(component_file(folder, name) if "/" in name else folder / name)

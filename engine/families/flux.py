@@ -3,59 +3,189 @@
 Without a preset FLUX.1-dev's own defaults hold, or FLUX.1-schnell's if the model takes no guidance.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.errors import RequestError
+from tetrion.engine.errors import RequestError, shown
 from tetrion.engine.families.base import Family
 from tetrion.engine.families.checkpoint import (
+    SCHEDULER,
     SCHEDULER_FILE,
     Preset,
+    check_classes,
     check_complete,
+    check_shifts,
+    check_sizes,
+    component_folder,
     model_name,
-    read_config,
     read_preset,
     read_scheduler,
 )
+from tetrion.engine.families.components import (
+    ClipConfig,
+    Size,
+    T5Config,
+    VaeConfig,
+    check_clip,
+    check_latents,
+    check_t5,
+    check_vae,
+    check_width,
+    read_clip,
+    read_part,
+    read_t5,
+)
+from tetrion.engine.families.files import fault
+from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan
+from tetrion.engine.families.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, check_tokenizer, max_prompt_tokens
+from tetrion.engine.families.weights import read_shapes
 from tetrion.engine.model_spec import ModelSpec, Sizes, SlotField
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.shape import StepShape
 
 WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 CONFIGS = (SCHEDULER_FILE, *(f"{component}/config.json" for component in WITH_WEIGHTS))
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZERS = {"tokenizer": CLIP_TOKENIZER, "tokenizer_2": T5_TOKENIZER}
+TRANSFORMER = "FluxTransformer2DModel"
+CLASSES = {
+    "transformer": (TRANSFORMER,),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("T5EncoderModel",),
+    "tokenizer": CLIP_TOKENIZER.classes,
+    "tokenizer_2": T5_TOKENIZER.classes,
+    "scheduler": (SCHEDULER,),
+}
 SCHNELL = Preset(num_steps=4, guidance=None, max_text_tokens=256)
 LATENTS_PER_ROW = 2
 """A row of the image segment covers 2 × 2 latent pixels."""
+MLP_RATIO = 4
+VECTORS_PER_STREAM = 6
+VECTORS_PER_SINGLE = 3
+VECTORS_AT_END = 2
+_Blocks = Annotated[int, Meta(ge=0, le=1000)]
 
 
-class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    num_attention_heads: int
-    attention_head_dim: int
-    in_channels: int
-    pooled_projection_dim: int
+class FluxConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of `transformer/config.json` (diffusers' names) that decide the computation."""
+
+    in_channels: Size
+    num_layers: _Blocks
+    num_single_layers: _Blocks
+    attention_head_dim: Size
+    num_attention_heads: Size
+    joint_attention_dim: Size
+    pooled_projection_dim: Size
     guidance_embeds: bool = False
-
-
-class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    block_out_channels: list[int]
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    patch_size: int = 1
+    out_channels: int | None = None
 
     @property
-    def scale_factor(self) -> int:
-        """Pixels a latent pixel's side."""
-        return 2 ** (len(self.block_out_channels) - 1)
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def num_vectors(self) -> int:
+        """V: shifts, scales and gates of all blocks, each [C]."""
+        doubles = 2 * VECTORS_PER_STREAM * self.num_layers
+        return doubles + VECTORS_PER_SINGLE * self.num_single_layers + VECTORS_AT_END
+
+
+def read_config(path: Path) -> FluxConfig:
+    """Read `transformer/config.json`. Raises CheckpointError for what the forward pass does not cover; OSError."""
+    config = read_part(path.parent, FluxConfig, TRANSFORMER)
+    if config.patch_size != 1:
+        raise fault(path, f": patch_size must be 1, got {config.patch_size}")
+    if config.out_channels not in (None, config.in_channels):
+        raise fault(path, f": out_channels {config.out_channels} must equal in_channels {config.in_channels}")
+    if len(config.axes_dims_rope) != 3 or sum(config.axes_dims_rope) != config.attention_head_dim:
+        raise fault(
+            path,
+            f": axes_dims_rope {shown(list(config.axes_dims_rope))} must be three numbers that add up to"
+            f" attention_head_dim {config.attention_head_dim}",
+        )
+    if any(dim % 2 or dim < 2 for dim in config.axes_dims_rope):
+        raise fault(path, f": axes_dims_rope {list(config.axes_dims_rope)} must be even, and at least 2")
+    return config
+
+
+def weights_plan(config: FluxConfig) -> WeightsPlan:
+    """Name in a worker's memory -> tensors of a diffusers checkpoint: q, k, v fused, all modulations fused."""
+    C, plan = config.hidden_size, WeightsPlan()
+
+    def add_qkv(name: str, projections: Sequence[str], norms: Sequence[str]) -> None:
+        plan.linear(f"{name}.qkv", projections, 3 * C, C)
+        for norm, source in zip(("q_norm", "k_norm"), norms, strict=True):
+            plan.vector(f"{name}.{norm}", f"{source}.weight", config.attention_head_dim)
+
+    plan.linear("image_in", ["x_embedder"], C, config.in_channels)
+    plan.linear("text_in", ["context_embedder"], C, config.joint_attention_dim)
+    plan.embedder("time_in", "time_text_embed.timestep_embedder", TIME_CHANNELS, C)
+    plan.embedder("pooled_in", "time_text_embed.text_embedder", config.pooled_projection_dim, C)
+    if config.guidance_embeds:
+        plan.embedder("guidance_in", "time_text_embed.guidance_embedder", TIME_CHANNELS, C)
+    modulation: list[str] = []
+    for i in range(config.num_layers):
+        ours, block = f"double.{i}", f"transformer_blocks.{i}"
+        attn = f"{block}.attn"
+        add_qkv(
+            f"{ours}.text",
+            [f"{attn}.add_q_proj", f"{attn}.add_k_proj", f"{attn}.add_v_proj"],
+            [f"{attn}.norm_added_q", f"{attn}.norm_added_k"],
+        )
+        add_qkv(
+            f"{ours}.image",
+            [f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"],
+            [f"{attn}.norm_q", f"{attn}.norm_k"],
+        )
+        plan.linear(f"{ours}.text.out", [f"{attn}.to_add_out"], C, C)
+        plan.linear(f"{ours}.image.out", [f"{attn}.to_out.0"], C, C)
+        for stream, mlp in (("text", "ff_context"), ("image", "ff")):
+            plan.linear(f"{ours}.{stream}.mlp_in", [f"{block}.{mlp}.net.0.proj"], MLP_RATIO * C, C)
+            plan.linear(f"{ours}.{stream}.mlp_out", [f"{block}.{mlp}.net.2"], C, MLP_RATIO * C)
+        modulation += [f"{block}.norm1_context.linear", f"{block}.norm1.linear"]
+    for i in range(config.num_single_layers):
+        ours, block = f"single.{i}", f"single_transformer_blocks.{i}"
+        attn = f"{block}.attn"
+        add_qkv(ours, [f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"], [f"{attn}.norm_q", f"{attn}.norm_k"])
+        plan.linear(f"{ours}.mlp_in", [f"{block}.proj_mlp"], MLP_RATIO * C, C)
+        plan.linear(f"{ours}.out", [f"{block}.proj_out"], C, (1 + MLP_RATIO) * C)
+        modulation.append(f"{block}.norm.linear")
+    plan.linear("modulation", [*modulation, "norm_out.linear"], config.num_vectors * C, C)
+    plan.linear("final", ["proj_out"], config.in_channels, C)
+    return plan
 
 
 class Flux:
     def read(self, folder: Path, load_format: LoadFormat) -> ModelSpec:
+        check_classes(folder, CLASSES)
         check_complete(folder, load_format, configs=CONFIGS, tokenizers=TOKENIZERS, with_weights=WITH_WEIGHTS)
         scheduler = read_scheduler(folder)
-        transformer = read_config(folder, "transformer/config.json", TransformerConfig, "FluxTransformer2DModel")
-        vae = read_config(folder, "vae/config.json", VaeConfig, "AutoencoderKL")
+        transformer = read_config(component_folder(folder, "transformer") / "config.json")
+        vae = read_part(component_folder(folder, "vae"), VaeConfig, "AutoencoderKL")
+        encoder, encoder_2 = component_folder(folder, "text_encoder"), component_folder(folder, "text_encoder_2")
+        clip, t5 = read_clip(encoder), read_t5(encoder_2)
+        if load_format != "dummy":
+            _check_files(folder, transformer, vae, clip, t5)
+        check_latents(component_folder(folder, "vae"), vae, transformer.in_channels, LATENTS_PER_ROW**2)
+        pooled, text = transformer.pooled_projection_dim, transformer.joint_attention_dim
+        check_width(encoder, "hidden_size", clip.hidden_size, "pooled_projection_dim", pooled)
+        check_width(encoder_2, "d_model", t5.d_model, "joint_attention_dim", text)
         preset = read_preset(folder, Preset() if transformer.guidance_embeds else SCHNELL)
-        row = transformer.num_attention_heads * transformer.attention_head_dim
+        sizes = Sizes(
+            min=preset.min_size,
+            max=preset.max_size,
+            multiple=LATENTS_PER_ROW * vae.scale_factor,
+            default=(preset.default_width, preset.default_height),
+        )
+        check_shifts(folder, scheduler, check_sizes(folder, sizes))
+        row = transformer.hidden_size
         return ModelSpec(
             name=model_name(folder, preset),
             path=str(folder.resolve()),
@@ -73,12 +203,7 @@ class Flux:
             num_steps=preset.num_steps,
             guidance=preset.guidance or 0.0,
             max_text_tokens=preset.max_text_tokens,
-            sizes=Sizes(
-                min=preset.min_size,
-                max=preset.max_size,
-                multiple=LATENTS_PER_ROW * vae.scale_factor,
-                default=(preset.default_width, preset.default_height),
-            ),
+            sizes=sizes,
             inputs=frozenset({"negative_prompt", "true_cfg_scale"}),
         )
 
@@ -92,6 +217,19 @@ class Flux:
     def shape(self, spec: ModelSpec, request: ImageRequest) -> StepShape:
         assert request.width is not None and request.height is not None
         return spec.shape(request.width, request.height, 2 if _has_scale(request) else 1)
+
+
+def _check_files(folder: Path, transformer: FluxConfig, vae: VaeConfig, clip: ClipConfig, t5: T5Config) -> None:
+    """Weights and tokenizers by what their configs mean. Raises CheckpointError; OSError."""
+    folders = {name: component_folder(folder, name) for name in (*WITH_WEIGHTS, *TOKENIZERS)}
+    check_tokenizer(folders["tokenizer"], CLIP_TOKENIZER, clip.vocab_size)
+    max_prompt_tokens(folders["tokenizer"], clip.max_position_embeddings)
+    check_tokenizer(folders["tokenizer_2"], T5_TOKENIZER, t5.vocab_size)
+    shapes = {name: read_shapes(folders[name]) for name in WITH_WEIGHTS}
+    check_plan(weights_plan(transformer), shapes["transformer"], folders["transformer"])
+    check_vae(folders["vae"], vae, shapes["vae"])
+    check_clip(folders["text_encoder"], clip, shapes["text_encoder"])
+    check_t5(folders["text_encoder_2"], t5, shapes["text_encoder_2"])
 
 
 def _has_scale(request: ImageRequest) -> bool:

@@ -5,8 +5,10 @@ from pathlib import Path
 from types import ModuleType
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.errors import shown
 from tetrion.engine.families.base import Family
-from tetrion.engine.families.checkpoint import pipeline_name
+from tetrion.engine.families.checkpoint import INDEX_FILE, pipeline_name
+from tetrion.engine.families.files import fault
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
 
 FAMILIES = {
@@ -21,11 +23,14 @@ def read_model_spec(folder: Path, load_format: LoadFormat = "safetensors") -> Mo
 
     Raises CheckpointError naming the first thing that is missing or not supported.
     """
-    pipeline = pipeline_name(folder)
-    if pipeline not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise CheckpointError(f"model: architecture {pipeline!r} is not supported (supported: {known})")
-    return family_of(FAMILIES[pipeline]).read(folder, load_format)
+    try:
+        pipeline = pipeline_name(folder)
+        if not isinstance(pipeline, str) or pipeline not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise fault(folder / INDEX_FILE, f": architecture {shown(pipeline)} is not supported (supported: {known})")
+        return family_of(FAMILIES[pipeline]).read(folder, load_format)
+    except OSError as error:
+        raise CheckpointError(f"model: {error.filename or str(folder)!r}: {error.strerror or error}") from error
 
 
 def family_of(name: str) -> Family:

@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.families.checkpoint import has_tokenizer
+from tetrion.engine.families.tokenizers import has_vocabulary
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.dummy import HashTokenizer, module_shapes
 from tetrion.engine.models.loading import build_module
@@ -139,18 +139,21 @@ def one_thread() -> Iterator[None]:
 
 def _clip_tokenizer(folder: Path, tokenizer: Path, load_format: LoadFormat) -> tuple[Tokenizer, int]:
     """The tokenizer, and how many tokens CLIP always gets."""
-    if load_format == "dummy" and not has_tokenizer(tokenizer):
+    if load_format == "dummy" and not has_vocabulary(tokenizer):
         config = _load_config(CLIPTextConfig, folder)
         end = config.vocab_size - 1
         return HashTokenizer(config.vocab_size, end=end, start=end - 1, padding=end), config.max_position_embeddings
     loaded = LibraryTokenizer(CLIPTokenizer, tokenizer)
+    loaded.check_size(folder, _load_config(CLIPTextConfig, folder).vocab_size)
     return loaded, loaded.model_max_length
 
 
 def _t5_tokenizer(folder: Path, tokenizer: Path, load_format: LoadFormat) -> Tokenizer:
-    if load_format == "dummy" and not has_tokenizer(tokenizer):
+    if load_format == "dummy" and not has_vocabulary(tokenizer):
         return HashTokenizer(_load_config(T5Config, folder).vocab_size, end=1)
-    return LibraryTokenizer(T5Tokenizer, tokenizer)
+    loaded = LibraryTokenizer(T5Tokenizer, tokenizer)
+    loaded.check_size(folder, _load_config(T5Config, folder).vocab_size)
+    return loaded
 
 
 def _load_config(kind: type[ConfigT], folder: Path) -> ConfigT:

@@ -1,6 +1,6 @@
 """FLUX.1's transformer (MMDiT: double-stream, then single-stream blocks) on one member's tokens of a sequence.
 
-Owns the architecture: its weights' names and shapes, the forward pass, modulations, rotary tables. Knows nothing of
+Owns the forward pass, modulations, rotary tables. Knows nothing of
 devices, groups or requests: the operators, and attention over the whole sequence, are arguments.
 Source: black-forest-labs/flux `model.py`; diffusers' FluxTransformer2DModel, whose results it reproduces.
 
@@ -12,31 +12,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from msgspec import Meta
 from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import component_folder
-from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.families.flux import (
+    VECTORS_AT_END,
+    VECTORS_PER_SINGLE,
+    VECTORS_PER_STREAM,
+    FluxConfig,
+    read_config,
+    weights_plan,
+)
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import ClipEncoder, T5Encoder, one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Tokens
-from tetrion.engine.models.layers import (
-    TIME_CHANNELS,
-    Embedder,
-    Sum,
-    WeightsPlan,
-    linear_of,
-    normed,
-    take,
-    timestep_embedding,
-)
+from tetrion.engine.models.layers import Embedder, Sum, linear_of, normed, take, timestep_embedding
 from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
@@ -46,59 +42,9 @@ from tetrion.engine.sampling.flow_match import euler_schedule
 from tetrion.engine.shape import StepShape
 
 ROPE_THETA = 10_000.0
-MLP_RATIO = 4
-VECTORS_PER_STREAM = 6
-VECTORS_PER_SINGLE = 3
-VECTORS_AT_END = 2
-_Count = Annotated[int, Meta(ge=0, le=1000)]
-_Size = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 TEXT, IMAGE = 0, 1
 """Segments, in canonical order."""
-
-
-class FluxConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `transformer/config.json` (diffusers' names) that decide the computation."""
-
-    in_channels: _Size
-    num_layers: _Count
-    num_single_layers: _Count
-    attention_head_dim: _Size
-    num_attention_heads: _Size
-    joint_attention_dim: _Size
-    pooled_projection_dim: _Size
-    guidance_embeds: bool = False
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-    patch_size: int = 1
-    out_channels: int | None = None
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def num_vectors(self) -> int:
-        """V: shifts, scales and gates of all blocks, each [C]."""
-        doubles = 2 * VECTORS_PER_STREAM * self.num_layers
-        return doubles + VECTORS_PER_SINGLE * self.num_single_layers + VECTORS_AT_END
-
-
-def read_config(path: Path) -> FluxConfig:
-    """Read `transformer/config.json`. Raises CheckpointError for what this forward pass does not cover."""
-    try:
-        config = msgspec.json.decode(path.read_bytes(), type=FluxConfig)
-    except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"model: {str(path)!r}: {error}") from None
-    if config.patch_size != 1 or config.out_channels not in (None, config.in_channels):
-        raise CheckpointError(f"model: {str(path)!r}: patch_size must be 1 and out_channels equal to in_channels")
-    if len(config.axes_dims_rope) != 3 or sum(config.axes_dims_rope) != config.attention_head_dim:
-        raise CheckpointError(
-            f"model: {str(path)!r}: axes_dims_rope {list(config.axes_dims_rope)} must be three numbers that add up to"
-            f" attention_head_dim {config.attention_head_dim}"
-        )
-    if any(dim % 2 for dim in config.axes_dims_rope):
-        raise CheckpointError(f"model: {str(path)!r}: axes_dims_rope {list(config.axes_dims_rope)} must be even")
-    return config
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -149,53 +95,6 @@ class FluxWeights:
     double_blocks: tuple[DoubleBlock, ...]
     single_blocks: tuple[SingleBlock, ...]
     final: Linear
-
-
-def weights_plan(config: FluxConfig) -> WeightsPlan:
-    """Name in a worker's memory -> tensors of a diffusers checkpoint: q, k, v fused, all modulations fused."""
-    C, plan = config.hidden_size, WeightsPlan()
-
-    def add_qkv(name: str, projections: Sequence[str], norms: Sequence[str]) -> None:
-        plan.linear(f"{name}.qkv", projections, 3 * C, C)
-        for norm, source in zip(("q_norm", "k_norm"), norms, strict=True):
-            plan.vector(f"{name}.{norm}", f"{source}.weight", config.attention_head_dim)
-
-    plan.linear("image_in", ["x_embedder"], C, config.in_channels)
-    plan.linear("text_in", ["context_embedder"], C, config.joint_attention_dim)
-    plan.embedder("time_in", "time_text_embed.timestep_embedder", TIME_CHANNELS, C)
-    plan.embedder("pooled_in", "time_text_embed.text_embedder", config.pooled_projection_dim, C)
-    if config.guidance_embeds:
-        plan.embedder("guidance_in", "time_text_embed.guidance_embedder", TIME_CHANNELS, C)
-    modulation: list[str] = []
-    for i in range(config.num_layers):
-        ours, block = f"double.{i}", f"transformer_blocks.{i}"
-        attn = f"{block}.attn"
-        add_qkv(
-            f"{ours}.text",
-            [f"{attn}.add_q_proj", f"{attn}.add_k_proj", f"{attn}.add_v_proj"],
-            [f"{attn}.norm_added_q", f"{attn}.norm_added_k"],
-        )
-        add_qkv(
-            f"{ours}.image",
-            [f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"],
-            [f"{attn}.norm_q", f"{attn}.norm_k"],
-        )
-        plan.linear(f"{ours}.text.out", [f"{attn}.to_add_out"], C, C)
-        plan.linear(f"{ours}.image.out", [f"{attn}.to_out.0"], C, C)
-        for stream, mlp in (("text", "ff_context"), ("image", "ff")):
-            plan.linear(f"{ours}.{stream}.mlp_in", [f"{block}.{mlp}.net.0.proj"], MLP_RATIO * C, C)
-            plan.linear(f"{ours}.{stream}.mlp_out", [f"{block}.{mlp}.net.2"], C, MLP_RATIO * C)
-        modulation += [f"{block}.norm1_context.linear", f"{block}.norm1.linear"]
-    for i in range(config.num_single_layers):
-        ours, block = f"single.{i}", f"single_transformer_blocks.{i}"
-        attn = f"{block}.attn"
-        add_qkv(ours, [f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"], [f"{attn}.norm_q", f"{attn}.norm_k"])
-        plan.linear(f"{ours}.mlp_in", [f"{block}.proj_mlp"], MLP_RATIO * C, C)
-        plan.linear(f"{ours}.out", [f"{block}.proj_out"], C, (1 + MLP_RATIO) * C)
-        modulation.append(f"{block}.norm.linear")
-    plan.linear("modulation", [*modulation, "norm_out.linear"], config.num_vectors * C, C)
-    plan.linear("final", ["proj_out"], config.in_channels, C)
-    return plan
 
 
 def build_weights(config: FluxConfig, tensors: Mapping[str, Tensor]) -> FluxWeights:

@@ -12,42 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tetrion.engine.models.loading import Part, Rearranged
+from tetrion.engine.families.plan import TIME_CHANNELS
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.kernels.reference import Branch
-
-TIME_CHANNELS = 256
-
-
-class WeightsPlan(dict[str, Part]):
-    """Name in a worker's memory -> tensors of a diffusers checkpoint, concatenated."""
-
-    def linear(self, name: str, sources: Sequence[str], num_out: int, num_in: int) -> None:
-        """Fused along the output: weight [num_out, num_in] and bias [num_out]."""
-        self[f"{name}.weight"] = Part(tuple(f"{source}.weight" for source in sources), (num_out, num_in))
-        self[f"{name}.bias"] = Part(tuple(f"{source}.bias" for source in sources), (num_out,))
-
-    def embedder(self, name: str, source: str, num_in: int, hidden_size: int) -> None:
-        self.linear(f"{name}.in_layer", [f"{source}.linear_1"], hidden_size, num_in)
-        self.linear(f"{name}.out_layer", [f"{source}.linear_2"], hidden_size, hidden_size)
-
-    def vector(self, name: str, source: str, size: int) -> None:
-        self[name] = Part((source,), (size,))
-
-    def patches_in(self, name: str, source: str, num_out: int, channels: int, side: int) -> None:
-        """A convolution over patches of side × side pixels, as a linear layer of tokens (c, p, q)."""
-        shape, num_in = (num_out, channels, side, side), channels * side * side
-        keep = Rearranged(shape, (0, 1, 2, 3), (num_out, num_in))
-        self[f"{name}.weight"] = Part((f"{source}.weight",), shape, keep)
-        self[f"{name}.bias"] = Part((f"{source}.bias",), (num_out,))
-
-    def patches_out(self, name: str, source: str, channels: int, side: int, num_in: int) -> None:
-        """A linear layer whose outputs are a patch's (p, q, c), as one of tokens (c, p, q)."""
-        num_out = side * side * channels
-        split, order = (side, side, channels), (2, 0, 1)
-        weight = Rearranged((*split, num_in), (*order, 3), (num_out, num_in))
-        self[f"{name}.weight"] = Part((f"{source}.weight",), (num_out, num_in), weight)
-        self[f"{name}.bias"] = Part((f"{source}.bias",), (num_out,), Rearranged(split, order, (num_out,)))
 
 
 def linear_of(tensors: Mapping[str, Tensor], name: str) -> Linear:

@@ -18,38 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tetrion.engine.families.plan import Part, Plan, planned_shape
+from tetrion.engine.families.weights import weight_map
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.transport.available_memory import available_memory_bytes
 from tetrion.engine.transport.segment import SharedMemoryError
 
 ALIGNMENT = 64
-WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-class Rearranged(NamedTuple):
-    """A tensor seen as `split`, its dimensions put in `order`, then seen as `shape`. A convolution whose stride is its
-    kernel's size becomes a GEMM's weight this way, a patch's pixels change places with its channels."""
-
-    split: tuple[int, ...]
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-class Part(NamedTuple):
-    """One tensor of a model: the named checkpoint tensors, concatenated along dimension 0.
-
-    `shape`, where the architecture knows it, is that in the checkpoint and is checked. `rearranged`: how it lies in a
-    worker's memory, if otherwise; of a single source.
-    """
-
-    sources: tuple[str, ...]
-    shape: tuple[int, ...] | None = None
-    rearranged: Rearranged | None = None
-
-
-Plan = Mapping[str, Part]
 
 
 class TensorFiles(Protocol):
@@ -77,7 +54,7 @@ class ComponentFiles:
     def __init__(self, folder: Path) -> None:
         """Opens (maps) every file. Raises CheckpointError naming the file or tensor that is missing or damaged."""
         self.folder = folder
-        self._path_of = _weight_map(folder)
+        self._path_of = weight_map(folder)
         self._opened = {path: _open_safetensors(path) for path in sorted(set(self._path_of.values()))}
         names_in = {path: set(file.keys()) for path, file in self._opened.items()}
         for name, path in self._path_of.items():
@@ -113,34 +90,6 @@ def _identity(path: Path) -> str:
     return path.name if path.parent.name == "blobs" else str(path)
 
 
-def _weight_map(folder: Path) -> dict[str, Path]:
-    indices = [folder / f"{name}.index.json" for name in WEIGHTS_FILES]
-    for index in filter(Path.is_file, indices):
-        return _read_index(index)
-    candidates = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
-    candidates = candidates or sorted(folder.glob("*.safetensors"))
-    if len(candidates) != 1:
-        found = ", ".join(path.name for path in candidates) or "none"
-        raise CheckpointError(
-            f"model: {str(folder)!r} needs one .safetensors file or a *.safetensors.index.json (found: {found})"
-        )
-    return {name: candidates[0] for name in _open_safetensors(candidates[0]).keys()}  # noqa: SIM118 - not a dict
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        file_of = {str(name): index.parent / str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"model: {str(index)!r} is not a safetensors index (no weight_map)") from None
-    missing = sorted({path.name for path in file_of.values() if not path.is_file()})
-    if missing:
-        raise CheckpointError(f"model: {str(index.parent)!r} is missing {', '.join(missing)}, named by {index.name}")
-    if any(path.parent != index.parent or path.suffix != ".safetensors" for path in file_of.values()):
-        raise CheckpointError(f"model: {str(index)!r} names files that are not .safetensors files beside it")
-    return file_of
-
-
 def _open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
@@ -170,7 +119,7 @@ def same_components(components: Mapping[str, Component]) -> dict[str, str]:
 def planned_shapes(components: Mapping[str, Component]) -> dict[str, tuple[int, ...]]:
     """Shapes of all planned tensors, by `component/name`. Raises CheckpointError for missing or misshapen ones."""
     return {
-        f"{component}/{name}": _planned_shape(files, name, part)
+        f"{component}/{name}": planned_shape(part, files.shape, files.folder)
         for component, (files, plan) in components.items()
         for name, part in plan.items()
     }
@@ -268,20 +217,6 @@ def build_module(
     except RuntimeError as error:
         raise CheckpointError(f"model: {what}: {error}") from None
     return module.requires_grad_(False).eval()
-
-
-def _planned_shape(files: TensorFiles, name: str, part: Part) -> tuple[int, ...]:
-    """In a worker's memory."""
-    shapes = [files.shape(source) for source in part.sources]
-    if len({shape[1:] for shape in shapes}) != 1:
-        raise CheckpointError(f"model: {str(files.folder)!r}: {', '.join(part.sources)} do not fit together: {shapes}")
-    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
-    if part.shape is not None and shape != part.shape:
-        sources = part.sources[0] if len(part.sources) == 1 else f"{part.sources[0]} … {part.sources[-1]}"
-        raise CheckpointError(
-            f"model: {str(files.folder)!r}: {sources} has shape {list(shape)}, config.json means {list(part.shape)}"
-        )
-    return shape if part.rearranged is None else part.rearranged.shape
 
 
 def _fill(target: Tensor, files: TensorFiles, part: Part) -> None:

@@ -4,18 +4,22 @@ Owns the way from checkpoint folders to `Model`s, over weights that all CPU work
 Worker-only: importing it takes seconds. A new family is one line of `engine/families/registry.py`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.registry import FAMILIES, worker_module
-from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.family import FamilyModule, Model
 from tetrion.engine.models.loading import Component, attach, component_tensors, load_to_device, publish
 from tetrion.engine.models.ops import Ops
+
+logger = logging.getLogger(__name__)
 
 
 def load_shared(
@@ -48,7 +52,8 @@ def load_on_device(
 
 def components_of(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, Component]:
     """All of a model that would be loaded, by component. Raises CheckpointError."""
-    return family_module(spec).components(spec, load_format)
+    with _blaming(spec):
+        return family_module(spec).components(spec, load_format)
 
 
 def all_components(specs: Sequence[ModelSpec], load_format: LoadFormat) -> dict[str, Component]:
@@ -69,9 +74,23 @@ def _build_all(
         own = component_tensors(tensors, spec.name)
         new = {tensor.data_ptr(): tensor.nbytes for tensor in own.values() if tensor.data_ptr() not in counted}
         counted |= new.keys()
-        model = family_module(spec).build(spec, load_format, own, ops)
+        with _blaming(spec):
+            model = family_module(spec).build(spec, load_format, own, ops)
         models.append(dataclasses.replace(model, weights_bytes=sum(new.values())))
     return models
+
+
+@contextlib.contextmanager
+def _blaming(spec: ModelSpec) -> Iterator[None]:
+    """What a library finds while it makes a model of a checkpoint's files, in whatever way it says so, is those files'
+    fault; running out of memory is not, nor what a GPU does."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        logger.debug("%s cannot be loaded", spec.name, exc_info=True)
+        raise CheckpointError(f"model: {spec.path!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def import_families() -> None:

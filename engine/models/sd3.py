@@ -1,7 +1,7 @@
 """Stable Diffusion 3's transformer (MMDiT of double-stream blocks) on one member's rows of a sequence: SD3-medium,
 SD3.5-medium (blocks with a second attention over the image alone) and SD3.5-large.
 
-Owns the architecture: its weights' names and shapes, the forward pass, modulations, positions, how prompts become text
+Owns the forward pass, modulations, positions, how prompts become text
 rows. Knows nothing of devices, groups or requests: the operators, and attention over the whole sequence, are arguments.
 Source: arXiv:2403.03206; diffusers' SD3Transformer2DModel and StableDiffusion3Pipeline, whose results it reproduces.
 
@@ -13,34 +13,30 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import msgspec
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from msgspec import Meta
 from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import component_folder
-from tetrion.engine.families.sd3 import has_t5
+from tetrion.engine.families.sd3 import (
+    VECTORS,
+    VECTORS_AT_END,
+    VECTORS_DUAL,
+    SD3Config,
+    has_t5,
+    read_config,
+    weights_plan,
+)
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import ProjectedClipEncoder, T5Encoder, one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Tokens
-from tetrion.engine.models.layers import (
-    TIME_CHANNELS,
-    Embedder,
-    Sum,
-    WeightsPlan,
-    linear_of,
-    normed,
-    take,
-    timestep_embedding,
-)
-from tetrion.engine.models.loading import Component, Part, Rearranged, component_tensors
+from tetrion.engine.models.layers import Embedder, Sum, linear_of, normed, take, timestep_embedding
+from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
 from tetrion.engine.parallel.exchange import Stream
@@ -48,86 +44,8 @@ from tetrion.engine.params import Params
 from tetrion.engine.sampling.flow_match import euler_schedule
 from tetrion.engine.shape import StepShape
 
-MLP_RATIO = 4
-VECTORS = 6
-"""Of a stream in a block: shift, scale, gate of attention, then of the MLP."""
-VECTORS_DUAL = 9
-"""Of an image stream with a second attention: its shift, scale, gate come last."""
-VECTORS_AT_END = 2
-"""Scale, then shift: of the last block's text, which has no output, and of the image behind all blocks."""
-_Count = Annotated[int, Meta(ge=1, le=1000)]
-_Index = Annotated[int, Meta(ge=0, lt=1000)]
-_Size = Annotated[int, Meta(ge=1, le=1_000_000)]
-_Side = Annotated[int, Meta(ge=1, le=4096)]
-
 TEXT, IMAGE = 0, 1
 """Segments, in canonical order."""
-
-
-class SD3Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `transformer/config.json` (diffusers' names) that decide the computation.
-
-    `pos_embed_max_size`: the longest side of a picture, in tokens.
-    """
-
-    in_channels: _Size
-    num_layers: _Count
-    attention_head_dim: _Size
-    num_attention_heads: _Size
-    joint_attention_dim: _Size
-    caption_projection_dim: _Size
-    pooled_projection_dim: _Size
-    pos_embed_max_size: _Side
-    patch_size: Literal[2] = 2
-    out_channels: int | None = None
-    dual_attention_layers: tuple[_Index, ...] = ()
-    qk_norm: Literal["rms_norm"] | None = None
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def token_width(self) -> int:
-        """Channels of an image token."""
-        return self.patch_size**2 * self.in_channels
-
-    @property
-    def num_vectors(self) -> int:
-        """V: shifts, scales and gates of all blocks, each [C]."""
-        blocks = range(self.num_layers)
-        return sum(self.text_vectors(i) + self.image_vectors(i) for i in blocks) + VECTORS_AT_END
-
-    def is_last(self, block: int) -> bool:
-        return block == self.num_layers - 1
-
-    def text_vectors(self, block: int) -> int:
-        return VECTORS_AT_END if self.is_last(block) else VECTORS
-
-    def image_vectors(self, block: int) -> int:
-        return VECTORS_DUAL if block in self.dual_attention_layers else VECTORS
-
-
-def read_config(path: Path) -> SD3Config:
-    """Read `transformer/config.json`. Raises CheckpointError for what this forward pass does not cover."""
-    try:
-        config = msgspec.json.decode(path.read_bytes(), type=SD3Config)
-    except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"model: {str(path)!r}: {error}") from None
-    if config.out_channels not in (None, config.in_channels):
-        raise CheckpointError(
-            f"model: {str(path)!r}: out_channels {config.out_channels} must equal in_channels {config.in_channels}"
-        )
-    if config.caption_projection_dim != config.hidden_size:
-        raise CheckpointError(
-            f"model: {str(path)!r}: caption_projection_dim {config.caption_projection_dim} must equal"
-            f" num_attention_heads · attention_head_dim = {config.hidden_size}"
-        )
-    if beyond := [block for block in config.dual_attention_layers if block >= config.num_layers]:
-        raise CheckpointError(
-            f"model: {str(path)!r}: dual_attention_layers {beyond} are not below num_layers {config.num_layers}"
-        )
-    return config
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -189,53 +107,6 @@ class SD3Weights:
     modulation: Linear
     blocks: tuple[Block, ...]
     final: Linear
-
-
-def weights_plan(config: SD3Config) -> WeightsPlan:
-    """Name in a worker's memory -> tensors of a diffusers checkpoint: q, k, v fused, all modulation projections fused,
-    image tokens (c, p, q) on both sides, as latents are packed."""
-    C, side, plan = config.hidden_size, config.pos_embed_max_size, WeightsPlan()
-
-    def add_projection(name: str, layers: Sequence[str], norms: Sequence[str]) -> None:
-        plan.linear(f"{name}.qkv", layers, 3 * C, C)
-        if config.qk_norm is not None:
-            for norm, source in zip(("q_norm", "k_norm"), norms, strict=True):
-                plan.vector(f"{name}.{norm}", f"{source}.weight", config.attention_head_dim)
-
-    def add_image_projection(name: str, attn: str) -> None:
-        add_projection(name, [f"{attn}.to_{x}" for x in "qkv"], [f"{attn}.norm_q", f"{attn}.norm_k"])
-
-    def add_outputs(name: str, out: str, mlp: str) -> None:
-        plan.linear(f"{name}.out", [out], C, C)
-        plan.linear(f"{name}.mlp_in", [f"{mlp}.net.0.proj"], MLP_RATIO * C, C)
-        plan.linear(f"{name}.mlp_out", [f"{mlp}.net.2"], C, MLP_RATIO * C)
-
-    plan.patches_in("image_in", "pos_embed.proj", C, config.in_channels, config.patch_size)
-    whole_table = (1, side * side, C)
-    plan["positions"] = Part(("pos_embed.pos_embed",), whole_table, Rearranged(whole_table, (0, 1, 2), (side, side, C)))
-    plan.linear("text_in", ["context_embedder"], C, config.joint_attention_dim)
-    plan.embedder("time_in", "time_text_embed.timestep_embedder", TIME_CHANNELS, C)
-    plan.embedder("pooled_in", "time_text_embed.text_embedder", config.pooled_projection_dim, C)
-    modulation: list[str] = []
-    for i in range(config.num_layers):
-        ours, block = f"block.{i}", f"transformer_blocks.{i}"
-        attn = f"{block}.attn"
-        add_projection(
-            f"{ours}.text_in",
-            [f"{attn}.add_{x}_proj" for x in "qkv"],
-            [f"{attn}.norm_added_q", f"{attn}.norm_added_k"],
-        )
-        add_image_projection(f"{ours}.image_in", attn)
-        if not config.is_last(i):
-            add_outputs(f"{ours}.text", f"{attn}.to_add_out", f"{block}.ff_context")
-        add_outputs(f"{ours}.image", f"{attn}.to_out.0", f"{block}.ff")
-        if i in config.dual_attention_layers:
-            add_image_projection(f"{ours}.second", f"{block}.attn2")
-            plan.linear(f"{ours}.second.out", [f"{block}.attn2.to_out.0"], C, C)
-        modulation += [f"{block}.norm1_context.linear", f"{block}.norm1.linear"]
-    plan.linear("modulation", [*modulation, "norm_out.linear"], config.num_vectors * C, C)
-    plan.patches_out("final", "proj_out", config.in_channels, config.patch_size, C)
-    return plan
 
 
 def build_weights(config: SD3Config, tensors: Mapping[str, Tensor]) -> SD3Weights:

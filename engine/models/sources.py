@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import component_folder
+from tetrion.engine.families.plan import Part
 from tetrion.engine.models.dummy import DummyFiles
-from tetrion.engine.models.loading import Component, ComponentFiles, Part, TensorFiles
+from tetrion.engine.models.loading import Component, ComponentFiles, TensorFiles
 
 Shapes = Callable[[Path], dict[str, tuple[int, ...]]]
 """Component folder -> shapes of all tensors that its config means."""

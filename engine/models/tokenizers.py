@@ -26,8 +26,17 @@ class LibraryTokenizer:
         """Raises CheckpointError if the folder holds none that can be used."""
         try:
             self._tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of a damaged file each library makes an error of its own
             raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.__name__}: {error}") from None
+
+    def check_size(self, folder: Path, vocab_size: int) -> None:
+        """Raises CheckpointError if there are more ids than the text encoder in `folder` has rows for."""
+        last = max(self._tokenizer.get_vocab().values(), default=0)
+        if last >= vocab_size:
+            raise CheckpointError(
+                f"model: {str(folder / 'config.json')!r}: vocab_size {vocab_size} has no token {last}, which its"
+                " tokenizer has"
+            )
 
     @property
     def model_max_length(self) -> int:

@@ -29,10 +29,12 @@ class Schedule(NamedTuple):
 def sigmas(
     scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int, spacing: Spacing = "even"
 ) -> NDArray[np.float32]:
-    """Noise levels of `num_steps` steps, [num_steps + 1] from (near) 1 down to 0, shifted for the picture's size."""
+    """Noise levels of `num_steps` steps, [num_steps + 1] from (near) 1 down to 0, shifted for the picture's size. A
+    scheduler with `use_flow_sigmas` does not let the pipeline choose."""
     if num_steps < 1:
         raise ValueError(f"num_steps: must be at least 1, got {num_steps}")
-    levels = _even_levels(num_steps) if spacing == "even" else _trained_levels(scheduler, num_steps)
+    is_even = spacing == "even" and not scheduler.use_flow_sigmas
+    levels = _even_levels(num_steps) if is_even else _trained_levels(scheduler, num_steps)
     if not scheduler.use_dynamic_shifting:
         levels = scheduler.shift * levels / (1 + (scheduler.shift - 1) * levels)
     elif scheduler.time_shift_type == "exponential":

@@ -3,6 +3,7 @@
 import torch
 
 from tetrion.engine.messages import Command, Failed, failed
+from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.parallel.cpu.barrier import Aborted
 
 MAX_MESSAGE_CHARS = 2000
@@ -14,5 +15,7 @@ def failure_of(command: Command, device_id: int, error: Exception) -> Failed:
             return failed(command, device_id, "aborted", "aborted: another member of its group failed or was lost")
         case MemoryError() | torch.OutOfMemoryError():
             return failed(command, device_id, "out_of_memory", f"out of memory: {error}"[:MAX_MESSAGE_CHARS])
+        case CheckpointError():
+            return failed(command, device_id, "checkpoint", str(error))
         case _:
             return failed(command, device_id, "error", f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS])

@@ -28,6 +28,8 @@ class BringUp:
         host_memory: bool,
     ) -> None:
         self.weights_bytes = 0
+        self.refusal = ""
+        """What is wrong with a checkpoint, as a worker has found: it says so of all that are to come up."""
         self._send = send
         self._ids = itertools.count(1)
         self._peers = PeerMapping(send, reserve, self._ids, host_memory=host_memory)
@@ -69,6 +71,8 @@ class BringUp:
                 self._on_loaded(event)
             case Failed() if event.command_id == self._loading.get(event.device_id):
                 self._failed[event.device_id] = f"it could not load the model: {event.message}"
+                if event.kind == "checkpoint":
+                    self.refusal = event.message
             case PeersMapped() | Failed():
                 if not self._peers.handle(event):
                     return False

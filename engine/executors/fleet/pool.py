@@ -22,6 +22,7 @@ from tetrion.engine.executors.fleet.link import WorkerLink
 from tetrion.engine.executors.fleet.respawn import RespawnPolicy
 from tetrion.engine.executors.fleet.segments import Segments
 from tetrion.engine.messages import Command, Event, Shutdown, Started
+from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.transport.channel import send_to_all
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class WorkerPool:
         self._segments = segments
         self._start_timeout_s = start_timeout_s
         self._on_news, self._has_news = wake, False
+        self._have_all_been_up = False
         self._policy = RespawnPolicy()
         self._bring_up = BringUp(
             tuple(self._devices),
@@ -88,7 +90,11 @@ class WorkerPool:
         link.kill()
 
     def poll(self) -> list[Event | WorkerLost | WorkerReady]:
-        """What happened since the last call, a worker's events before its end."""
+        """What happened since the last call, a worker's events before its end.
+
+        Raises CheckpointError if a worker cannot load a model before all workers have been up: no other could. Later
+        it is that worker's trouble, and one that is started again may find the files as they were.
+        """
         if not self._has_news:
             return []
         self._has_news = bool(self._ended)  # an end may leave others to be told of in the next call
@@ -101,6 +107,8 @@ class WorkerPool:
                     events.append(event)
             if link.fault:
                 self.kill(link.device_id, link.fault)
+        if self._bring_up.refusal and not self._have_all_been_up:
+            raise CheckpointError(self._bring_up.refusal)
         for device_id, reason in self._bring_up.take_failed().items():
             self.kill(device_id, reason)
         events += [ready for device_id in self._bring_up.take_ready() if (ready := self._on_ready(device_id))]
@@ -162,6 +170,7 @@ class WorkerPool:
         self._cancel_timer(device_id)
         self._policy.ready(device_id, time.monotonic())
         self.alive |= {device_id}
+        self._have_all_been_up |= len(self.alive) == len(self._devices)
         return WorkerReady(device_id=device_id)
 
     def _on_life_pipe(self, device_id: int) -> None:

@@ -21,12 +21,15 @@ FILES: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32,
         "in_channels": 16,
         "joint_attention_dim": 24,
+        "axes_dims_rope": [8, 12, 12],
         "num_attention_heads": 3,
+        "num_layers": 1,
+        "num_single_layers": 1,
         "pooled_projection_dim": 20,
     },
-    "vae/config.json": {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16, 16, 16]},
-    "text_encoder/config.json": {},
-    "text_encoder_2/config.json": {},
+    "vae/config.json": {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16, 16, 16], "latent_channels": 4},
+    "text_encoder/config.json": {"model_type": "clip_text_model", "hidden_size": 20},
+    "text_encoder_2/config.json": {"model_type": "t5", "d_model": 24},
 }
 
 
@@ -68,9 +71,9 @@ def test_a_spec_says_what_the_engine_must_know(tmp_path: Path) -> None:
         ({"vae": None, "scheduler": None}, "is missing scheduler/scheduler_config.json, vae/config.json"),
         ({"scheduler": {"_class_name": "DDIM"}}, "scheduler 'DDIM' is not supported"),
         ({"scheduler": {"use_karras_sigmas": True}}, "scheduler option use_karras_sigmas is not supported"),
-        ({"scheduler": {"shift": "much"}}, "scheduler_config.json: Expected `float`"),
+        ({"scheduler": {"shift": "much"}}, "scheduler_config.json': Expected `float`"),
         ({"transformer": {"_class_name": "Other"}}, "transformer 'Other' is not supported"),
-        ({"transformer": {"in_channels": "many"}}, "transformer/config.json: Expected `int`"),
+        ({"transformer": {"in_channels": "many"}}, "transformer/config.json': Expected `int`"),
         ({"vae": {"_class_name": "AutoencoderTiny"}}, "vae 'AutoencoderTiny' is not supported"),
     ],
 )
@@ -80,7 +83,9 @@ def test_the_first_thing_that_is_wrong_is_named(tmp_path: Path, changes: dict[st
 
 
 def test_weights_are_asked_for_unless_they_are_drawn(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"tokenizer_2/tokenizer_config.json, transformer/.*holds configs only"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer_2/tokenizer_config.json, .*transformer/.*configs only"
+    ):
         read_model_spec(write(tmp_path))
     with pytest.raises(CheckpointError, match="is not a folder"):
         read_model_spec(tmp_path / "nowhere")
@@ -88,13 +93,14 @@ def test_weights_are_asked_for_unless_they_are_drawn(tmp_path: Path) -> None:
 
 def test_components_of_another_embedded_model_are_used_in_place(tmp_path: Path) -> None:
     preset = {"components_from": {"vae": "shapes/vae", "text_encoder_2": "shapes/text_encoder_2"}}
-    folder = write(tmp_path / "own", vae=None, text_encoder_2=None)
+    fitting = {"in_channels": 32, "joint_attention_dim": 128}
+    folder = write(tmp_path / "own", transformer=fitting, vae=None, text_encoder_2=None)
     (folder / "preset.json").write_bytes(msgspec.json.encode(preset))
     assert component_folder(folder, "vae") == embedded_folder() / "shapes" / "vae"
     assert component_folder(folder, "transformer") == folder / "transformer"
     assert read_json(folder, "vae/config.json")["_class_name"] == "AutoencoderKL"
     assert read_model_spec(folder, "dummy").num_heads == 3
-    other = write(tmp_path / "other", vae=None, text_encoder_2=None)
+    other = write(tmp_path / "other", transformer=fitting, vae=None, text_encoder_2=None)
     (other / "preset.json").write_bytes(msgspec.json.encode(preset | {"components_from": {"vae": "shapes/vae"}}))
     assert checkpoint_identity(folder, "dummy") != checkpoint_identity(other, "dummy")
 

@@ -11,9 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
 import tetrion.configs.models as models
+from tetrion.engine.families.plan import WeightsPlan
 from tetrion.engine.model_spec import CheckpointError, SchedulerSpec
 from tetrion.engine.models.dummy import DummyFiles
-from tetrion.engine.models.layers import WeightsPlan
 from tetrion.engine.models.loading import Component, ComponentFiles, load_to_device, planned_shapes
 from tetrion.engine.models.sd3 import positions, read_config, transformer_shapes, weights_plan
 from tetrion.engine.sampling.flow_match import euler_schedule

@@ -57,7 +57,7 @@ class Loaded:
         self, path: Path, fd: int, *, publish_weights: bool = True, load_format: LoadFormat = "safetensors"
     ) -> None:
         self.step = torch.zeros(1, dtype=torch.int32)
-        spec = read_model_spec(path)
+        spec = read_model_spec(path, load_format)
         (self.model,) = load_shared([spec], fd, publish_weights, load_format, ReferenceOps(self.step))
         self.spec, self.network, self.codec = spec, self.model.network, self.model.codec
 

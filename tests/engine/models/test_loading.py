@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.engine.models.conftest import Loaded
+from tetrion.engine.families.plan import Part
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.models.loading import Component, ComponentFiles, Part, attach, component_tensors, publish
+from tetrion.engine.models.loading import Component, ComponentFiles, attach, component_tensors, publish
 from tetrion.engine.models.ops import ReferenceOps
 from tetrion.engine.models.registry import load_shared
 from tetrion.engine.transport.segment import SharedMemoryError
@@ -216,7 +217,7 @@ def test_components_that_do_not_fit_together(broken, fd, file, change, message) 
 def test_damaged_tokenizer(broken, fd) -> None:
     for file in (broken / "tokenizer_2").iterdir():
         file.write_text("{")
-    _assert_error(broken, fd, "tokenizer_2' holds no usable T5Tokenizer")
+    _assert_error(broken, fd, "tokenizer_2/tokenizer_config.json' is not a JSON object")
 
 
 def test_a_config_of_another_family_is_refused(make_checkpoint, fd) -> None:
