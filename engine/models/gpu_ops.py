@@ -2,7 +2,7 @@
 
 Owns what keeps a row's bits independent of how many rows are in a call, which cuBLAS mostly does but not always:
 * below MIN_ROWS rows it takes other kernels, so fewer are padded;
-* it splits long sums into few columns by the number of rows, so those go to cuBLASLt, which can be told not to;
+* where sums are long and outputs few it splits sums below 86 rows, so fewer than LONG_MIN_ROWS are padded;
 * of a sum of two GEMMs it splits the second's sums by the number of rows if they are long, so the long one comes first;
 * for few output channels it splits sums by the number of rows, so those GEMMs always have NARROW_ROWS.
 
@@ -10,8 +10,7 @@ Modulation vectors come as tables of all steps; a counter in device memory says 
 serves every step. Runs on CPU tensors too, in Triton's interpreter.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,8 @@ from tetrion.kernels.residual_modulate import residual_modulate
 
 MIN_ROWS = 64
 LONG_SUMS, LONG_MIN_ROWS = 3, 128
-"""From how many inputs an output on a layer's sums are long; fewer rows than that are slow without splitting."""
+"""From how many inputs an output on a layer's sums are long; how many rows it has at least. Layers without a bias would
+need more: cuBLAS splits their sums up to 800 rows."""
 NARROW_ROWS = 1024
 
 
@@ -36,10 +36,8 @@ class GpuOps:
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         outputs, inputs = layer.weight.shape
-        if not x.is_cuda or inputs < LONG_SUMS * outputs:
-            return F.linear(_padded(x), layer.weight, layer.bias)[: len(x)]
-        with _unsplit_sums():
-            return F.linear(_padded(x, LONG_MIN_ROWS), layer.weight, layer.bias)[: len(x)]
+        num_rows = MIN_ROWS if inputs < LONG_SUMS * outputs else LONG_MIN_ROWS
+        return F.linear(_padded(x, num_rows), layer.weight, layer.bias)[: len(x)]
 
     def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
         """On CUDA the GELU is the GEMM's epilogue: the hidden layer, the widest tensor of all, is written once."""
@@ -75,20 +73,3 @@ class GpuOps:
 
 def _padded(x: Tensor, num_rows: int = MIN_ROWS) -> Tensor:
     return x if len(x) >= num_rows else F.pad(x, (0, 0, 0, num_rows - len(x)))
-
-
-@contextmanager
-def _unsplit_sums() -> Iterator[None]:
-    """Products in bf16 add every output's terms in one piece. Nothing of it is left to do when a graph is replayed."""
-    matmul, library = torch.backends.cuda.matmul, torch.backends.cuda.preferred_blas_library()
-    before = (
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction_split_k,
-    )
-    torch.backends.cuda.preferred_blas_library("cublaslt")
-    matmul.allow_bf16_reduced_precision_reduction = (False, False)
-    try:
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
-        torch.backends.cuda.preferred_blas_library(library)
