@@ -34,6 +34,8 @@ import enum
 import logging
 from collections.abc import Collection, Iterator
 
+import msgspec
+
 from tetrion.engine.errors import EngineEnded, GenerationError
 from tetrion.engine.executors.base import Executor, WorkerLost
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
@@ -53,6 +55,14 @@ class RecoveryState(enum.Enum):
     HEALTHY = "healthy"
     DRAINING = "draining"
     RESETTING = "resetting"
+
+
+class RecoveryFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Since the start: workers lost, workers started in their place, requests started again from their prompt."""
+
+    num_deaths: int = 0
+    num_respawns: int = 0
+    num_retries: int = 0
 
 
 class Recovery:
@@ -87,6 +97,14 @@ class Recovery:
         self._check_s = 0.0
         self._no_worker_since_s: float | None = None
         self._last_loss = ""
+        self.num_respawns = 0
+        self._num_deaths = self._num_retries = 0
+
+    @property
+    def figures(self) -> RecoveryFigures:
+        return RecoveryFigures(
+            num_deaths=self._num_deaths, num_respawns=self.num_respawns, num_retries=self._num_retries
+        )
 
     @property
     def is_healthy(self) -> bool:
@@ -123,6 +141,7 @@ class Recovery:
         """What ran there is hit, and so is every request whose latents only that worker held. All drain, also if that
         is none."""
         logger.error("worker %d was lost: %s", event.device_id, event.reason)
+        self._num_deaths += 1
         now_s = self._executor.now_s()
         for entry in self._in_flight.drop_device(event.device_id, now_s):
             self._hit_request(entry.command.request_id, event.reason)
@@ -251,6 +270,7 @@ class Recovery:
         if request.attempts >= MAX_ATTEMPTS:
             self._books.end(request, GenerationError(reason))
             return
+        self._num_retries += 1
         request.reset_progress()
         self._table.mark_changed(request)
         if request.state is not RequestState.WAITING:
