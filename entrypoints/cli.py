@@ -16,6 +16,7 @@ from tetrion.entrypoints.bench.slo_commands import COMMANDS
 from tetrion.entrypoints.errors import report_errors
 from tetrion.entrypoints.options import engine_options, take_config
 from tetrion.entrypoints.recommend.command import recommend
+from tetrion.entrypoints.serve_options import guard_options
 
 if TYPE_CHECKING:
     from tetrion.engine.config import EngineConfig
@@ -109,6 +110,7 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
 )
 @click.option("--public-url", metavar="URL", help="How clients reach this server. Default: as their request says.")
 @click.option("--access-log", is_flag=True, help="Log every HTTP request.")
+@guard_options
 @engine_options
 @click.pass_context
 def serve(ctx: click.Context, **options: Any) -> int:

@@ -44,7 +44,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     slo_ms: float | None = None
     priority: int | None = None
     energy: EnergyOptions | None = None
-    user: str | None = None
+    user: Annotated[str, Meta(max_length=256)] | None = None
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -110,8 +110,11 @@ def decode_body(data: bytes) -> GenerationBody:
     return body
 
 
-def to_requests(body: GenerationBody, model: str | None, seed: int) -> list[ImageRequest]:
-    """One request a picture, drawn by `model`, with seeds `seed`, `seed + 1`, … Raises ApiError (400)."""
+def to_requests(
+    body: GenerationBody, model: str | None, seed: int, ids: list[str], tenant: str = ""
+) -> list[ImageRequest]:
+    """One request a picture, drawn by `model`, with seeds `seed`, `seed + 1`, … and one of `ids` each. `tenant`: of the
+    key that was used; its users are tenants below it. Raises ApiError (400)."""
     width, height = _width_and_height(body)
     return [
         ImageRequest(
@@ -126,10 +129,11 @@ def to_requests(body: GenerationBody, model: str | None, seed: int) -> list[Imag
             seed=seed + i,
             slo_ms=body.slo_ms,
             priority=body.priority or 0,
-            tenant=body.user or "",
+            tenant="/".join(filter(None, (tenant, body.user))),
+            request_id=request_id,
             energy=body.energy or EnergyOptions(),
         )
-        for i in range(body.n or 1)
+        for i, request_id in enumerate(ids)
     ]
 
 

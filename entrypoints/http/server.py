@@ -1,9 +1,9 @@
 """`tetrion serve`: listens, starts the engine, serves until told to stop.
 
 The port is taken before the engine is loaded, so that a port in use is known at once. While the engine loads, `/health`
-answers and `/ready` says 503. The first SIGINT or SIGTERM ends gracefully: no new connections, running requests get
-`SHUTDOWN_TIMEOUT_S` to finish, then the engine stops; the second cuts requests off. A request that is cut off gets an
-answer that says so. An engine that dies ends the server.
+answers and `/ready` says 503. The first SIGINT or SIGTERM ends gracefully (see `draining.py`): no new connections,
+running requests get `shutdown_timeout_s` to finish, then the engine stops; the second cuts requests off. A request that
+is cut off gets an answer that says so. An engine that dies ends the server.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,15 +23,29 @@ import msgspec
 import uvicorn
 
 from tetrion.entrypoints.errors import EXIT_INTERRUPTED, InputError
-from tetrion.entrypoints.http.app import create_app
+from tetrion.entrypoints.http.app import Guards, create_app
+from tetrion.entrypoints.http.connections import (
+    LOGGER,
+    Connection,
+    ConnectionLimits,
+    Connections,
+    Door,
+    most_connections,
+)
+from tetrion.entrypoints.http.draining import farewell
+from tetrion.entrypoints.http.hosts import hosts_for
+from tetrion.entrypoints.http.keys import ApiKeys
+from tetrion.entrypoints.http.limits import RequestLimits, Waiting
+from tetrion.entrypoints.http.request_ids import RequestIdFilter
 from tetrion.entrypoints.http.service import ImageService
 from tetrion.entrypoints.http.store import PictureStore
 from tetrion.entrypoints.session import freeze_gc
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from tetrion.engine.api import AsyncEngine
 
-SHUTDOWN_TIMEOUT_S = 30
 CUT_OFF_TIMEOUT_S = 5
 BACKLOG = 1024
 
@@ -42,12 +58,40 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     store_mb: int = 1024
     public_url: str | None = None
     access_log: bool = False
+    max_n: int | None = None
+    max_steps: int | None = None
+    max_pixels: int | None = None
+    max_waiting_mb: int = 256
+    limit_concurrency: int | None = None
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    drain_s: float = 0.0
+    shutdown_timeout_s: float = 30.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its own signal handlers, which would end the process before the engine has stopped."""
+    """uvicorn behind our own door, and without its signal handlers, which would end the process before the engine has
+    stopped."""
 
     stop_signal: signal.Signals | None = None
+
+    def __init__(
+        self, config: uvicorn.Config, service: ImageService, connections: Connections, options: ServeOptions
+    ) -> None:
+        super().__init__(config)
+        self._service, self._connections, self._options = service, connections, options
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        doors = [Door(sock, self._connection, self._connections, self.config.ssl) for sock in sockets or []]
+        self.servers = doors  # type: ignore[assignment]
+        self.started = True
+
+    def _connection(self) -> Connection:
+        return Connection(self._connections, config=self.config, server_state=self.server_state, app_state={})
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -61,9 +105,21 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(signum)
 
     def _stop(self, signum: signal.Signals) -> None:
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        if self.stop_signal is not None:
+            self.force_exit = True
+        is_drained = signum is signal.SIGTERM and self._service.is_ready and self.stop_signal is None
         self.stop_signal = signum
+        self._service.is_draining = True
+        if is_drained and self._options.drain_s > 0:
+            click.echo(f"stopping: requests are taken for {self._options.drain_s:g} s more, /ready is 503", err=True)
+            asyncio.get_running_loop().call_later(self._options.drain_s, self._close)
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        if not self.should_exit:
+            click.echo(farewell(self._service.waiting.num_requests, self._options.shutdown_timeout_s), err=True)
+        self.should_exit = True
 
     async def cut_off(self) -> None:
         """Cancel the requests that still run, and let them be answered. To be called after `serve`."""
@@ -91,24 +147,25 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
     """Serve until a signal. Returns the exit code: 0 after SIGTERM, 130 after SIGINT. Raises GenerationError if the
     engine does not start or dies."""
+    keys, num_connections = ApiKeys(options.api_keys), most_connections(len(engine.devices))
     with listen(options.host, options.port) as sock:
-        service = ImageService(engine, PictureStore(options.store_mb << 20), options.public_url)
-        server = Server(
-            uvicorn.Config(
-                create_app(service),
-                lifespan="off",
-                log_config=None,
-                access_log=options.access_log,
-                timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
-            )
+        hosts = hosts_for(sock.getsockname()[0], options.allowed_hosts, options.public_url)
+        service = _service(options, engine, num_connections)
+        app = create_app(service, Guards(hosts=hosts, keys=keys, body_timeout_s=options.body_timeout_s))
+        limits = ConnectionLimits(
+            max_connections=num_connections,
+            head_timeout_s=options.head_timeout_s,
+            body_timeout_s=options.body_timeout_s,
         )
+        server = Server(_config(options, app), service, Connections(limits, service.counters), options)
         _log_to_stderr()
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         try:
             if await _start(engine, serving):
                 freeze_gc()
                 service.is_ready = True
-                click.echo(f"serving {', '.join(engine.models.specs)} on {url_of(sock)}", err=True)
+                url = url_of(sock, is_tls=options.ssl_certfile is not None)
+                click.echo(f"serving {', '.join(engine.models.specs)} on {url}", err=True)
                 await _until_stopped(engine, serving)
         finally:
             service.is_ready = False
@@ -117,6 +174,38 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
             await server.cut_off()
             await engine.__aexit__(None, None, None)
     return EXIT_INTERRUPTED if server.stop_signal is signal.SIGINT else 0
+
+
+def _service(options: ServeOptions, engine: AsyncEngine, num_connections: int) -> ImageService:
+    """Some connections are kept for those that only ask how the server does."""
+    num_at_once = num_connections - max(4, num_connections // 8)
+    return ImageService(
+        engine,
+        PictureStore(options.store_mb << 20),
+        options.public_url,
+        RequestLimits(max_n=options.max_n, max_steps=options.max_steps, max_pixels=options.max_pixels),
+        Waiting(options.max_waiting_mb << 20, min(options.limit_concurrency or num_at_once, num_at_once)),
+    )
+
+
+def _config(options: ServeOptions, app: ASGIApp) -> uvicorn.Config:
+    """Raises InputError for what is wrong with certificate or key."""
+    if options.ssl_keyfile is not None and options.ssl_certfile is None:
+        raise InputError("ssl_keyfile: takes an ssl_certfile as well")
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=options.access_log,
+        timeout_graceful_shutdown=options.shutdown_timeout_s,  # type: ignore[arg-type]
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"ssl_certfile: {error.strerror or error}") from None
+    return config
 
 
 async def _start(engine: AsyncEngine, serving: asyncio.Task[None]) -> bool:
@@ -144,11 +233,15 @@ async def _until_stopped(engine: AsyncEngine, serving: asyncio.Task[None]) -> No
         ending.cancel()
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, is_tls: bool = False) -> str:
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RequestIdFilter())
+    logging.getLogger(LOGGER).setLevel(logging.ERROR)
     logging.getLogger("uvicorn.access").setLevel(logging.INFO)

@@ -26,6 +26,7 @@ from tetrion.engine.errors import (
     RequestCancelled,
 )
 from tetrion.engine.families.served import ServedModels
+from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import ImageRequest, ImageResult, Progress
@@ -58,6 +59,7 @@ class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     metering_cost: SamplerCost = SamplerCost(num_readings=0, cpu_s=0.0, wall_s=0.0)
     meter_age_s: float | None = None
     loop: LoopFigures = NO_LOOP
+    recovery: RecoveryFigures = RecoveryFigures()
 
 
 class FakeHandle:

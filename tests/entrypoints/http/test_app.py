@@ -227,7 +227,7 @@ async def test_a_full_store_refuses_urls_but_not_b64() -> None:
         ({"output_compression": 50}, "output_compression", "png is lossless"),
         ({"stream": True}, "stream", "not supported"),
         ({"stream": "yes"}, "stream", "expected `bool"),
-        ({"user": "x" * 257}, "user", "at most 256"),
+        ({"user": "x" * 257}, "user", "<= 256"),
     ],
 )
 async def test_bad_values_name_the_field(served: Served, body: dict[str, Any], param: str, says: str) -> None:
