@@ -20,7 +20,7 @@ _GUARDS = (
     click.option("--max-pixels", type=_COUNT, help="Most pixels a picture. Default: what the model draws."),
     click.option(
         "--max-waiting-mb",
-        type=click.IntRange(1, 1 << 20),
+        type=click.IntRange(4, 1 << 20),
         default=256,
         show_default=True,
         help="Memory for bodies and prompts of all requests that wait; what would need more gets 503.",

@@ -82,12 +82,15 @@ class Connections:
     def is_full(self) -> bool:
         return len(self._open) >= self.limits.max_connections
 
+    @property
+    def can_make_room(self) -> bool:
+        return bool(self._unheard)
+
     def make_room(self) -> None:
         """Close the connection that has been unheard longest; one that still takes an answer only if all do."""
-        victim = next((one for one in self._unheard if not one.is_sending), next(iter(self._unheard), None))
-        if victim is not None:
-            self.left(victim)
-            victim.cut("crowded")
+        victim = next((one for one in self._unheard if not one.is_sending), next(iter(self._unheard)))
+        self.left(victim)
+        victim.cut("crowded")
 
     def entered(self, connection: "Connection") -> None:
         self._open.add(connection)
@@ -261,9 +264,8 @@ class Door:
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
-            if self._connections.is_full:
-                self._connections.make_room()
-            if self._connections.is_full:  # all of them are being served; the next to end opens the door again
+            is_full = self._connections.is_full
+            if is_full and not self._connections.can_make_room:  # the next to end opens the door again
                 self._pause()
                 return
             try:
@@ -274,6 +276,8 @@ class Door:
                 self._pause()
                 self._loop.call_later(ACCEPT_PAUSE_S, self._listen)
                 return
+            if is_full:
+                self._connections.make_room()
             self._connect(sock)
 
     def _connect(self, sock: socket.socket) -> None:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError, refuse
 
-NAMED_KEY = re.compile(r"(?:([A-Za-z0-9._-]{1,64}):)?([!-~]{1,512})", re.DOTALL)
+NAMED_KEY = re.compile(r"(?:([A-Za-z0-9._-]{1,64}):)?+([!-~]{1,512})")
 PROBES = frozenset({"/health", "/ready"})
 """Paths that tell nothing but whether the server lives: open to balancers, under whatever name they call it."""
 

@@ -177,15 +177,19 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
 
 
 def _service(options: ServeOptions, engine: AsyncEngine, num_connections: int) -> ImageService:
-    """Some connections are kept for those that only ask how the server does."""
-    num_at_once = num_connections - max(4, num_connections // 8)
     return ImageService(
         engine,
         PictureStore(options.store_mb << 20),
         options.public_url,
         RequestLimits(max_n=options.max_n, max_steps=options.max_steps, max_pixels=options.max_pixels),
-        Waiting(options.max_waiting_mb << 20, min(options.limit_concurrency or num_at_once, num_at_once)),
+        Waiting(options.max_waiting_mb << 20, _at_once(options, num_connections)),
     )
+
+
+def _at_once(options: ServeOptions, num_connections: int) -> int:
+    """Requests that may be served at once: some connections are kept for those that only ask how the server does."""
+    at_most = num_connections - max(4, num_connections // 8)
+    return min(options.limit_concurrency or at_most, at_most)
 
 
 def _config(options: ServeOptions, app: ASGIApp) -> uvicorn.Config:
