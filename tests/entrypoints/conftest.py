@@ -156,6 +156,7 @@ class FakeEngine:
         self.energy = NO_ENERGY
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
+        self.recovery = RecoveryFigures()
         self.num_alive = len(self.devices)
         self.death: GenerationError | None = None
         self._ended = asyncio.Event()
@@ -216,6 +217,7 @@ class FakeEngine:
             energy=self.energy,
             meter_age_s=self.meter_age_s,
             loop=self.loop,
+            recovery=self.recovery,
         )
 
 
