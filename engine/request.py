@@ -11,7 +11,7 @@ from tetrion.engine.config import EnergyMode
 from tetrion.engine.params import Params
 
 MAX_ATTEMPTS = 3
-"""So often a request is begun before a loss of workers ends it."""
+"""So many workers may die at a request's own commands before that ends it."""
 
 
 JOULES_PER_WH = 3600.0
