@@ -83,9 +83,7 @@ def test_the_first_thing_that_is_wrong_is_named(tmp_path: Path, changes: dict[st
 
 
 def test_weights_are_asked_for_unless_they_are_drawn(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"tokenizer_2/tokenizer_config.json, .*transformer/.*configs only"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizer_2/tokenizer_config.json, .*transformer/.*configs only"):
         read_model_spec(write(tmp_path))
     with pytest.raises(CheckpointError, match="is not a folder"):
         read_model_spec(tmp_path / "nowhere")
