@@ -43,7 +43,7 @@ class Autoencoder:
         self._size_multiple, self._num_channels = spec.sizes.multiple, config["latent_channels"]
         self._scaling_factor = float(config.get("scaling_factor") or 1.0)
         self._shift_factor = float(config.get("shift_factor") or 0.0)
-        self._vae = build_module(_builder(config), tensors, str(folder), unused=self.UNUSED_PREFIXES)
+        self._vae = build_module(_builder(config), tensors, folder, unused=self.UNUSED_PREFIXES)
         weight = self._vae.decoder.conv_in.weight
         self._device, self._dtype = weight.device, weight.dtype
         if self._device.type == "cpu":

@@ -18,7 +18,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.families.components import T5_EMBEDDINGS
+from tetrion.engine.families.library_shapes import BESIDE_CLIP, BESIDE_T5, CLIP_PREFIX, T5_EMBEDDINGS
 from tetrion.engine.families.tokenizers import has_vocabulary
 from tetrion.engine.families.weights import COUNTERS
 from tetrion.engine.model_spec import CheckpointError
@@ -28,10 +28,6 @@ from tetrion.engine.models.tokenizers import LibraryTokenizer, Tokenizer
 
 ConfigT = TypeVar("ConfigT", CLIPTextConfig, T5Config)
 ClipModel = CLIPTextModel | CLIPTextModelWithProjection
-CLIP_PREFIX = "text_model."
-BESIDE_CLIP = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
-BESIDE_T5 = ("decoder.", "lm_head.")
-"""Parts of whole models that make no text rows."""
 
 
 class ClipEncoder:
@@ -174,7 +170,7 @@ def _check_width(folder: Path, width: int, expected: int) -> None:
 
 def _build_clip(kind: type[ClipModel], folder: Path, tensors: Mapping[str, Tensor]) -> ClipModel:
     config = _load_config(CLIPTextConfig, folder)
-    clip = build_module(lambda: kind(config), _as_module_names(kind, config, tensors), str(folder), beside=BESIDE_CLIP)
+    clip = build_module(lambda: kind(config), _as_module_names(kind, config, tensors), folder, beside=BESIDE_CLIP)
     for module in clip.modules():
         if hasattr(module, "position_ids"):  # a buffer that no checkpoint stores, so still on the meta device
             positions = torch.arange(config.max_position_embeddings, device=clip.device)
@@ -199,7 +195,7 @@ def _build_t5(folder: Path, tensors: Mapping[str, Tensor]) -> T5EncoderModel:
     for name, other in (T5_EMBEDDINGS, T5_EMBEDDINGS[::-1]):  # one table under two names; checkpoints have either
         if name not in tensors and other in tensors:
             tensors[name] = tensors[other]
-    t5 = build_module(lambda: T5EncoderModel(config), tensors, str(folder), beside=BESIDE_T5)
+    t5 = build_module(lambda: T5EncoderModel(config), tensors, folder, beside=BESIDE_T5)
     layers = (module for module in t5.modules() if isinstance(module, T5Attention))
     first = next(layer for layer in layers if layer.has_relative_attention_bias)  # its bias serves all layers
     strided_bias = first.compute_bias

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tetrion.engine.families.plan import Part, Plan, planned_shape, some_of
+from tetrion.engine.families.plan import Part, Plan, check_names, planned_shape
 from tetrion.engine.families.weights import weight_map
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.transport.available_memory import available_memory_bytes
@@ -201,7 +201,7 @@ def component_tensors(tensors: Mapping[str, Tensor], component: str) -> dict[str
 def build_module(
     build: Callable[[], ModuleT],
     tensors: Mapping[str, Tensor],
-    what: str,
+    folder: Path,
     unused: tuple[str, ...] = (),
     beside: tuple[str, ...] = (),
 ) -> ModuleT:
@@ -214,14 +214,12 @@ def build_module(
     with torch.device("meta"):
         module = build()
     names = module.state_dict().keys()
-    if missing := [name for name in names - tensors.keys() if not name.startswith(unused)]:
-        raise CheckpointError(f"model: {what} has no tensor {some_of(missing)}, which config.json means")
-    if others := [name for name in tensors.keys() - names if not name.startswith((*unused, *beside))]:
-        raise CheckpointError(f"model: {what} has tensors that config.json does not mean: {some_of(others)}")
+    needed = {name for name in names if not name.startswith(unused)} if unused else names
+    check_names(needed, tensors.keys(), folder, (*unused, *beside))
     try:
         module.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"model: {what}: {error}") from None
+        raise CheckpointError(f"model: {str(folder)!r}: {error}") from None
     return module.requires_grad_(False).eval()
 
 
