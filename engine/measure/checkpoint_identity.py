@@ -1,6 +1,6 @@
 """Which checkpoint a folder holds, whatever the folder is called and wherever it was copied from.
 
-The small files are read whole (up to 64 MB); of the weights the headers and samples of every tensor, because reading tens of
+The small files are read whole; of the weights the headers and samples of every tensor, because reading tens of
 gigabytes takes as long as loading them. Training, merging and scaling change a tensor everywhere and so show; an edit
 by hand of a few values may not. No torch.
 """

@@ -26,7 +26,7 @@ def copied(name: str, folder: Path) -> Path:
     return folder
 
 
-def change(folder: Path, name: str, **fields: Any) -> None:
+def change(folder: Path, name: str, /, **fields: Any) -> None:
     """Fields of a JSON file."""
     path = folder / name
     path.write_bytes(msgspec.json.encode(json.loads(path.read_bytes()) | fields))
