@@ -39,7 +39,6 @@ class ClipEncoder:
         self, folder: Path, tokenizer: Path, tensors: Mapping[str, Tensor], load_format: LoadFormat = "safetensors"
     ) -> None:
         """Raises CheckpointError if the config, the tokenizer or a tensor is missing."""
-        self._folder = folder
         self._model = _build_clip(self.KIND, folder, tensors)
         self._tokenizer, self.num_ids = _clip_tokenizer(folder, tokenizer, load_format)
 
@@ -48,15 +47,6 @@ class ClipEncoder:
         """Of all tensors that the config means. Raises CheckpointError if it is missing."""
         config = _load_config(CLIPTextConfig, folder)
         return module_shapes(lambda: cls.KIND(config))
-
-    @property
-    def width(self) -> int:
-        """Of a row."""
-        return int(self._model.config.hidden_size)
-
-    def check_width(self, expected: int) -> None:
-        """Raises CheckpointError unless this is what the transformer takes."""
-        _check_width(self._folder, self.width, expected)
 
     def ids(self, prompt: str) -> Tensor:
         """[1, num_ids] on the host."""
@@ -75,10 +65,6 @@ class ProjectedClipEncoder(ClipEncoder):
     """CLIP's text model with the projection into the space that it shares with pictures."""
 
     KIND = CLIPTextModelWithProjection
-
-    @property
-    def projected_width(self) -> int:
-        return int(self._model.config.projection_dim or 0)
 
     def rows_and_projected(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layer but one gives of each token, [num_ids, width], and the projected vector of the whole
@@ -99,7 +85,7 @@ class T5Encoder:
         num_ids: int = 512,
     ) -> None:
         """Raises CheckpointError if the config, the tokenizer or a tensor is missing."""
-        self._folder, self._num_ids = folder, num_ids
+        self._num_ids = num_ids
         self._model = _build_t5(folder, tensors)
         self._tokenizer = _t5_tokenizer(folder, tokenizer, load_format)
 
@@ -108,10 +94,6 @@ class T5Encoder:
         """Of all tensors that the config means. Raises CheckpointError if it is missing."""
         config = _load_config(T5Config, folder)
         return module_shapes(lambda: T5EncoderModel(config))
-
-    def check_width(self, expected: int) -> None:
-        """Raises CheckpointError unless this is what the transformer takes."""
-        _check_width(self._folder, self._model.config.d_model, expected)
 
     def ids(self, prompt: str) -> Tensor:
         """[1, num_ids] on the host."""
@@ -161,11 +143,6 @@ def _load_config(kind: type[ConfigT], folder: Path) -> ConfigT:
         return kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.__name__}: {error}") from None
-
-
-def _check_width(folder: Path, width: int, expected: int) -> None:
-    if width != expected:
-        raise CheckpointError(f"model: {str(folder)!r} gives vectors of {width}, the transformer takes {expected}")
 
 
 def _build_clip(kind: type[ClipModel], folder: Path, tensors: Mapping[str, Tensor]) -> ClipModel:
