@@ -22,6 +22,7 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http.app import create_app
+from tetrion.entrypoints.http.schema import GenerationBody
 from tetrion.entrypoints.http.service import MAX_BODY_BYTES, ImageService, _max_encoded_bytes
 from tetrion.entrypoints.http.store import PictureStore
 
@@ -192,21 +193,28 @@ async def test_a_full_store_refuses_urls_but_not_b64() -> None:
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        ({"prompt": None}, "prompt", "expected `str`"),
+        ({"prompt": None}, "prompt", "must be text"),
         ({"prompt": ""}, "prompt", "must not be empty"),
         ({"prompt": "x" * 32_001}, "prompt", "at most 32000"),
-        ({"n": 0}, "n", ">= 1"),
-        ({"n": 11}, "n", "<= 10"),
-        ({"n": "2"}, "n", "expected `int"),
-        ({"n": True}, "n", "expected `int"),
+        ({"n": 0}, "n", "from 1 to 10"),
+        ({"n": 11}, "n", "from 1 to 10"),
+        ({"n": 2.5}, "n", "whole number from 1 to 10, got 2.5"),
+        ({"n": "2"}, "n", "whole number from 1 to 10"),
+        ({"n": True}, "n", "whole number from 1 to 10"),
+        ({"model": ["flux"]}, "model", "must be text"),
+        ({"width": "256"}, "width", "whole number and a multiple of 16"),
         ({"size": "100x100"}, "size", "multiple of 16 from 128 to 512"),
         ({"size": "1024x1024"}, "size", "multiple of 16 from 128 to 512"),
         ({"size": "large"}, "size", "expected WIDTHxHEIGHT"),
-        ({"size": 256}, "size", "expected `str"),
+        ({"size": 256}, "size", "must be text"),
         ({"size": "256x256", "width": 128}, "size", "contradicts"),
         ({"width": 100}, "width", "multiple of 16"),
         ({"height": -16}, "height", "from 128 to 512"),
         ({"seed": -1}, "seed", "from 0 to"),
+        ({"seed": 3.5}, "seed", "whole number from 0 to 9223372036854775807, got 3.5"),
+        ({"seed": 1e30}, "seed", "from 0 to"),
+        ({"seed": "3"}, "seed", "whole number from 0 to"),
+        ({"seed": []}, "seed", "whole number from 0 to"),
         ({"seed": 2**63}, "seed", "from 0 to"),
         ({"seed": 10**30}, "seed", ""),
         ({"seed": 2**63 - 1, "n": 2}, "seed", "from 0 to"),
@@ -217,13 +225,13 @@ async def test_a_full_store_refuses_urls_but_not_b64() -> None:
         ({"true_cfg_scale": 3}, "true_cfg_scale", "takes a negative_prompt"),
         ({"slo_ms": 0}, "slo_ms", "above 0"),
         ({"priority": 10**9}, "priority", "from -1000000 to 1000000"),
-        ({"energy": "least-energy"}, "energy", "expected `object"),
+        ({"energy": "least-energy"}, "energy", "must be an EnergyOptions"),
         ({"energy": {"mode": "cheap"}}, "energy.mode", "'cheap'"),
         ({"energy": {"budget_j": 0}}, "energy.budget_j", "above 0"),
-        ({"energy": {"joules": 5}}, "energy", "unknown field `joules`"),
+        ({"energy": {"joules": 5}}, "energy", "unknown key 'joules', known are mode and budget_j"),
         ({"response_format": "file"}, "response_format", "'file'"),
         ({"output_format": "gif"}, "output_format", "'gif'"),
-        ({"output_compression": 101, "output_format": "webp"}, "output_compression", "<= 100"),
+        ({"output_compression": 101, "output_format": "webp"}, "output_compression", "from 0 to 100"),
         ({"output_compression": 50}, "output_compression", "png is lossless"),
         ({"stream": True}, "stream", "not supported"),
         ({"stream": "yes"}, "stream", "expected `bool"),
@@ -236,6 +244,17 @@ async def test_bad_values_name_the_field(served: Served, body: dict[str, Any], p
     assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert error["message"].startswith(f"{param}: ") and says in error["message"]
     assert all(handle.is_cancelled for handle in served.engine.handles)
+
+
+async def test_whole_numbers_as_tables_write_them_and_nulls(served: Served) -> None:
+    floats = {"n": 2.0, "seed": 7.0, "num_inference_steps": 3.0, "width": 256.0, "height": 128.0, "priority": 2.0}
+    response = await served.post(**floats)
+    assert [picture["seed"] for picture in response.json()["data"]] == [7, 8]
+    assert (await served.post(output_compression=100.0, size="256x128", **floats)).status_code == 200
+    sent = served.engine.handles[0].request
+    assert (sent.num_steps, sent.width, sent.height, sent.priority) == (3, 256, 128, 2)
+    optional = [name for name in GenerationBody.__struct_fields__ if name != "prompt"]
+    assert (await served.post(**dict.fromkeys(optional))).status_code == 200
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{'prompt': 1}", b"\xff\xfe", b'{"a":' + b"[" * 100_000])
