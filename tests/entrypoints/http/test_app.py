@@ -21,9 +21,11 @@ from tests.entrypoints.conftest import FakeEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures
-from tetrion.entrypoints.http.app import create_app
+from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.http.app import create_app, parse_origin
+from tetrion.entrypoints.http.body import MAX_BODY_BYTES
 from tetrion.entrypoints.http.schema import GenerationBody
-from tetrion.entrypoints.http.service import MAX_BODY_BYTES, ImageService, _max_encoded_bytes
+from tetrion.entrypoints.http.service import ImageService, _max_encoded_bytes
 from tetrion.entrypoints.http.store import PictureStore
 
 GENERATIONS = "/v1/images/generations"
@@ -39,15 +41,21 @@ class Served:
     async def post(self, **body: Any) -> httpx.Response:
         return await self.http.post(GENERATIONS, json={"prompt": "a star"} | body)
 
+    async def post_raw(self, content: Any, **headers: str) -> httpx.Response:
+        named = {"content-type": "application/json"} | {key.replace("_", "-"): text for key, text in headers.items()}
+        return await self.http.post(GENERATIONS, content=content, headers=named)
+
 
 @asynccontextmanager
-async def serving(store_bytes: int = 1 << 24, public_url: str | None = None, **config: Any) -> AsyncIterator[Served]:
+async def serving(
+    store_bytes: int = 1 << 24, public_url: str | None = None, allowed_origins: tuple[str, ...] = (), **config: Any
+) -> AsyncIterator[Served]:
     sock = socket.create_server(("127.0.0.1", 0))
     store = PictureStore(store_bytes)
     async with FakeEngine(EngineConfig(devices="cpu:2", **config)) as engine:
         service = ImageService(engine, store, public_url)  # type: ignore[arg-type]
         service.is_ready = True
-        server = uvicorn.Server(uvicorn.Config(create_app(service), lifespan="off", log_config=None))
+        server = uvicorn.Server(uvicorn.Config(create_app(service, allowed_origins), lifespan="off", log_config=None))
         task = asyncio.create_task(server.serve([sock]))
         served = Served(engine, service, store, f"http://127.0.0.1:{sock.getsockname()[1]}")
         try:
@@ -259,16 +267,16 @@ async def test_whole_numbers_as_tables_write_them_and_nulls(served: Served) -> N
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{'prompt': 1}", b"\xff\xfe", b'{"a":' + b"[" * 100_000])
 async def test_malformed_json(served: Served, content: bytes) -> None:
-    response = await served.http.post(GENERATIONS, content=content)
+    response = await served.post_raw(content)
     assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
 
 
 async def test_a_body_that_is_no_object_and_one_without_prompt(served: Served) -> None:
-    response = await served.http.post(GENERATIONS, content=b"[1]")
+    response = await served.post_raw(b"[1]")
     assert (response.status_code, error_of(response)["param"]) == (400, None)
-    response = await served.http.post(GENERATIONS, content=b"{}")
+    response = await served.post_raw(b"{}")
     assert (response.status_code, error_of(response)["param"]) == (400, "prompt")
-    response = await served.http.post(GENERATIONS, content=rb'{"prompt": "\ud800"}')
+    response = await served.post_raw(rb'{"prompt": "\ud800"}')
     assert response.status_code == 400 and error_of(response)
 
 
@@ -278,7 +286,7 @@ async def test_a_body_too_large(served: Served) -> None:
             yield b" " * 65_536
 
     for content in (b" " * (MAX_BODY_BYTES + 1), endless()):
-        response = await served.http.post(GENERATIONS, content=content)
+        response = await served.post_raw(content)
         assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
 
 
@@ -440,11 +448,66 @@ async def test_request_ids(served: Served) -> None:
     assert len(set(ids)) == 3 and all(name.startswith("req_") for name in ids)
 
 
+def preflight(origin: str, method: str = "POST", headers: str = "authorization,content-type") -> dict[str, str]:
+    asks = {"access-control-request-method": method, "access-control-request-headers": headers}
+    return {"origin": origin} | asks
+
+
+async def test_pages_of_other_origins_get_no_answer_by_default(served: Served) -> None:
+    refused = await served.http.options(GENERATIONS, headers=preflight("http://localhost:3000"))
+    assert refused.status_code == 405
+    answered = await served.http.get("/v1/models", headers={"origin": "http://localhost:3000"})
+    assert answered.status_code == 200 and not any(name.startswith("access-control") for name in answered.headers)
+
+
+async def test_pages_of_allowed_origins_may_ask_and_read() -> None:
+    ours, theirs = "http://localhost:3000", "https://elsewhere.example"
+    async with serving(allowed_origins=(ours, "http://b")) as served:
+        asked = await served.http.options(GENERATIONS, headers=preflight(ours))
+        assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == ours
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        refused = await served.http.options(GENERATIONS, headers=preflight(theirs))
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+        posts = (
+            ({"prompt": "a star"}, 200),
+            ({"prompt": ""}, 400),
+            ({"prompt": "full"}, 429),
+            ({"prompt": "crash"}, 500),
+        )
+        for body, status in posts:
+            response = await served.http.post(GENERATIONS, json=body, headers={"origin": ours})
+            assert response.status_code == status and response.headers["access-control-allow-origin"] == ours
+            assert "x-request-id" in response.headers["access-control-expose-headers"]
+        other = await served.http.post(GENERATIONS, json={"prompt": "a"}, headers={"origin": theirs})
+        assert other.status_code == 200 and "access-control-allow-origin" not in other.headers
+    async with serving(allowed_origins=("*",)) as served:
+        asked = await served.http.options(GENERATIONS, headers=preflight(theirs))
+        assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in asked.headers
+
+
+def test_origins_are_read_as_browsers_write_them() -> None:
+    for text, origin in (
+        ("*", "*"),
+        ("null", "null"),
+        ("http://localhost:3000/", "http://localhost:3000"),
+        ("HTTPS://Example.ORG:443", "https://example.org"),
+        ("http://[::1]:80", "http://[::1]"),
+    ):
+        assert parse_origin(text) == origin
+    for text in ("", "localhost:3000", "http://", "http://a/b", "http://a?b", "http://u@a", "http://a:x", "http://a:99999",
+                 "ftp://a", "http://*.a", "http://ä", "http://a http://b", "http://[::1", "a" * 9999):  # fmt: skip
+        with pytest.raises(InputError, match="allow_origin: expected an origin such as") as caught:
+            parse_origin(text)
+        assert len(str(caught.value)) < 300
+
+
 async def test_a_closed_connection_cancels_its_requests(served: Served) -> None:
     body = json.dumps({"prompt": "slow", "n": 3}).encode()
     _, writer = await asyncio.open_connection(*served.url.removeprefix("http://").split(":"))
     writer.write(
-        b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (GENERATIONS.encode(), len(body), body)
+        b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (GENERATIONS.encode(), len(body), body)
     )
     await wait_until(lambda: len(served.engine.handles) == 3)
     assert not any(handle.is_cancelled for handle in served.engine.handles)
