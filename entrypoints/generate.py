@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
@@ -22,6 +21,7 @@ from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import parse_wished_size
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.terminal import progress_console
 from tetrion.entrypoints.unicode import as_utf8
 
 if TYPE_CHECKING:
@@ -233,4 +233,4 @@ def print_report(report: Report, as_json: bool) -> None:
 
 def _progress_bar() -> ProgressBar:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    return ProgressBar(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+    return ProgressBar(*columns, TimeElapsedColumn(), console=progress_console())

@@ -13,6 +13,7 @@ from tetrion.engine.errors import GenerationError
 from tetrion.engine.executors.base import Happening, PictureReady, WorkerLost
 from tetrion.engine.executors.fleet.pool import WorkerPool
 from tetrion.engine.executors.fleet.segments import Segments
+from tetrion.engine.hardware.standard_streams import hold_standard_descriptors
 from tetrion.engine.messages import Command, Decode
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import Receipt
@@ -46,6 +47,7 @@ class ProcessExecutor:
         at fault, GenerationError if one fails to come up in time.
         """
         self._check_memory()
+        hold_standard_descriptors()
         self._segments = Segments(self.devices, self._specs, self._config)
         try:
             self._pool = WorkerPool(self.devices, self._segments, self._config.start_timeout_s, self._wake.set)
