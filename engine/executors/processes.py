@@ -33,6 +33,7 @@ class ProcessExecutor:
         self._specs = specs
         self._config = config
         self._wake = asyncio.Event()
+        self._is_closed = False
         self._segments: Segments | None = None
         self._pool: WorkerPool | None = None
         self._copies: set[asyncio.Task[None]] = set()
@@ -46,6 +47,7 @@ class ProcessExecutor:
         Raises SharedMemoryError if memory does not suffice, CheckpointError if a worker finds that a model's files are
         at fault, GenerationError if one fails to come up in time.
         """
+        assert not self._is_closed
         self._check_memory()
         hold_standard_descriptors()
         self._segments = Segments(self.devices, self._specs, self._config)
@@ -59,6 +61,8 @@ class ProcessExecutor:
 
     async def _all_ready(self, pool: WorkerPool) -> None:
         while True:
+            if self._is_closed:
+                raise GenerationError("the engine was closed while it started")
             for event in pool.poll():
                 if isinstance(event, WorkerLost):
                     raise GenerationError(f"worker {event.device_id} ended while starting: {event.reason}")
@@ -76,14 +80,17 @@ class ProcessExecutor:
             )
 
     async def close(self) -> None:
-        """Shut the workers down (terminate, then kill, those that do not go) and give back all shared memory."""
+        """Shut the workers down (terminate, then kill, those that do not go) and give back all shared memory. Whoever
+        waits for them to start gets GenerationError. May be called again, also meanwhile."""
+        self._is_closed = True
+        self.wake()
         if self._pool is not None:
             await self._pool.close()
         if self._copies:
             await asyncio.wait(self._copies)
-        if self._segments is not None:
-            self._segments.close()
-        self._segments = None
+        segments, self._segments = self._segments, None
+        if segments is not None:
+            segments.close()
 
     # Executor ----------------------------------------------------------------------------------------------------
 
@@ -98,6 +105,9 @@ class ProcessExecutor:
         return self._started_pool.submit(command, members)
 
     def poll(self) -> list[Happening]:
+        """Raises GenerationError once it is closed."""
+        if self._is_closed:
+            raise GenerationError("the engine was closed")
         pictures, self._pictures = self._pictures, []
         return [*self._started_pool.poll(), *pictures]
 
@@ -183,5 +193,6 @@ class ProcessExecutor:
 
     @property
     def _mapped(self) -> Segments:
-        assert self._segments is not None, "the executor is not running"
+        if self._segments is None:
+            raise GenerationError("the engine is not running")
         return self._segments
