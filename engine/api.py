@@ -7,6 +7,7 @@ async with AsyncEngine() as engine:
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol, Self
@@ -67,6 +68,14 @@ class Instrument(Protocol):
     def wrap_executor(self, executor: Executor) -> Executor: ...
 
     def wrap_planner(self, planner: Planner) -> Planner: ...
+
+
+def check_process(owner: int | None) -> None:
+    """Raises GenerationError in a process that was forked from the `owner` of an engine: its workers answer one."""
+    if owner not in (None, os.getpid()):
+        raise GenerationError(
+            f"the engine belongs to process {owner}, from which this one was forked; make another one here"
+        )
 
 
 class RequestHandle:
@@ -143,6 +152,10 @@ class AsyncEngine:
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None
         self._loop: EngineLoop | None = None
+        self._is_closed = False
+        self._owner: int | None = None
+        """The process that has started it."""
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self._death = ""
@@ -168,10 +181,13 @@ class AsyncEngine:
         once this has returned, as `tetrion serve` does.
 
         Raises SharedMemoryError if memory does not suffice, CheckpointError for what only loading shows of a model's
-        files, GenerationError if a worker does not come up, MeteringError if the meter does not know a worker's GPU.
-        Nothing is left running then.
+        files, GenerationError if a worker does not come up (or the engine was closed meanwhile, or started before),
+        MeteringError if the meter does not know a worker's GPU. Nothing is left running then.
         """
-        assert self._executor is None, "the engine was started before"
+        check_process(self._owner)
+        if self._executor is not None or self._is_closed:
+            raise GenerationError("the engine was started or closed before; make another one")
+        self._owner, self._event_loop = os.getpid(), asyncio.get_running_loop()
         self._executor = ProcessExecutor(self.devices, tuple(self.models.specs.values()), self.config)
         begun_s = time.monotonic()
         await self._executor.start()
@@ -185,6 +201,8 @@ class AsyncEngine:
             took_s = loaded_s - begun_s, time.monotonic() - loaded_s
             logger.info("workers started and weights loaded in %.1f s, measured and warmed up in %.1f s", *took_s)
             await self._metering.start()
+            if self._is_closed:
+                raise GenerationError("the engine was closed while it started")
         except BaseException:
             await self.close()
             raise
@@ -209,7 +227,12 @@ class AsyncEngine:
             raise MeteringError(str(error)) from error
 
     async def close(self) -> None:
-        """End the loop (requests still alive fail with GenerationError), the workers and their shared memory."""
+        """End the loop (requests still alive fail with GenerationError), the workers and their shared memory. May be
+        called again, also meanwhile; what is asked afterwards raises GenerationError. In a process that was forked from
+        the engine's own it does nothing."""
+        if self._owner not in (None, os.getpid()):
+            return
+        self._is_closed = True
         if self._loop is not None and self._task is not None:
             self._loop.stop()
             await asyncio.wait([self._task])
@@ -231,8 +254,10 @@ class AsyncEngine:
         (DeadlineUnmeetable if the deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
         engine is not running.
         """
-        if self._loop is None or self._task is None or self._task.done():
+        check_process(self._owner)
+        if self._loop is None or self._task is None or self._task.done() or self._is_closed:
             raise GenerationError(self._death or "the engine is not running")
+        self._check_loop()
         resolved = resolve_request(request, self.models, len(self.devices))
         request_id = resolved.asked.request_id
         if request_id in self._handles:
@@ -240,6 +265,14 @@ class AsyncEngine:
         self._loop.submit(resolved)
         handle = self._handles[request_id] = RequestHandle(resolved.asked, self._loop)
         return handle
+
+    def _check_loop(self) -> None:
+        try:
+            is_ours = asyncio.get_running_loop() is self._event_loop
+        except RuntimeError:
+            is_ours = False
+        if not is_ours:
+            raise GenerationError("the engine runs on another event loop than the caller; threads can share an Engine")
 
     async def generate(self, request: ImageRequest | str) -> ImageResult:
         """Draw one picture. Raises as `submit`, and GenerationError. Cancelling the task cancels the request."""
@@ -252,6 +285,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Raises GenerationError if the engine was not started, or its loop died."""
+        check_process(self._owner)
         if self._death or self._loop is None or self._executor is None or self._metering is None:
             raise GenerationError(self._death or "the engine is not running")
         table = self._loop.table

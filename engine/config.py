@@ -1,12 +1,12 @@
 """Typed configuration: read once, validated on entry, passed down in slices; nothing assigns to it later."""
 
-import os
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from tetrion.engine.hardware.control_groups import available_cpus
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.shape import COST_KEY
 
@@ -131,7 +131,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             metavar="[MODEL=]FILE",
         ),
     ] = {}
-    num_threads: Annotated[PositiveInt | None, option("CPU threads per worker. Default: all, divided.")] = None
+    num_threads: Annotated[PositiveInt | None, option("CPU threads per worker. Default: all that there are, or a container's quota, divided.")] = None
     max_inflight: Annotated[
         int,
         Meta(ge=1, le=4096),
@@ -197,6 +197,6 @@ def _cpus(count: int) -> tuple[DeviceSpec, ...]:
 
 
 def threads_per_worker(config: EngineConfig, num_workers: int) -> int:
-    """CPU threads for each worker: what the config says, else the available cores divided among the workers."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.num_threads or max(1, available // num_workers)
+    """CPU threads for each worker: what the config says, else the processors that this process may use (its affinity,
+    its container's quota) divided among the workers."""
+    return config.num_threads or max(1, available_cpus() // num_workers)

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
 from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import contact_sheet, drawing, pictures
-from tetrion.entrypoints.arguments import parse_size
+from tetrion.entrypoints.arguments import parse_wished_size
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.terminal import progress_console
+from tetrion.entrypoints.unicode import as_utf8
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
@@ -84,11 +85,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The prompts in a text file, one a line; blank lines are skipped. Raises InputError."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = as_utf8(path.read_bytes()).decode().splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"prompts: {str(path)!r} is not UTF-8 text: {error}") from None
     except OSError as error:
-        raise InputError(f"prompts: cannot read {str(path)!r}: {error.strerror}") from None
+        raise InputError(f"prompts: cannot read {str(path)!r}: {error.strerror or error}") from None
     return tuple(line.strip() for line in lines if line.strip())
 
 
@@ -98,7 +99,7 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
         raise InputError("prompt: give at least one, or a file with --prompts")
     if not 1 <= options.num_per_prompt <= MAX_PER_PROMPT:
         raise InputError(f"n: must be from 1 to {MAX_PER_PROMPT}, got {options.num_per_prompt}")
-    width, height = parse_size(options.size) if options.size else (None, None)
+    width, height = parse_wished_size(options.size or None)
     seed = options.seed
     if seed is None:
         seed = secrets.randbelow(RANDOM_SEEDS - options.num_per_prompt)
@@ -232,4 +233,4 @@ def print_report(report: Report, as_json: bool) -> None:
 
 def _progress_bar() -> ProgressBar:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    return ProgressBar(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+    return ProgressBar(*columns, TimeElapsedColumn(), console=progress_console())

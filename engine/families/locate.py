@@ -30,7 +30,7 @@ def resolve_model(name_or_path: str) -> Path:
     embedded = embedded_models()
     if name_or_path in embedded:
         return embedded[name_or_path]
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path, "model")
     if name_or_path and path.is_dir():
         return path
     known = ", ".join(sorted(embedded)) or "none"
@@ -38,6 +38,14 @@ def resolve_model(name_or_path: str) -> Path:
     if not HUB_ID.fullmatch(name_or_path):
         raise CheckpointError(neither)
     return _from_hub(name_or_path, neither)
+
+
+def expanded(path: str, field: str) -> Path:
+    """With a user's home in place of `~` or `~user`. Raises CheckpointError, a ValueError, if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CheckpointError(f"{field}: {path!r} is in a home that does not exist") from None
 
 
 def embedded_models() -> dict[str, Path]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
@@ -32,6 +31,7 @@ from tetrion.entrypoints.batch.lines import BadLine, BatchItem, parse_lines, rea
 from tetrion.entrypoints.batch.manifest import FILE_NAME, Entry, Manifest
 from tetrion.entrypoints.errors import EXIT_FAILED, InputError
 from tetrion.entrypoints.session import freeze_gc
+from tetrion.entrypoints.terminal import progress_console
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
@@ -203,4 +203,4 @@ class _RateColumn(ProgressColumn):
 
 def _progress_bar() -> ProgressBar:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TextColumn("ETA"))
-    return ProgressBar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    return ProgressBar(*columns, TimeRemainingColumn(), console=progress_console())

@@ -3,24 +3,34 @@
 import asyncio
 import re
 import secrets
+from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tetrion.engine.errors import shown
+from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError, error_response
 from tetrion.entrypoints.http.service import ImageService
 
+DEFAULT_PORTS = {"http": 80, "https": 443}
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 CLIENT_CLOSED_REQUEST = 499
 
 
-def create_app(service: ImageService) -> ASGIApp:
-    """The ASGI app around `service`."""
+EXPOSED_HEADERS = ("x-request-id", "retry-after", "x-should-retry")
+"""Of a response, what pages of other origins may read."""
+
+
+def create_app(service: ImageService, allowed_origins: Sequence[str] = ()) -> ASGIApp:
+    """The ASGI app around `service`. `allowed_origins`: see `parse_origin`; pages of other ones get no answer."""
     app = Starlette(
         routes=[
             Route("/v1/images/generations", service.generations, methods=["POST"]),
@@ -39,7 +49,35 @@ def create_app(service: ImageService) -> ASGIApp:
         },
     )
     app.router.redirect_slashes = False
-    return RequestIds(CutOffs(app))
+    return RequestIds(_answering_pages(CutOffs(app), allowed_origins) if allowed_origins else CutOffs(app))
+
+
+def _answering_pages(app: ASGIApp, allowed_origins: Sequence[str]) -> ASGIApp:
+    """With the headers by which browsers let pages of these origins ask and read. No cookies: there are none here."""
+    return CORSMiddleware(
+        app,
+        allow_origins=allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )
+
+
+def parse_origin(text: str) -> str:
+    """An origin as browsers write it, or `*` for any. Raises InputError."""
+    if text in ("*", "null"):
+        return text
+    expected = f"allow_origin: expected an origin such as http://localhost:3000, or *, got {shown(text)}"
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise InputError(expected) from None
+    has_more = parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc or "*" in parts.netloc
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or has_more or not text.isascii() or " " in text:
+        raise InputError(expected)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + ("" if port in (None, DEFAULT_PORTS[parts.scheme]) else f":{port}")
 
 
 class RequestIds:

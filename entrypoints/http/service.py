@@ -32,6 +32,7 @@ from tetrion.engine.errors import (
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import schema
+from tetrion.entrypoints.http.body import read_json
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
 from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
@@ -39,7 +40,6 @@ from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, RequestHandle
 
-MAX_BODY_BYTES = 1 << 20
 RANDOM_SEEDS = 2**32
 OVERLOAD_RETRY_AFTER_S = 1
 NO_WORKER_RETRY_AFTER_S = 5
@@ -63,7 +63,7 @@ class ImageService:
 
     async def generations(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
-        body = schema.decode_body(await _read_body(request))
+        body = schema.decode_body(await read_json(request))
         self._check_ready()
         seed = secrets.randbelow(RANDOM_SEEDS - (body.n or 1)) if body.seed is None else body.seed
         model, warnings = self._model_of(body)
@@ -237,16 +237,6 @@ class ImageService:
 
     def _base_url(self, request: Request) -> str:
         return self._public_url or str(request.base_url).rstrip("/")
-
-
-async def _read_body(request: Request) -> bytes:
-    """The whole body. Raises ApiError (413) as soon as it is more than MAX_BODY_BYTES."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY_BYTES:
-            raise ApiError(413, f"The body has more than {MAX_BODY_BYTES} bytes.", code="body_too_large")
-    return bytes(data)
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
