@@ -25,7 +25,6 @@ from rich.text import Text
 from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError
 from tetrion.engine.measure.checkpoint_identity import checkpoint_identity
 from tetrion.engine.request import ImageRequest, ImageResult
-from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import drawing, pictures
 from tetrion.entrypoints.batch.lines import BadLine, BatchItem, parse_lines, read_lines
 from tetrion.entrypoints.batch.manifest import FILE_NAME, Entry, Manifest
@@ -43,15 +42,11 @@ ID_KEY = "batch-id"
 async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     """Draw what is not there yet. Returns the exit code: 0 if every line has its picture, else 1."""
     lines = read_lines(requests_file)
-
-    def resolve(request: ImageRequest) -> ImageRequest:
-        return resolve_request(request, engine.models, len(engine.devices)).asked
-
     load_format = engine.config.load_format
     checkpoints = {
         name: checkpoint_identity(Path(spec.path), load_format) for name, spec in engine.models.specs.items()
     }
-    parsed = list(parse_lines(lines, resolve, checkpoints))
+    parsed = list(parse_lines(lines, engine.check, checkpoints))
     items = [entry for entry in parsed if isinstance(entry, BatchItem)]
     bad_lines = [entry for entry in parsed if isinstance(entry, BadLine)]
     pictures.prepare_folder(output)
