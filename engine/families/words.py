@@ -10,7 +10,8 @@ from tetrion.engine.families.locate import embedded_models
 from tetrion.engine.families.tokenizers import WHOLE
 from tetrion.engine.model_spec import ModelSpec
 
-COMPONENT = "tokenizer_2"
+COMPONENTS = ("tokenizer_3", "tokenizer_2")
+"""The first one that is there is T5's."""
 WORD_MARK = "▁"
 """Before pieces that begin a word. A single character is no word, but a piece of unknown ones."""
 
@@ -35,6 +36,7 @@ def unknown_words(spec: ModelSpec, prompt: str) -> tuple[str, ...]:
 def _known_words(folder: Path) -> frozenset[str]:
     if folder.resolve() not in [embedded.resolve() for embedded in embedded_models().values()]:
         return frozenset()
-    content = (component_folder(folder, COMPONENT) / WHOLE).read_bytes()
+    files = [component_folder(folder, component) / WHOLE for component in COMPONENTS]
+    content = next(file for file in files if file.is_file()).read_bytes()
     pieces = [piece for piece, _ in msgspec.json.decode(content, type=_Tokenizer).model.vocab]
     return frozenset(piece.removeprefix(WORD_MARK).lower() for piece in pieces if piece.startswith(WORD_MARK))
