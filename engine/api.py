@@ -14,7 +14,7 @@ from typing import Protocol, Self
 
 import msgspec
 
-from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.config import DeviceSpec, EngineConfig, checked, parse_devices
 from tetrion.engine.energy.early_check import MeteringError, check_metering
 from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.metering import Metering
@@ -139,7 +139,7 @@ class AsyncEngine:
         `g_per_kwh`: grams of CO₂e per kWh now (None: not known), for receipts, in place of `MeteringConfig.carbon`. It
         is asked at the end of each request, in other threads, and must answer at once."""
         self._instrument, self._g_per_kwh = instrument, g_per_kwh
-        self.config = config or EngineConfig()
+        self.config = checked(config or EngineConfig())
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
         check_metering(self.config.metering, has_gpus=self.devices[0].kind == "cuda")
         self.models: ServedModels = read_served_models(self.config)
