@@ -14,7 +14,7 @@ from typing import Protocol, Self
 
 import msgspec
 
-from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.config import DeviceSpec, EngineConfig, checked, parse_devices
 from tetrion.engine.energy.early_check import MeteringError, check_metering
 from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.metering import Metering
@@ -32,7 +32,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
-from tetrion.engine.planning.energy_admission import check_default
+from tetrion.engine.planning.energy_admission import check_default, check_early
 from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, Progress
@@ -139,15 +139,16 @@ class AsyncEngine:
         `g_per_kwh`: grams of CO₂e per kWh now (None: not known), for receipts, in place of `MeteringConfig.carbon`. It
         is asked at the end of each request, in other threads, and must answer at once."""
         self._instrument, self._g_per_kwh = instrument, g_per_kwh
-        self.config = config or EngineConfig()
+        self.config = checked(config or EngineConfig())
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
         check_metering(self.config.metering, has_gpus=self.devices[0].kind == "cuda")
         self.models: ServedModels = read_served_models(self.config)
         self._profiles = chosen_profiles(self.devices, self.models, self.config)
         self._planner = get_planner(self.config.planner.policy)
         are_all_known = self._profiles.keys() == self.models.specs.keys()
-        costs = CostTables(profiles=self._profiles) if are_all_known else None
-        check_default(costs, len(self.devices), with_options(self.config.planner))
+        self._early_costs = CostTables(profiles=self._profiles)
+        planner = with_options(self.config.planner)
+        check_default(self._early_costs if are_all_known else None, len(self.devices), planner)
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None
@@ -246,6 +247,13 @@ class AsyncEngine:
         had no worker for `EngineConfig.no_worker_timeout_s`."""
         await self._ended.wait()
         return GenerationError(self._death) if self._death else None
+
+    def check(self, request: ImageRequest | str) -> ImageRequest:
+        """The request with every default filled in. Raises as `submit` does for what is known by now to be refused;
+        may be asked before the start."""
+        resolved = resolve_request(request, self.models, len(self.devices))
+        check_early(resolved, self._early_costs, len(self.devices), with_options(self.config.planner))
+        return resolved.asked
 
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.

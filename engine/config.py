@@ -1,11 +1,13 @@
 """Typed configuration: read once, validated on entry, passed down in slices; nothing assigns to it later."""
 
+import os
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from tetrion.engine.errors import shown
 from tetrion.engine.hardware.control_groups import available_cpus
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.shape import COST_KEY
@@ -157,6 +159,27 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if isinstance(self.models, str):  # it would be read as letters
             raise ValueError(f"models: must be a sequence of names, got the text {self.models!r}")
+
+
+def checked(config: EngineConfig) -> EngineConfig:
+    """The same in exact builtin types, with every bound kept: what is made in Python was not looked at so far. Raises
+    ValueError naming the field and what is allowed."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(config, enc_hook=_plain), EngineConfig)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        raise ValueError(f"{path.rstrip('`') or 'config'}: {message}") from None
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"config: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's, a path. Raises TypeError."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"{shown(value)} is of no type that a configuration has")
 
 
 def parse_devices(text: str | None) -> tuple[DeviceSpec, ...]:

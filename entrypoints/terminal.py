@@ -25,7 +25,7 @@ def say(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
-        drop_unwritable()
+        _drop(2)
 
 
 def is_reader_gone() -> bool:
@@ -43,19 +43,19 @@ def flushed(run: Callable[[], int]) -> int:
     except BrokenPipeError:
         code = EXIT_BROKEN_PIPE
     except OSError:
-        drop_unwritable(everything=True)
+        _drop(1)
         raise
     if code == EXIT_BROKEN_PIPE:
-        drop_unwritable()
+        for fd in (1, 2):
+            if _is_reader_gone(fd):
+                _drop(fd)
     return code
 
 
-def drop_unwritable(everything: bool = False) -> None:
-    """What is still to be written to a pipe that nobody reads, Python would write at its end, and complain."""
+def _drop(fd: int) -> None:
+    """What is still to be written to a stream that takes nothing, Python would write at its end, and complain."""
     null = os.open(os.devnull, os.O_WRONLY)
-    for fd in (1, 2):
-        if _is_reader_gone(fd) or (everything and fd == 1):
-            os.dup2(null, fd)
+    os.dup2(null, fd)
     os.close(null)
 
 
@@ -72,6 +72,6 @@ def progress_console() -> Any:
     class ProgressConsole(Console):
         def on_broken_pipe(self) -> None:
             self.quiet = True
-            drop_unwritable()
+            _drop(2)
 
     return ProgressConsole(stderr=True)

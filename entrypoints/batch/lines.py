@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from tetrion.engine.errors import RequestError, shown
+from tetrion.engine.errors import DeadlineUnmeetable, RequestError, shown
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import whole_within
 from tetrion.entrypoints.arguments import parse_wished_size
@@ -84,7 +84,8 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
 def parse_lines(
     lines: list[tuple[int, bytes]], resolve: Resolve, checkpoints: Mapping[str, str]
 ) -> Iterator[BatchItem | BadLine]:
-    """Each line as a picture to draw or as a complaint. `resolve` fills in defaults and raises RequestError.
+    """Each line as a picture to draw or as a complaint. `resolve` fills in defaults; it raises RequestError,
+    DeadlineUnmeetable.
 
     `checkpoints`: by model, the identity of what draws, for the digest. Two ids that differ only in case count as one:
     file systems may say so.
@@ -102,7 +103,7 @@ def parse_lines(
             request = resolve(_to_request(parsed, identifier))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             yield BadLine(line=number, id=identifier, error=_readable(error))
-        except (RequestError, InputError) as error:
+        except (RequestError, DeadlineUnmeetable, InputError) as error:
             yield BadLine(line=number, id=identifier, error=str(error))
         else:
             digest = _digest(request, checkpoints[request.model or ""])

@@ -27,8 +27,10 @@ from tetrion.engine.errors import (
     ModelNotFound,
     RequestCancelled,
     RequestError,
+    one_line,
     shown,
 )
+from tetrion.engine.families.words import unknown_words
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import schema
@@ -70,6 +72,7 @@ class ImageService:
         requests = schema.to_requests(body, model, seed)
         handles = self._submit(requests, body)
         try:
+            warnings += self._warn_of_words(handles[0].request)
             with self._reserve(body, handles) as reservation:
                 drawing = self._draw(handles, body, warnings, reservation, self._base_url(request))
                 response = await _unless_disconnected(request, drawing)
@@ -145,6 +148,11 @@ class ImageService:
             return body.model, ()
         only = models.default.name
         return only, (f"model: {shown(body.model)} is not served here; {only} drew, the only one that is",)
+
+    def _warn_of_words(self, request: ImageRequest) -> tuple[str, ...]:
+        spec = self._engine.models.specs[request.model or ""]
+        words = unknown_words(spec, request.prompt)
+        return (f"prompt: {spec.name} does not know: {one_line(', '.join(words))}",) if words else ()
 
     def _check_ready(self) -> None:
         if not self.is_ready:
