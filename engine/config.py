@@ -133,7 +133,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             metavar="[MODEL=]FILE",
         ),
     ] = {}
-    num_threads: Annotated[PositiveInt | None, option("CPU threads per worker. Default: all that there are, or a container's quota, divided.")] = None
+    num_threads: Annotated[
+        PositiveInt | None,
+        option("CPU threads per worker. Default: all that there are, or a container's quota, divided."),
+    ] = None
     max_inflight: Annotated[
         int,
         Meta(ge=1, le=4096),

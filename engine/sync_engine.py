@@ -95,7 +95,7 @@ class Engine:
             outcomes = self._call(_outcomes(handles))
         except BaseException:
             if handles:
-                self._thread.soon(lambda: [handle.cancel() for handle in handles])
+                self._thread.soon(lambda: _cancel(handles))
             raise
         results = []
         for outcome in outcomes:
@@ -181,6 +181,11 @@ def _each(requests: Iterable[ImageRequest | str] | ImageRequest | str) -> Iterab
     if hasattr(kind, "__aiter__"):
         expected += " that is not asynchronous"
     raise RequestError("requests", f"{expected}, got {shown(requests)}")
+
+
+def _cancel(handles: list[RequestHandle]) -> None:
+    for handle in handles:
+        handle.cancel()
 
 
 async def _outcomes(handles: list[RequestHandle]) -> list[ImageResult | Failure]:

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from tetrion.engine.errors import one_line
-from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
 from tetrion.engine.families.words import unknown_words
+from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
 from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import parse_wished_size
 from tetrion.entrypoints.errors import InputError

@@ -17,7 +17,8 @@ def hold_standard_streams() -> None:
     hold_standard_descriptors()
     for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, mode, encoding="utf-8", errors="replace", closefd=False))
+            stream = open(fd, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115  for good
+            setattr(sys, name, stream)
 
 
 def say(line: str) -> None:

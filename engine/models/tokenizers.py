@@ -45,7 +45,9 @@ class LibraryTokenizer:
         return int(self._tokenizer.model_max_length)
 
     def ids(self, prompt: str, length: int) -> list[int]:
-        return list(self._tokenizer(self._as_read(prompt), padding="max_length", max_length=length, truncation=True).input_ids)
+        return list(
+            self._tokenizer(self._as_read(prompt), padding="max_length", max_length=length, truncation=True).input_ids
+        )
 
     def num_tokens(self, prompt: str) -> int:
         return len(self._tokenizer(self._as_read(prompt), verbose=False).input_ids)

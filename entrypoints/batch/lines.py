@@ -5,8 +5,8 @@
 Only `prompt` is required. `model` is for engines that serve several (default: the first); `negative_prompt` and
 `true_cfg_scale` are for models that take them. `id` names the picture (`<id>.png`; default: the line's number, from 1).
 `priority` and `energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be given too. Without `seed` a
-line gets one made from its id, so that every run draws the same picture. Blank lines are skipped. What a value may be is
-the engine's to say: a table's `3.0` is 3, and its `null` is "not given".
+line gets one made from its id, so that every run draws the same picture. Blank lines are skipped. What a value may be
+is the engine's to say: a table's `3.0` is 3, and its `null` is "not given".
 """
 
 import hashlib

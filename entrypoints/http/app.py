@@ -73,7 +73,9 @@ def parse_origin(text: str) -> str:
         port = parts.port
     except ValueError:
         raise InputError(expected) from None
-    has_more = parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc or "*" in parts.netloc
+    has_more = (
+        parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc or "*" in parts.netloc
+    )
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname or has_more or not text.isascii() or " " in text:
         raise InputError(expected)
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname

@@ -2,8 +2,8 @@
 
 Field names are OpenAI's where OpenAI has one, else those of other diffusion servers (`num_inference_steps`,
 `guidance_scale`), else ours (`slo_ms`, `priority`, `energy`). Fields not listed here are accepted and ignored, so that
-clients of those servers run unchanged. What a value of a picture's may be is the engine's to say: 3.0 is 3, null is "not
-given". Knows the engine's request, nothing of sockets.
+clients of those servers run unchanged. What a value of a picture's may be is the engine's to say: 3.0 is 3, null is
+"not given". Knows the engine's request, nothing of sockets.
 """
 
 import re

@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvicorn
@@ -38,6 +38,9 @@ SAY_AGAIN_S = 10.0
 """So often it is said that the engine is still being started."""
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 NUM_FREE_PORTS_TRIED = 20
+
+Address = tuple[int, tuple[Any, ...]]
+"""Family, and what sockets of it bind to: host, port, and more in IPv6."""
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,31 +115,31 @@ def listen(host: str, port: int) -> list[socket.socket]:
     raise AssertionError("unreachable")
 
 
-def _addresses(host: str, port: int) -> list[tuple[int, tuple[str, int]]]:
-    """Family and address each. Raises InputError."""
+def _addresses(host: str, port: int) -> list[Address]:
+    """Each once. Raises InputError."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE) if host else []
     except (OSError, UnicodeError, ValueError) as error:
         raise InputError(f"host: cannot resolve {host!r}: {getattr(error, 'strerror', None) or error}") from None
     if not infos:
         raise InputError("host: must not be empty; 0.0.0.0 is every address of IPv4, :: of both families")
-    return list(dict.fromkeys((family, address) for family, _, _, _, address in infos))  # type: ignore[misc]
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in infos))
 
 
-def _listen_on(addresses: list[tuple[int, tuple[str, int]]], host: str) -> list[socket.socket]:
+def _listen_on(addresses: list[Address], host: str) -> list[socket.socket]:
     """Raises InputError if there is none to listen on, or one is taken."""
     missing: OSError | None = None
     with ExitStack() as undo:
         sockets: list[socket.socket] = []
         for family, (name, port, *scope) in addresses:
             port = sockets[0].getsockname()[1] if sockets else port
-            dual = family == socket.AF_INET6 and name == "::" and socket.has_dualstack_ipv6()
+            is_dual = family == socket.AF_INET6 and name == "::" and socket.has_dualstack_ipv6()
             try:
                 sock = socket.create_server(
-                    (name, port, *scope),  # type: ignore[arg-type]
+                    (name, port, *scope),
                     family=family,
                     backlog=BACKLOG,
-                    dualstack_ipv6=dual,
+                    dualstack_ipv6=is_dual,
                 )
             except OSError as error:
                 if error.errno not in NO_SUCH_ADDRESS:

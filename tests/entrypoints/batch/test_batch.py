@@ -245,7 +245,11 @@ BAD_LINES = [
     ('{"prompt": " ", "id": "x"}', "prompt: must not be empty", "x"),
     ('{"prompt": "a", "size": "100x100"}', "width: must be a multiple of 16", "2"),
     ('{"prompt": "a", "size": "big"}', "size: expected WIDTHxHEIGHT", "2"),
-    ('{"prompt": "a", "energy": {"mode": "cheap"}}', "energy.mode: must be one of fastest, balanced, least-energy", "2"),
+    (
+        '{"prompt": "a", "energy": {"mode": "cheap"}}',
+        "energy.mode: must be one of fastest, balanced, least-energy",
+        "2",
+    ),
     ('{"prompt": "a", "energy": {"budget_j": 0}}', "energy.budget_j: must be above 0", "2"),
     ('{"prompt": "a", "num_steps": 0}', "num_steps: must be from 1 to 1000", "2"),
     ('{"prompt": "a", "id": "FIRST"}', "id: 'FIRST' is taken by line 1", "FIRST"),

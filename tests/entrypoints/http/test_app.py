@@ -507,7 +507,8 @@ async def test_a_closed_connection_cancels_its_requests(served: Served) -> None:
     body = json.dumps({"prompt": "slow", "n": 3}).encode()
     _, writer = await asyncio.open_connection(*served.url.removeprefix("http://").split(":"))
     writer.write(
-        b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (GENERATIONS.encode(), len(body), body)
+        b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+        % (GENERATIONS.encode(), len(body), body)
     )
     await wait_until(lambda: len(served.engine.handles) == 3)
     assert not any(handle.is_cancelled for handle in served.engine.handles)
