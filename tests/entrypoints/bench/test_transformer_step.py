@@ -1,13 +1,18 @@
 """Ranks of diffusers and xfuser on a CPU, with a transformer of toy size."""
 
+import contextlib
+import io
 import json
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tetrion.entrypoints.bench import diffusers_step, transformer_step
 from tetrion.entrypoints.bench.rank_group import run_ranks
 
 TOY = {
@@ -43,9 +48,15 @@ def test_diffusers_times_every_size(job: dict[str, Any]) -> None:
     assert all(answer["ms"] > 0 for answer in answers)
 
 
-def test_nothing_is_begun_after_the_time_is_up(job: dict[str, Any]) -> None:
-    job["until_s"] = time.monotonic()
-    assert run_ranks("tetrion.entrypoints.bench.diffusers_step", job, [0], 150) == ([], None)
+def test_nothing_is_begun_after_the_time_is_up(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, num_threads = io.StringIO(), torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["diffusers_step", json.dumps(job | {"until_s": time.monotonic()})])
+    monkeypatch.setattr(transformer_step, "claim_stdout", lambda: contextlib.nullcontext(answers))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    transformer_step.run(diffusers_step.build)
+    torch.set_num_threads(num_threads)
+    assert answers.getvalue() == ""
 
 
 @pytest.mark.skipif(find_spec("xfuser") is not None, reason="xfuser is installed")
