@@ -39,7 +39,13 @@ def test_a_step_is_the_floor_times_the_ratio_at_the_widest_measured_degree() -> 
 def test_one_command_simulates_a_larger_machine_and_says_what_is_not_measured(tmp_path: Path) -> None:
     (tmp_path / "P.json").write_bytes(msgspec.json.encode(PROFILE))
     (tmp_path / "F.json").write_text(json.dumps({"floor_ms": FLOORS}))
-    options = {"simulate": True, "profile": {"": tmp_path / "P.json"}, "devices": 8, "policy": ["rssp"], "num_requests": 8}
+    options = {
+        "simulate": True,
+        "profile": {"": tmp_path / "P.json"},
+        "devices": 8,
+        "policy": ["rssp"],
+        "num_requests": 8,
+    }
     made = command(**options, floors={"": tmp_path / "F.json"}, size=["256x256"], base_slo=[1.0])  # type: ignore[arg-type]
     plain = command(**options, size=["256x256"], base_slo=[1.0])  # type: ignore[arg-type]
     assert made["profile"]["extrapolated"]["classes"]["256x256"]["degrees"] == [6, 8]
