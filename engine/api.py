@@ -7,13 +7,14 @@ async with AsyncEngine() as engine:
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol, Self
 
 import msgspec
 
-from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
+from tetrion.engine.config import DeviceSpec, EngineConfig, checked, parse_devices
 from tetrion.engine.energy.early_check import MeteringError, check_metering
 from tetrion.engine.energy.figures import EnergyFigures
 from tetrion.engine.energy.metering import Metering
@@ -32,7 +33,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
-from tetrion.engine.planning.energy_admission import check_default
+from tetrion.engine.planning.energy_admission import check_default, check_early
 from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, Progress
@@ -69,6 +70,14 @@ class Instrument(Protocol):
     def wrap_executor(self, executor: Executor) -> Executor: ...
 
     def wrap_planner(self, planner: Planner) -> Planner: ...
+
+
+def check_process(owner: int | None) -> None:
+    """Raises GenerationError in a process that was forked from the `owner` of an engine: its workers answer one."""
+    if owner not in (None, os.getpid()):
+        raise GenerationError(
+            f"the engine belongs to process {owner}, from which this one was forked; make another one here"
+        )
 
 
 class RequestHandle:
@@ -132,19 +141,24 @@ class AsyncEngine:
         `g_per_kwh`: grams of CO₂e per kWh now (None: not known), for receipts, in place of `MeteringConfig.carbon`. It
         is asked at the end of each request, in other threads, and must answer at once."""
         self._instrument, self._g_per_kwh = instrument, g_per_kwh
-        self.config = config or EngineConfig()
+        self.config = checked(config or EngineConfig())
         self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
         check_metering(self.config.metering, has_gpus=self.devices[0].kind == "cuda")
         self.models: ServedModels = read_served_models(self.config)
         self._profiles = chosen_profiles(self.devices, self.models, self.config)
         self._planner = get_planner(self.config.planner.policy)
         are_all_known = self._profiles.keys() == self.models.specs.keys()
-        costs = CostTables(profiles=self._profiles) if are_all_known else None
-        check_default(costs, len(self.devices), with_options(self.config.planner))
+        self._early_costs = CostTables(profiles=self._profiles)
+        planner = with_options(self.config.planner)
+        check_default(self._early_costs if are_all_known else None, len(self.devices), planner)
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None
         self._loop: EngineLoop | None = None
+        self._is_closed = False
+        self._owner: int | None = None
+        """The process that has started it."""
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self._death = ""
@@ -170,10 +184,13 @@ class AsyncEngine:
         once this has returned, as `tetrion serve` does.
 
         Raises SharedMemoryError if memory does not suffice, CheckpointError for what only loading shows of a model's
-        files, GenerationError if a worker does not come up, MeteringError if the meter does not know a worker's GPU.
-        Nothing is left running then.
+        files, GenerationError if a worker does not come up (or the engine was closed meanwhile, or started before),
+        MeteringError if the meter does not know a worker's GPU. Nothing is left running then.
         """
-        assert self._executor is None, "the engine was started before"
+        check_process(self._owner)
+        if self._executor is not None or self._is_closed:
+            raise GenerationError("the engine was started or closed before; make another one")
+        self._owner, self._event_loop = os.getpid(), asyncio.get_running_loop()
         self._executor = ProcessExecutor(self.devices, tuple(self.models.specs.values()), self.config)
         begun_s = time.monotonic()
         await self._executor.start()
@@ -187,6 +204,8 @@ class AsyncEngine:
             took_s = loaded_s - begun_s, time.monotonic() - loaded_s
             logger.info("workers started and weights loaded in %.1f s, measured and warmed up in %.1f s", *took_s)
             await self._metering.start()
+            if self._is_closed:
+                raise GenerationError("the engine was closed while it started")
         except BaseException:
             await self.close()
             raise
@@ -211,7 +230,12 @@ class AsyncEngine:
             raise MeteringError(str(error)) from error
 
     async def close(self) -> None:
-        """End the loop (requests still alive fail with GenerationError), the workers and their shared memory."""
+        """End the loop (requests still alive fail with GenerationError), the workers and their shared memory. May be
+        called again, also meanwhile; what is asked afterwards raises GenerationError. In a process that was forked from
+        the engine's own it does nothing."""
+        if self._owner not in (None, os.getpid()):
+            return
+        self._is_closed = True
         if self._loop is not None and self._task is not None:
             self._loop.stop()
             await asyncio.wait([self._task])
@@ -226,6 +250,13 @@ class AsyncEngine:
         await self._ended.wait()
         return GenerationError(self._death) if self._death else None
 
+    def check(self, request: ImageRequest | str) -> ImageRequest:
+        """The request with every default filled in. Raises as `submit` does for what is known by now to be refused;
+        may be asked before the start."""
+        resolved = resolve_request(request, self.models, len(self.devices))
+        check_early(resolved, self._early_costs, len(self.devices), with_options(self.config.planner))
+        return resolved.asked
+
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults.
 
@@ -233,8 +264,10 @@ class AsyncEngine:
         (DeadlineUnmeetable if the deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
         engine is not running.
         """
-        if self._loop is None or self._task is None or self._task.done():
+        check_process(self._owner)
+        if self._loop is None or self._task is None or self._task.done() or self._is_closed:
             raise GenerationError(self._death or "the engine is not running")
+        self._check_loop()
         resolved = resolve_request(request, self.models, len(self.devices))
         request_id = resolved.asked.request_id
         if request_id in self._handles:
@@ -242,6 +275,14 @@ class AsyncEngine:
         self._loop.submit(resolved)
         handle = self._handles[request_id] = RequestHandle(resolved.asked, self._loop)
         return handle
+
+    def _check_loop(self) -> None:
+        try:
+            is_ours = asyncio.get_running_loop() is self._event_loop
+        except RuntimeError:
+            is_ours = False
+        if not is_ours:
+            raise GenerationError("the engine runs on another event loop than the caller; threads can share an Engine")
 
     async def generate(self, request: ImageRequest | str) -> ImageResult:
         """Draw one picture. Raises as `submit`, and GenerationError. Cancelling the task cancels the request."""
@@ -254,6 +295,7 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """Raises GenerationError if the engine was not started, or its loop died."""
+        check_process(self._owner)
         if self._death or self._loop is None or self._executor is None or self._metering is None:
             raise GenerationError(self._death or "the engine is not running")
         table = self._loop.table

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from tetrion.engine.errors import shown
+from tetrion.engine.hardware.control_groups import available_cpus
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.shape import COST_KEY
 
@@ -131,7 +133,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             metavar="[MODEL=]FILE",
         ),
     ] = {}
-    num_threads: Annotated[PositiveInt | None, option("CPU threads per worker. Default: all, divided.")] = None
+    num_threads: Annotated[
+        PositiveInt | None,
+        option("CPU threads per worker. Default: all that there are, or a container's quota, divided."),
+    ] = None
     max_inflight: Annotated[
         int,
         Meta(ge=1, le=4096),
@@ -161,6 +166,27 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if isinstance(self.models, str):  # it would be read as letters
             raise ValueError(f"models: must be a sequence of names, got the text {self.models!r}")
+
+
+def checked(config: EngineConfig) -> EngineConfig:
+    """The same in exact builtin types, with every bound kept: what is made in Python was not looked at so far. Raises
+    ValueError naming the field and what is allowed."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(config, enc_hook=_plain), EngineConfig)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        raise ValueError(f"{path.rstrip('`') or 'config'}: {message}") from None
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"config: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's, a path. Raises TypeError."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"{shown(value)} is of no type that a configuration has")
 
 
 def parse_devices(text: str | None) -> tuple[DeviceSpec, ...]:
@@ -201,6 +227,6 @@ def _cpus(count: int) -> tuple[DeviceSpec, ...]:
 
 
 def threads_per_worker(config: EngineConfig, num_workers: int) -> int:
-    """CPU threads for each worker: what the config says, else the available cores divided among the workers."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.num_threads or max(1, available // num_workers)
+    """CPU threads for each worker: what the config says, else the processors that this process may use (its affinity,
+    its container's quota) divided among the workers."""
+    return config.num_threads or max(1, available_cpus() // num_workers)

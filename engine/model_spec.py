@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
         super().__init__(one_line(message))
 
 
+class ModelTooLarge(CheckpointError):
+    """The models do not fit into a device's memory; the message has the numbers."""
+
+
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a FlowMatchEulerDiscreteScheduler config that decides the noise levels. `use_flow_sigmas`: they are
     spaced as it was trained, whatever the pipeline would choose."""

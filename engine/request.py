@@ -11,7 +11,7 @@ from tetrion.engine.config import EnergyMode
 from tetrion.engine.params import Params
 
 MAX_ATTEMPTS = 3
-"""So often a request is begun before a loss of workers ends it."""
+"""So many workers may die at a request's own commands before that ends it."""
 
 
 JOULES_PER_WH = 3600.0
@@ -74,8 +74,9 @@ class EnergyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One picture to draw. None means the model's default (`resolve_request` fills it in). Numbers and texts of other
-    libraries may be given: whole numbers by `__index__`, real ones by `__float__`, subclasses of `str`.
+    """One picture to draw. None means the default, in every field but the prompt (`resolve_request` fills it in).
+    Numbers and texts of other libraries may be given: whole numbers by `__index__`, real ones by `__float__`,
+    subclasses of `str`; a real number that is whole (3.0) does for a whole one.
 
     `model`: a name of one that the engine serves; None: its first. `negative_prompt`, `true_cfg_scale`: of
     classifier-free guidance, where the model takes them (`ModelSpec.inputs`). `slo_ms`: deadline relative to arrival,

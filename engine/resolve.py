@@ -6,6 +6,7 @@ methods may raise, lie or answer differently each time, so each is asked once, a
 for a worker.
 """
 
+import contextlib
 import itertools
 import operator
 import re
@@ -44,6 +45,10 @@ _REAL_DTYPE = re.compile(r"(<dtype: ')?(torch\.)?(u?int|b?float)[0-9]+|[<>=|]?[i
 """What numpy, torch and their like call their whole and real numbers. Their booleans, texts, dates and complex numbers
 have `__float__` or `__index__` as well."""
 
+_EXACT = 2**53
+"""Below this every whole number is a `float`."""
+_ENERGY_KEYS = " and ".join(EnergyOptions.__struct_fields__)
+
 _T = TypeVar("_T")
 
 
@@ -72,10 +77,10 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
     seed = asked.read_optional("seed", _whole_from(0, MAX_SEED))
     seed = secrets.randbelow(RANDOM_SEEDS) if seed is None else seed
     slo_ms = asked.read_optional("slo_ms", _real_above_0(MAX_SLO_MS, " (a day)"))
-    priority = asked.read("priority", _whole_from(-MAX_PRIORITY, MAX_PRIORITY))
-    weight = asked.read("weight", _real_above_0(MAX_WEIGHT))
-    tenant = asked.read("tenant", _tenant)
-    energy = asked.read("energy", _energy)
+    priority = asked.read("priority", _whole_from(-MAX_PRIORITY, MAX_PRIORITY), 0)
+    weight = asked.read("weight", _real_above_0(MAX_WEIGHT), 1.0)
+    tenant = asked.read("tenant", _tenant, "")
+    energy = asked.read("energy", _energy, EnergyOptions())
     settled = ImageRequest(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -91,11 +96,11 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         weight=weight,
         tenant=tenant,
         energy=energy,
-        request_id=asked.read("request_id", _request_id) or uuid.uuid4().hex,
+        request_id=asked.read("request_id", _request_id, "") or uuid.uuid4().hex,
     )
     shape = _shape(settled, spec)
     legal = spec.legal_degrees(num_devices, shape.num_branches)
-    force_degrees = asked.read("force_degrees", _degrees_of(legal, num_steps))
+    force_degrees = asked.read("force_degrees", _degrees_of(legal, num_steps), ())
     if force_degrees and energy != EnergyOptions():
         raise RequestError("energy", "cannot be given with force_degrees, which leave nothing to choose")
     params = Params(
@@ -122,16 +127,37 @@ def _shape(settled: ImageRequest, spec: ModelSpec) -> StepShape:
 # Any value as one of a builtin type -------------------------------------------------------------------------------
 
 
-def whole_number(field: str, value: object) -> int:
-    """What has `__index__`: `int`, numpy's and torch's whole numbers, but no boolean. Raises RequestError."""
+def whole_number(field: str, value: object, within: str = "") -> int:
+    """What has `__index__` (`int`, numpy's and torch's whole numbers), and real numbers that are whole: tables have
+    gaps, and then 3 is written as 3.0. No boolean. `within`: the bounds, for the error. Raises RequestError."""
     if type(value) is int:
         return value
     try:
         if _may_be_number(value):
-            return operator.index(value)  # type: ignore[arg-type]
-    except Exception:  # a stranger's method
+            return _index_or_whole_real(value)
+    except Exception:  # a stranger's method; infinity, NaN
         pass
-    raise RequestError(field, f"must be a whole number, got {shown(value)}")
+    raise RequestError(field, f"must be a whole number{within}, got {shown(value)}")
+
+
+def whole_within(field: str, value: object, low: int, high: int) -> int:
+    """A whole number from `low` to `high`. Raises RequestError."""
+    number = whole_number(field, value, f" from {low} to {high}")
+    if not low <= number <= high:
+        raise RequestError(field, f"must be from {low} to {high}, got {shown(number)}")
+    return number
+
+
+def _index_or_whole_real(value: object) -> int:
+    """Raises TypeError, ValueError, or whatever a stranger's number does."""
+    with contextlib.suppress(TypeError):
+        return operator.index(value)  # type: ignore[arg-type]
+    if not _is_convertible(type(value)):
+        raise TypeError("it is no number")
+    real = float(value)  # type: ignore[arg-type]
+    if not real.is_integer() or (abs(real) >= _EXACT and not isinstance(value, float)):
+        raise ValueError("it has a fraction, or `float` may have rounded it")
+    return int(real)
 
 
 def real_number(field: str, value: object) -> float:
@@ -188,7 +214,7 @@ class _Fields:
         self._struct, self._prefix = struct, prefix
 
     def read(self, field: str, as_exact: _Read[_T], default: object = None) -> _T:
-        """`default` stands for None, unless it is None itself."""
+        """`default` stands for None, which is "not given", unless it is None itself."""
         value = self._value(field)
         return as_exact(self._prefix + field, default if value is None else value)
 
@@ -204,13 +230,7 @@ class _Fields:
 
 
 def _whole_from(low: int, high: int) -> _Read[int]:
-    def read(field: str, value: object) -> int:
-        number = whole_number(field, value)
-        if not low <= number <= high:
-            raise RequestError(field, f"must be from {low} to {high}, got {shown(number)}")
-        return number
-
-    return read
+    return lambda field, value: whole_within(field, value, low, high)
 
 
 def _real_from(low: float, high: float) -> _Read[float]:
@@ -269,14 +289,11 @@ def _tenant(field: str, value: object) -> str:
 
 def _side_of(spec: ModelSpec) -> _Read[int]:
     def read(field: str, value: object) -> int:
-        pixels = whole_number(field, value)
         sizes = spec.sizes
+        bounds = f"a multiple of {sizes.multiple} from {sizes.min} to {sizes.max} for model {spec.name!r}"
+        pixels = whole_number(field, value, f" and {bounds}")
         if not sizes.accept(pixels):
-            raise RequestError(
-                field,
-                f"must be a multiple of {sizes.multiple} from {sizes.min} to {sizes.max}"
-                f" for model {spec.name!r}, got {shown(pixels)}",
-            )
+            raise RequestError(field, f"must be {bounds}, got {shown(pixels)}")
         return pixels
 
     return read
@@ -287,10 +304,11 @@ def _degrees_of(legal: tuple[int, ...], num_steps: int) -> _Read[tuple[int, ...]
         entries = _entries(field, value, num_steps + 1)
         if len(entries) > num_steps:
             raise RequestError(field, f"has more than {num_steps} entries for {num_steps} steps")
-        degrees = tuple([whole_number(field, entry) for entry in entries])
+        allowed = ", ".join(map(str, legal))
+        degrees = tuple([whole_number(field, entry, f" out of {allowed}") for entry in entries])
         for degree in degrees:
             if degree not in legal:
-                raise RequestError(field, f"{shown(degree)} is not one of {', '.join(map(str, legal))}")
+                raise RequestError(field, f"{shown(degree)} is not one of {allowed}")
         return degrees
 
     return read
@@ -309,13 +327,27 @@ def _entries(field: str, value: object, max_entries: int) -> list[object]:
 
 
 def _energy(field: str, value: object) -> EnergyOptions:
+    """An `EnergyOptions`, or what it is in JSON."""
+    if isinstance(value, Mapping):
+        value = _energy_of(field, value)
     if not issubclass(type(value), EnergyOptions):
-        raise RequestError(field, f"must be an EnergyOptions, got {shown(value)}")
+        raise RequestError(field, f"must be an EnergyOptions ({_ENERGY_KEYS}), got {shown(value)}")
     asked = _Fields(value, f"{field}.")
     return EnergyOptions(
         mode=asked.read_optional("mode", _mode),
         budget_j=asked.read_optional("budget_j", _real_above_0(MAX_BUDGET_J)),
     )
+
+
+def _energy_of(field: str, given: Mapping[Any, Any]) -> EnergyOptions:
+    try:
+        values = dict(given)
+    except Exception:  # a stranger's mapping
+        raise RequestError(field, "cannot be read") from None
+    for key in values:
+        if key not in EnergyOptions.__struct_fields__:
+            raise RequestError(field, f"has an unknown key {shown(key)}, known are {_ENERGY_KEYS}")
+    return EnergyOptions(**values)
 
 
 def _mode(field: str, value: object) -> EnergyMode:

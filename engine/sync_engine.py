@@ -5,31 +5,42 @@ with Engine() as engine:
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
-from typing import Self
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Self, TypeVar
 
-from tetrion.engine.api import AsyncEngine, RequestHandle
+from tetrion.engine.api import AsyncEngine, RequestHandle, check_process
 from tetrion.engine.config import EngineConfig
-from tetrion.engine.hardware.event_loop import new_event_loop
+from tetrion.engine.errors import GenerationError, RequestError, shown
+from tetrion.engine.hardware.event_loop import LoopEnded, LoopThread
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import Failure, ImageRequest, ImageResult
 
+T = TypeVar("T")
+CLOSED = "the engine is closed"
+
 
 class Engine:
-    """The engine for synchronous code. Owns an event loop, which runs only inside its methods."""
+    """The engine for synchronous code. Its event loop runs in a thread of its own, so it works in a notebook, whose
+    loop is running, and may be used from several threads at once. A process forked from its own cannot use it."""
 
     def __init__(self, config: EngineConfig | None = None, g_per_kwh: Callable[[], float | None] | None = None) -> None:
         """Starts the engine at once; raises as `AsyncEngine.start`. Call `close`, or use it in a `with`.
 
         `g_per_kwh`: as for `AsyncEngine`."""
-        self._runner = asyncio.Runner(loop_factory=new_event_loop)
-        self._unfinished: dict[str, RequestHandle] = {}
-        self._unasked: list[ImageResult | Failure] = []
+        self._owner = os.getpid()
+        self._closing = threading.Lock()
+        self._is_closed = False
         self._engine = AsyncEngine(config, g_per_kwh=g_per_kwh)
+        self._thread = LoopThread("tetrion-engine")
+        self._desk = _Desk(self._engine)
+        self._forgotten = weakref.finalize(self, _end, self._engine, self._thread, self._owner)
         try:
-            self._runner.run(self._engine.start())
+            self._call(self._engine.start())
         except BaseException:
-            self._runner.close()
+            self.close()
             raise
         self.models = self._engine.models
         self.devices = self._engine.devices
@@ -46,80 +57,139 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        try:
-            self._runner.run(self._engine.close())
-        finally:
-            self._runner.close()
+        """End the workers and give all memory back. Requests still alive fail with GenerationError, and so does
+        whatever is asked afterwards. May be called again, from any thread, while others wait for pictures; in a forked
+        process it leaves its parent's engine alone."""
+        if self._owner != os.getpid():
+            return
+        with self._closing:
+            self._is_closed = True
+            self._forgotten()
 
     def add_request(self, request: ImageRequest | str) -> str:
         """Queue a request and return its id. Raises as `AsyncEngine.submit`."""
-        handle = self._runner.run(self._submit(request))
-        self._unfinished[handle.request_id] = handle
-        return handle.request_id
+        return self._call(self._desk.add(request))
 
     def abort_request(self, request_id: str) -> None:
         """Give a request up; it comes back from `step` as a Failure with RequestCancelled."""
-        if request_id in self._unfinished:
-            self._unfinished[request_id].cancel()
+        check_process(self._owner)
+        self._thread.soon(lambda: self._desk.cancel(request_id))
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to return, now or later."""
-        return bool(self._unfinished or self._unasked)
+        return self._desk.is_busy
 
     def step(self) -> list[ImageResult | Failure]:
-        """Run until at least one request has ended; return all that have. Nothing unfinished: an empty list."""
-        if self._unasked:
-            ended, self._unasked = self._unasked, []
-            return ended
-        return self._run_step()
+        """Wait until at least one request of `add_request` has ended; return all that have. Nothing unfinished: an
+        empty list. Each comes out once, whichever thread asks. Raises GenerationError if the engine is closed."""
+        return self._call(self._desk.step())
 
-    def generate(self, requests: Iterable[ImageRequest | str]) -> list[ImageResult]:
-        """Draw all pictures and return them in order. Raises the first failure (the others are drawn all the same); of
-        a request that is refused the others are given up. What others add to the engine is left for `step`."""
-        ids = self._add_all(requests)
-        ended: dict[str, ImageResult | Failure] = {}
-        left = set(ids)
-        while left:
-            for output in self._run_step():
-                if output.request_id in left:
-                    left.remove(output.request_id)
-                    ended[output.request_id] = output
-                else:
-                    self._unasked.append(output)
+    def generate(self, requests: Iterable[ImageRequest | str] | ImageRequest | str) -> list[ImageResult]:
+        """Draw all pictures and return them in order; a single request is a list of one. Raises the first failure (the
+        others are drawn all the same); of a request that is refused the others are given up. What is added by
+        `add_request` is left for `step`."""
+        handles: list[RequestHandle] = []
+        try:
+            for request in _each(requests):
+                handles.append(self._call(self._desk.submit(request)))
+            outcomes = self._call(_outcomes(handles))
+        except BaseException:
+            if handles:
+                self._thread.soon(lambda: _cancel(handles))
+            raise
         results = []
-        for request_id in ids:
-            output = ended[request_id]
-            if isinstance(output, Failure):
-                raise output.error
-            results.append(output)
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                raise outcome.error
+            results.append(outcome)
         return results
 
-    def _add_all(self, requests: Iterable[ImageRequest | str]) -> list[str]:
-        """All of them or none."""
-        ids: list[str] = []
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Raises GenerationError if the engine is closed, or another process's."""
         try:
-            for request in requests:
-                ids.append(self.add_request(request))
-        except BaseException:
-            for request_id in ids:
-                self._unfinished.pop(request_id).cancel()
+            check_process(self._owner)
+            if self._is_closed:
+                raise GenerationError(CLOSED)
+        except GenerationError:
+            work.close()
             raise
-        return ids
+        try:
+            return self._thread.call(work)
+        except LoopEnded:
+            raise GenerationError(CLOSED) from None
 
-    def _run_step(self) -> list[ImageResult | Failure]:
-        return self._runner.run(self._step()) if self._unfinished else []
 
-    async def _submit(self, request: ImageRequest | str) -> RequestHandle:
+class _Desk:
+    """The requests of `add_request`. Everything but `is_busy` runs in the engine's loop."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._unfinished: dict[str, asyncio.Task[None]] = {}
+        self._handles: dict[str, RequestHandle] = {}
+        self._ended: list[ImageResult | Failure] = []
+        self._news = asyncio.Condition()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._unfinished or self._ended)
+
+    async def submit(self, request: ImageRequest | str) -> RequestHandle:
         return self._engine.submit(request)
 
-    async def _step(self) -> list[ImageResult | Failure]:
-        tasks = {asyncio.create_task(_outcome(handle)): handle for handle in self._unfinished.values()}
-        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        for task in done:
-            del self._unfinished[tasks[task].request_id]
-        return [task.result() for task in done]
+    async def add(self, request: ImageRequest | str) -> str:
+        handle = self._engine.submit(request)
+        self._handles[handle.request_id] = handle
+        self._unfinished[handle.request_id] = asyncio.create_task(self._follow(handle))
+        return handle.request_id
+
+    def cancel(self, request_id: str) -> None:
+        if request_id in self._handles:
+            self._handles[request_id].cancel()
+
+    async def step(self) -> list[ImageResult | Failure]:
+        async with self._news:
+            await self._news.wait_for(lambda: self._ended or not self._unfinished)
+        ended, self._ended = self._ended, []
+        return ended
+
+    async def _follow(self, handle: RequestHandle) -> None:
+        outcome = await _outcome(handle)
+        del self._unfinished[handle.request_id], self._handles[handle.request_id]
+        self._ended.append(outcome)
+        async with self._news:
+            self._news.notify_all()
+
+
+def _end(engine: AsyncEngine, thread: LoopThread, owner: int) -> None:
+    """Also of an engine that was forgotten, by the garbage collector or at the end of the process."""
+    if owner == os.getpid():
+        thread.end_with(engine.close())
+
+
+def _each(requests: Iterable[ImageRequest | str] | ImageRequest | str) -> Iterable[ImageRequest | str]:
+    """One after the other. Raises RequestError for what has none: of a table or a mapping one would get the names."""
+    kind = type(requests)
+    if issubclass(kind, (str, ImageRequest)):
+        return (requests,)  # type: ignore[return-value]
+    has_others = issubclass(kind, (bytes, bytearray, memoryview, Mapping)) or hasattr(kind, "columns")
+    try:
+        if not has_others and not isinstance(requests, type):
+            return iter(requests)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    expected = "must be a prompt, an ImageRequest, or a list or other iterable of them"
+    if hasattr(kind, "__aiter__"):
+        expected += " that is not asynchronous"
+    raise RequestError("requests", f"{expected}, got {shown(requests)}")
+
+
+def _cancel(handles: list[RequestHandle]) -> None:
+    for handle in handles:
+        handle.cancel()
+
+
+async def _outcomes(handles: list[RequestHandle]) -> list[ImageResult | Failure]:
+    return await asyncio.gather(*map(_outcome, handles))
 
 
 async def _outcome(handle: RequestHandle) -> ImageResult | Failure:

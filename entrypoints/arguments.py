@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tetrion.engine.errors import shown
 from tetrion.entrypoints.errors import InputError
 
 
@@ -13,8 +14,20 @@ def parse_size(text: str) -> tuple[int, int]:
     """`512x256` as (width, height). Which sizes a model draws is for the engine to say."""
     match = re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", text.strip())
     if match is None:
-        raise InputError(f"size: expected WIDTHxHEIGHT in pixels such as 256x256, got {text!r}")
+        raise InputError(f"size: expected WIDTHxHEIGHT in pixels such as 256x256, got {shown(text)}")
     return int(match[1]), int(match[2])
+
+
+def parse_wished_size(given: object) -> tuple[int, int] | tuple[None, None]:
+    """Of a request: None and `auto` are the model's own size."""
+    if given is None or given == "auto":
+        return None, None
+    if not isinstance(given, str):
+        raise InputError(f"size: must be text such as 256x256, or 'auto', got {shown(given)}")
+    try:
+        return parse_size(given)
+    except InputError as error:
+        raise InputError(f"{error} (or 'auto')") from None
 
 
 def parse_degrees(text: str, field: str = "force_degrees") -> tuple[int, ...]:

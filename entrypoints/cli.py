@@ -1,7 +1,7 @@
 """The `tetrion` command: options, exit codes, and nothing else.
 
 Imports little but click at module level, so that `--help` is quick; each command imports what it needs when it runs.
-Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C.
+Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C, 141 nobody read the output to its end.
 """
 
 import shlex
@@ -13,10 +13,12 @@ import click
 
 from tetrion.entrypoints.bench.energy_command import energy_command
 from tetrion.entrypoints.bench.slo_commands import COMMANDS
-from tetrion.entrypoints.errors import report_errors
+from tetrion.entrypoints.errors import EXIT_INTERRUPTED, report_errors
+from tetrion.entrypoints.number_range import NumberRange
 from tetrion.entrypoints.options import engine_options, take_config
 from tetrion.entrypoints.recommend.command import recommend
 from tetrion.entrypoints.serve_options import guard_options
+from tetrion.entrypoints.terminal import EXIT_BROKEN_PIPE, flushed, hold_standard_streams, is_reader_gone, say
 
 if TYPE_CHECKING:
     from tetrion.engine.config import EngineConfig
@@ -99,7 +101,12 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
 
 
 @cli.command()
-@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address or name to listen on, with all its addresses. 0.0.0.0: all of IPv4; ::, all of IPv6 and IPv4.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @click.option(
     "--store-mb",
@@ -109,6 +116,20 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
     help="Memory for pictures that clients fetch by URL; each is kept for at least an hour.",
 )
 @click.option("--public-url", metavar="URL", help="How clients reach this server. Default: as their request says.")
+@click.option(
+    "--allow-origin",
+    "allow_origins",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Let browsers' pages of this origin ask, such as http://localhost:3000; * is any. Repeatable. Default: none.",
+)
+@click.option(
+    "--keep-alive-s",
+    type=NumberRange(0, 86_400),
+    default=75,
+    show_default=True,
+    help="How long an idle connection is kept open: longer than a proxy in front keeps it, 60 s by default for most.",
+)
 @click.option("--access-log", is_flag=True, help="Log every HTTP request.")
 @guard_options
 @engine_options
@@ -221,10 +242,15 @@ def run(
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("tetrion: interrupted", err=True)
-        return 130
+        say("tetrion: interrupted")
+        return EXIT_INTERRUPTED
+    except SystemExit:  # click's way to end when it cannot print
+        if is_reader_gone():
+            return EXIT_BROKEN_PIPE
+        raise
 
 
 def main() -> None:
     """The console command `tetrion`."""
-    sys.exit(run(sys.argv[1:]))
+    hold_standard_streams()
+    sys.exit(report_errors(lambda: flushed(lambda: run(sys.argv[1:]))))

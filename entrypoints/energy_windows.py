@@ -102,6 +102,6 @@ def _import_monitor() -> Any:
     try:
         return importlib.import_module("zeus.monitor").ZeusMonitor
     except ImportError:
-        raise MeterUnavailable("zeus is not installed; pip install 'tetrion[energy]'") from None
+        raise MeterUnavailable("zeus is not installed; pip install zeus") from None
     except Exception as error:  # zeus-ml, its frozen old name, raises KeyError on a machine without a GPU
         raise MeterUnavailable(f"zeus cannot be imported: {error!r}") from None

@@ -1,13 +1,14 @@
 """What went wrong, as an exit code and one line for a terminal.
 
-Exit codes: 1 the engine or a request failed, 2 the input or the machine does not allow it, 130 interrupted by Ctrl-C.
+Exit codes: 1 the engine or a request failed, 2 the input or the machine does not allow it, 130 interrupted by Ctrl-C,
+141 nobody read the output to its end (which is not said: nobody would read it).
 An exception that is not listed here is a defect: it keeps its traceback. Knows nothing of HTTP (see `http/errors.py`).
-Imports nothing but click until something goes wrong, so that `--help` is quick.
+Imports little until something goes wrong, so that `--help` is quick.
 """
 
 from collections.abc import Callable
 
-import click
+from tetrion.entrypoints.terminal import EXIT_BROKEN_PIPE, is_reader_gone, say
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -23,8 +24,10 @@ def report_errors(command: Callable[[], int]) -> int:
     try:
         return command()
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_reader_gone():
+            return EXIT_BROKEN_PIPE
         exit_code, line = exit_code_and_line(error)
-        click.echo(f"tetrion: error: {line}", err=True)
+        say(f"tetrion: error: {line}")
         return exit_code
 
 

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
+from tetrion.engine.errors import one_line
+from tetrion.engine.families.words import unknown_words
 from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
-from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import contact_sheet, drawing, pictures
-from tetrion.entrypoints.arguments import parse_size
+from tetrion.entrypoints.arguments import parse_wished_size
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.terminal import progress_console, say
+from tetrion.entrypoints.unicode import as_utf8
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
@@ -84,21 +86,22 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The prompts in a text file, one a line; blank lines are skipped. Raises InputError."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = as_utf8(path.read_bytes()).decode().splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"prompts: {str(path)!r} is not UTF-8 text: {error}") from None
     except OSError as error:
-        raise InputError(f"prompts: cannot read {str(path)!r}: {error.strerror}") from None
+        raise InputError(f"prompts: cannot read {str(path)!r}: {error.strerror or error}") from None
     return tuple(line.strip() for line in lines if line.strip())
 
 
 def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageRequest]:
-    """Every picture to draw, by every model, resolved and checked against it. Raises InputError, RequestError."""
+    """Every picture to draw, by every model, resolved and checked against it. Raises InputError, RequestError, and
+    DeadlineUnmeetable."""
     if not options.prompts:
         raise InputError("prompt: give at least one, or a file with --prompts")
     if not 1 <= options.num_per_prompt <= MAX_PER_PROMPT:
         raise InputError(f"n: must be from 1 to {MAX_PER_PROMPT}, got {options.num_per_prompt}")
-    width, height = parse_size(options.size) if options.size else (None, None)
+    width, height = parse_wished_size(options.size or None)
     seed = options.seed
     if seed is None:
         seed = secrets.randbelow(RANDOM_SEEDS - options.num_per_prompt)
@@ -121,12 +124,13 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
         for i in range(options.num_per_prompt)
         for model in engine.models.specs
     )
-    return [resolve_request(request, engine.models, len(engine.devices)).asked for request in requests]
+    return [engine.check(request) for request in requests]
 
 
 async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:
     """Check everything, start the engine, draw, write, report. Returns the exit code."""
     requests = build_requests(options, engine)
+    _say_unknown_words(options.prompts, engine)
     pictures.prepare_folder(options.output)
     started = time.monotonic()
     with _progress_bar() as bar:
@@ -147,6 +151,13 @@ async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:
     )
     print_report(report, options.as_json)
     return 0
+
+
+def _say_unknown_words(prompts: tuple[str, ...], engine: AsyncEngine) -> None:
+    for name, spec in engine.models.specs.items():
+        unknown = dict.fromkeys(word for prompt in prompts for word in unknown_words(spec, prompt))
+        if unknown:
+            say(f"tetrion: {name} does not know: {one_line(', '.join(unknown))}")
 
 
 class _Job:
@@ -220,7 +231,8 @@ def print_report(report: Report, as_json: bool) -> None:
         click.echo(f"  {drawn.prompt}")
         click.echo(
             f"  seed {drawn.seed}  {drawn.width}x{drawn.height}  {drawn.num_steps} steps"
-            f"  latency {drawn.latency_s:.3f} s  degrees {drawn.degrees_compact}{late}"
+            f"  latency {drawn.latency_s:.3f} s, {drawn.queue_s:.3f} s of it in the queue"
+            f"  degrees {drawn.degrees_compact}{late}"
         )
         if drawn.energy.active_j is not None:
             click.echo(
@@ -232,4 +244,4 @@ def print_report(report: Report, as_json: bool) -> None:
 
 def _progress_bar() -> ProgressBar:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    return ProgressBar(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+    return ProgressBar(*columns, TimeElapsedColumn(), console=progress_console())

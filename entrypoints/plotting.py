@@ -24,7 +24,7 @@ def import_matplotlib() -> Any:
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
     except ImportError:
-        raise InputError("plots: need matplotlib; install it with pip install 'tetrion[bench]'") from None
+        raise InputError("plots: need matplotlib; install it with pip install matplotlib") from None
     matplotlib.use("Agg")
     matplotlib.rcParams.update(STYLE)
     return matplotlib

@@ -227,8 +227,11 @@ def command(
         num_steps=num_steps,
     )
     device_name = single_gpu_name(devices) or (cpu_name() if devices[0].kind == "cpu" else "mixed")
-    path = output or cache_folder() / profile_file_name(device_name, spec.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = output or _in_cache(profile_file_name(device_name, spec.name))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output: cannot make {str(path.parent)!r}: {error.strerror}; name a file") from None
     memory = memory_facts(spec, config, devices[0].kind, len(devices))
     report = _to_stderr
 
@@ -260,6 +263,13 @@ def command(
         return 0
 
     return run_async(run())
+
+
+def _in_cache(name: str) -> Path:
+    folder = cache_folder()
+    if folder is None:
+        raise InputError("output: name a file; the user has no home where a cache could be")
+    return folder / name
 
 
 def _open_meter(config: EngineConfig, uuids: tuple[str, ...]) -> EnergyMeter:

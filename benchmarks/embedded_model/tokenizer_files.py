@@ -110,7 +110,8 @@ def t5_tokenizer() -> T5Tokenizer:
     seen: dict[str, float] = {}
     for piece, score in pieces:
         seen.setdefault(piece, score)
-    return T5Tokenizer(vocab=list(seen.items()), extra_ids=0, model_max_length=T5_MAX_TOKENS)
+    options = {"do_lower_case": True}  # as CLIP's does: a word in capitals would be read letter by letter
+    return T5Tokenizer(vocab=list(seen.items()), extra_ids=0, model_max_length=T5_MAX_TOKENS, **options)
 
 
 def clip_tokenizer() -> CLIPTokenizer:

@@ -93,12 +93,13 @@ def run_what_is_left(
 ) -> None:
     """On one engine, which starts with the folder's cost table if there is one."""
     profile = given.profile if folder.setup is None else str(folder.profile_path)
+    model = given.model or EngineConfig().models[0]
     embedded = EmbeddedSystem(
         EngineConfig(
             devices=given.devices,
-            models=(given.model,),
-            load_format=given.load_format,
-            profiles={} if profile is None else {given.model: profile},
+            models=(model,),
+            load_format=given.load_format or "safetensors",
+            profiles={} if profile is None else {model: profile},
         )
     )
     machine = embedded.facts | {"device_names": device_names(parse_devices(given.devices)), "commit": commit()}
@@ -156,8 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--devices", help="As for tetrion generate. Default: all GPUs, else cpu:2.")
-    parser.add_argument("--model", default="shapes", help="Default: the embedded model.")
-    parser.add_argument("--load-format", default="safetensors", choices=["safetensors", "dummy"])
+    parser.add_argument("--model", help="Default: the embedded model.")
+    parser.add_argument("--load-format", choices=["safetensors", "dummy"])
     parser.add_argument("--profile", help="Cost table. Default: the engine's own.")
     parser.add_argument("--policy", action="append", help="Instead of all; the first is what others are compared with.")
     parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))

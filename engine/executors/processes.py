@@ -13,6 +13,7 @@ from tetrion.engine.errors import GenerationError
 from tetrion.engine.executors.base import Happening, PictureReady, WorkerLost
 from tetrion.engine.executors.fleet.pool import WorkerPool
 from tetrion.engine.executors.fleet.segments import Segments
+from tetrion.engine.hardware.standard_streams import hold_standard_descriptors
 from tetrion.engine.messages import Command, Decode
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import Receipt
@@ -32,6 +33,7 @@ class ProcessExecutor:
         self._specs = specs
         self._config = config
         self._wake = asyncio.Event()
+        self._is_closed = False
         self._segments: Segments | None = None
         self._pool: WorkerPool | None = None
         self._copies: set[asyncio.Task[None]] = set()
@@ -45,7 +47,9 @@ class ProcessExecutor:
         Raises SharedMemoryError if memory does not suffice, CheckpointError if a worker finds that a model's files are
         at fault, GenerationError if one fails to come up in time.
         """
+        assert not self._is_closed
         self._check_memory()
+        hold_standard_descriptors()
         self._segments = Segments(self.devices, self._specs, self._config)
         try:
             self._pool = WorkerPool(self.devices, self._segments, self._config.start_timeout_s, self._wake.set)
@@ -57,6 +61,8 @@ class ProcessExecutor:
 
     async def _all_ready(self, pool: WorkerPool) -> None:
         while True:
+            if self._is_closed:
+                raise GenerationError("the engine was closed while it started")
             for event in pool.poll():
                 if isinstance(event, WorkerLost):
                     raise GenerationError(f"worker {event.device_id} ended while starting: {event.reason}")
@@ -74,14 +80,17 @@ class ProcessExecutor:
             )
 
     async def close(self) -> None:
-        """Shut the workers down (terminate, then kill, those that do not go) and give back all shared memory."""
+        """Shut the workers down (terminate, then kill, those that do not go) and give back all shared memory. Whoever
+        waits for them to start gets GenerationError. May be called again, also meanwhile."""
+        self._is_closed = True
+        self.wake()
         if self._pool is not None:
             await self._pool.close()
         if self._copies:
             await asyncio.wait(self._copies)
-        if self._segments is not None:
-            self._segments.close()
-        self._segments = None
+        segments, self._segments = self._segments, None
+        if segments is not None:
+            segments.close()
 
     # Executor ----------------------------------------------------------------------------------------------------
 
@@ -96,6 +105,9 @@ class ProcessExecutor:
         return self._started_pool.submit(command, members)
 
     def poll(self) -> list[Happening]:
+        """Raises GenerationError once it is closed."""
+        if self._is_closed:
+            raise GenerationError("the engine was closed")
         pictures, self._pictures = self._pictures, []
         return [*self._started_pool.poll(), *pictures]
 
@@ -181,5 +193,6 @@ class ProcessExecutor:
 
     @property
     def _mapped(self) -> Segments:
-        assert self._segments is not None, "the executor is not running"
+        if self._segments is None:
+            raise GenerationError("the engine is not running")
         return self._segments

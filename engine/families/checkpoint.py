@@ -49,7 +49,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `components_from`: component -> "model/component", where another embedded model's is used.
     """
 
-    name: str = ""
+    name: Annotated[str, Meta(max_length=200)] = ""
     num_steps: _Steps = 28
     guidance: Annotated[float, Meta(ge=0, le=1000)] | None = 3.5
     max_text_tokens: Annotated[int, Meta(ge=1, le=4096)] = 512
@@ -107,8 +107,8 @@ def component_folder(folder: Path, component: str) -> Path:
     source = read_preset(folder, Preset()).components_from.get(component)
     if source is None:
         return folder / component
-    path = embedded_folder() / source
-    if len(PurePosixPath(source).parts) != 2 or ".." in source or not path.is_dir():
+    path, parts = embedded_folder() / source, PurePosixPath(source).parts
+    if len(parts) != 2 or not {"/", ".."}.isdisjoint(parts) or not path.is_dir():
         raise CheckpointError(
             f"model: {str(folder / PRESET_FILE)!r}: components_from: {component}: expected"
             f' "model/component" of an embedded model, got {source!r}'
@@ -127,7 +127,10 @@ def read_preset(folder: Path, default: Preset) -> Preset:
     path = folder / PRESET_FILE
     if not os.path.lexists(path):
         return default
-    return decode(read_file(path), Preset, path, "")
+    preset = decode(read_file(path), Preset, path, "")
+    if not preset.name.isprintable():
+        raise fault(path, f": name: must be printable, got {shown(preset.name)}")
+    return preset
 
 
 def check_sizes(folder: Path, sizes: Sizes) -> Sizes:

@@ -12,14 +12,11 @@ from msgspec import Meta
 
 from tetrion.engine.errors import shown
 from tetrion.engine.families.files import fault, read_object
-from tetrion.engine.families.plan import Shape
 
 CONFIG = "config.json"
 QUANTIZATION = ("quantization_config", "compression_config")
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
-T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
-"""One table; checkpoints have either name, or both."""
 
 Count = Annotated[int, Meta(ge=1, le=1000)]
 Index = Annotated[int, Meta(ge=0, lt=1000)]
@@ -40,11 +37,21 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
     scaling_factor: _Scale = 0.18215
     shift_factor: _Shift | None = None
     use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
 
     @property
     def scale_factor(self) -> int:
         """Pixels a latent pixel's side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def __post_init__(self) -> None:
+        if len(self.up_block_types) != len(self.block_out_channels):
+            raise ValueError(f"up_block_types {len(self.up_block_types)} must be as many as block_out_channels")
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(
+                f"norm_num_groups {self.norm_num_groups} must divide block_out_channels {list(self.block_out_channels)}"
+            )
 
 
 class ClipConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +65,12 @@ class ClipConfig(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 49408
     max_position_embeddings: Annotated[int, Meta(ge=1, le=4096)] = 77
 
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size}"
+            )
+
 
 class T5Config(msgspec.Struct, frozen=True, kw_only=True):
     """Of T5's encoder. Defaults are the library's."""
@@ -68,6 +81,12 @@ class T5Config(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: Count = 6
     num_heads: Size = 8
     vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 32128
+    num_buckets: Count = msgspec.field(default=32, name="relative_attention_num_buckets")
+    feed_forward_proj: str = "relu"
+
+    @property
+    def is_gated(self) -> bool:
+        return self.feed_forward_proj.startswith("gated-")
 
 
 def read_part(folder: Path, kind: type[_T], class_name: str) -> _T:
@@ -133,53 +152,6 @@ def check_latents(folder: Path, vae: VaeConfig, in_channels: int, per_row: int) 
             f" the {in_channels} channels of the transformer's tokens (vae/config.json: latent_channels"
             f" {vae.latent_channels}, transformer/config.json: in_channels {in_channels})",
         )
-
-
-def check_clip(folder: Path, config: ClipConfig, shapes: Mapping[str, Shape], is_projected: bool = False) -> None:
-    """Raises CheckpointError unless the encoder's tensors are as its config says, as far as a few of them tell."""
-    shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
-    embeddings = {
-        "embeddings.token_embedding.weight": (config.vocab_size, config.hidden_size),
-        "embeddings.position_embedding.weight": (config.max_position_embeddings, config.hidden_size),
-    }
-    if is_projected:
-        embeddings["text_projection.weight"] = (config.projection_dim, config.hidden_size)
-    _check_shapes(folder, embeddings, shapes)
-    _check_layers(folder, "encoder.layers.", config.num_hidden_layers, "num_hidden_layers", shapes)
-
-
-def check_t5(folder: Path, config: T5Config, shapes: Mapping[str, Shape]) -> None:
-    """See `check_clip`."""
-    table = next((name for name in T5_EMBEDDINGS if name in shapes), T5_EMBEDDINGS[0])
-    _check_shapes(folder, {table: (config.vocab_size, config.d_model)}, shapes)
-    _check_layers(folder, "encoder.block.", config.num_layers, "num_layers", shapes)
-
-
-def check_vae(folder: Path, config: VaeConfig, shapes: Mapping[str, Shape]) -> None:
-    """See `check_clip`; of the decoder."""
-    first, last, latent = config.block_out_channels[0], config.block_out_channels[-1], config.latent_channels
-    expected: dict[str, Shape] = {
-        "decoder.conv_in.weight": (last, latent, 3, 3),
-        "decoder.conv_out.weight": (config.out_channels, first, 3, 3),
-    }
-    if config.use_post_quant_conv:
-        expected["post_quant_conv.weight"] = (latent, latent, 1, 1)
-    _check_shapes(folder, expected, shapes)
-    _check_layers(folder, "decoder.up_blocks.", len(config.block_out_channels), "block_out_channels", shapes)
-
-
-def _check_shapes(folder: Path, expected: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> None:
-    for name, shape in expected.items():
-        if name not in shapes:
-            raise fault(folder, f" has no tensor {name}, which config.json means")
-        if shapes[name] != shape:
-            raise fault(folder, f": {name} has shape {list(shapes[name])}, config.json means {list(shape)}")
-
-
-def _check_layers(folder: Path, prefix: str, count: int, field: str, shapes: Mapping[str, Shape]) -> None:
-    found = {name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)}
-    if found != {str(i) for i in range(count)}:
-        raise fault(folder, f" has {len(found)} of the blocks {prefix}*, {field} of config.json means {count}")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 Nothing here waits or takes much memory, whatever a folder holds: pipes, devices and files without end are no files.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -23,11 +25,21 @@ def fault(path: Path, text: str) -> CheckpointError:
     return CheckpointError(f"model: {str(path)!r}{text}")
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """An open file. Raises CheckpointError if it cannot be opened or read."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise fault(path, f" cannot be read: {error.strerror or error}") from None
+
+
 def read_file(path: Path) -> bytes:
     """Raises CheckpointError unless it is a file of at most `MAX_BYTES`, and the file itself; OSError."""
     if not path.is_file():
         raise fault(path, " is not a file" if path.exists() else " is missing")
-    with path.open("rb") as file:
+    with reading(path) as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise fault(path, f" is larger than {MAX_BYTES:,} bytes, which no such file is")

@@ -31,16 +31,14 @@ from tetrion.engine.families.components import (
     Size,
     T5Config,
     VaeConfig,
-    check_clip,
     check_latents,
-    check_t5,
-    check_vae,
     check_width,
     read_clip,
     read_part,
     read_t5,
 )
 from tetrion.engine.families.files import fault
+from tetrion.engine.families.library_shapes import check_clip, check_decoder, check_t5
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan
 from tetrion.engine.families.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, check_tokenizer, max_prompt_tokens
 from tetrion.engine.families.weights import read_shapes
@@ -227,7 +225,7 @@ def _check_files(folder: Path, transformer: FluxConfig, vae: VaeConfig, clip: Cl
     check_tokenizer(folders["tokenizer_2"], T5_TOKENIZER, t5.vocab_size)
     shapes = {name: read_shapes(folders[name]) for name in WITH_WEIGHTS}
     check_plan(weights_plan(transformer), shapes["transformer"], folders["transformer"])
-    check_vae(folders["vae"], vae, shapes["vae"])
+    check_decoder(folders["vae"], vae, shapes["vae"])
     check_clip(folders["text_encoder"], clip, shapes["text_encoder"])
     check_t5(folders["text_encoder_2"], t5, shapes["text_encoder_2"])
 

@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint a network is made of, as its family says by the config: names and shapes, no torch."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,15 +81,19 @@ def planned_shape(part: Part, shape_of: Callable[[str], Shape], folder: Path) ->
 
 
 def check_plan(plan: Plan, shapes: Mapping[str, Shape], folder: Path) -> None:
-    """Raises CheckpointError unless the component has exactly the tensors that the plan names. What its config does
-    not mean would be left out without a word, and another picture drawn."""
-    planned = {source for part in plan.values() for source in part.sources}
-    if missing := [source for source in planned if source not in shapes]:
-        raise fault(folder, f" has no tensor {some_of(missing)}, which config.json means")
-    if unplanned := shapes.keys() - planned:
-        raise fault(folder, f" has tensors that config.json does not mean: {some_of(unplanned)}")
+    """Raises CheckpointError unless the component has exactly the tensors that the plan names, in these shapes."""
+    check_names({source for part in plan.values() for source in part.sources}, shapes.keys(), folder)
     for part in plan.values():
         planned_shape(part, shapes.__getitem__, folder)
+
+
+def check_names(meant: Set[str], found: Set[str], folder: Path, beside: tuple[str, ...] = ()) -> None:
+    """Raises CheckpointError unless they are the same, but for names that begin with one of `beside`. What a config
+    does not mean would be left out without a word, and another picture drawn."""
+    if missing := meant - found:
+        raise fault(folder, f" has no tensor {some_of(missing)}, which config.json means")
+    if others := [name for name in found - meant if not name.startswith(beside)]:
+        raise fault(folder, f" has tensors that config.json does not mean: {some_of(others)}")
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -41,16 +41,14 @@ from tetrion.engine.families.components import (
     Size,
     T5Config,
     VaeConfig,
-    check_clip,
     check_latents,
-    check_t5,
-    check_vae,
     check_width,
     read_clip,
     read_part,
     read_t5,
 )
 from tetrion.engine.families.files import fault
+from tetrion.engine.families.library_shapes import check_clip, check_decoder, check_t5
 from tetrion.engine.families.plan import TIME_CHANNELS, Part, Rearranged, WeightsPlan, check_plan
 from tetrion.engine.families.tokenizers import (
     CLIP_TOKENIZER,
@@ -293,7 +291,7 @@ def _check_files(
     path = component_folder(folder, "transformer")
     check_plan(weights_plan(transformer), read_shapes(path), path)
     path = component_folder(folder, "vae")
-    check_vae(path, vae, read_shapes(path))
+    check_decoder(path, vae, read_shapes(path))
     for name, clip in zip(CLIPS, clips, strict=True):
         path = component_folder(folder, name)
         check_clip(path, clip, read_shapes(path), is_projected=True)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from tetrion.engine.families.files import decode, fault, read_file, refuse_pointer
+from tetrion.engine.families.files import decode, fault, read_file, reading, refuse_pointer
 from tetrion.engine.families.plan import Shape, some_of
 
 PLAIN = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -23,6 +23,7 @@ INDEX = re.compile(r".+\.safetensors\.index(\.[^.]+)?\.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library."""
+MAX_TENSORS = 100_000
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """What weights are stored in -> bytes of a number."""
 COUNTERS = ("position_ids", "num_batches_tracked")
@@ -67,20 +68,22 @@ def weight_map(folder: Path) -> dict[str, Path]:
 def read_shapes(folder: Path) -> dict[str, Shape]:
     """The shape of each tensor of a component. Raises CheckpointError for files that are missing or damaged, and for
     quantized weights; OSError."""
-    files = weight_map(folder)
-    headers = {path: read_header(path) for path in sorted(set(files.values()))}
-    for name, path in files.items():
-        if name not in headers[path]:
-            raise fault(path, f" has no tensor {name}, though its index says so")
-    for path, header in headers.items():
-        _refuse_quantized(path, header)
-    return {name: headers[path][name].shape for name, path in files.items() if not name.endswith(COUNTERS)}
+    path, files, _ = _choose(folder)
+    headers = {file: read_header(file) for file in (sorted(set(files.values())) if files is not None else [path])}
+    if files is None:
+        files = dict.fromkeys(headers[path], path)
+    for name, file in files.items():
+        if name not in headers[file]:
+            raise fault(file, f" has no tensor {name}, though its index says so")
+    for file, header in headers.items():
+        _refuse_quantized(file, header)
+    return {name: headers[file][name].shape for name, file in files.items() if not name.endswith(COUNTERS)}
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Raises CheckpointError if it is damaged or cut off; OSError."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path) as file:
         beginning = file.read(64)
         refuse_pointer(path, beginning)
         length = int.from_bytes(beginning[:8], "little")
@@ -90,13 +93,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
         content = file.read(length)
     what = " cannot be read as safetensors: its header"
     entries = decode(content, dict[str, msgspec.Raw], path, what)
-    entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise _unreadable(path, f"its header has {len(entries):,} tensors, which no component has")
+    decode(bytes(entries.pop("__metadata__", b"{}")), dict[str, str], path, f"{what}: __metadata__")
     tensors = {name: decode(bytes(entry), Tensor, path, f"{what}: {name}") for name, entry in entries.items()}
-    for name, tensor in tensors.items():
-        _check_place(path, name, tensor)
-    num_bytes = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
-    if 8 + length + num_bytes != size:
-        raise _unreadable(path, f"its header means {8 + length + num_bytes:,} bytes, the file has {size:,}")
+    _check_places(path, tensors, size - 8 - length)
     return tensors
 
 
@@ -159,12 +160,18 @@ def _read_index(path: Path) -> Candidate:
     return Candidate(path, {name: path.parent / file for name, file in weight_map.items()}, missing)
 
 
-def _check_place(path: Path, name: str, tensor: Tensor) -> None:
-    begin, end = tensor.data_offsets
-    width = FLOATS.get(tensor.dtype)
-    is_sized = width is None or math.prod(tensor.shape) * width == end - begin
-    if begin > end or not is_sized:
-        raise _unreadable(path, f"{name}: {tensor.dtype} {list(tensor.shape)} at {begin} … {end}")
+def _check_places(path: Path, tensors: dict[str, Tensor], num_bytes: int) -> None:
+    """One tensor behind the other, up to the end of the file."""
+    position = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        begin, end = tensor.data_offsets
+        width = FLOATS.get(tensor.dtype)
+        if begin != position or end < begin or (width is not None and math.prod(tensor.shape) * width != end - begin):
+            what = f"{name}: {tensor.dtype} {list(tensor.shape)}"
+            raise _unreadable(path, f"{what} cannot lie at {begin} … {end}, the tensor before it ends at {position}")
+        position = end
+    if position != num_bytes:
+        raise _unreadable(path, f"its header means {position:,} bytes of data, the file has {num_bytes:,}")
 
 
 def _refuse_quantized(path: Path, header: dict[str, Tensor]) -> None:

@@ -123,7 +123,7 @@ class Bookkeeper:
         try:
             match event:
                 case Encoded():
-                    self._encoded(request, event)
+                    self._encoded(request, entry, event)
                 case Denoised():
                     self._denoised(request, entry, event)
                 case Decoded():
@@ -136,7 +136,8 @@ class Bookkeeper:
         if isinstance(command, Decode):
             self._executor.release_image_slot(command.image_slot)
 
-    def _encoded(self, request: Request, event: Encoded) -> None:
+    def _encoded(self, request: Request, entry: InFlight, event: Encoded) -> None:
+        request.holders = entry.members
         request.num_text_tokens = event.num_text_tokens
         self._observe_aux(request, event)
         self._move(request, RequestState.READY)
@@ -147,6 +148,7 @@ class Bookkeeper:
         self._cost_model_of(request).observe_step(request.cost_key, degree, elapsed_s / chunk_steps)
         request.stage_s["denoise"] += elapsed_s
         request.step_index = event.step_index
+        request.holders = tuple(member for member in entry.members if member in self._in_flight.devices)
         request.degrees += [degree] * chunk_steps
         done = request.step_index == request.num_steps
         self._move(request, RequestState.DENOISED if done else RequestState.READY)

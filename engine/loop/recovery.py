@@ -5,8 +5,14 @@
 DRAINING: every member of a hit request's commands has its abort word set, so nobody waits for one that will not come.
 An abort may also stop a command of another request queued on the same device; that request is then hit as well.
 RESETTING: all workers are idle; each zeroes its barrier counters and abort word. Only then are new commands given out,
-so no late store or count of an aborted chunk can meet a new one. Hit requests start again from their prompt; after
-`MAX_ATTEMPTS` they fail. For the others this is a pause of at most one chunk.
+so no late store or count of an aborted chunk can meet a new one. For requests that are not hit this is a pause of at
+most one chunk.
+
+A hit request goes on from its last finished chunk if a living device still has that state as it was: if what hit it had
+not begun (it stood behind another command at the device that died, so that no member passed the entry barrier), or was
+a decode, which changes nothing. Else it starts again from its prompt. A request that rested on the dead device, among
+others, is not hit at all. Only the request whose command the device was at when it died may be to blame; after
+`MAX_ATTEMPTS` such deaths it fails.
 
 A stage that lasts longer than the stall timeout has a device that does not answer: whoever owes an answer is killed,
 and hit requests fail, with the reason; all that comes later is served once the loss is reported. (A reset that is not
@@ -41,7 +47,7 @@ from tetrion.engine.executors.base import Executor, WorkerLost
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.progress import Bookkeeper
 from tetrion.engine.loop.requests import Request, RequestState, RequestTable
-from tetrion.engine.messages import BarriersReset, Failed, ResetBarriers
+from tetrion.engine.messages import BarriersReset, Decode, Failed, ResetBarriers
 from tetrion.engine.request import MAX_ATTEMPTS
 
 logger = logging.getLogger(__name__)
@@ -58,11 +64,21 @@ class RecoveryState(enum.Enum):
 
 
 class RecoveryFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Since the start: workers lost, workers started in their place, requests started again from their prompt."""
+    """Since the start: workers lost, workers started in their place, requests that went on or started again after a
+    loss."""
 
     num_deaths: int = 0
     num_respawns: int = 0
     num_retries: int = 0
+
+
+class Hit(msgspec.Struct):
+    """Why a request's commands came to nothing. `may_be_cause`: a device was at its command when it died. `is_intact`:
+    its last finished chunk's state is as it was, wherever it is still held."""
+
+    reason: str
+    may_be_cause: bool = False
+    is_intact: bool = False
 
 
 class Recovery:
@@ -87,7 +103,7 @@ class Recovery:
         self._command_ids = command_ids
         self._stall_timeout_s = stall_timeout_s
         self._no_worker_timeout_s = no_worker_timeout_s
-        self._hit: dict[str, str] = {}
+        self._hit: dict[str, Hit] = {}
         self._failed_while_hit: set[str] = set()
         """Hit requests that did not wait for the end of the recovery: by now their ids may be others'."""
         self._resets: dict[int, tuple[int, float]] = {}
@@ -127,8 +143,11 @@ class Recovery:
         request = self._table.get(event.request_id)
         if event.request_id in self._failed_while_hit:
             return  # nobody waits for it, and its commands are aborted already
+        if event.kind == "aborted" and self.is_hit(event.request_id):
+            return  # as was asked for: it says no more of the request's state than is known
         if event.kind == "aborted" or request is None:  # because of those that are hit already; or it has ended
-            self._hit_request(event.request_id, next(iter(self._hit.values()), event.message))
+            first = next(iter(self._hit.values()), None)
+            self._hit_request(event.request_id, event.message if first is None else first.reason)
             return
         logger.error("request %s failed on worker %d: %s", event.request_id, event.device_id, event.message)
         request.attempts = MAX_ATTEMPTS
@@ -143,13 +162,16 @@ class Recovery:
         logger.error("worker %d was lost: %s", event.device_id, event.reason)
         self._num_deaths += 1
         now_s = self._executor.now_s()
-        for entry in self._in_flight.drop_device(event.device_id, now_s):
-            self._hit_request(entry.command.request_id, event.reason)
+        lost = self._in_flight.drop_device(event.device_id, now_s)
+        for number, entry in enumerate(lost):
+            self._hit_by_loss(entry, event.reason, had_begun=number == 0)
             self._books.member_failed(entry.command, event.device_id, now_s)
             self._books.discard(entry.command)
         for request in self._table.admitted():
-            if event.device_id in request.planned_holders:
-                self._hit_request(request.request_id, event.reason)
+            if event.device_id in request.holders:
+                request.holders = tuple(holder for holder in request.holders if holder != event.device_id)
+            if event.device_id in request.planned_holders and not self.is_hit(request.request_id):
+                self._lost_holder(request, event.reason)
         self._resets.pop(event.device_id, None)
         self._last_loss = f"worker {event.device_id}: {event.reason}"
         self._enter(RecoveryState.DRAINING)
@@ -199,11 +221,11 @@ class Recovery:
         for device_id in sorted(to_blame | self._resets.keys()):
             self._executor.kill(device_id, f"it has kept the others from going on for {lasted_s:.0f} s")
         silent = ", ".join(map(str, sorted(owing)))
-        for request_id, reason in self._hit.items():
+        for request_id, hit in self._hit.items():
             request = self._table.get(request_id)
             if request is not None and request_id not in self._failed_while_hit:
                 self._failed_while_hit.add(request_id)
-                message = f"{reason}; then worker {silent} did not answer for {lasted_s:.0f} s"
+                message = f"{hit.reason}; then worker {silent} did not answer for {lasted_s:.0f} s"
                 self._books.end(request, GenerationError(message))
         if lasted_s > 2 * timeout_s + self._no_worker_timeout_s:
             raise EngineEnded(f"worker {silent} neither answers nor ends, and the others wait for it")
@@ -230,9 +252,30 @@ class Recovery:
         if self.is_healthy and not alive <= self._in_flight.devices:
             self._reset(alive - self._in_flight.devices - self._resets.keys())
 
-    def _hit_request(self, request_id: str, reason: str) -> None:
-        self._hit.setdefault(request_id, reason)
+    def _hit_request(self, request_id: str, reason: str) -> Hit:
+        """Its state is in doubt from now on, whatever was known of it before."""
+        hit = self._hit.setdefault(request_id, Hit(reason))
+        hit.is_intact = False
         self._enter(RecoveryState.DRAINING)
+        return hit
+
+    def _hit_by_loss(self, entry: InFlight, reason: str, had_begun: bool) -> None:
+        """`entry` was given to the device that is lost, and not answered by it."""
+        request_id = entry.command.request_id
+        is_first = not self.is_hit(request_id)
+        hit = self._hit_request(request_id, reason)
+        hit.may_be_cause |= had_begun
+        others = [other for other in self._in_flight.of_request(request_id) if other is not entry]
+        hit.is_intact = is_first and not others and (not had_begun or isinstance(entry.command, Decode))
+
+    def _lost_holder(self, request: Request, reason: str) -> None:
+        """All that was dispatched for it runs elsewhere, or it rests: it goes on from any holder that is left."""
+        left = tuple(holder for holder in request.planned_holders if holder in self._in_flight.devices)
+        if left:
+            request.planned_holders = left
+            self._table.mark_changed(request)
+        else:
+            self._hit_request(request.request_id, reason)
 
     def _enter(self, state: RecoveryState) -> None:
         if state is not self._state:
@@ -260,18 +303,23 @@ class Recovery:
         self._enter(RecoveryState.HEALTHY)
         hit, self._hit = self._hit, {}
         failed, self._failed_while_hit = self._failed_while_hit, set()
-        for request_id, reason in hit.items():
+        for request_id, why in hit.items():
             request = self._table.get(request_id)
             if request is not None and request_id not in failed:
-                self._start_again(request, reason)
+                self._go_on(request, why)
 
-    def _start_again(self, request: Request, reason: str) -> None:
-        request.attempts += 1
+    def _go_on(self, request: Request, hit: Hit) -> None:
+        request.attempts += hit.may_be_cause
         if request.attempts >= MAX_ATTEMPTS:
-            self._books.end(request, GenerationError(reason))
+            self._books.end(request, GenerationError(hit.reason))
             return
         self._num_retries += 1
-        request.reset_progress()
+        if hit.is_intact and request.holders:
+            request.forget_dispatched()
+            state = RequestState.READY if request.step_index < request.num_steps else RequestState.DENOISED
+        else:
+            request.reset_progress()
+            state = RequestState.WAITING
         self._table.mark_changed(request)
-        if request.state is not RequestState.WAITING:
-            self._table.move(request, RequestState.WAITING)
+        if request.state is not state:
+            self._table.move(request, state)

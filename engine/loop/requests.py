@@ -16,7 +16,7 @@ from typing import Any
 
 from tetrion.engine.errors import EngineOverloaded, RequestError
 from tetrion.engine.request import ImageResult, Progress, Receipt, ResolvedRequest
-from tetrion.engine.stages import STAGES, Stage
+from tetrion.engine.stages import AFTER_STEPS, STAGES, Stage
 
 
 class RequestState(enum.Enum):
@@ -58,7 +58,8 @@ class Request:
     """One accepted request while it lives. Written by `RequestTable` (state, slot) and `EngineLoop` (progress).
 
     `step_index` counts finished steps, `planned_step_index` also those dispatched; `planned_holders` are the devices
-    whose slot holds, or will hold, the latents of `planned_step_index`; `planned_stage` comes after all that was
+    whose slot holds, or will hold, the latents of `planned_step_index`, `holders` those that hold the ones of
+    `step_index` once nothing is in flight for it; `planned_stage` comes after all that was
     dispatched (None: that was the last). `stage_s`: time on devices. `spent_j`: joules of all that was dispatched
     for it, lost attempts included, as far as the profile knows them. `cancelled`: it ends once nothing is in flight for
     it, with `error` if there is one.
@@ -75,6 +76,7 @@ class Request:
         "deadline_s",
         "degrees",
         "error",
+        "holders",
         "image",
         "num_text_tokens",
         "params",
@@ -110,11 +112,17 @@ class Request:
     def reset_progress(self) -> None:
         """Forget all work: nothing is encoded, no step is done."""
         self.step_index = self.planned_step_index = 0
+        self.holders: tuple[int, ...] = ()
         self.planned_holders: tuple[int, ...] = ()
         self.planned_stage: Stage | None = STAGES[0]
         self.degrees: list[int] = []
         self.num_text_tokens = 0
         self.stage_s: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
+
+    def forget_dispatched(self) -> None:
+        """What was dispatched and is not finished has come to nothing: it is to be done again, from `holders`."""
+        self.planned_step_index, self.planned_holders = self.step_index, self.holders
+        self.planned_stage = "denoise" if self.step_index < self.num_steps else AFTER_STEPS[0]
 
     @property
     def request_id(self) -> str:

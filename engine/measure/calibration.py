@@ -54,16 +54,16 @@ async def calibrate(
 ) -> Calibration:
     """The cached calibration for this model and machine, else a fresh one (about a second per degree on a CPU).
     `table`: the cost table that is used in its place; its sizes are warmed up, too."""
-    path, calibrator = _cache_path(executor, spec, config), Calibrator(executor, spec)
-    is_busy = _machine_is_busy()
-    if config.profile_cache:
+    path = _cache_path(executor, spec, config) if config.profile_cache else None
+    calibrator, is_busy = Calibrator(executor, spec), _machine_is_busy()
+    if path is not None:
         cached = _read(path)
         if cached is not None and (is_busy or not cached.was_busy):
             await calibrator.warm_up(table)
             return cached
     calibration = await calibrator.run(was_busy=is_busy)
     await calibrator.warm_up(table)
-    if config.profile_cache:
+    if path is not None:
         _write(path, calibration)
     if calibration.inexact_degrees:
         logger.warning("degrees %s do not reproduce degree 1 bit for bit here", calibration.inexact_degrees)
@@ -164,8 +164,12 @@ async def decode_s_of(probe: Probe, request: Request, num_repeats: int) -> float
     return min(event.ended_s - event.started_s for event in events)
 
 
-def _cache_path(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig) -> Path:
-    """One file per model contents, machine, worker count, threads and library versions."""
+def _cache_path(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig) -> Path | None:
+    """One file per model contents, machine, worker count, threads and library versions; None without a cache."""
+    folder = cache_folder()
+    if folder is None:
+        logger.info("calibration not cached: the user has no home, and XDG_CACHE_HOME is not set")
+        return None
     num_workers = len(executor.device_ids)
     gpus = visible_gpus() if executor.devices[0].kind == "cuda" else ()
     facts = (
@@ -176,7 +180,7 @@ def _cache_path(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig
         (platform.machine(), platform.node(), cpu_name(), os.cpu_count()),
         (version("torch"), version("tetrion")),
     )
-    return cache_folder() / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"
+    return folder / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.json"
 
 
 def _machine_is_busy() -> bool:

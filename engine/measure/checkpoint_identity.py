@@ -14,13 +14,13 @@ import msgspec
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import Preset, component_folder, read_preset
+from tetrion.engine.families.files import MAX_BYTES
 from tetrion.engine.families.locate import HUB_FILES
+from tetrion.engine.families.weights import MAX_HEADER_BYTES
 
 WEIGHTS_SUFFIX = ".safetensors"
 SAMPLE_BYTES = 4096
 """Read at the start, the middle and the end of each tensor."""
-MAX_HEADER_BYTES = 100_000_000
-"""As in the safetensors library."""
 
 
 class _Tensor(msgspec.Struct, frozen=True):
@@ -43,22 +43,27 @@ def checkpoint_identity(folder: Path, load_format: LoadFormat) -> str:
         size = path.stat().st_size
         digest.update(repr((name, size)).encode())
         with path.open("rb", buffering=0) as file:
-            for part in _samples(file, size) if has_weights else (file.read(),):
+            for part in _samples(file, size) if has_weights else (file.read(MAX_BYTES),):
                 digest.update(part)
     return digest.hexdigest()[:32]
 
 
 def _files(folder: Path) -> dict[str, Path]:
     """Name in the checkpoint -> file: its own, and those of components that it shares with another one."""
-    found = {path for pattern in HUB_FILES for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in HUB_FILES for path in folder.glob(pattern) if _counts(path)}
     own = {str(path.relative_to(folder)): path for path in found}
     shared = read_preset(folder, Preset()).components_from
     return own | {
         f"{component}/{path.name}": path
         for component in shared
         for path in component_folder(folder, component).iterdir()
-        if path.is_file()
+        if _counts(path)
     }
+
+
+def _counts(path: Path) -> bool:
+    """A system's own files beside a checkpoint's (`._config.json`) do not."""
+    return path.is_file() and not path.name.startswith(".")
 
 
 def _samples(file: FileIO, size: int) -> Iterator[bytes]:

@@ -4,16 +4,19 @@ Owns the folders (the user's cache, then the installed `configs/profiles/`) and 
 """
 
 import importlib.resources
+import logging
 import os
 import re
 from pathlib import Path
 
 from tetrion.engine.config import DeviceSpec, EngineConfig
+from tetrion.engine.families.locate import expanded
 from tetrion.engine.families.served import ServedModels
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 
+logger = logging.getLogger(__name__)
 PACKAGE = "tetrion.configs.profiles"
 
 
@@ -22,9 +25,13 @@ def profile_file_name(gpu: str, model: str) -> str:
     return f"{_slug(gpu)}-{_slug(model)}.json"
 
 
-def cache_folder() -> Path:
-    """The user's own: what `tetrion profile` and the start-up measurement leave."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def cache_folder() -> Path | None:
+    """The user's own: what `tetrion profile` and the start-up measurement leave. None for a user without a home."""
+    given = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    try:
+        base = given if given.is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored, says XDG
+    except RuntimeError:
+        return None
     return base / "tetrion" / "profiles"
 
 
@@ -38,7 +45,7 @@ def chosen_profiles(devices: tuple[DeviceSpec, ...], models: ServedModels, confi
 
     Raises ValueError for a file that cannot be read or is of another model.
     """
-    files = {models.names.get(name, name): Path(file).expanduser() for name, file in config.profiles.items()}
+    files = {models.names.get(name, name): expanded(file, "profiles") for name, file in config.profiles.items()}
     chosen = {
         name: _named_profile(files[name], spec) if name in files else _found_profile(devices, spec, config)
         for name, spec in models.specs.items()
@@ -50,7 +57,8 @@ def _found_profile(devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: Eng
     gpu = single_gpu_name(devices)
     if gpu is None:
         return None
-    folders = (cache_folder(), committed_folder()) if config.profile_cache else (committed_folder(),)
+    cache = cache_folder() if config.profile_cache else None
+    folders = (committed_folder(),) if cache is None else (cache, committed_folder())
     found = (profile_in(folder, gpu, spec, len(devices)) for folder in folders)
     return next((profile for profile in found if profile is not None), None)
 
@@ -59,9 +67,13 @@ def profile_in(folder: Path, gpu: str, spec: ModelSpec, num_devices: int) -> Pro
     """The table in `folder` for these GPUs, if it knows every degree that `num_devices` allow and that shares the heads
     out evenly; others may be missing, and are not used then."""
     path = folder / profile_file_name(gpu, spec.name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike `Path.is_file` it says no where one may not look
         return None
-    profile = read_profile(path)
+    try:
+        profile = read_profile(path)
+    except OSError as error:
+        logger.info("cost table not used: %s", error)
+        return None
     known = {degree for cost in profile.classes.values() for degree in cost.step_ms}
     wanted = {degree for degree in spec.legal_degrees(num_devices) if spec.num_heads % degree == 0}
     return profile if profile.heads == spec.num_heads and known >= wanted else None

@@ -5,17 +5,17 @@ takes seconds.
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.families.components import CONFIG, VaeConfig, read_part
+from tetrion.engine.families.files import read_object
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.loading import build_module
 from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
@@ -32,18 +32,11 @@ class Autoencoder:
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         """folder: the checkpoint's `vae/`. Raises CheckpointError for missing tensors or an unsupported class."""
         config = _read_config(folder)
-        width = spec.latents.width
-        if 4 * config["latent_channels"] != width:
-            raise CheckpointError(
-                f"model: {str(folder)!r} has {config['latent_channels']} latent channels, four times as many must equal"
-                f" the {width} channels of the transformer's tokens"
-            )
         self.whole_pixels = math.inf
         """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
-        self._size_multiple, self._num_channels = spec.sizes.multiple, config["latent_channels"]
-        self._scaling_factor = float(config.get("scaling_factor") or 1.0)
-        self._shift_factor = float(config.get("shift_factor") or 0.0)
-        self._vae = build_module(_builder(config), tensors, str(folder), unused=self.UNUSED_PREFIXES)
+        self._size_multiple, self._num_channels = spec.sizes.multiple, config.latent_channels
+        self._scaling_factor, self._shift_factor = config.scaling_factor, config.shift_factor or 0.0
+        self._vae = build_module(_builder(folder), tensors, folder, unused=self.UNUSED_PREFIXES)
         weight = self._vae.decoder.conv_in.weight
         self._device, self._dtype = weight.device, weight.dtype
         if self._device.type == "cpu":
@@ -52,7 +45,7 @@ class Autoencoder:
     @staticmethod
     def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         """Of all tensors that the config means."""
-        return module_shapes(_builder(_read_config(folder)))
+        return module_shapes(_builder(folder))
 
     def fuse(self) -> None:
         from tetrion.engine.models.fused_decoder import fuse  # which needs Triton
@@ -79,15 +72,12 @@ class Autoencoder:
         return (picture_HWC * 255).round().to(torch.uint8).contiguous()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = {"latent_channels": 4} | json.loads((folder / "config.json").read_bytes())
-    if config.get("_class_name") != "AutoencoderKL":
-        raise CheckpointError(f"model: vae {config.get('_class_name')!r} is not supported (supported: AutoencoderKL)")
-    return config
+def _read_config(folder: Path) -> VaeConfig:
+    return read_part(folder, VaeConfig, "AutoencoderKL")
 
 
-def _builder(config: dict[str, Any]) -> Callable[[], AutoencoderKL]:
-    return functools.partial(AutoencoderKL.from_config, config)
+def _builder(folder: Path) -> Callable[[], AutoencoderKL]:
+    return functools.partial(AutoencoderKL.from_config, read_object(folder / CONFIG))
 
 
 class PointwiseConv2d(nn.Module):

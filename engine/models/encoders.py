@@ -18,7 +18,9 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.families.library_shapes import BESIDE_CLIP, BESIDE_T5, CLIP_PREFIX, T5_EMBEDDINGS
 from tetrion.engine.families.tokenizers import has_vocabulary
+from tetrion.engine.families.weights import COUNTERS
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.dummy import HashTokenizer, module_shapes
 from tetrion.engine.models.loading import build_module
@@ -26,8 +28,6 @@ from tetrion.engine.models.tokenizers import LibraryTokenizer, Tokenizer
 
 ConfigT = TypeVar("ConfigT", CLIPTextConfig, T5Config)
 ClipModel = CLIPTextModel | CLIPTextModelWithProjection
-CLIP_PREFIX = "text_model."
-T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
 
 class ClipEncoder:
@@ -39,7 +39,6 @@ class ClipEncoder:
         self, folder: Path, tokenizer: Path, tensors: Mapping[str, Tensor], load_format: LoadFormat = "safetensors"
     ) -> None:
         """Raises CheckpointError if the config, the tokenizer or a tensor is missing."""
-        self._folder = folder
         self._model = _build_clip(self.KIND, folder, tensors)
         self._tokenizer, self.num_ids = _clip_tokenizer(folder, tokenizer, load_format)
 
@@ -48,15 +47,6 @@ class ClipEncoder:
         """Of all tensors that the config means. Raises CheckpointError if it is missing."""
         config = _load_config(CLIPTextConfig, folder)
         return module_shapes(lambda: cls.KIND(config))
-
-    @property
-    def width(self) -> int:
-        """Of a row."""
-        return int(self._model.config.hidden_size)
-
-    def check_width(self, expected: int) -> None:
-        """Raises CheckpointError unless this is what the transformer takes."""
-        _check_width(self._folder, self.width, expected)
 
     def ids(self, prompt: str) -> Tensor:
         """[1, num_ids] on the host."""
@@ -75,10 +65,6 @@ class ProjectedClipEncoder(ClipEncoder):
     """CLIP's text model with the projection into the space that it shares with pictures."""
 
     KIND = CLIPTextModelWithProjection
-
-    @property
-    def projected_width(self) -> int:
-        return int(self._model.config.projection_dim or 0)
 
     def rows_and_projected(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layer but one gives of each token, [num_ids, width], and the projected vector of the whole
@@ -99,7 +85,7 @@ class T5Encoder:
         num_ids: int = 512,
     ) -> None:
         """Raises CheckpointError if the config, the tokenizer or a tensor is missing."""
-        self._folder, self._num_ids = folder, num_ids
+        self._num_ids = num_ids
         self._model = _build_t5(folder, tensors)
         self._tokenizer = _t5_tokenizer(folder, tokenizer, load_format)
 
@@ -108,10 +94,6 @@ class T5Encoder:
         """Of all tensors that the config means. Raises CheckpointError if it is missing."""
         config = _load_config(T5Config, folder)
         return module_shapes(lambda: T5EncoderModel(config))
-
-    def check_width(self, expected: int) -> None:
-        """Raises CheckpointError unless this is what the transformer takes."""
-        _check_width(self._folder, self._model.config.d_model, expected)
 
     def ids(self, prompt: str) -> Tensor:
         """[1, num_ids] on the host."""
@@ -163,14 +145,9 @@ def _load_config(kind: type[ConfigT], folder: Path) -> ConfigT:
         raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.__name__}: {error}") from None
 
 
-def _check_width(folder: Path, width: int, expected: int) -> None:
-    if width != expected:
-        raise CheckpointError(f"model: {str(folder)!r} gives vectors of {width}, the transformer takes {expected}")
-
-
 def _build_clip(kind: type[ClipModel], folder: Path, tensors: Mapping[str, Tensor]) -> ClipModel:
     config = _load_config(CLIPTextConfig, folder)
-    clip = build_module(lambda: kind(config), _as_module_names(kind, config, tensors), str(folder))
+    clip = build_module(lambda: kind(config), _as_module_names(kind, config, tensors), folder, beside=BESIDE_CLIP)
     for module in clip.modules():
         if hasattr(module, "position_ids"):  # a buffer that no checkpoint stores, so still on the meta device
             positions = torch.arange(config.max_position_embeddings, device=clip.device)
@@ -183,10 +160,10 @@ def _as_module_names(kind: type[ClipModel], config: CLIPTextConfig, tensors: Map
     with torch.device("meta"):
         names = kind(config).state_dict()
     found: dict[str, Tensor] = {}
-    for name in names:
-        others = name, f"{CLIP_PREFIX}{name}", name.removeprefix(CLIP_PREFIX)
-        found.update((name, tensors[other]) for other in others if other in tensors)
-    return found
+    for name, tensor in tensors.items():
+        forms = name, f"{CLIP_PREFIX}{name}", name.removeprefix(CLIP_PREFIX)
+        found[next((form for form in forms if form in names), name)] = tensor
+    return {name: tensor for name, tensor in found.items() if not name.endswith(COUNTERS)}
 
 
 def _build_t5(folder: Path, tensors: Mapping[str, Tensor]) -> T5EncoderModel:
@@ -195,7 +172,7 @@ def _build_t5(folder: Path, tensors: Mapping[str, Tensor]) -> T5EncoderModel:
     for name, other in (T5_EMBEDDINGS, T5_EMBEDDINGS[::-1]):  # one table under two names; checkpoints have either
         if name not in tensors and other in tensors:
             tensors[name] = tensors[other]
-    t5 = build_module(lambda: T5EncoderModel(config), tensors, str(folder))
+    t5 = build_module(lambda: T5EncoderModel(config), tensors, folder, beside=BESIDE_T5)
     layers = (module for module in t5.modules() if isinstance(module, T5Attention))
     first = next(layer for layer in layers if layer.has_relative_attention_bias)  # its bias serves all layers
     strided_bias = first.compute_bias

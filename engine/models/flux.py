@@ -315,7 +315,6 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
     clip = ClipEncoder(
         component_folder(path, "text_encoder"), component_folder(path, "tokenizer"), parts["text_encoder"], load_format
     )
-    clip.check_width(transformer.config.pooled_projection_dim)
     t5 = T5Encoder(
         component_folder(path, "text_encoder_2"),
         component_folder(path, "tokenizer_2"),
@@ -323,7 +322,6 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         load_format,
         spec.max_text_tokens,
     )
-    t5.check_width(transformer.config.joint_attention_dim)
     return Model(
         spec=spec,
         network=transformer,

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tetrion.engine.families.plan import Part, Plan, planned_shape
+from tetrion.engine.families.plan import Part, Plan, check_names, planned_shape
 from tetrion.engine.families.weights import weight_map
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.transport.available_memory import available_memory_bytes
@@ -199,23 +199,27 @@ def component_tensors(tensors: Mapping[str, Tensor], component: str) -> dict[str
 
 
 def build_module(
-    build: Callable[[], ModuleT], tensors: Mapping[str, Tensor], what: str, unused: tuple[str, ...] = ()
+    build: Callable[[], ModuleT],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    unused: tuple[str, ...] = (),
+    beside: tuple[str, ...] = (),
 ) -> ModuleT:
     """A library module for inference whose parameters *are* the given tensors.
 
     `build` runs on the meta device, so nothing is allocated. Parameters whose names start with one of `unused` may be
-    absent and stay on the meta device. Raises CheckpointError naming tensors that are missing or misshapen.
+    absent and stay on the meta device; tensors whose names start with one of `beside` are left out. Raises
+    CheckpointError naming tensors that are missing, misshapen, or would be left out otherwise.
     """
     with torch.device("meta"):
         module = build()
-    missing = sorted(name for name in module.state_dict().keys() - tensors.keys() if not name.startswith(unused))
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise CheckpointError(f"model: {what} has no tensor {', '.join(missing[:3])}{more}")
+    names = module.state_dict().keys()
+    needed = {name for name in names if not name.startswith(unused)} if unused else names
+    check_names(needed, tensors.keys(), folder, (*unused, *beside))
     try:
         module.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"model: {what}: {error}") from None
+        raise CheckpointError(f"model: {str(folder)!r}: {error}") from None
     return module.requires_grad_(False).eval()
 
 

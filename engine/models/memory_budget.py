@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.model_spec import ModelSpec, ModelTooLarge
 from tetrion.engine.models.loading import Component, planned_shapes, same_components
 from tetrion.engine.models.recording import Gemm, step_operators
 from tetrion.engine.parallel.layout import SlabLayout
@@ -40,7 +40,7 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.weights_bytes.values()) + self.slab_bytes + self.step_bytes + self.decode_bytes
 
     def fitted(self, free_bytes: int, device: str) -> "MemoryBudget":
-        """This one, or with large pictures decoded in tiles if it takes that. Raises ValueError with the numbers if
+        """This one, or with large pictures decoded in tiles if it takes that. Raises ModelTooLarge with the numbers if
         that is still more than is free."""
         if self.num_bytes <= free_bytes:
             return self
@@ -48,7 +48,7 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
             tiled_bytes = self.decode_bytes * TILED_PIXELS // self.whole_pixels
             tiled = msgspec.structs.replace(self, decode_bytes=tiled_bytes, whole_pixels=TILED_PIXELS)
             return tiled.fitted(free_bytes, device)
-        raise ValueError(f"devices: {device} has {_gb(free_bytes)} of memory free, {self.describe()}")
+        raise ModelTooLarge(f"devices: {device} has {_gb(free_bytes)} of memory free, {self.describe()}")
 
     def describe(self) -> str:
         weights = ", ".join(f"{name} {_gb(count)}" for name, count in self.weights_bytes.items())

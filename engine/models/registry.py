@@ -7,6 +7,7 @@ Worker-only: importing it takes seconds. A new family is one line of `engine/fam
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -14,10 +15,19 @@ from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.registry import FAMILIES, worker_module
-from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.model_spec import CheckpointError, ModelSpec, ModelTooLarge
 from tetrion.engine.models.family import FamilyModule, Model
-from tetrion.engine.models.loading import Component, attach, component_tensors, load_to_device, publish
+from tetrion.engine.models.loading import (
+    Component,
+    attach,
+    component_tensors,
+    load_to_device,
+    planned_shapes,
+    publish,
+    same_components,
+)
 from tetrion.engine.models.ops import Ops
+from tetrion.engine.transport.segment import SharedMemoryError
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +38,10 @@ def load_shared(
     """The models of `specs` over the shared weights segment `fd`, fp32, for a CPU worker.
 
     The one worker with `publish_weights` reads the checkpoints and fills the segment (which may be empty: it is sized
-    here); the others map what it wrote. Raises CheckpointError, or SharedMemoryError if the segment cannot be filled.
+    here); the others map what it wrote. Raises CheckpointError (ModelTooLarge if the segment cannot be filled).
     """
     if publish_weights:
-        publish(fd, all_components(specs, load_format))
+        _publish(fd, all_components(specs, load_format))
     return _build_all(specs, load_format, attach(fd), ops)
 
 
@@ -48,6 +58,19 @@ def load_on_device(
     Raises CheckpointError, or the device's out-of-memory.
     """
     return _build_all(specs, load_format, load_to_device(components, device, dtype), ops)
+
+
+def _publish(fd: int, components: Mapping[str, Component]) -> None:
+    """Raises ModelTooLarge with what each component takes, as fp32."""
+    try:
+        publish(fd, components)
+    except SharedMemoryError as error:
+        same = same_components(components)
+        sizes = {
+            name: 4 * sum(map(math.prod, planned_shapes({name: part}).values())) for name, part in components.items()
+        }
+        parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in sizes.items() if name not in same)
+        raise ModelTooLarge(f"model: weights do not fit into memory: {error}: {parts}") from error
 
 
 def components_of(spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, Component]:

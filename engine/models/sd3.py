@@ -30,7 +30,7 @@ from tetrion.engine.families.sd3 import (
     read_config,
     weights_plan,
 )
-from tetrion.engine.model_spec import CheckpointError, ModelSpec
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import ProjectedClipEncoder, T5Encoder, one_thread
@@ -333,20 +333,7 @@ def _text(
         )
         for name in CLIPS
     ]
-    config, num_ids = network.config, [clip.num_ids for clip in clips]
-    if num_ids[0] != num_ids[1] or num_ids[0] > num_rows:
-        raise CheckpointError(f"model: {str(path)!r}: prompts of {num_ids} tokens for two CLIPs in {num_rows} rows")
-    if (width := sum(clip.width for clip in clips)) > config.joint_attention_dim:
-        raise CheckpointError(
-            f"model: {str(path)!r}: CLIP rows of {width} side by side, joint_attention_dim is"
-            f" {config.joint_attention_dim}"
-        )
-    if (width := sum(clip.projected_width for clip in clips)) != config.pooled_projection_dim:
-        raise CheckpointError(
-            f"model: {str(path)!r}: projection_dim of both CLIPs add up to {width}, pooled_projection_dim is"
-            f" {config.pooled_projection_dim}"
-        )
-    t5, num_t5_rows = None, num_rows - num_ids[0]
+    t5, num_t5_rows = None, num_rows - clips[0].num_ids
     if has_t5(path):
         t5 = T5Encoder(
             component_folder(path, T5),
@@ -355,5 +342,4 @@ def _text(
             load_format,
             num_t5_rows,
         )
-        t5.check_width(config.joint_attention_dim)
     return SD3Text(clips, t5, num_t5_rows, network)

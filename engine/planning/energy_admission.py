@@ -7,7 +7,7 @@ Pure arithmetic.
 import math
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.errors import BudgetUnmeetable, CheapestPlan, RequestError
+from tetrion.engine.errors import BudgetUnmeetable, CheapestPlan, DeadlineUnmeetable, RequestError
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
 from tetrion.engine.planning.energy_mode import ROUNDING_J, cheapest_plan
@@ -17,6 +17,7 @@ from tetrion.engine.request import EnergyOptions, ResolvedRequest
 from tetrion.engine.stages import AUX_STAGES, BEFORE_STEPS
 
 POLICY = "horizon"
+NO_JOULES = "the cost table measured at the start has no joules (step_j); name one that has with profile"
 
 
 def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerConfig) -> None:
@@ -35,13 +36,36 @@ def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerC
             raise BudgetUnmeetable(wish.budget_j, cheapest)
 
 
+def check_early(resolved: ResolvedRequest, costs: CostTables, num_devices: int, config: PlannerConfig) -> None:
+    """What is known before the start: `costs` are the tables that are there by then. Of a model that has none one will
+    be measured, without joules. Raises as `check_wish`, and DeadlineUnmeetable for a deadline that no plan meets, where
+    admission refuses such."""
+    model = resolved.params.model
+    if model not in costs.profiles:
+        wish = resolved.asked.energy
+        if wish.budget_j is not None or wish.mode not in (None, "fastest"):
+            field = "energy.mode" if wish.budget_j is None else "energy.budget_j"
+            is_ours = config.policy == POLICY
+            raise RequestError(field, NO_JOULES if is_ours else _only_horizon(config))
+        return
+    tables = DegreeTables(costs, num_devices)
+    check_wish(resolved, tables, config)
+    slo_ms = resolved.asked.slo_ms
+    if slo_ms is not None and config.admission == "reject-hopeless":
+        table = tables[model, resolved.params.shape.cost_key]
+        denoise_s = resolved.params.num_steps * table.fastest_step_s
+        least_ms = math.ceil(1e3 * (table.before_s[BEFORE_STEPS[0]] + denoise_s + table.after_s))
+        if slo_ms < least_ms:
+            raise DeadlineUnmeetable(slo_ms, least_ms)
+
+
 def check_default(costs: CostTables | None, num_devices: int, config: PlannerConfig) -> None:
     """Raises ValueError if an engine cannot have the energy mode of `config`. `costs` None: some table will be measured
     at the start, and has no joules."""
     mode = horizon_options(config).energy
     if mode == "fastest":
         return
-    reason = "the cost table measured at the start has no joules (step_j); name one that has with profile"
+    reason = NO_JOULES
     if costs is not None:
         tables = DegreeTables(costs, num_devices)
         names = [(model, key) for model, profile in costs.profiles.items() for key in profile.classes]
@@ -70,8 +94,12 @@ def cheapest_for(table: DegreeTable, num_steps: int, slo_s: float | None) -> Che
 def why_not(table: DegreeTable, key: str, config: PlannerConfig) -> str:
     """Why nothing of this cost key can be planned by its joules; empty if it can."""
     if config.policy != POLICY:
-        return f"only the policy {POLICY} plans by energy, this engine runs {config.policy}"
+        return _only_horizon(config)
     unknown = [degree for degree in table.degrees if degree not in table.cost.step_by_degree_j]
     if not unknown:
         return ""
     return f"the profile has no joules (step_j) for {key} at degree {', '.join(map(str, unknown))}"
+
+
+def _only_horizon(config: PlannerConfig) -> str:
+    return f"only the policy {POLICY} plans by energy, this engine runs {config.policy}"

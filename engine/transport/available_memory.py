@@ -6,6 +6,14 @@ Owns the reading of /proc and /sys; knows nothing of segments. `root` lets tests
 from collections.abc import Iterator
 from pathlib import Path
 
+from tetrion.engine.hardware.control_groups import own_groups, text_of
+
+FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""By version of control groups: where limit and use are, and what the reclaimable cache is called in memory.stat."""
+
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:
     """Bytes that can be taken without swapping or hitting a control-group limit; None where the system tells neither.
@@ -25,25 +33,13 @@ def _mem_available(meminfo: Path) -> int | None:
 
 def _control_group_headrooms(root: Path) -> Iterator[int]:
     """Limit minus use for this process's memory group and each of its ancestors that can be read."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(mount):
-                break
-            if (headroom := _headroom(folder, *names)) is not None:
-                yield headroom
+    for folder, version in own_groups("memory", root):
+        if (headroom := _headroom(folder, *FILES[version])) is not None:
+            yield headroom
 
 
 def _headroom(folder: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:
-    limit, used = _text(folder / limit_name).strip(), _text(folder / used_name).strip()
+    limit, used = text_of(folder / limit_name).strip(), text_of(folder / used_name).strip()
     if not (limit.isdecimal() and used.isdecimal()):  # "max", or no such group
         return None
     return int(limit) - int(used) + _table(folder / "memory.stat").get(cache_name, 0)
@@ -51,12 +47,5 @@ def _headroom(folder: Path, limit_name: str, used_name: str, cache_name: str) ->
 
 def _table(path: Path) -> dict[str, int]:
     """Lines of `name number …`, as in /proc/meminfo and memory.stat."""
-    rows = (line.split() for line in _text(path).splitlines())
+    rows = (line.split() for line in text_of(path).splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) >= 2 and row[1].isdecimal()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

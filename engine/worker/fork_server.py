@@ -137,6 +137,7 @@ def move_descriptors(fds: Sequence[int], numbers: Sequence[int]) -> None:
 def main() -> None:
     import_families()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some start the engine, workers could not be waited for
     gc.collect()
     gc.freeze()  # a collection writes to objects, and so would copy the pages that all workers share
     Server(socket.socket(fileno=int(sys.argv[1]))).serve()

@@ -56,7 +56,7 @@ class Backend(Protocol):
         """What peers map; None where they have it already."""
 
     def load(self, publish: bool) -> list[Model]:
-        """Raises ValueError with the numbers if the models do not fit."""
+        """Raises ModelTooLarge with the numbers if the models do not fit."""
 
     def exchange(self, spec: ModelSpec) -> Exchange: ...
 

@@ -5,40 +5,46 @@
 Only `prompt` is required. `model` is for engines that serve several (default: the first); `negative_prompt` and
 `true_cfg_scale` are for models that take them. `id` names the picture (`<id>.png`; default: the line's number, from 1).
 `priority` and `energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be given too. Without `seed` a
-line gets one made from its id, so that every run draws the same picture. Blank lines are skipped.
+line gets one made from its id, so that every run draws the same picture. Blank lines are skipped. What a value may be
+is the engine's to say: a table's `3.0` is 3, and its `null` is "not given".
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import msgspec
 
-from tetrion.engine.errors import RequestError
-from tetrion.engine.request import EnergyOptions, ImageRequest
-from tetrion.entrypoints.arguments import parse_size
+from tetrion.engine.errors import DeadlineUnmeetable, RequestError, shown
+from tetrion.engine.request import ImageRequest
+from tetrion.engine.resolve import whole_within
+from tetrion.entrypoints.arguments import parse_wished_size
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.unicode import as_utf8, inflated
 
-ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z"
-Identifier = Annotated[str, msgspec.Meta(pattern=ID_PATTERN)]
+ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MAX_NUMBER_ID = 10**18 - 1
 
 Resolve = Callable[[ImageRequest], ImageRequest]
 
 
 class RequestLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    prompt: str
-    model: str | None = None
-    size: str | None = None
-    seed: int | None = None
-    num_steps: int | None = None
-    guidance: float | None = None
-    negative_prompt: str | None = None
-    true_cfg_scale: float | None = None
-    slo_ms: float | None = None
-    priority: int = 0
-    energy: EnergyOptions = EnergyOptions()
-    id: Identifier | int | None = None
+    """Any values: the engine settles what they mean."""
+
+    prompt: Any
+    model: Any = None
+    size: Any = None
+    seed: Any = None
+    num_steps: Any = None
+    guidance: Any = None
+    negative_prompt: Any = None
+    true_cfg_scale: Any = None
+    slo_ms: Any = None
+    priority: Any = None
+    energy: Any = None
+    id: Any = None
 
 
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,18 +70,22 @@ class BadLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines of `path` that are not blank, with their numbers from 1. Raises InputError."""
+    """The lines of `path` that are not blank, with their numbers from 1; it may be UTF-16 or UTF-32, or compressed
+    with gzip. Raises InputError."""
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = as_utf8(inflated(path.read_bytes()))
     except OSError as error:
-        raise InputError(f"requests: cannot read {str(path)!r}: {error.strerror}") from None
+        raise InputError(f"requests: cannot read {str(path)!r}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"requests: cannot read {str(path)!r}: {error}") from None
     return [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
 
 
 def parse_lines(
     lines: list[tuple[int, bytes]], resolve: Resolve, checkpoints: Mapping[str, str]
 ) -> Iterator[BatchItem | BadLine]:
-    """Each line as a picture to draw or as a complaint. `resolve` fills in defaults and raises RequestError.
+    """Each line as a picture to draw or as a complaint. `resolve` fills in defaults; it raises RequestError,
+    DeadlineUnmeetable.
 
     `checkpoints`: by model, the identity of what draws, for the digest. Two ids that differ only in case count as one:
     file systems may say so.
@@ -86,14 +96,14 @@ def parse_lines(
         identifier = None
         try:
             parsed = decoder.decode(text)
-            identifier = str(number if parsed.id is None else parsed.id)
+            identifier = _identifier(parsed.id, number)
             first = line_of.setdefault(identifier.casefold(), number)
             if first != number:
                 raise InputError(f"id: {identifier!r} is taken by line {first}")
             request = resolve(_to_request(parsed, identifier))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             yield BadLine(line=number, id=identifier, error=_readable(error))
-        except (RequestError, InputError) as error:
+        except (RequestError, DeadlineUnmeetable, InputError) as error:
             yield BadLine(line=number, id=identifier, error=str(error))
         else:
             digest = _digest(request, checkpoints[request.model or ""])
@@ -105,10 +115,20 @@ def seed_of_id(identifier: str) -> int:
     return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:4], "big")
 
 
+def _identifier(given: object, number: int) -> str:
+    """Of line `number`. Raises RequestError, InputError."""
+    if given is None:
+        return str(number)
+    if not isinstance(given, str):
+        return str(whole_within("id", given, 0, MAX_NUMBER_ID))
+    if not ID_PATTERN.fullmatch(given):
+        allowed = "1 to 100 letters, digits, dots, dashes or underscores, starting with a letter or digit"
+        raise InputError(f"id: expected {allowed}, got {shown(given)}")
+    return given
+
+
 def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
-    if isinstance(line.id, int) and not 0 <= line.id < 10**18:
-        raise InputError(f"id: must be a whole number from 0 to {10**18 - 1} or a name, got {line.id}")
-    width, height = parse_size(line.size) if line.size is not None else (None, None)
+    width, height = parse_wished_size(line.size)
     return ImageRequest(
         prompt=line.prompt,
         model=line.model,
@@ -128,10 +148,12 @@ def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
 def _readable(error: Exception) -> str:
     if not isinstance(error, msgspec.ValidationError):
         return f"not valid JSON: {error}"
-    message, _, path = str(error).partition(" - at `$.")
-    if "matching regex" in message:
-        message = "expected 1 to 100 letters, digits, dots, dashes or underscores, starting with a letter or digit"
-    return f"{path.rstrip('`')}: {message}" if path else message
+    message = str(error)
+    if missing := re.search(r"missing required field `(\w+)`", message):
+        return f"{missing[1]}: is required"
+    if unknown := re.search(r"unknown field `(.*)`", message, re.DOTALL):
+        return f"{shown(unknown[1])} is no field of a line, which are {', '.join(RequestLine.__struct_fields__)}"
+    return message
 
 
 def _digest(request: ImageRequest, checkpoint: str) -> str:

@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
-from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError
+from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError, one_line
+from tetrion.engine.families.words import unknown_words
 from tetrion.engine.measure.checkpoint_identity import checkpoint_identity
 from tetrion.engine.request import ImageRequest, ImageResult
-from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints import drawing, pictures
 from tetrion.entrypoints.batch.lines import BadLine, BatchItem, parse_lines, read_lines
 from tetrion.entrypoints.batch.manifest import FILE_NAME, Entry, Manifest
 from tetrion.entrypoints.errors import EXIT_FAILED, InputError
 from tetrion.entrypoints.session import freeze_gc
+from tetrion.entrypoints.terminal import progress_console, say
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
@@ -43,17 +43,14 @@ ID_KEY = "batch-id"
 async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     """Draw what is not there yet. Returns the exit code: 0 if every line has its picture, else 1."""
     lines = read_lines(requests_file)
-
-    def resolve(request: ImageRequest) -> ImageRequest:
-        return resolve_request(request, engine.models, len(engine.devices)).asked
-
     load_format = engine.config.load_format
     checkpoints = {
         name: checkpoint_identity(Path(spec.path), load_format) for name, spec in engine.models.specs.items()
     }
-    parsed = list(parse_lines(lines, resolve, checkpoints))
+    parsed = list(parse_lines(lines, engine.check, checkpoints))
     items = [entry for entry in parsed if isinstance(entry, BatchItem)]
     bad_lines = [entry for entry in parsed if isinstance(entry, BadLine)]
+    _say_unknown_words(items, engine)
     pictures.prepare_folder(output)
     with _locked(output):
         manifest = Manifest(output)
@@ -64,7 +61,7 @@ async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
         manifest.open(drop={item.id for item in to_draw})
         try:
             for bad in bad_lines:
-                click.echo(f"{requests_file}:{bad.line}: {bad.error}", err=True)
+                say(f"{requests_file}:{bad.line}: {bad.error}")
                 manifest.append(Entry(id=bad.id, line=bad.line, status="failed", error=bad.error))
             num_failed = await _draw(to_draw, output, manifest, engine) if to_draw else 0
         finally:
@@ -73,6 +70,16 @@ async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     click.echo(f"{num_drawn} drawn, {num_skipped} already there, {num_failed + len(bad_lines)} failed")
     click.echo(f"manifest: {output / FILE_NAME}")
     return EXIT_FAILED if num_failed or bad_lines else 0
+
+
+def _say_unknown_words(items: list[BatchItem], engine: AsyncEngine) -> None:
+    unknown: dict[str, list[str]] = {}
+    for item in items:
+        model = item.request.model or ""
+        unknown.setdefault(model, []).extend(unknown_words(engine.models.specs[model], item.request.prompt))
+    for model, words in unknown.items():
+        if words:
+            say(f"tetrion: {model} does not know: {one_line(', '.join(dict.fromkeys(words)))}")
 
 
 async def _draw(items: list[BatchItem], output: Path, manifest: Manifest, engine: AsyncEngine) -> int:
@@ -203,4 +210,4 @@ class _RateColumn(ProgressColumn):
 
 def _progress_bar() -> ProgressBar:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TextColumn("ETA"))
-    return ProgressBar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    return ProgressBar(*columns, TimeRemainingColumn(), console=progress_console())

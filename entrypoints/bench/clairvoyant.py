@@ -231,5 +231,5 @@ def _scipy() -> tuple[Any, Any, Any]:
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError:
-        raise InputError("bound: needs scipy; install it with pip install 'tetrion[bench]'") from None
+        raise InputError("bound: needs scipy; install it with pip install scipy") from None
     return milp, LinearConstraint, Bounds

@@ -277,5 +277,5 @@ def _import_httpx() -> Any:
     try:
         import httpx
     except ImportError:
-        raise InputError("url: needs httpx; install it with pip install 'tetrion[bench]'") from None
+        raise InputError("url: needs httpx; install it with pip install httpx") from None
     return httpx

@@ -1,6 +1,6 @@
 """A rank of xfuser's (xDiT's) FLUX.1 transformer under `tetrion bench step`: USP with Ulysses over all ranks.
 
-Fails at import where xfuser is not installed (`pip install 'tetrion[xfuser]'`); that is its row's reason then.
+Fails at import where xfuser is not installed (`pip install xfuser`); that is its row's reason then.
 """
 
 import importlib

@@ -1,13 +1,19 @@
 """The ASGI app around `ImageService`: routes, what stands in front of them, errors in OpenAI's form."""
 
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from tetrion.engine.errors import shown
+from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.bodies import BODY_TIMEOUT_S, Bodies
 from tetrion.entrypoints.http.counters import Counted
 from tetrion.entrypoints.http.draining import CutOffs
@@ -17,7 +23,10 @@ from tetrion.entrypoints.http.keys import ApiKeys, KeyCheck
 from tetrion.entrypoints.http.request_ids import RequestIds
 from tetrion.entrypoints.http.service import ImageService
 
+DEFAULT_PORTS = {"http": 80, "https": 443}
 CLIENT_CLOSED_REQUEST = 499
+EXPOSED_HEADERS = ("x-request-id", "retry-after", "x-should-retry")
+"""Of a response, what pages of other origins may read."""
 
 
 class Guards(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,16 +37,19 @@ class Guards(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout_s: float = BODY_TIMEOUT_S
 
 
-def create_app(service: ImageService, guards: Guards | None = None) -> ASGIApp:
-    """The ASGI app around `service`."""
+def create_app(service: ImageService, allowed_origins: Sequence[str] = (), guards: Guards | None = None) -> ASGIApp:
+    """The ASGI app around `service`. `allowed_origins`: see `parse_origin`; pages of other ones get no answer. (A
+    browser asks without a key whether it may ask, so that comes before keys.)"""
     guards = guards or Guards()
-    app: ASGIApp = _routed(service)
-    app = Bodies(app, service.waiting, guards.body_timeout_s)
+    app: ASGIApp = Bodies(_routed(service), service.waiting, guards.body_timeout_s)
     if guards.keys:
         app = KeyCheck(app, guards.keys)
     if guards.hosts is not None:
         app = HostCheck(app, guards.hosts)
-    return RequestIds(Counted(CutOffs(app, service), service.counters))
+    app = CutOffs(app, service)
+    if allowed_origins:
+        app = _answering_pages(app, allowed_origins)
+    return RequestIds(Counted(app, service.counters))
 
 
 def _routed(service: ImageService) -> Starlette:
@@ -60,6 +72,36 @@ def _routed(service: ImageService) -> Starlette:
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _answering_pages(app: ASGIApp, allowed_origins: Sequence[str]) -> ASGIApp:
+    """With the headers by which browsers let pages of these origins ask and read. No cookies: there are none here."""
+    return CORSMiddleware(
+        app,
+        allow_origins=allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )
+
+
+def parse_origin(text: str) -> str:
+    """An origin as browsers write it, or `*` for any. Raises InputError."""
+    if text in ("*", "null"):
+        return text
+    expected = f"allow_origin: expected an origin such as http://localhost:3000, or *, got {shown(text)}"
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise InputError(expected) from None
+    has_more = (
+        parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc or "*" in parts.netloc
+    )
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or has_more or not text.isascii() or " " in text:
+        raise InputError(expected)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + ("" if port in (None, DEFAULT_PORTS[parts.scheme]) else f":{port}")
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

@@ -75,8 +75,8 @@ class Connections:
         self._open: set[Connection] = set()
         self._unheard: dict[Connection, None] = {}  # longest unheard first
         self._sweeping: asyncio.TimerHandle | None = None
-        self.on_room: Callable[[], None] = lambda: None
-        """Called when a connection has ended."""
+        self.on_room: list[Callable[[], None]] = []
+        """Called when a connection has ended, or could be."""
 
     @property
     def is_full(self) -> bool:
@@ -101,13 +101,18 @@ class Connections:
         self._unheard.pop(connection, None)
         if phase != "heard" and connection in self._open:
             self._unheard[connection] = None
+            self._there_may_be_room()
 
     def left(self, connection: "Connection") -> None:
         if connection in self._open:
             self._open.discard(connection)
             self._unheard.pop(connection, None)
             self.counters.open.set(len(self._open))
-            self.on_room()
+            self._there_may_be_room()
+
+    def _there_may_be_room(self) -> None:
+        for listen in self.on_room:
+            listen()
 
     def start(self) -> None:
         """Begin to look after time limits."""
@@ -219,7 +224,8 @@ class Connection(H11Protocol):
         if their_state is h11.SEND_BODY:
             phase = "body"
         elif their_state is h11.IDLE:
-            phase = "idle" if self.timeout_keep_alive_task is not None else "head"
+            has_begun = self.timeout_keep_alive_task is None or self.conn.trailing_data[0]
+            phase = "head" if has_begun else "idle"
         if phase != self._phase:
             self._phase, self._since_s = phase, self.loop.time()
             self._connections.now_in(self, phase)
@@ -241,8 +247,7 @@ class Door:
         self._is_open, self._is_listening = True, False
         self._connecting: set[asyncio.Task[Any]] = set()
         sock.setblocking(False)
-        connections.on_room = self._listen
-        connections.start()
+        connections.on_room.append(self._listen)
         self._listen()
 
     def close(self) -> None:
@@ -250,7 +255,7 @@ class Door:
         self._pause()
 
     async def wait_closed(self) -> None:
-        self._connections.stop()
+        """At once: `close` has done it."""
 
     def _listen(self) -> None:
         if self._is_open and not self._is_listening:
@@ -265,7 +270,7 @@ class Door:
     def _accept(self) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             is_full = self._connections.is_full
-            if is_full and not self._connections.can_make_room:  # the next to end opens the door again
+            if is_full and not self._connections.can_make_room:  # the next to end or to idle opens the door again
                 self._pause()
                 return
             try:

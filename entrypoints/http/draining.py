@@ -27,14 +27,6 @@ def draining() -> ApiError:
     return ApiError(503, "The server is stopping.", code="draining", retry_after_s=RETRY_AFTER_S)
 
 
-def farewell(num_requests: int, timeout_s: float) -> str:
-    """What the terminal is told once the door is closed."""
-    if not num_requests:
-        return "stopping"
-    what = "1 request is" if num_requests == 1 else f"{num_requests} requests are"
-    return f"stopping: {what} being served, for up to {timeout_s:g} s; the same signal again cuts off"
-
-
 class CutOffs:
     """Answers a request that the stopping server cancels. Of a response that has begun the rest is not sent, and the
     server closes the connection. While it stops, every answer is the last of its connection."""

@@ -2,49 +2,65 @@
 
 Field names are OpenAI's where OpenAI has one, else those of other diffusion servers (`num_inference_steps`,
 `guidance_scale`), else ours (`slo_ms`, `priority`, `energy`). Fields not listed here are accepted and ignored, so that
-clients of those servers run unchanged. Knows the engine's request, nothing of sockets.
+clients of those servers run unchanged. What a value of a picture's may be is the engine's to say: 3.0 is 3, null is
+"not given". Knows the engine's request, nothing of sockets.
 """
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
 
 from tetrion.engine.errors import BudgetUnmeetable, ModelNotFound, RequestError
-from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Receipt
-from tetrion.entrypoints.arguments import parse_size
+from tetrion.engine.request import ImageRequest, ImageResult, Receipt
+from tetrion.engine.resolve import MAX_NAME_CHARS, MAX_SEED, text, whole_number, whole_within
+from tetrion.entrypoints.arguments import parse_wished_size
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.pictures import PictureFormat
 
 PARAM_OF_FIELD = {"num_steps": "num_inference_steps", "guidance": "guidance_scale", "tenant": "user"}
+MAX_PICTURES = 10
+MAX_COMPRESSION = 100
 ResponseQuality = Literal["low", "medium", "high", "xhigh", "max"]
+
+_T = TypeVar("_T")
 
 
 class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /v1/images/generations`. None means the default of the model or of the API. `user`: the engine's tenant.
-    The budget in `energy` is that of each picture."""
+    The budget in `energy` is that of each picture. `Any`: what the engine settles."""
 
-    prompt: str
+    prompt: Any
     model: str | None = None
-    n: Annotated[int, Meta(ge=1, le=10)] | None = None
-    size: str | None = None
-    width: int | None = None
-    height: int | None = None
+    n: int | None = None
+    size: Any = None
+    width: Any = None
+    height: Any = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: PictureFormat | None = None
-    output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
+    output_compression: int | None = None
     stream: bool | None = None
     seed: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    true_cfg_scale: float | None = None
-    slo_ms: float | None = None
-    priority: int | None = None
-    energy: EnergyOptions | None = None
-    user: Annotated[str, Meta(max_length=256)] | None = None
+    num_inference_steps: Any = None
+    guidance_scale: Any = None
+    negative_prompt: Any = None
+    true_cfg_scale: Any = None
+    slo_ms: Any = None
+    priority: Any = None
+    energy: Any = None
+    user: str | None = None
+
+
+class _RawBody(GenerationBody, frozen=True, kw_only=True):
+    """As it comes."""
+
+    model: Any = None
+    n: Any = None
+    output_compression: Any = None
+    seed: Any = None
+    user: Any = None
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -95,19 +111,43 @@ class GenerationResponse(msgspec.Struct, frozen=True, kw_only=True, omit_default
 
 
 def decode_body(data: bytes) -> GenerationBody:
-    """Decode and check a request body. Raises ApiError (400) with the field in `param`."""
+    """Decode and check a request body in UTF-8. Raises ApiError (400) with the field in `param`."""
     try:
-        body = msgspec.json.decode(data, type=GenerationBody)
+        raw = msgspec.json.decode(data, type=_RawBody)
     except msgspec.ValidationError as error:
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+    try:
+        body = _settled(raw)
+    except RequestError as error:
+        raise ApiError(400, str(error), param=error.field, code="invalid_value") from None
     if body.stream:
         raise ApiError(400, "stream: streaming is not supported", param="stream", code="unsupported_value")
-    if (body.output_format or "png") == "png" and body.output_compression not in (None, 100):
+    if (body.output_format or "png") == "png" and body.output_compression not in (None, MAX_COMPRESSION):
         message = "output_compression: below 100 it needs output_format webp or jpeg; png is lossless"
         raise ApiError(400, message, param="output_compression", code="invalid_value")
     return body
+
+
+def _settled(raw: _RawBody) -> GenerationBody:
+    """What is looked at before the engine does. Raises RequestError."""
+
+    def given(field: str, settle: Callable[[str, object], _T]) -> _T | None:
+        value = getattr(raw, field)
+        return None if value is None else settle(field, value)
+
+    fields = {field: getattr(raw, field) for field in GenerationBody.__struct_fields__}
+    fields |= {
+        "model": given("model", lambda field, value: text(field, value, MAX_NAME_CHARS)),
+        "n": given("n", lambda field, value: whole_within(field, value, 1, MAX_PICTURES)),
+        "output_compression": given(
+            "output_compression", lambda field, value: whole_within(field, value, 0, MAX_COMPRESSION)
+        ),
+        "seed": given("seed", lambda field, value: whole_number(field, value, f" from 0 to {MAX_SEED}")),
+        "user": given("user", lambda field, value: text(field, value, MAX_NAME_CHARS)),
+    }
+    return GenerationBody(**fields)
 
 
 def to_requests(
@@ -128,10 +168,10 @@ def to_requests(
             true_cfg_scale=body.true_cfg_scale,
             seed=seed + i,
             slo_ms=body.slo_ms,
-            priority=body.priority or 0,
+            priority=body.priority,
             tenant="/".join(filter(None, (tenant, body.user))),
             request_id=request_id,
-            energy=body.energy or EnergyOptions(),
+            energy=body.energy,
         )
         for i, request_id in enumerate(ids)
     ]
@@ -182,13 +222,13 @@ def usage(num_text_tokens: int, num_image_tokens: int) -> Usage:
     )
 
 
-def _width_and_height(body: GenerationBody) -> tuple[int | None, int | None]:
-    if body.size is None or body.size == "auto":
-        return body.width, body.height
+def _width_and_height(body: GenerationBody) -> tuple[Any, Any]:
     try:
-        width, height = parse_size(body.size)
+        width, height = parse_wished_size(body.size)
     except InputError as error:
-        raise ApiError(400, f"{error} (or 'auto')", param="size", code="invalid_value") from None
+        raise ApiError(400, str(error), param="size", code="invalid_value") from None
+    if width is None:
+        return body.width, body.height
     if body.width not in (None, width) or body.height not in (None, height):
         raise ApiError(
             400, f"size: {body.size!r} contradicts width and height; give one", param="size", code="invalid_value"

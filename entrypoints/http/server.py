@@ -3,27 +3,28 @@
 The port is taken before the engine is loaded, so that a port in use is known at once. While the engine loads, `/health`
 answers and `/ready` says 503. The first SIGINT or SIGTERM ends gracefully (see `draining.py`): no new connections,
 running requests get `shutdown_timeout_s` to finish, then the engine stops; the second cuts requests off. A request that
-is cut off gets an answer that says so. An engine that dies ends the server.
+is cut off gets an answer that says so. An engine that dies ends the server. What is being waited for is said on stderr.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import click
 import msgspec
 import uvicorn
 
 from tetrion.entrypoints.errors import EXIT_INTERRUPTED, InputError
-from tetrion.entrypoints.http.app import Guards, create_app
+from tetrion.entrypoints.http.app import Guards, create_app, parse_origin
 from tetrion.entrypoints.http.connections import (
     LOGGER,
     Connection,
@@ -32,7 +33,6 @@ from tetrion.entrypoints.http.connections import (
     Door,
     most_connections,
 )
-from tetrion.entrypoints.http.draining import farewell
 from tetrion.entrypoints.http.hosts import hosts_for
 from tetrion.entrypoints.http.keys import ApiKeys
 from tetrion.entrypoints.http.limits import RequestLimits, Waiting
@@ -40,6 +40,7 @@ from tetrion.entrypoints.http.request_ids import RequestIdFilter
 from tetrion.entrypoints.http.service import ImageService
 from tetrion.entrypoints.http.store import PictureStore
 from tetrion.entrypoints.session import freeze_gc
+from tetrion.entrypoints.terminal import say
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -48,6 +49,13 @@ if TYPE_CHECKING:
 
 CUT_OFF_TIMEOUT_S = 5
 BACKLOG = 1024
+SAY_AGAIN_S = 10.0
+"""So often it is said that the engine is still being started."""
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+NUM_FREE_PORTS_TRIED = 20
+
+Address = tuple[int, tuple[Any, ...]]
+"""Family, and what sockets of it bind to: host, port, and more in IPv6."""
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +65,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     store_mb: int = 1024
     public_url: str | None = None
+    allow_origins: tuple[str, ...] = ()
+    keep_alive_s: float = 75.0
     access_log: bool = False
     max_n: int | None = None
     max_steps: int | None = None
@@ -78,6 +88,8 @@ class Server(uvicorn.Server):
     stopped."""
 
     stop_signal: signal.Signals | None = None
+    is_loading = True
+    """Whether the engine is not up yet."""
 
     def __init__(
         self, config: uvicorn.Config, service: ImageService, connections: Connections, options: ServeOptions
@@ -88,7 +100,12 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         doors = [Door(sock, self._connection, self._connections, self.config.ssl) for sock in sockets or []]
         self.servers = doors  # type: ignore[assignment]
+        self._connections.start()
         self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._connections.stop()
 
     def _connection(self) -> Connection:
         return Connection(self._connections, config=self.config, server_state=self.server_state, app_state={})
@@ -105,21 +122,34 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(signum)
 
     def _stop(self, signum: signal.Signals) -> None:
-        if self.stop_signal is not None:
-            self.force_exit = True
-        is_drained = signum is signal.SIGTERM and self._service.is_ready and self.stop_signal is None
+        self.force_exit = self.stop_signal is not None
+        can_drain = not (self.force_exit or self.is_loading) and self._options.drain_s > 0
+        is_drained = can_drain and signum is signal.SIGTERM
         self.stop_signal = signum
         self._service.is_draining = True
-        if is_drained and self._options.drain_s > 0:
-            click.echo(f"stopping: requests are taken for {self._options.drain_s:g} s more, /ready is 503", err=True)
-            asyncio.get_running_loop().call_later(self._options.drain_s, self._close)
+        if is_drained:
+            drain_s = self._options.drain_s
+            say(f"tetrion: {signum.name}: /ready is 503; requests are taken for {drain_s:g} s more")
+            asyncio.get_running_loop().call_later(drain_s, lambda: self.should_exit or self._close(signum))
         else:
-            self._close()
+            self._close(signum)
 
-    def _close(self) -> None:
-        if not self.should_exit:
-            click.echo(farewell(self._service.waiting.num_requests, self._options.shutdown_timeout_s), err=True)
+    def _close(self, signum: signal.Signals) -> None:
         self.should_exit = True
+        say(self._says_of_stopping(signum))
+
+    def _says_of_stopping(self, signum: signal.Signals) -> str:
+        number = len(self.server_state.tasks)
+        running = "1 request" if number == 1 else f"{number} requests"
+        if self.force_exit:
+            return f"tetrion: {signum.name} again: {running} cut off; waiting for the workers to end"
+        if number:
+            return (
+                f"tetrion: {signum.name}: stopping; waiting up to {self._options.shutdown_timeout_s:g} s for {running}"
+                " to finish (the same again cuts off)"
+            )
+        engine = "the engine, which is still starting, and its workers" if self.is_loading else "the workers"
+        return f"tetrion: {signum.name}: stopping; waiting for {engine} to end"
 
     async def cut_off(self) -> None:
         """Cancel the requests that still run, and let them be answered. To be called after `serve`."""
@@ -131,27 +161,72 @@ class Server(uvicorn.Server):
             await asyncio.wait(tasks, timeout=CUT_OFF_TIMEOUT_S)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises InputError naming what is wrong with host or port."""
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets, one for each address of `host` that this machine has, all of one port; `::` is every address
+    of IPv4, too. Raises InputError naming what is wrong with host or port."""
+    addresses = _addresses(host.removeprefix("[").removesuffix("]"), port)
+    for is_last in (False,) * (NUM_FREE_PORTS_TRIED - 1) + (True,):
+        try:
+            return _listen_on(addresses, host)
+        except InputError:
+            if is_last or port or len(addresses) == 1:  # another free port may be free at all addresses
+                raise
+    raise AssertionError("unreachable")
+
+
+def _addresses(host: str, port: int) -> list[Address]:
+    """Each once. Raises InputError."""
     try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"host: cannot resolve {host!r}: {getattr(error, 'strerror', error)}") from None
-    family, _, _, _, address = infos[0]
-    try:
-        return socket.create_server(address, family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise InputError(f"port: cannot listen on {host} port {port}: {error.strerror}") from None
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE) if host else []
+    except (OSError, UnicodeError, ValueError) as error:
+        raise InputError(f"host: cannot resolve {host!r}: {getattr(error, 'strerror', None) or error}") from None
+    if not infos:
+        raise InputError("host: must not be empty; 0.0.0.0 is every address of IPv4, :: of both families")
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in infos))
+
+
+def _listen_on(addresses: list[Address], host: str) -> list[socket.socket]:
+    """Raises InputError if there is none to listen on, or one is taken."""
+    missing: OSError | None = None
+    with ExitStack() as undo:
+        sockets: list[socket.socket] = []
+        for family, (name, port, *scope) in addresses:
+            port = sockets[0].getsockname()[1] if sockets else port
+            is_dual = family == socket.AF_INET6 and name == "::" and socket.has_dualstack_ipv6()
+            try:
+                sock = socket.create_server(
+                    (name, port, *scope),
+                    family=family,
+                    backlog=BACKLOG,
+                    dualstack_ipv6=is_dual,
+                )
+            except OSError as error:
+                if error.errno not in NO_SUCH_ADDRESS:
+                    raise InputError(f"port: cannot listen on {host} port {port}: {_reason(error)}") from None
+                missing = error
+                continue
+            sockets.append(undo.enter_context(sock))
+        if not sockets:
+            assert missing is not None
+            raise InputError(f"host: cannot listen on {host}: {_reason(missing)}")
+        undo.pop_all()
+        return sockets
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).partition(" (while")[0]
 
 
 async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
     """Serve until a signal. Returns the exit code: 0 after SIGTERM, 130 after SIGINT. Raises GenerationError if the
     engine does not start or dies."""
-    keys, num_connections = ApiKeys(options.api_keys), most_connections(len(engine.devices))
-    with listen(options.host, options.port) as sock:
-        hosts = hosts_for(sock.getsockname()[0], options.allowed_hosts, options.public_url)
+    origins, keys = tuple(map(parse_origin, options.allow_origins)), ApiKeys(options.api_keys)
+    num_connections = most_connections(len(engine.devices))
+    with ExitStack() as sockets:
+        listening = [sockets.enter_context(sock) for sock in listen(options.host, options.port)]
+        hosts = hosts_for([sock.getsockname()[0] for sock in listening], options.allowed_hosts, options.public_url)
         service = _service(options, engine, num_connections)
-        app = create_app(service, Guards(hosts=hosts, keys=keys, body_timeout_s=options.body_timeout_s))
+        app = create_app(service, origins, Guards(hosts=hosts, keys=keys, body_timeout_s=options.body_timeout_s))
         limits = ConnectionLimits(
             max_connections=num_connections,
             head_timeout_s=options.head_timeout_s,
@@ -159,13 +234,15 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
         )
         server = Server(_config(options, app), service, Connections(limits, service.counters), options)
         _log_to_stderr()
-        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        url, models = url_of(listening[0], is_tls=options.ssl_certfile is not None), ", ".join(engine.models.specs)
+        serving = asyncio.create_task(server.serve(sockets=listening))
         try:
+            devices = ", ".join(device.name for device in engine.devices)
+            say(f"tetrion: loading {models} on {devices}; {url}/ready answers 200 when it is done")
             if await _start(engine, serving):
                 freeze_gc()
-                service.is_ready = True
-                url = url_of(sock, is_tls=options.ssl_certfile is not None)
-                click.echo(f"serving {', '.join(engine.models.specs)} on {url}", err=True)
+                service.is_ready, server.is_loading = True, False
+                say(f"serving {models} on {url}")
                 await _until_stopped(engine, serving)
         finally:
             service.is_ready = False
@@ -201,6 +278,7 @@ def _config(options: ServeOptions, app: ASGIApp) -> uvicorn.Config:
         lifespan="off",
         log_config=None,
         access_log=options.access_log,
+        timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]
         timeout_graceful_shutdown=options.shutdown_timeout_s,  # type: ignore[arg-type]
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile=options.ssl_keyfile,
@@ -214,9 +292,12 @@ def _config(options: ServeOptions, app: ASGIApp) -> uvicorn.Config:
 
 async def _start(engine: AsyncEngine, serving: asyncio.Task[None]) -> bool:
     """Start the engine unless the server is stopped first; says whether it runs."""
-    starting = asyncio.create_task(engine.__aenter__())
+    starting, begun_s = asyncio.create_task(engine.__aenter__()), time.monotonic()
     try:
-        await asyncio.wait((starting, serving), return_when=asyncio.FIRST_COMPLETED)
+        while not (starting.done() or serving.done()):
+            await asyncio.wait((starting, serving), return_when=asyncio.FIRST_COMPLETED, timeout=SAY_AGAIN_S)
+            if not (starting.done() or serving.done()):
+                say(f"tetrion: still loading, for {time.monotonic() - begun_s:.0f} s")
         if not starting.done():
             return False
         starting.result()

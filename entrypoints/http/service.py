@@ -28,11 +28,14 @@ from tetrion.engine.errors import (
     QueueTimeout,
     RequestCancelled,
     RequestError,
+    one_line,
     shown,
 )
+from tetrion.engine.families.words import unknown_words
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import schema
+from tetrion.entrypoints.http.body import read_json
 from tetrion.entrypoints.http.draining import draining
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.http.limits import RequestLimits, Waiting, text_bytes
@@ -43,7 +46,6 @@ from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, RequestHandle
 
-MAX_BODY_BYTES = 1 << 20
 MAX_WAITING_BYTES = 256 << 20
 RANDOM_SEEDS = 2**32
 OVERLOAD_RETRY_AFTER_S = 1
@@ -80,16 +82,17 @@ class ImageService:
 
     async def generations(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
-        body = schema.decode_body(await _read_body(request))
+        body = schema.decode_body(await read_json(request))
         request.state.held.hold(text_bytes(body.prompt, body.negative_prompt, body.user, body.model))
         self._check_ready()
         seed = secrets.randbelow(RANDOM_SEEDS - (body.n or 1)) if body.seed is None else body.seed
         model, warnings = self._model_of(body)
         tenant = getattr(request.state, "tenant", "")
         requests = schema.to_requests(body, model, seed, engine_ids(body.n or 1), tenant)
-        self._check_limits(requests)
         handles = self._submit(requests, body)
         try:
+            self._limits.check(handles[0].request, len(handles))
+            warnings += self._warn_of_words(handles[0].request)
             with self._reserve(body, handles) as reservation:
                 drawing = self._draw(handles, body, warnings, reservation, self._base_url(request))
                 response = await _unless_disconnected(request, drawing)
@@ -98,13 +101,6 @@ class ImageService:
                 handle.cancel()
         data = await asyncio.to_thread(msgspec.json.encode, response)
         return Response(data, media_type="application/json")
-
-    def _check_limits(self, requests: list[ImageRequest]) -> None:
-        """Raises ApiError (400). A model that is not served is left to the engine."""
-        models, model = self._engine.models, requests[0].model
-        spec = models.default if model is None else models.find(model)
-        if spec is not None:
-            self._limits.check(requests[0], len(requests), spec)
 
     async def file(self, request: Request) -> Response:
         """`GET /v1/images/files/{name}`: a picture that `response_format: url` pointed to."""
@@ -175,6 +171,11 @@ class ImageService:
             return body.model, ()
         only = models.default.name
         return only, (f"model: {shown(body.model)} is not served here; {only} drew, the only one that is",)
+
+    def _warn_of_words(self, request: ImageRequest) -> tuple[str, ...]:
+        spec = self._engine.models.specs[request.model or ""]
+        words = unknown_words(spec, request.prompt)
+        return (f"prompt: {spec.name} does not know: {one_line(', '.join(words))}",) if words else ()
 
     def _check_ready(self) -> None:
         if not self.is_ready:
@@ -270,16 +271,6 @@ class ImageService:
 
     def _base_url(self, request: Request) -> str:
         return self._public_url or str(request.base_url).rstrip("/")
-
-
-async def _read_body(request: Request) -> bytes:
-    """The whole body. Raises ApiError (413) as soon as it is more than MAX_BODY_BYTES."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY_BYTES:
-            raise ApiError(413, f"The body has more than {MAX_BODY_BYTES} bytes.", code="body_too_large")
-    return bytes(data)
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -21,7 +21,7 @@ def test_a_bad_meter_or_carbon_is_known_before_anything_starts(
     def load(*_: object) -> None:
         raise AssertionError("the model was looked for")
 
-    monkeypatch.setattr("tetrion.engine.api.resolve_model", load)
+    monkeypatch.setattr("tetrion.engine.api.read_served_models", load)
     config = EngineConfig(devices="cpu:1", metering=metering)
     for make in (AsyncEngine, Engine):
         with pytest.raises(ValueError, match=f"^{says}"):

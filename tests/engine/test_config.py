@@ -1,7 +1,12 @@
+from pathlib import Path
+
 import msgspec
+import numpy as np
 import pytest
 
-from tetrion.engine.config import EngineConfig, parse_devices, threads_per_worker
+from tetrion.engine.config import EngineConfig, PlannerConfig, checked, parse_devices, threads_per_worker
+from tetrion.engine.planning.horizon_options import HorizonOptions
+from tetrion.engine.planning.policies.registry import with_options
 
 
 @pytest.fixture
@@ -51,3 +56,23 @@ def test_threads_are_divided_but_never_zero() -> None:
 def test_a_config_file_with_a_mistake_names_it(text: str, field: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=field):
         msgspec.json.decode(text, type=EngineConfig)
+
+
+def test_a_configuration_made_in_python_is_looked_at_as_well() -> None:
+    given = EngineConfig(num_threads=np.int64(2), models=(Path("shapes"),), stall_timeout_s=np.float32(7))  # type: ignore[arg-type]
+    assert checked(given) == EngineConfig(num_threads=2, models=("shapes",), stall_timeout_s=7.0)
+    assert checked(EngineConfig()) == EngineConfig()
+    options = HorizonOptions(energy="balanced")
+    planner = with_options(checked(EngineConfig(planner=PlannerConfig(options=options))).planner)
+    assert planner.options == options
+    for config, says in (
+        (EngineConfig(num_threads=0), "num_threads: Expected `int` >= 1"),
+        (EngineConfig(num_threads=True), "num_threads: Expected `int"),
+        (EngineConfig(max_queued="7"), "max_queued: Expected `int`, got `str`"),  # type: ignore[arg-type]
+        (EngineConfig(start_timeout_s=-1), "start_timeout_s: Expected `float` > 0.0"),
+        (EngineConfig(models=()), "models: "),
+        (EngineConfig(devices=object()), "config: .* is of no type that a configuration has"),  # type: ignore[arg-type]
+        (EngineConfig(planner=PlannerConfig(chunk_s=0)), "planner.chunk_s: Expected `float` > 0.0"),
+    ):
+        with pytest.raises(ValueError, match=f"^{says}"):
+            checked(config)

@@ -35,7 +35,7 @@ def small(**fields: Any) -> ImageRequest:
     return ImageRequest(**(asked | fields))
 
 
-NEIGHBOUR = small(prompt="a green star", seed=11, num_steps=200, force_degrees=(1,))
+NEIGHBOUR = small(prompt="a green star", seed=11, num_steps=100, force_degrees=(1,))
 """Holds one of two workers all the while; the others find the other one."""
 
 
@@ -88,7 +88,7 @@ class Watched:
 
     @asynccontextmanager
     async def beside_a_neighbour(self) -> AsyncIterator[RequestHandle]:
-        """What is done inside begins beside a picture of 200 steps; the workers are the same ones afterwards."""
+        """What is done inside begins beside a picture of 100 steps; the workers are the same ones afterwards."""
         pids = self.engine.worker_pids()
         handle = self.engine.submit(NEIGHBOUR)
         async for progress in handle:

@@ -201,9 +201,19 @@ NO_NUMBERS: list[object] = [
     fractions.Fraction(10**400),
     decimal.Decimal("1e999"),
 ]
-NO_WHOLE_NUMBERS = [*NO_NUMBERS, 7.0, np.float64(7), torch.tensor(7.0), fractions.Fraction(7), decimal.Decimal(7)]
+WHOLE_REAL = [256.0, np.float32(256), torch.tensor(256.0), fractions.Fraction(256), decimal.Decimal("256.0")]
+NO_WHOLE_NUMBERS = [
+    *NO_NUMBERS,
+    256.5,
+    np.float64(256.5),
+    torch.tensor(256.5),
+    fractions.Fraction(513, 2),
+    decimal.Decimal("256.5"),
+    decimal.Decimal(2**53 + 1),
+    np.float32(1e30),
+    1e300,
+]
 NO_TEXTS: list[object] = [
-    None,
     7,
     b"a star",
     bytearray(b"a star"),
@@ -237,17 +247,16 @@ NO_DEGREES: list[object] = [
     [(1,)],
     np.array([[1, 2], [1, 2]]),
     np.array(1),
-    np.array([1.0]),
+    np.array([1.5]),
     np.array([True]),
     ["1"],
     [None],
-    [1.0],
+    [1.5],
     [True],
     [Raises()],
     [2**70],
     [10**5000],
     1,
-    None,
     object(),
     list,
     Raises(),
@@ -255,9 +264,11 @@ NO_DEGREES: list[object] = [
     range(1, 10**9),
 ]
 NO_WISHES: list[object] = [
-    None,
     "fastest",
-    {"mode": "fastest"},
+    {"modes": "fastest"},
+    {1: 2},
+    {"mode": "fastest", "budget": 5},
+    [("mode", "fastest")],
     b"",
     7,
     ImageRequest(prompt="x"),
@@ -319,6 +330,37 @@ def test_whole_numbers_of_any_library_are_taken_by_their_index(field: str) -> No
         assert getattr(request, field) in (7, 256)
 
 
+@pytest.mark.parametrize("field", ["width", "height", "num_steps", "seed", "priority"])
+def test_a_real_number_that_is_whole_is_taken_as_a_whole_one(field: str) -> None:
+    for number in WHOLE_REAL:
+        request = settled(**{field: number})
+        check_exact(request)
+        assert getattr(request, field) == 256
+    assert settled(seed=-0.0).seed == 0 and settled(seed=1e18).seed == 10**18
+    assert settled(num_steps=2, force_degrees=[1.0, np.float64(2)]).force_degrees == (1, 2)
+
+
+def test_a_fraction_is_refused_with_the_bounds() -> None:
+    assert str(refusal("num_steps", 3.5)) == "num_steps: must be a whole number from 1 to 1000, got 3.5"
+    assert "must be a whole number and a multiple of 16 from" in str(refusal("width", 256.5))
+
+
+@pytest.mark.parametrize("field", [name for name in ImageRequest.__struct_fields__ if name != "prompt"])
+def test_none_is_the_default(field: str) -> None:
+    fixed = {"seed": 1, "request_id": "a"} | {field: None}
+    left_out = {name: value for name, value in fixed.items() if value is not None}
+    same = {"seed", "request_id"} - left_out.keys()  # made anew each time
+    given, default = settled(**fixed), settled(**left_out)
+    assert all(getattr(given, name) == getattr(default, name) for name in given.__struct_fields__ if name not in same)
+
+
+def test_energy_may_be_as_json_has_it() -> None:
+    wish = {"mode": "balanced", "budget_j": 50}
+    assert settled(energy=wish).energy == EnergyOptions(mode="balanced", budget_j=50.0)
+    assert settled(energy={}).energy == settled(energy={"mode": None}).energy == EnergyOptions()
+    assert "known are mode and budget_j" in str(refusal("energy", {"joules": 5}))
+
+
 @pytest.mark.parametrize("field", ["guidance", "slo_ms", "weight", "energy.budget_j"])
 def test_real_numbers_of_any_library_are_taken_as_floats(field: str) -> None:
     where, _, part = field.partition(".")
@@ -343,7 +385,7 @@ def test_what_is_no_real_number_within_bounds_is_refused(field: str) -> None:
 
 @pytest.mark.parametrize("field", ["prompt", "tenant", "request_id"])
 def test_what_is_no_text_is_refused(field: str) -> None:
-    for value in NO_TEXTS:
+    for value in [*NO_TEXTS, *[None] * (field == "prompt")]:
         refusal(field, value)
 
 

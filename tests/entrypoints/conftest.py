@@ -190,6 +190,9 @@ class FakeEngine:
         self.is_running = False
         self._ended.set()
 
+    def check(self, request: ImageRequest) -> ImageRequest:
+        return resolve_request(request, self.models, len(self.devices)).asked
+
     def submit(self, request: ImageRequest) -> FakeHandle:
         if not self.is_running:
             raise GenerationError("the engine is not running")

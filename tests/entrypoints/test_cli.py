@@ -53,8 +53,11 @@ def error_of(capture: Capture) -> str:
         (["--num-threads", "0"], "--num-threads"),
         (["--planner", "rescue"], "planner: expected KEY=VALUE"),
         (["--planner", "drop=largest"], "planner.options.drop: "),
-        (["--planner", "pace=2"], "planner.options: Object contains unknown field `pace`"),
-        (["--policy", "fixed-1", "--planner", "rescue=false"], "planner.options: Object contains unknown field"),
+        (["--planner", "pace=2"], "planner: there is no option 'pace'; policy horizon has drop, rescue"),
+        (
+            ["--policy", "fixed-1", "--planner", "rescue=false"],
+            "planner: there is no option 'rescue'; policy fixed-1 has none, every planner lead_s, chunk_s",
+        ),
         (["--planner", 'tenant_weights={"gold": 0}'], "planner.tenant_weights"),
         (["--carbon", "hours.csv"], "'hours.csv' is not a valid float"),
         (["--carbon", ""], "'' is not a valid float"),

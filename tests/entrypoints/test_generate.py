@@ -36,7 +36,12 @@ def test_one_picture(tetrion: Tetrion, tmp_path: Path, capsys: Capture) -> None:
         "model": "shapes",
         "software": "tetrion",
     }
-    assert str(path) in out and "seed 7" in out and "latency 0.500 s" in out and "degrees 1×1 2×3" in out
+    assert (
+        str(path) in out
+        and "seed 7" in out
+        and "latency 0.500 s, 0.100 s of it in the queue" in out
+        and "degrees 1×1 2×3" in out
+    )
 
 
 def test_several_pictures_get_a_sheet(tetrion: Tetrion, tmp_path: Path, capsys: Capture) -> None:

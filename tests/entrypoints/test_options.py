@@ -87,7 +87,7 @@ def test_a_table_without_a_model_is_the_first_ones(tmp_path: Path) -> None:
         (["--load-format", "pickle"], "safetensors"),
         (["--planner", "rescue"], "planner: expected KEY=VALUE"),
         (["--planner", "rescue=7"], "planner.options.rescue: Expected `bool`"),
-        (["--planner", "colour=7"], "unknown field `colour`"),
+        (["--planner", "colour=7"], "planner: there is no option 'colour'; policy horizon has drop, "),
         (["--meter", "gauge"], "metering.meter: "),
         (["--model-alias", "best"], "model_alias: expected MODEL_ALIAS=…, got 'best'"),
         (["--model-alias", "=a"], "model_alias: expected MODEL_ALIAS=…, got '=a'"),

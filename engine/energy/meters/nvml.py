@@ -100,7 +100,7 @@ def _import_nvml() -> Any:
     try:
         return importlib.import_module("pynvml")
     except ImportError:
-        raise MeterUnavailable("nvidia-ml-py is not installed; pip install 'tetrion[energy]'") from None
+        raise MeterUnavailable("nvidia-ml-py is not installed; pip install nvidia-ml-py") from None
 
 
 def _text(value: str | bytes) -> str:

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import msgspec
 
+from tetrion.engine.executors.fleet.forks import abandon_in_children
 from tetrion.engine.executors.fleet.process import how_it_ended
 from tetrion.engine.executors.fleet.reproducible import gemm_environment
 from tetrion.engine.worker.spec import Exited, Forked, ForkRequest, WorkerSpec
@@ -47,6 +48,13 @@ class ForkServer:
         except BaseException:
             self._socket.close()
             raise
+        abandon_in_children(self)
+
+    def abandon(self) -> None:
+        """In a forked child, which has no use for it: it ends with the engine that it belongs to."""
+        self._socket.close()
+        ForkServer._lock = threading.Lock()
+        ForkServer._shared = None
 
     @classmethod
     def acquire(cls) -> "ForkServer":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from tetrion.engine.config import DeviceSpec
+from tetrion.engine.executors.fleet.forks import no_fork
 from tetrion.engine.executors.fleet.launch import Launcher
 from tetrion.engine.executors.fleet.segments import Segments, inherited
 from tetrion.engine.messages import Event
@@ -44,7 +45,7 @@ class WorkerLink:
         self._received: list[Event] = []
         self._loop = asyncio.get_running_loop()
         self._ending: asyncio.Task[str] | None = None
-        with contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as undo, no_fork():
             channel = create_channel(f"worker-{device.device_id}")
             undo.callback(channel.close)
             self.commands: CommandSender = channel.commands

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 
 from tetrion.engine.config import DeviceSpec, EngineConfig, threads_per_worker
+from tetrion.engine.executors.fleet.forks import abandon_in_children, no_fork
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 from tetrion.engine.parallel.words import AbortWords
@@ -44,11 +45,13 @@ class Segments:
             self.images = ImageSlab.create(2 * num + 2, max(map(_image_slot_bytes, specs)))
             undo.callback(self.images.close)
             self._weights_fd = _anonymous_file(undo, "weights")
-            self._life_read_fd, life_write_fd = os.pipe()
-            undo.callback(os.close, self._life_read_fd)
-            undo.callback(os.close, life_write_fd)
             self.aborts = AbortWords(self._control.view, num)
-            self._resources = undo.pop_all()
+            with no_fork():
+                self._life_read_fd, life_write_fd = os.pipe()
+                undo.callback(os.close, self._life_read_fd)
+                undo.callback(os.close, life_write_fd)
+                self._resources = undo.pop_all()
+                abandon_in_children(self)
 
     def reserve_slabs(self) -> None:
         """Give every slab's file its size. Raises SharedMemoryError."""
@@ -84,8 +87,13 @@ class Segments:
 
     def close(self) -> None:
         """Give everything back, once; workers that still run see the engine end."""
-        del self.aborts  # its words keep the segment mapped
+        if hasattr(self, "aborts"):
+            del self.aborts  # its words keep the segment mapped
         self._resources.close()
+
+    def abandon(self) -> None:
+        """In a forked child: it keeps neither memory nor the pipe by which workers see the engine end."""
+        self.close()
 
 
 def _image_slot_bytes(spec: ModelSpec) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.errors import shown
 from tetrion.engine.planning.horizon_options import HorizonOptions
 from tetrion.engine.planning.policies import best_fit, horizon, rssp, tetriserve
 from tetrion.engine.planning.policies.fixed import fixed_planner
@@ -47,7 +48,8 @@ def get_planner(name: str) -> Planner:
 
 
 def with_options(config: PlannerConfig) -> PlannerConfig:
-    """`config` with the options of its policy read. Raises ValueError naming the one that is wrong."""
+    """`config` with the options of its policy read. Raises ValueError naming the one that is wrong, and of one that
+    there is not, those that there are."""
     kind = OPTIONS.get(config.policy, NoOptions)
     if isinstance(config.options, kind):
         return config
@@ -55,6 +57,13 @@ def with_options(config: PlannerConfig) -> PlannerConfig:
         return msgspec.structs.replace(config, options=msgspec.convert(config.options, kind))
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
+        if unknown := re.search(r"unknown field `(.*)`", message, re.DOTALL):
+            own = ", ".join(kind.__struct_fields__)
+            others = ", ".join(name for name in PlannerConfig.__struct_fields__ if name not in ("policy", "options"))
+            raise ValueError(
+                f"planner: there is no option {shown(unknown[1])}; policy {config.policy} has {own or 'none'},"
+                f" every planner {others}"
+            ) from None
         raise ValueError(f"planner.options{path.rstrip('`')}: {message}") from None
 
 

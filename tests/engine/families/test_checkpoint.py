@@ -27,8 +27,14 @@ FILES: dict[str, dict[str, Any]] = {
         "num_single_layers": 1,
         "pooled_projection_dim": 20,
     },
-    "vae/config.json": {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16, 16, 16], "latent_channels": 4},
-    "text_encoder/config.json": {"model_type": "clip_text_model", "hidden_size": 20},
+    "vae/config.json": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [8, 16, 16, 16],
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+    },
+    "text_encoder/config.json": {"model_type": "clip_text_model", "hidden_size": 20, "num_attention_heads": 2},
     "text_encoder_2/config.json": {"model_type": "t5", "d_model": 24},
 }
 

@@ -5,6 +5,7 @@ import pytest
 from tests.engine.specs import make_spec
 from tetrion.engine.errors import RequestError
 from tetrion.engine.families.flux import FAMILY
+from tetrion.engine.families.served import serving
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
 
@@ -52,8 +53,8 @@ def test_fields_that_a_model_does_not_take_are_refused_by_name() -> None:
 
 
 def test_a_request_may_name_its_model() -> None:
-    specs = {name: make_spec(name=name) for name in ("first", "second")}
-    assert resolve_request(request(), specs, 2).params.model == "first"
-    assert resolve_request(request(model="second"), specs, 2).params.model == "second"
-    with pytest.raises(RequestError, match="model: must be one of first, second, got 'third'"):
-        resolve_request(request(model="third"), specs, 2)
+    models = serving(make_spec(name="first"), make_spec(name="second"))
+    assert resolve_request(request(), models, 2).params.model == "first"
+    assert resolve_request(request(model="second"), models, 2).params.model == "second"
+    with pytest.raises(RequestError, match="model: 'third' is not served here; served: first, second"):
+        resolve_request(request(model="third"), models, 2)

@@ -105,6 +105,17 @@ def test_a_model_comes_from_the_hub_once_and_only_what_is_needed(hub: Hub, tmp_p
     assert again.stdout == done.stdout and not hub.sent, again.stderr
 
 
+def test_weights_that_there_are_in_fp16_alone_come_too(hub: Hub, tmp_path: Path) -> None:
+    name = "vae/diffusion_pytorch_model.safetensors"
+    files = {n.replace("_model.", "_model.fp16.") if n == name else n: body for n, body in hub.files.items()}
+    with Hub(files) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = resolve(HUB_ID, server.endpoint, tmp_path)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert "vae/diffusion_pytorch_model.fp16.safetensors" in server.sent
+
+
 def test_what_the_hub_does_not_have_is_an_error(hub: Hub, tmp_path: Path) -> None:
     done = resolve("someone/nothing", hub.endpoint, tmp_path)
     assert done.returncode == 1

@@ -3,7 +3,7 @@
 The real loop on simulated devices that also keep what real ones keep of each other: at each end a count of the barriers
 passed with a peer, and in each slab a counter per peer (engine/parallel/cpu/barrier.py). A device that dies leaves its
 slab as it is. One that is aborted writes on for a while, and answers late, unless it is reset before; so does one that
-is told to reset.
+is told to reset. They also keep which state is in their slots, which is in doubt from a chunk's entry to its end.
 """
 
 import random
@@ -20,8 +20,16 @@ from hypothesis import strategies as st
 from tests.engine.loop.test_loop import COSTS, Simulation
 from tetrion.engine.errors import EngineEnded
 from tetrion.engine.executors.simulated import SimulatedExecutor
-from tetrion.engine.messages import BarriersReset, Command, Decode, Denoise, ResetBarriers, StageCommand
-from tetrion.engine.request import Failure, Output
+from tetrion.engine.messages import (
+    BarriersReset,
+    Command,
+    Decode,
+    Denoise,
+    EncodePrompt,
+    ResetBarriers,
+    StageCommand,
+)
+from tetrion.engine.request import MAX_ATTEMPTS, Failure, Output
 
 
 class CountingExecutor(SimulatedExecutor):
@@ -34,6 +42,12 @@ class CountingExecutor(SimulatedExecutor):
         self.disagreements: list[tuple[int, int]] = []
         self.num_groups = 0
         self.joined: list[int] = []
+        self._waiting: set[int] = set()
+        """Commands whose source has not the state that they are about: until they are aborted, or for ever."""
+        self.num_steps_done = Counter[str]()
+        """Steps that came to something, by request; what is done again counts again."""
+        self._held: dict[tuple[int, int], int] = {}
+        """(device, state) -> step."""
         self._draw = draw
         self._life = Counter[int]()
         self._aborts: dict[int, object] = {}
@@ -43,6 +57,9 @@ class CountingExecutor(SimulatedExecutor):
             for me in members:
                 self.at(max(self.now_s(), self._free_s[me]), lambda me=me: self._enter(me, command))
         if not isinstance(command, ResetBarriers):
+            assert isinstance(command, StageCommand)
+            begin_s = max(self._state_s.get(command.state_id, 0.0), *[self._free_s[m] for m in members])
+            self.at(max(self.now_s(), begin_s), lambda: self._begin(command, members))
             return super().submit(command, members)
         (device_id,) = members
         life = self._life[device_id]
@@ -59,6 +76,7 @@ class CountingExecutor(SimulatedExecutor):
         if device_id in self.alive:
             self._pass_some_barriers(device_id)
             super().lose(device_id)
+            self._held = {key: step for key, step in self._held.items() if key[0] != device_id}
             self._end_life(device_id)
 
     def _return(self, device_id: int) -> None:
@@ -86,6 +104,8 @@ class CountingExecutor(SimulatedExecutor):
         self._events.append(BarriersReset(command_id=command.command_id, device_id=device_id))
 
     def _complete(self, ticket: int, command: StageCommand, members: tuple[int, ...], start_s: float) -> None:
+        if command.command_id in self._waiting:
+            return
         if isinstance(command, Denoise) and all(ticket in self._unanswered[m] for m in members):
             self.num_groups += len(members) > 1
             for a, b in combinations(members, 2):
@@ -93,7 +113,30 @@ class CountingExecutor(SimulatedExecutor):
                     self.disagreements.append((a, b))
                 for me, peer in ((a, b), (b, a)):
                     self._arrive(me, peer, 40 * command.chunk_steps)
+        if all(ticket in self._unanswered[m] for m in members):
+            self._executed(command, members)
         super()._complete(ticket, command, members, start_s)
+
+    def _executed(self, command: StageCommand, members: tuple[int, ...]) -> None:
+        step = command.step_index + command.chunk_steps if isinstance(command, Denoise) else 0
+        if not isinstance(command, Decode):
+            self._held |= dict.fromkeys([(member, command.state_id) for member in members], step)
+            self.num_steps_done[command.request_id] += getattr(command, "chunk_steps", 0)
+
+    def _begin(self, command: StageCommand, members: tuple[int, ...]) -> None:
+        """Unless it was lost or aborted before: members change the state that they hold, if they do hold it."""
+        if isinstance(command, EncodePrompt) or not all(
+            any(held is command for held in self._unanswered[member].values()) for member in members
+        ):
+            return
+        is_last = isinstance(command, Decode)
+        step = command.params.num_steps if is_last else command.step_index
+        holders = {command.source} if is_last else {command.source, *(set(command.holders) & set(members))}
+        if any(self._held.get((holder, command.state_id)) != step for holder in holders):
+            self._waiting.add(command.command_id)
+        elif not is_last:
+            for member in members:
+                self._held.pop((member, command.state_id), None)
 
     def _enter(self, device_id: int, command: Denoise) -> None:
         """Arrive at the chunk's first barrier, as soon as the device has come to it, whether or not the others have."""
@@ -140,6 +183,64 @@ def test_groups_always_agree_on_what_they_have_counted(data: st.DataObject) -> N
     assert len(simulation.results) + len(simulation.failures) == 12
     assert all(str(error) == "simulated loss" for error in simulation.failures.values()), "3 attempts, no other reason"
     assert len(simulation.loop.table) == 0
+
+
+def losing(at_s: float, device_id: int, num_devices: int, **planner: object) -> Simulation:
+    executor = CountingExecutor(num_devices, random.Random(1), 0.5)
+    simulation = Simulation(num_devices, executor=executor, planner=planner)
+    simulation.executor.at(at_s, lambda: simulation.executor.lose(device_id))
+    return simulation
+
+
+def test_a_request_that_rests_on_the_dead_device_and_another_goes_on_from_there() -> None:
+    """It is kept from resting on by a policy that gives it nothing for a second."""
+    from tetrion.engine.planning.snapshot import RoundPlan
+
+    simulation = losing(3.0, device_id=0, num_devices=3)
+    planner = simulation.loop.planner
+    simulation.loop.planner = lambda snapshot: (
+        RoundPlan(wake_s=snapshot.now_s + 0.1) if 2.5 < snapshot.now_s < 3.5 else planner(snapshot)
+    )
+    simulation.request("a", width=512, height=512, num_steps=40, force_degrees=(2,))
+    simulation.run()
+    executor = counting(simulation)
+    assert executor.num_steps_done["a"] == 40
+    assert simulation.results["a"].degrees == (2,) * 40
+
+
+def test_what_a_dead_device_had_not_come_to_is_done_elsewhere_from_where_it_was() -> None:
+    """One of them stands behind the other on both devices, of which one dies: only what ran is done again."""
+    simulation = losing(3.03, device_id=1, num_devices=2, lead_s=1.0)
+    for request_id in "ab":
+        simulation.request(request_id, width=512, height=512, num_steps=40, force_degrees=(2,))
+    simulation.run()
+    assert simulation.results.keys() == {"a", "b"}
+    fewer, more = sorted(counting(simulation).num_steps_done[request_id] for request_id in "ab")
+    assert fewer == 40 < more
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_nobody_fails_for_what_others_did(data: st.DataObject) -> None:
+    """However often devices die: only a request whose own commands they were at counts it."""
+    num_losses = data.draw(st.integers(1, 12))
+    simulation = Simulation(3, executor=CountingExecutor(3, random.Random(data.draw(st.integers(0, 99))), 0.05))
+    executor = counting(simulation)
+    blamed = Counter[str]()
+
+    def lose(device_id: int) -> None:
+        if device_id in executor.alive:
+            blamed.update([command.request_id for command in list(executor._unanswered[device_id].values())[:1]])
+            executor.lose(device_id)
+
+    for _ in range(num_losses):
+        device_id = data.draw(st.integers(0, 2))
+        executor.at(data.draw(st.floats(0, 12)), lambda device_id=device_id: lose(device_id))
+    for number in range(6):
+        simulation.request(f"r{number}", at_s=0.3 * number, width=512, height=512, num_steps=8)
+    simulation.run()
+    assert not executor.disagreements and len(simulation.results) + len(simulation.failures) == 6
+    assert all(blamed[request_id] >= MAX_ATTEMPTS for request_id in simulation.failures)
 
 
 def test_a_worker_that_is_back_is_used_again() -> None:

@@ -8,9 +8,10 @@ import pytest
 from tests.engine.specs import make_spec
 from tetrion.engine import config
 from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.served import serving
 from tetrion.engine.measure import profile_files
-from tetrion.engine.measure.profile_files import chosen_profiles, profile_file_name
+from tetrion.engine.measure.profile_files import cache_folder, chosen_profiles, profile_file_name
 from tetrion.engine.planning.cost.profile import Profile
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -81,3 +82,23 @@ def test_a_named_table_that_cannot_be_used(committed: Path, tmp_path: Path) -> N
     path = write_profile(tmp_path / "other", 1, heads=12)
     with pytest.raises(ValueError, match="model with 12 heads, 'flux1-dev' has 24"):
         choose("cpu:2", EngineConfig(profiles={SPEC.name: str(path)}))
+
+
+def _no_user(*_: object) -> None:
+    raise KeyError("getpwuid(): uid not found: 12345")
+
+
+def test_a_user_without_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is run under a number of its own: no line in /etc/passwd, no HOME."""
+    monkeypatch.setattr("pwd.getpwuid", _no_user)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_folder() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/x")
+    assert cache_folder() == Path("/tmp/x/tetrion/profiles")
+    with pytest.raises(ValueError, match="model: '~/flux' is in a home that does not exist"):
+        resolve_model("~/flux")
+    with pytest.raises(ValueError, match="model: '~nobody-here/flux' is in a home that does not exist"):
+        resolve_model("~nobody-here/flux")

@@ -173,7 +173,7 @@ def test_missing_module_tensor(broken, fd, folder, file, tensor) -> None:
     tensors = load_file(path)
     del tensors[tensor]
     save_file(tensors, path)
-    _assert_error(broken, fd, rf"{folder} has no tensor {re.escape(tensor)}")
+    _assert_error(broken, fd, rf"{folder}' has no tensor {re.escape(tensor)}")
 
 
 def test_clip_tensors_under_their_older_names(broken, make_checkpoint, fd, load) -> None:

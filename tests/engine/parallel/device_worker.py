@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import quick_interpreter  # noqa: F401
 import torch
 from toy import Toy, Work, step_shape
 from worker import serve

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from tests.engine.planning.policies.test_horizon import NOW_S, by_id, plan, request
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EnergyMode, PlannerConfig
-from tetrion.engine.errors import BudgetUnmeetable, RequestError
+from tetrion.engine.errors import BudgetUnmeetable, DeadlineUnmeetable, RequestError
+from tetrion.engine.families.served import serving
 from tetrion.engine.planning.cost.profile import Profile
+from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTable, DegreeTables
-from tetrion.engine.planning.energy_admission import cheapest_for, check_default, check_wish
+from tetrion.engine.planning.energy_admission import cheapest_for, check_default, check_early, check_wish
 from tetrion.engine.planning.energy_mode import PATIENT_SLACK_S, cheapest_plan
 from tetrion.engine.planning.forward_fill import RESERVE
 from tetrion.engine.planning.horizon_options import HorizonOptions
-from tetrion.engine.planning.policies.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.planning.slo import MARGIN_S
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, RoundPlan, Snapshot
 from tetrion.engine.request import EnergyOptions, ImageRequest
@@ -307,3 +309,33 @@ def test_joules_of_sizes_in_between_are_estimated_and_grow(pixels: int) -> None:
     joules, larger = (PROFILE.cost(f"{side}x{side}").step_by_degree_j for side in (pixels, pixels + 16))
     assert joules.keys() == {1, 2, 3, 4, 6, 8}
     assert all(0 < joules[degree] <= larger[degree] + 1e-9 for degree in joules)
+
+
+@pytest.mark.parametrize(
+    ("fields", "admission", "refusal"),
+    [
+        ({}, "all", None),
+        ({"energy": {"mode": "fastest"}}, "all", None),
+        ({"energy": {"mode": "balanced"}}, "all", "energy.mode: the profile has no joules"),
+        ({"model": "new", "energy": {"mode": "balanced"}}, "all", "energy.mode: the cost table measured at the start"),
+        ({"model": "new", "energy": {"budget_j": 5}}, "all", "energy.budget_j: the cost table measured at the start"),
+        ({"slo_ms": 1}, "all", None),
+        ({"slo_ms": 1}, "reject-hopeless", "slo_ms: 1 cannot be met now, the earliest that can is "),
+        ({"slo_ms": 1e6}, "reject-hopeless", None),
+        ({"model": "new", "slo_ms": 1}, "reject-hopeless", None),
+    ],
+)
+def test_what_is_known_before_the_start_is_refused_before_it(
+    fields: dict[str, object], admission: str, refusal: str | None
+) -> None:
+    models = serving(make_spec(name="known", num_heads=24), make_spec(name="new", num_heads=24))
+    costs = CostTables(profiles={"known": flux_profile()})
+    config = with_options(PlannerConfig(admission=admission))  # type: ignore[arg-type]
+    size = {"width": 512, "height": 512}
+    resolved = resolve_request(ImageRequest(prompt="a star", **(size | fields)), models, 8)  # type: ignore[arg-type]
+    if refusal is None:
+        check_early(resolved, costs, 8, config)
+    else:
+        with pytest.raises((RequestError, DeadlineUnmeetable)) as caught:
+            check_early(resolved, costs, 8, config)
+        assert str(caught.value).startswith(refusal)

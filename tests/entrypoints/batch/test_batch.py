@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import gzip
 import json
 import os
 import threading
@@ -21,7 +22,7 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.families.served import serving
 from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures as pictures_module
-from tetrion.entrypoints.batch.lines import seed_of_id
+from tetrion.entrypoints.batch.lines import RequestLine, seed_of_id
 from tetrion.entrypoints.batch.run import batch
 
 Tetrion = Callable[..., int]
@@ -77,6 +78,37 @@ def test_every_line_becomes_a_picture(tetrion: Tetrion, write: Callable[..., Pat
     assert first["energy"]["active_j"] is None and first["energy"]["reasons"]["active_j"]
     assert by_id["3"]["seed"] == seed_of_id("3") and by_id["3"]["line"] == 3
     assert "3 drawn, 0 already there, 0 failed" in capsys.readouterr().out
+
+
+def test_lines_of_a_table_with_gaps(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], out: Path
+) -> None:
+    """pandas and datasets write whole numbers of a column with gaps as 3.0, and gaps as null."""
+    optional = [name for name in RequestLine.__struct_fields__ if name != "prompt"]
+    floats = {"prompt": "a", "seed": 3.0, "num_steps": 2.0, "priority": -1.0, "id": 8.0, "size": "auto"}
+    gaps = {"prompt": "b"} | dict.fromkeys(optional)
+    assert tetrion("batch", write(floats, gaps), "--output", out) == 0
+    assert pictures(out) == ["2.png", "8.png"]
+    sent = [handle.request for handle in factory.last.handles]
+    assert [(r.seed, r.num_steps, r.priority) for r in sent] == [(3, 2, -1), (seed_of_id("2"), 4, 0)]
+    assert sent[1].energy == EnergyOptions()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-le", "gzip"])
+def test_files_of_other_programs(tetrion: Tetrion, tmp_path: Path, out: Path, encoding: str) -> None:
+    path, text = tmp_path / "requests.jsonl", '{"prompt": "ein grüner Stern"}\r\n{"prompt": "b"}\r\n'
+    path.write_bytes(gzip.compress(text.encode()) if encoding == "gzip" else text.encode(encoding))
+    assert tetrion("batch", path, "--output", out) == 0
+    assert {entry["prompt"] for entry in manifest(out)} == {"ein grüner Stern", "b"}
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b broken", b"\xff\xfea", gzip.compress(b"{}" * 99)[:-9]])
+def test_a_damaged_file_is_bad_input(
+    tetrion: Tetrion, tmp_path: Path, out: Path, content: bytes, capsys: Capture
+) -> None:
+    (tmp_path / "requests.jsonl").write_bytes(content)
+    assert tetrion("batch", tmp_path / "requests.jsonl", "--output", out) == 2
+    assert "requests: cannot read" in capsys.readouterr().err
 
 
 def test_a_rerun_draws_only_what_is_missing_or_changed(
@@ -193,17 +225,31 @@ BAD_LINES = [
     ("{", "not valid JSON", None),
     ('{"prompt": "\udcff"}', "not valid JSON", None),
     ("[1]", "Expected `object`, got `array`", None),
-    ('{"prompt": 1}', "prompt: Expected `str`", None),
-    ('{"seed": 1}', "missing required field `prompt`", None),
-    ('{"prompt": "a", "stepz": 1}', "unknown field `stepz`", None),
+    ('{"prompt": 1}', "prompt: must be text, got 1", "2"),
+    ('{"prompt": null}', "prompt: must be text, got None", "2"),
+    ('{"seed": 1}', "prompt: is required", None),
+    ('{"prompt": "a", "stepz": 1}', "'stepz' is no field of a line, which are prompt, model, size, seed", None),
     ('{"prompt": "a", "id": "../up"}', "id: expected 1 to 100 letters", None),
     ('{"prompt": "a", "id": ".hidden"}', "id: expected 1 to 100 letters", None),
     ('{"prompt": "a", "id": "a\\nb"}', "id: expected 1 to 100 letters", None),
-    ('{"prompt": "a", "id": -1}', "id: must be a whole number from 0", "-1"),
+    ('{"prompt": "a", "id": -1}', "id: must be from 0 to 999999999999999999, got -1", None),
+    ('{"prompt": "a", "id": 8.5}', "id: must be a whole number from 0 to 999999999999999999, got 8.5", None),
+    ('{"prompt": "a", "id": true}', "id: must be a whole number from 0", None),
+    ('{"prompt": "a", "seed": 3.5}', "seed: must be a whole number from 0 to 9223372036854775807, got 3.5", "2"),
+    ('{"prompt": "a", "seed": "3"}', "seed: must be a whole number", "2"),
+    ('{"prompt": "a", "num_steps": false}', "num_steps: must be a whole number from 1 to 1000", "2"),
+    ('{"prompt": "a", "seed": NaN}', "not valid JSON", None),
+    ('{"prompt": "a", "size": 256}', "size: must be text such as 256x256", "2"),
+    ('{"prompt": "a", "energy": "fastest"}', "energy: must be an EnergyOptions", "2"),
+    ('{"prompt": "a", "seed": ' + "[" * 5000, "not valid JSON", None),
     ('{"prompt": " ", "id": "x"}', "prompt: must not be empty", "x"),
     ('{"prompt": "a", "size": "100x100"}', "width: must be a multiple of 16", "2"),
     ('{"prompt": "a", "size": "big"}', "size: expected WIDTHxHEIGHT", "2"),
-    ('{"prompt": "a", "energy": {"mode": "cheap"}}', "energy.mode: Invalid enum value 'cheap'", None),
+    (
+        '{"prompt": "a", "energy": {"mode": "cheap"}}',
+        "energy.mode: must be one of fastest, balanced, least-energy",
+        "2",
+    ),
     ('{"prompt": "a", "energy": {"budget_j": 0}}', "energy.budget_j: must be above 0", "2"),
     ('{"prompt": "a", "num_steps": 0}', "num_steps: must be from 1 to 1000", "2"),
     ('{"prompt": "a", "id": "FIRST"}', "id: 'FIRST' is taken by line 1", "FIRST"),

@@ -39,8 +39,14 @@ def test_a_step_is_the_floor_times_the_ratio_at_the_widest_measured_degree() -> 
 def test_one_command_simulates_a_larger_machine_and_says_what_is_not_measured(tmp_path: Path) -> None:
     (tmp_path / "P.json").write_bytes(msgspec.json.encode(PROFILE))
     (tmp_path / "F.json").write_text(json.dumps({"floor_ms": FLOORS}))
-    options = {"simulate": True, "profile": tmp_path / "P.json", "devices": 8, "policy": ["rssp"], "num_requests": 8}
-    made = command(**options, floors=tmp_path / "F.json", size=["256x256"], base_slo=[1.0])  # type: ignore[arg-type]
+    options = {
+        "simulate": True,
+        "profile": {"": tmp_path / "P.json"},
+        "devices": 8,
+        "policy": ["rssp"],
+        "num_requests": 8,
+    }
+    made = command(**options, floors={"": tmp_path / "F.json"}, size=["256x256"], base_slo=[1.0])  # type: ignore[arg-type]
     plain = command(**options, size=["256x256"], base_slo=[1.0])  # type: ignore[arg-type]
     assert made["profile"]["extrapolated"]["classes"]["256x256"]["degrees"] == [6, 8]
     assert plain["profile"]["extrapolated"] is None
@@ -59,6 +65,6 @@ def test_floors_that_are_of_no_use_are_named(tmp_path: Path, floors: dict[str, o
     (tmp_path / "P.json").write_bytes(msgspec.json.encode(PROFILE))
     (tmp_path / "F.json").write_text(json.dumps(floors))
     with pytest.raises(InputError, match=complaint):
-        command(simulate=True, profile=tmp_path / "P.json", floors=tmp_path / "F.json")
+        command(simulate=True, profile={"": tmp_path / "P.json"}, floors={"": tmp_path / "F.json"})
     with pytest.raises(InputError, match="floors: only with --simulate"):
-        command(live=True, floors=tmp_path / "F.json")
+        command(live=True, floors={"": tmp_path / "F.json"})

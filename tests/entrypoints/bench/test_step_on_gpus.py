@@ -1,6 +1,7 @@
 """The GPU benchmark, rehearsed on CPU workers: every section, what a failure leaves, the budget, the picture."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tetrion.entrypoints.bench.step_picture import draw_steps
 from tetrion.entrypoints.bench.step_points import gaps_between, split_steps
 from tetrion.entrypoints.bench.step_record import StepRecord, read_record, table
 from tetrion.entrypoints.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
 def rehearse(devices: str = "cpu:2", record: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def rehearse(devices: str = "cpu:2", record: dict[str, Any] | None = None, **cha
 
 
 @pytest.fixture(scope="module")
-def record() -> dict[str, Any]:
+def record(fork_server: None) -> dict[str, Any]:
     return rehearse()
 
 
@@ -83,12 +86,15 @@ def test_steps_and_what_lies_between_them() -> None:
     assert split_steps(chunks, skipped=1) == (625.0, 125.0)
 
 
-def test_what_cannot_run_is_a_row_with_the_reason() -> None:
-    """Diffusers' context parallelism knows no CPU."""
+def test_what_cannot_run_is_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gpus_only.py").write_text("raise SystemExit('it knows no CPU')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    other = step_on_gpus.OtherSystem("gpus_only", "diffusers", False)
+    monkeypatch.setitem(step_on_gpus.OTHERS, "diffusers eager", other)
     rows = rehearse(systems=("floor", "diffusers eager"), degrees=(2,))["rows"]
     assert [row["system"] for row in rows] == ["floor", "diffusers eager"]
     assert rows[1]["ms"] is None and rows[1]["ratio"] is None and rows[1]["floor_ms"] == rows[0]["ms"]
-    assert rows[1]["reason"].startswith("rank ")
+    assert rows[1]["reason"].startswith("rank ") and rows[1]["reason"].endswith("it knows no CPU")
 
 
 def test_out_of_time() -> None:

@@ -1,16 +1,21 @@
 """Ranks of diffusers and xfuser on a CPU, with a transformer of toy size."""
 
+import contextlib
+import io
 import json
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
+from tetrion.entrypoints.bench import diffusers_step, transformer_step
 from tetrion.entrypoints.bench.rank_group import run_ranks
 from tetrion.entrypoints.bench.transformer_step import StepJob, step_of
 
@@ -48,6 +53,22 @@ def test_diffusers_times_every_size(job: dict[str, Any]) -> None:
     assert all(answer["ms"] > 0 for answer in answers)
 
 
+def run_here(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """One rank's life in this process."""
+    answers, num_threads = io.StringIO(), torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["diffusers_step", json.dumps(job)])
+    monkeypatch.setattr(transformer_step, "claim_stdout", lambda: contextlib.nullcontext(answers))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    transformer_step.run(diffusers_step.build)
+    torch.set_num_threads(num_threads)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def test_nothing_is_begun_after_the_time_is_up(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_here(job | {"until_s": time.monotonic()}, monkeypatch) == []
+
+
 TOY_SD3 = {
     "_class_name": "SD3Transformer2DModel",
     "sample_size": 16,
@@ -65,17 +86,21 @@ TOY_SD3 = {
 
 
 @pytest.mark.parametrize("num_branches", [1, 2])
-def test_sd3_is_timed_with_guidance_and_without(job: dict[str, Any], num_branches: int) -> None:
+def test_sd3_is_timed_with_guidance_and_without(
+    job: dict[str, Any], num_branches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (Path(job["transformer"]) / "config.json").write_text(json.dumps(TOY_SD3))
-    answers, reason = run_ranks(MODULE, job | {"num_branches": num_branches}, [0], 150)
-    assert reason is None and [answer["name"] for answer in answers] == ["small", "wide"]
+    answers = run_here(job | {"num_branches": num_branches}, monkeypatch)
+    assert [answer["name"] for answer in answers] == ["small", "wide"]
     assert all(answer["ms"] > 0 for answer in answers)
 
 
-def test_what_diffusers_cannot_split_says_so(job: dict[str, Any]) -> None:
+def test_what_diffusers_cannot_split_says_so(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(job["transformer"]) / "config.json").write_text(json.dumps(TOY_SD3))
-    answers, reason = run_ranks(MODULE, job, [0, 1], 150)
-    assert answers == [] and reason is not None and "SD3Transformer2DModel knows no context parallelism" in reason
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="SD3Transformer2DModel knows no context parallelism"):
+        diffusers_step.build(msgspec.convert(job, StepJob))
 
 
 def test_a_guided_step_evaluates_both_branches_at_once_and_guides(tmp_path: Path) -> None:
@@ -98,11 +123,6 @@ def test_a_guided_step_evaluates_both_branches_at_once_and_guides(tmp_path: Path
     step_of(Recorder(), job, 4, 3)()
     (batch,) = calls
     assert batch.shape == (2, 4, 6, 8) and torch.equal(batch[0], batch[1])
-
-
-def test_nothing_is_begun_after_the_time_is_up(job: dict[str, Any]) -> None:
-    job["until_s"] = time.monotonic()
-    assert run_ranks(MODULE, job, [0], 150) == ([], None)
 
 
 @pytest.mark.skipif(find_spec("xfuser") is not None, reason="xfuser is installed")

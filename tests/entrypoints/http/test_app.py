@@ -21,8 +21,11 @@ from tests.entrypoints.conftest import FakeEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures
-from tetrion.entrypoints.http.app import create_app
-from tetrion.entrypoints.http.service import MAX_BODY_BYTES, ImageService, _max_encoded_bytes
+from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.http.app import create_app, parse_origin
+from tetrion.entrypoints.http.body import MAX_BODY_BYTES
+from tetrion.entrypoints.http.schema import GenerationBody
+from tetrion.entrypoints.http.service import ImageService, _max_encoded_bytes
 from tetrion.entrypoints.http.store import PictureStore
 
 GENERATIONS = "/v1/images/generations"
@@ -38,15 +41,21 @@ class Served:
     async def post(self, **body: Any) -> httpx.Response:
         return await self.http.post(GENERATIONS, json={"prompt": "a star"} | body)
 
+    async def post_raw(self, content: Any, **headers: str) -> httpx.Response:
+        named = {"content-type": "application/json"} | {key.replace("_", "-"): text for key, text in headers.items()}
+        return await self.http.post(GENERATIONS, content=content, headers=named)
+
 
 @asynccontextmanager
-async def serving(store_bytes: int = 1 << 24, public_url: str | None = None, **config: Any) -> AsyncIterator[Served]:
+async def serving(
+    store_bytes: int = 1 << 24, public_url: str | None = None, allowed_origins: tuple[str, ...] = (), **config: Any
+) -> AsyncIterator[Served]:
     sock = socket.create_server(("127.0.0.1", 0))
     store = PictureStore(store_bytes)
     async with FakeEngine(EngineConfig(devices="cpu:2", **config)) as engine:
         service = ImageService(engine, store, public_url)  # type: ignore[arg-type]
         service.is_ready = True
-        server = uvicorn.Server(uvicorn.Config(create_app(service), lifespan="off", log_config=None))
+        server = uvicorn.Server(uvicorn.Config(create_app(service, allowed_origins), lifespan="off", log_config=None))
         task = asyncio.create_task(server.serve([sock]))
         served = Served(engine, service, store, f"http://127.0.0.1:{sock.getsockname()[1]}")
         try:
@@ -192,21 +201,28 @@ async def test_a_full_store_refuses_urls_but_not_b64() -> None:
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        ({"prompt": None}, "prompt", "expected `str`"),
+        ({"prompt": None}, "prompt", "must be text"),
         ({"prompt": ""}, "prompt", "must not be empty"),
         ({"prompt": "x" * 32_001}, "prompt", "at most 32000"),
-        ({"n": 0}, "n", ">= 1"),
-        ({"n": 11}, "n", "<= 10"),
-        ({"n": "2"}, "n", "expected `int"),
-        ({"n": True}, "n", "expected `int"),
+        ({"n": 0}, "n", "from 1 to 10"),
+        ({"n": 11}, "n", "from 1 to 10"),
+        ({"n": 2.5}, "n", "whole number from 1 to 10, got 2.5"),
+        ({"n": "2"}, "n", "whole number from 1 to 10"),
+        ({"n": True}, "n", "whole number from 1 to 10"),
+        ({"model": ["flux"]}, "model", "must be text"),
+        ({"width": "256"}, "width", "whole number and a multiple of 16"),
         ({"size": "100x100"}, "size", "multiple of 16 from 128 to 512"),
         ({"size": "1024x1024"}, "size", "multiple of 16 from 128 to 512"),
         ({"size": "large"}, "size", "expected WIDTHxHEIGHT"),
-        ({"size": 256}, "size", "expected `str"),
+        ({"size": 256}, "size", "must be text"),
         ({"size": "256x256", "width": 128}, "size", "contradicts"),
         ({"width": 100}, "width", "multiple of 16"),
         ({"height": -16}, "height", "from 128 to 512"),
         ({"seed": -1}, "seed", "from 0 to"),
+        ({"seed": 3.5}, "seed", "whole number from 0 to 9223372036854775807, got 3.5"),
+        ({"seed": 1e30}, "seed", "from 0 to"),
+        ({"seed": "3"}, "seed", "whole number from 0 to"),
+        ({"seed": []}, "seed", "whole number from 0 to"),
         ({"seed": 2**63}, "seed", "from 0 to"),
         ({"seed": 10**30}, "seed", ""),
         ({"seed": 2**63 - 1, "n": 2}, "seed", "from 0 to"),
@@ -217,17 +233,17 @@ async def test_a_full_store_refuses_urls_but_not_b64() -> None:
         ({"true_cfg_scale": 3}, "true_cfg_scale", "takes a negative_prompt"),
         ({"slo_ms": 0}, "slo_ms", "above 0"),
         ({"priority": 10**9}, "priority", "from -1000000 to 1000000"),
-        ({"energy": "least-energy"}, "energy", "expected `object"),
+        ({"energy": "least-energy"}, "energy", "must be an EnergyOptions"),
         ({"energy": {"mode": "cheap"}}, "energy.mode", "'cheap'"),
         ({"energy": {"budget_j": 0}}, "energy.budget_j", "above 0"),
-        ({"energy": {"joules": 5}}, "energy", "unknown field `joules`"),
+        ({"energy": {"joules": 5}}, "energy", "unknown key 'joules', known are mode and budget_j"),
         ({"response_format": "file"}, "response_format", "'file'"),
         ({"output_format": "gif"}, "output_format", "'gif'"),
-        ({"output_compression": 101, "output_format": "webp"}, "output_compression", "<= 100"),
+        ({"output_compression": 101, "output_format": "webp"}, "output_compression", "from 0 to 100"),
         ({"output_compression": 50}, "output_compression", "png is lossless"),
         ({"stream": True}, "stream", "not supported"),
         ({"stream": "yes"}, "stream", "expected `bool"),
-        ({"user": "x" * 257}, "user", "<= 256"),
+        ({"user": "x" * 257}, "user", "at most 256"),
     ],
 )
 async def test_bad_values_name_the_field(served: Served, body: dict[str, Any], param: str, says: str) -> None:
@@ -238,18 +254,29 @@ async def test_bad_values_name_the_field(served: Served, body: dict[str, Any], p
     assert all(handle.is_cancelled for handle in served.engine.handles)
 
 
+async def test_whole_numbers_as_tables_write_them_and_nulls(served: Served) -> None:
+    floats = {"n": 2.0, "seed": 7.0, "num_inference_steps": 3.0, "width": 256.0, "height": 128.0, "priority": 2.0}
+    response = await served.post(**floats)
+    assert [picture["seed"] for picture in response.json()["data"]] == [7, 8]
+    assert (await served.post(output_compression=100.0, size="256x128", **floats)).status_code == 200
+    sent = served.engine.handles[0].request
+    assert (sent.num_steps, sent.width, sent.height, sent.priority) == (3, 256, 128, 2)
+    optional = [name for name in GenerationBody.__struct_fields__ if name != "prompt"]
+    assert (await served.post(**dict.fromkeys(optional))).status_code == 200
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"{'prompt': 1}", b"\xff\xfe", b'{"a":' + b"[" * 100_000])
 async def test_malformed_json(served: Served, content: bytes) -> None:
-    response = await served.http.post(GENERATIONS, content=content)
+    response = await served.post_raw(content)
     assert (response.status_code, error_of(response)["code"]) == (400, "invalid_json")
 
 
 async def test_a_body_that_is_no_object_and_one_without_prompt(served: Served) -> None:
-    response = await served.http.post(GENERATIONS, content=b"[1]")
+    response = await served.post_raw(b"[1]")
     assert (response.status_code, error_of(response)["param"]) == (400, None)
-    response = await served.http.post(GENERATIONS, content=b"{}")
+    response = await served.post_raw(b"{}")
     assert (response.status_code, error_of(response)["param"]) == (400, "prompt")
-    response = await served.http.post(GENERATIONS, content=rb'{"prompt": "\ud800"}')
+    response = await served.post_raw(rb'{"prompt": "\ud800"}')
     assert response.status_code == 400 and error_of(response)
 
 
@@ -259,7 +286,7 @@ async def test_a_body_too_large(served: Served) -> None:
             yield b" " * 65_536
 
     for content in (b" " * (MAX_BODY_BYTES + 1), endless()):
-        response = await served.http.post(GENERATIONS, content=content)
+        response = await served.post_raw(content)
         assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
 
 
@@ -421,11 +448,67 @@ async def test_request_ids(served: Served) -> None:
     assert len(set(ids)) == 3 and all(name.startswith("req_") for name in ids)
 
 
+def preflight(origin: str, method: str = "POST", headers: str = "authorization,content-type") -> dict[str, str]:
+    asks = {"access-control-request-method": method, "access-control-request-headers": headers}
+    return {"origin": origin} | asks
+
+
+async def test_pages_of_other_origins_get_no_answer_by_default(served: Served) -> None:
+    refused = await served.http.options(GENERATIONS, headers=preflight("http://localhost:3000"))
+    assert refused.status_code == 405
+    answered = await served.http.get("/v1/models", headers={"origin": "http://localhost:3000"})
+    assert answered.status_code == 200 and not any(name.startswith("access-control") for name in answered.headers)
+
+
+async def test_pages_of_allowed_origins_may_ask_and_read() -> None:
+    ours, theirs = "http://localhost:3000", "https://elsewhere.example"
+    async with serving(allowed_origins=(ours, "http://b")) as served:
+        asked = await served.http.options(GENERATIONS, headers=preflight(ours))
+        assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == ours
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        refused = await served.http.options(GENERATIONS, headers=preflight(theirs))
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+        posts = (
+            ({"prompt": "a star"}, 200),
+            ({"prompt": ""}, 400),
+            ({"prompt": "full"}, 429),
+            ({"prompt": "crash"}, 500),
+        )
+        for body, status in posts:
+            response = await served.http.post(GENERATIONS, json=body, headers={"origin": ours})
+            assert response.status_code == status and response.headers["access-control-allow-origin"] == ours
+            assert "x-request-id" in response.headers["access-control-expose-headers"]
+        other = await served.http.post(GENERATIONS, json={"prompt": "a"}, headers={"origin": theirs})
+        assert other.status_code == 200 and "access-control-allow-origin" not in other.headers
+    async with serving(allowed_origins=("*",)) as served:
+        asked = await served.http.options(GENERATIONS, headers=preflight(theirs))
+        assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in asked.headers
+
+
+def test_origins_are_read_as_browsers_write_them() -> None:
+    for text, origin in (
+        ("*", "*"),
+        ("null", "null"),
+        ("http://localhost:3000/", "http://localhost:3000"),
+        ("HTTPS://Example.ORG:443", "https://example.org"),
+        ("http://[::1]:80", "http://[::1]"),
+    ):
+        assert parse_origin(text) == origin
+    for text in ("", "localhost:3000", "http://", "http://a/b", "http://a?b", "http://u@a", "http://a:x", "http://a:99999",
+                 "ftp://a", "http://*.a", "http://ä", "http://a http://b", "http://[::1", "a" * 9999):  # fmt: skip
+        with pytest.raises(InputError, match="allow_origin: expected an origin such as") as caught:
+            parse_origin(text)
+        assert len(str(caught.value)) < 300
+
+
 async def test_a_closed_connection_cancels_its_requests(served: Served) -> None:
     body = json.dumps({"prompt": "slow", "n": 3}).encode()
     _, writer = await asyncio.open_connection(*served.url.removeprefix("http://").split(":"))
     writer.write(
-        b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (GENERATIONS.encode(), len(body), body)
+        b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+        % (GENERATIONS.encode(), len(body), body)
     )
     await wait_until(lambda: len(served.engine.handles) == 3)
     assert not any(handle.is_cancelled for handle in served.engine.handles)

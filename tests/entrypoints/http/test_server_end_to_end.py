@@ -35,7 +35,7 @@ class Server:
     """A `tetrion serve` process that is ready."""
 
     def __init__(self, *arguments: str, program: tuple[str, ...] = (TETRION,)) -> None:
-        command = [*program, "serve", "--port", "0", *arguments]
+        command = [*program, "serve", "--port", "0", "--num-threads", "1", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         self.stderr: list[str] = []
         self._is_ready = threading.Event()
@@ -52,15 +52,20 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.stderr.append(line)
-            if line.startswith("serving model"):
+            if line.startswith("serving "):
                 self._is_ready.set()
         self._is_ready.set()
 
     def client(self, max_retries: int = 0) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=max_retries, timeout=300)
 
-    def workers(self) -> list[psutil.Process]:
+    def children(self) -> list[psutil.Process]:
+        """Its fork server and workers."""
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        (fork_server,) = psutil.Process(self.process.pid).children()
+        return fork_server.children()
 
     def num_fds(self) -> int:
         return psutil.Process(self.process.pid).num_fds()
@@ -75,9 +80,25 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
+    """Whatever the tests have asked of it and done to it, it ends well and leaves nothing behind."""
     running = Server("--devices", "cpu:2")
-    yield running
-    running.stop(signal.SIGKILL)
+    try:
+        yield running
+        children = running.children()
+        segments = named_segments([psutil.Process(running.process.pid), *children])
+        assert running.stop() == 0
+        assert not any("Traceback" in line for line in running.stderr)
+        assert children and not psutil.wait_procs(children, timeout=20)[1]
+        assert not [path for path in segments if path.exists()]
+    finally:
+        running.stop(signal.SIGKILL)
+
+
+async def until_admitted(url: str, num_requests: int) -> None:
+    """Until as many requests hold a state slot."""
+    async with asyncio.timeout(60), httpx.AsyncClient() as http:
+        while f"tetrion_requests_admitted {num_requests}.0\n" not in (await http.get(f"{url}/metrics")).text:
+            await asyncio.sleep(0.01)
 
 
 def named_segments(processes: list[psutil.Process]) -> set[Path]:
@@ -148,56 +169,41 @@ async def test_a_port_in_use_is_told_at_once(server: Server) -> None:
     assert f"port: cannot listen on 127.0.0.1 port {port}" in stderr.decode()
 
 
-async def test_200_concurrent_requests_of_mixed_sizes_leave_nothing_behind() -> None:
-    server = await asyncio.to_thread(Server, "--devices", "cpu:2")
-    try:
-        workers = server.workers()
-        async with server.client() as client:
+async def test_concurrent_requests_of_mixed_sizes_leave_no_descriptor_behind(server: Server) -> None:
+    async with server.client() as client:
 
-            async def draw(i: int) -> tuple[int, ...]:
-                size, extra = SIZES[i % len(SIZES)], {"seed": i, "num_inference_steps": 1 + i % 2}
-                response = await client.images.generate(prompt=f"a red circle {i}", size=size, extra_body=extra)
-                return picture_of(response).shape
+        async def draw(i: int) -> tuple[int, ...]:
+            size, extra = SIZES[i % len(SIZES)], {"seed": i, "num_inference_steps": 1 + i % 2}
+            response = await client.images.generate(prompt=f"a red circle {i}", size=size, extra_body=extra)
+            return picture_of(response).shape
 
-            await asyncio.gather(*map(draw, range(4)))
-            num_fds = server.num_fds()
-            shapes = await asyncio.gather(*map(draw, range(200)))
-        wanted = [tuple(map(int, reversed(SIZES[i % len(SIZES)].split("x")))) for i in range(200)]
-        assert [shape[:2] for shape in shapes] == wanted
-        async with asyncio.timeout(30):
-            while server.num_fds() > num_fds:
-                await asyncio.sleep(0.1)
-        segments = named_segments([psutil.Process(server.process.pid), *workers])
-        assert await asyncio.to_thread(server.stop) == 0
-        assert not any("Traceback" in line for line in server.stderr)
-        _, alive = psutil.wait_procs(workers, timeout=20)
-        assert workers and not alive
-        assert not [path for path in segments if path.exists()]
-    finally:
-        server.stop(signal.SIGKILL)
+        await asyncio.gather(*map(draw, range(4)))
+        num_fds = server.num_fds()
+        shapes = await asyncio.gather(*map(draw, range(40)))
+    wanted = [tuple(map(int, reversed(SIZES[i % len(SIZES)].split("x")))) for i in range(40)]
+    assert [shape[:2] for shape in shapes] == wanted
+    async with asyncio.timeout(30):
+        while server.num_fds() > num_fds:
+            await asyncio.sleep(0.1)
 
 
-async def test_a_killed_worker_means_an_error_or_a_picture_but_no_hang() -> None:
-    server = await asyncio.to_thread(Server, "--devices", "cpu:2")
-    try:
-        async with server.client() as client:
-            extra = {"seed": 1, "num_inference_steps": 80}
-            drawing = [
-                asyncio.create_task(client.images.generate(prompt=f"a star {i}", size="128x128", extra_body=extra))
-                for i in range(2)
-            ]
-            await asyncio.sleep(1.5)
-            server.workers()[0].kill()
-            async with asyncio.timeout(240):
-                outcomes = await asyncio.gather(*drawing, return_exceptions=True)
-            for outcome in outcomes:
-                if isinstance(outcome, ImagesResponse):
-                    assert picture_of(outcome).shape == (128, 128, 3)
-                else:
-                    assert isinstance(outcome, openai.InternalServerError) and outcome.code, repr(outcome)
-        assert (await asyncio.to_thread(httpx.get, f"{server.url}/health")).status_code == 200
-    finally:
-        assert await asyncio.to_thread(server.stop) == 0
+async def test_a_killed_worker_means_an_error_or_a_picture_but_no_hang(server: Server) -> None:
+    async with server.client() as client:
+        extra = {"seed": 1, "num_inference_steps": 40}
+        drawing = [
+            asyncio.create_task(client.images.generate(prompt=f"a star {i}", size="128x128", extra_body=extra))
+            for i in range(2)
+        ]
+        await until_admitted(server.url, 2)
+        server.workers()[0].kill()
+        async with asyncio.timeout(240):
+            outcomes = await asyncio.gather(*drawing, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, ImagesResponse):
+                assert picture_of(outcome).shape == (128, 128, 3)
+            else:
+                assert isinstance(outcome, openai.InternalServerError) and outcome.code, repr(outcome)
+    assert (await asyncio.to_thread(httpx.get, f"{server.url}/health")).status_code == 200
 
 
 async def test_a_server_without_workers_is_unhealthy_then_exits_with_1() -> None:
@@ -206,7 +212,7 @@ async def test_a_server_without_workers_is_unhealthy_then_exits_with_1() -> None
     server = await asyncio.to_thread(Server, "--devices", "cpu:2", program=program)
     try:
         (fork_server,) = psutil.Process(server.process.pid).children()
-        workers = fork_server.children()
+        workers = server.workers()
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             assert (await http.get("/health")).status_code == 200
             body = {"prompt": "a star", "num_inference_steps": 1000, "size": "512x512"}
@@ -229,27 +235,31 @@ async def test_a_server_without_workers_is_unhealthy_then_exits_with_1() -> None
         server.stop(signal.SIGKILL)
 
 
-async def test_a_second_signal_answers_what_it_cuts_off() -> None:
+async def test_ctrl_c_twice_answers_what_it_cuts_off_and_leaves_no_process() -> None:
     server = await asyncio.to_thread(Server, "--devices", "cpu:1")
+    children = server.children()
     try:
         async with httpx.AsyncClient(timeout=60) as http:
             body = {"prompt": "a star", "num_inference_steps": 1000, "size": "512x512"}
             posting = asyncio.create_task(http.post(f"{server.url}/v1/images/generations", json=body))
-            for _ in range(2):
-                await asyncio.sleep(1)
-                server.process.send_signal(signal.SIGTERM)
+            await until_admitted(server.url, 1)
+            os.killpg(server.process.pid, signal.SIGINT)
+            await until_refused(server.url)
+            os.killpg(server.process.pid, signal.SIGINT)
             response = await posting
         assert (response.status_code, response.json()["error"]["code"]) == (503, "cancelled")
-        assert await asyncio.to_thread(server.process.wait, 60) == 0
+        assert await asyncio.to_thread(server.process.wait, 60) == 130
+        assert children and not psutil.wait_procs(children, timeout=20)[1]
         assert not any("Traceback" in line for line in server.stderr)
     finally:
         server.stop(signal.SIGKILL)
 
 
-async def test_ctrl_c_stops_server_and_workers() -> None:
-    server = await asyncio.to_thread(Server, "--devices", "cpu:1")
-    workers = server.workers()
-    os.killpg(server.process.pid, signal.SIGINT)
-    assert await asyncio.to_thread(server.process.wait, 60) == 130
-    assert workers and not psutil.wait_procs(workers, timeout=20)[1]
-    assert not any("Traceback" in line for line in server.stderr)
+async def until_refused(url: str) -> None:
+    """Until it takes no new connection."""
+    async with asyncio.timeout(60):
+        with pytest.raises(httpx.ConnectError):
+            while True:
+                async with httpx.AsyncClient() as http:
+                    await http.get(f"{url}/health")
+                await asyncio.sleep(0.01)

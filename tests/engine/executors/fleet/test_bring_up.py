@@ -223,5 +223,18 @@ def test_a_model_that_cannot_be_loaded_is_told_with_its_reason() -> None:
     answer = Failed(command_id=command.command_id, device_id=0, request_id="", kind="error", message="no such file")
     assert bring_up.handle(answer) and bring_up.take_ready() == []
     assert bring_up.take_failed() == {0: "it could not load the model: no such file"}
+    assert not bring_up.refusal, "nothing is said of a checkpoint"
     of_a_request = Failed(command_id=1_000_000, device_id=0, request_id="r", kind="error", message="no")
     assert not bring_up.handle(of_a_request)
+
+
+def test_a_fault_of_a_checkpoint_is_every_workers() -> None:
+    sent: list[tuple[Command, int]] = []
+    bring_up = BringUp((0, 1), lambda c, d: sent.append((c, d)), lambda: None, shared_weights=True, host_memory=True)
+    for device_id in (0, 1):
+        bring_up.handle(Started(device_id=device_id, pid=1))
+    ((command, _),) = sent
+    said = "model: 'it' has no tensor x"
+    answer = Failed(command_id=command.command_id, device_id=0, request_id="", kind="checkpoint", message=said)
+    assert bring_up.handle(answer) and bring_up.refusal == said
+    assert bring_up.take_failed() == {0: f"it could not load the model: {said}"}

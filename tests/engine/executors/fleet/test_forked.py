@@ -125,6 +125,24 @@ def test_it_answers_and_ends_when_told_to(employer: Employer) -> None:
     employer.worker.kill()  # of one that is gone: nothing
 
 
+def test_workers_are_reaped_though_their_engine_was_started_with_children_ignored(
+    own_fork_server: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As some supervisors and shells do; what is ignored stays so in every child."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        server = ForkServer.acquire()
+        employer = Employer(server)
+        employer.started()
+        send_to_all([employer.channel.commands], Shutdown(command_id=5))
+        assert employer.end() == "exited with status 0"
+        employer.close()
+        server.release()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_one_that_is_killed_says_so(employer: Employer) -> None:
     employer.started()
     pid = employer.worker.pid

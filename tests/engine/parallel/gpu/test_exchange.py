@@ -52,8 +52,11 @@ def run(fleet: DeviceFleet, operations: Operations) -> None:
     fleet.run({device: [*own, {"op": "check"}] for device, own in operations.items()})
 
 
-@pytest.mark.parametrize("shape", [SHAPE, GUIDED, NO_TEXT], ids=str)
-@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+CASES = [(degree, shape) for degree in (1, 2, 3, 4) for shape in (SHAPE, GUIDED, NO_TEXT)]
+QUICK_CASES = [(1, SHAPE), (3, SHAPE), (4, SHAPE), (2, GUIDED), (3, GUIDED), (4, GUIDED), (2, NO_TEXT)]
+
+
+@pytest.mark.parametrize(("degree", "shape"), CASES if ON_GPU else QUICK_CASES, ids=str)
 def test_any_degree_gives_the_bits_of_one_device(fleet: DeviceFleet, degree: int, shape: dict[str, Any]) -> None:
     """With two branches 2 and 4 are apart, 3 in turn."""
     life, operations = Life(2, next(IDS), 1, shape), nothing()
@@ -193,7 +196,7 @@ def test_a_chunk_aborted_half_way_leaves_no_readable_state(fleet: DeviceFleet, c
     for device in others:
         fleet.send(device, *operations[device], {"op": "check"})
     fleet.send(1, short | {"chunk_steps": 1}, {"op": "check"})
-    assert not any(fleet.has_answered(device, 1.0) for device in others)
+    assert not fleet.has_answered(others[0], 1.0) and not any(fleet.has_answered(device, 0.0) for device in others)
     for device in members:
         fleet.abort.set(device)
     answers = [fleet.receive(device) for device in members]

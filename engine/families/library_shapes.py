@@ -1,0 +1,141 @@
+"""Names and shapes of the tensors that text encoders and autoencoders are made of, by their configs, without torch.
+
+What the libraries' modules would say, who take seconds to be imported; `tests/engine/families/` holds them together.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tetrion.engine.families.components import ClipConfig, T5Config, VaeConfig
+from tetrion.engine.families.files import fault
+from tetrion.engine.families.plan import Shape, check_names
+
+CLIP_PREFIX = "text_model."
+"""What names of CLIP's tensors begin with in some checkpoints."""
+T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
+"""One table; checkpoints have either name, or both."""
+BESIDE_CLIP = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
+BESIDE_T5 = ("decoder.", "lm_head.", *T5_EMBEDDINGS)
+BESIDE_DECODER = ("encoder.", "quant_conv.")
+"""Parts of whole models that are not used."""
+Named = Iterator[tuple[str, Shape]]
+
+
+def clip_shapes(config: ClipConfig, is_projected: bool) -> dict[str, Shape]:
+    """Of CLIP's text model, without the prefix `text_model.`."""
+    return dict(_clip(config, is_projected))
+
+
+def t5_shapes(config: T5Config, table: str) -> dict[str, Shape]:
+    """Of T5's encoder. `table`: which of its two names the table of embeddings has."""
+    return dict(_t5(config, table))
+
+
+def decoder_shapes(config: VaeConfig) -> dict[str, Shape]:
+    """Of AutoencoderKL's decoding half."""
+    return dict(_decoder(config))
+
+
+def check_clip(folder: Path, config: ClipConfig, shapes: Mapping[str, Shape], is_projected: bool = False) -> None:
+    """Raises CheckpointError unless the component's tensors are as its config says."""
+    shapes = {name.removeprefix(CLIP_PREFIX): shape for name, shape in shapes.items()}
+    _check(folder, clip_shapes(config, is_projected), shapes, BESIDE_CLIP)
+
+
+def check_t5(folder: Path, config: T5Config, shapes: Mapping[str, Shape]) -> None:
+    """See `check_clip`."""
+    table = next((name for name in T5_EMBEDDINGS if name in shapes), T5_EMBEDDINGS[0])
+    _check(folder, t5_shapes(config, table), shapes, BESIDE_T5)
+
+
+def check_decoder(folder: Path, config: VaeConfig, shapes: Mapping[str, Shape]) -> None:
+    """See `check_clip`."""
+    _check(folder, decoder_shapes(config), shapes, BESIDE_DECODER)
+
+
+def _check(folder: Path, meant: Mapping[str, Shape], found: Mapping[str, Shape], beside: tuple[str, ...]) -> None:
+    check_names(meant.keys(), found.keys(), folder, beside)
+    for name, shape in meant.items():
+        if found[name] != shape:
+            raise fault(folder, f": {name} has shape {list(found[name])}, config.json means {list(shape)}")
+
+
+def _clip(config: ClipConfig, is_projected: bool) -> Named:
+    width, inner = config.hidden_size, config.intermediate_size
+    yield "embeddings.token_embedding.weight", (config.vocab_size, width)
+    yield "embeddings.position_embedding.weight", (config.max_position_embeddings, width)
+    for i in range(config.num_hidden_layers):
+        layer = f"encoder.layers.{i}"
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _linear(f"{layer}.self_attn.{projection}", width, width)
+        yield from _linear(f"{layer}.mlp.fc1", inner, width)
+        yield from _linear(f"{layer}.mlp.fc2", width, inner)
+        yield from _norm(f"{layer}.layer_norm1", width)
+        yield from _norm(f"{layer}.layer_norm2", width)
+    yield from _norm("final_layer_norm", width)
+    if is_projected:
+        yield "text_projection.weight", (config.projection_dim, width)
+
+
+def _t5(config: T5Config, table: str) -> Named:
+    width, inner, heads = config.d_model, config.d_kv * config.num_heads, "SelfAttention"
+    yield table, (config.vocab_size, width)
+    for i in range(config.num_layers):
+        attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        for projection in "qkv":
+            yield f"{attention}.{heads}.{projection}.weight", (inner, width)
+        yield f"{attention}.{heads}.o.weight", (width, inner)
+        if i == 0:
+            yield f"{attention}.{heads}.relative_attention_bias.weight", (config.num_buckets, config.num_heads)
+        for name in ("wi_0", "wi_1") if config.is_gated else ("wi",):
+            yield f"{mlp}.DenseReluDense.{name}.weight", (config.d_ff, width)
+        yield f"{mlp}.DenseReluDense.wo.weight", (width, config.d_ff)
+        yield f"{attention}.layer_norm.weight", (width,)
+        yield f"{mlp}.layer_norm.weight", (width,)
+    yield "encoder.final_layer_norm.weight", (width,)
+
+
+def _decoder(config: VaeConfig) -> Named:
+    channels, latent = config.block_out_channels[::-1], config.latent_channels
+    if config.use_post_quant_conv:
+        yield from _conv("post_quant_conv", latent, latent, 1)
+    yield from _conv("decoder.conv_in", channels[0], latent, 3)
+    yield from _resnet("decoder.mid_block.resnets.0", channels[0], channels[0])
+    yield from _resnet("decoder.mid_block.resnets.1", channels[0], channels[0])
+    if config.mid_block_add_attention:
+        attention = "decoder.mid_block.attentions.0"
+        yield from _norm(f"{attention}.group_norm", channels[0])
+        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+            yield from _linear(f"{attention}.{projection}", channels[0], channels[0])
+    for i, (num_in, num_out) in enumerate(zip((channels[0], *channels), channels, strict=False)):
+        block = f"decoder.up_blocks.{i}"
+        for j in range(config.layers_per_block + 1):
+            yield from _resnet(f"{block}.resnets.{j}", num_out, num_out if j else num_in)
+        if i < len(channels) - 1:
+            yield from _conv(f"{block}.upsamplers.0.conv", num_out, num_out, 3)
+    yield from _norm("decoder.conv_norm_out", channels[-1])
+    yield from _conv("decoder.conv_out", config.out_channels, channels[-1], 3)
+
+
+def _resnet(name: str, num_out: int, num_in: int) -> Named:
+    yield from _norm(f"{name}.norm1", num_in)
+    yield from _conv(f"{name}.conv1", num_out, num_in, 3)
+    yield from _norm(f"{name}.norm2", num_out)
+    yield from _conv(f"{name}.conv2", num_out, num_out, 3)
+    if num_in != num_out:
+        yield from _conv(f"{name}.conv_shortcut", num_out, num_in, 1)
+
+
+def _linear(name: str, num_out: int, num_in: int) -> Named:
+    yield f"{name}.weight", (num_out, num_in)
+    yield f"{name}.bias", (num_out,)
+
+
+def _conv(name: str, num_out: int, num_in: int, side: int) -> Named:
+    yield f"{name}.weight", (num_out, num_in, side, side)
+    yield f"{name}.bias", (num_out,)
+
+
+def _norm(name: str, width: int) -> Named:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
