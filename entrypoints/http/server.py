@@ -130,8 +130,12 @@ class Server(uvicorn.Server):
         if is_drained:
             drain_s = self._options.drain_s
             say(f"tetrion: {signum.name}: /ready is 503; requests are taken for {drain_s:g} s more")
-            asyncio.get_running_loop().call_later(drain_s, lambda: self.should_exit or self._close(signum))
+            asyncio.get_running_loop().call_later(drain_s, self._end_drain, signum)
         else:
+            self._close(signum)
+
+    def _end_drain(self, signum: signal.Signals) -> None:
+        if not self.should_exit:
             self._close(signum)
 
     def _close(self, signum: signal.Signals) -> None:

@@ -44,9 +44,9 @@ class Server:
         if not self._is_ready.wait(200) or self.process.poll() is not None:
             self.process.kill()
             raise AssertionError("the server did not start:\n" + "".join(self.stderr))
-        match = re.search(r"http://\S+", "".join(self.stderr))
+        match = re.search(r"serving .* on (http://\S+)", "".join(self.stderr))
         assert match is not None
-        self.url = match[0]
+        self.url = match[1]
 
     def _read(self) -> None:
         assert self.process.stderr is not None
