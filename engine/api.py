@@ -25,6 +25,7 @@ from tetrion.engine.executors.base import Executor
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.served import ServedModels, read_served_models
 from tetrion.engine.loop.loop import EngineLoop
+from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.measure.calibration import calibrate
 from tetrion.engine.measure.profile_files import chosen_profiles
@@ -43,9 +44,9 @@ logger = logging.getLogger(__name__)
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. By model: `profiles`, the cost tables in use; `inexact_degrees`, those that failed the
-    start-up self-test. `loop`: what the loop has cost since the start; `energy`: sums of joules; `metering_cost`: what
-    sampling costs; `meter_age_s`: since it last told joules, None if it is not read. `policy`: the one in use, which is
-    not the configured one once that has failed again and again."""
+    start-up self-test. `loop`: what the loop has cost since the start; `recovery`: what was lost and started again;
+    `energy`: sums of joules; `metering_cost`: what sampling costs; `meter_age_s`: since it last told joules, None if it
+    is not read. `policy`: the one in use, which is not the configured one once that has failed again and again."""
 
     num_devices: int
     num_alive: int
@@ -55,6 +56,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     inexact_degrees: dict[str, tuple[int, ...]]
     profiles: dict[str, Profile]
     loop: LoopFigures
+    recovery: RecoveryFigures
     energy: EnergyFigures
     metering_cost: SamplerCost
     meter_age_s: float | None
@@ -306,6 +308,7 @@ class AsyncEngine:
             inexact_degrees=self._inexact_degrees,
             profiles=self._loop.cost_models.tables.profiles,
             loop=self._loop.statistics.figures(self._executor.now_s()),
+            recovery=self._loop.recovery_figures,
             energy=self._metering.account.figures(),
             metering_cost=self._metering.cost,
             meter_age_s=self._metering.age_s,

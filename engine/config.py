@@ -145,6 +145,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queued: Annotated[
         int, Meta(ge=1, le=100_000), option("Requests accepted beyond that before others are refused.")
     ] = 4096
+    queue_timeout_s: Annotated[
+        PositiveFloat | None,
+        option("A request that has waited so long without getting a state slot fails. Default: it waits on."),
+    ] = None
     planner: Annotated[
         PlannerConfig,
         option("A setting of the planner, such as energy=least-energy; may be repeated.", metavar="KEY=VALUE"),

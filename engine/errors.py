@@ -106,6 +106,10 @@ class GenerationError(RuntimeError):
     """An accepted request could not be served (worker lost, out of memory, ...)."""
 
 
+class QueueTimeout(GenerationError):
+    """The request has waited for a state slot as long as `EngineConfig.queue_timeout_s` allows."""
+
+
 class EngineEnded(GenerationError):
     """The engine gave itself up: it could not serve, and did not expect to any more. The message says why."""
 

@@ -17,6 +17,7 @@ from tetrion.entrypoints.errors import EXIT_INTERRUPTED, report_errors
 from tetrion.entrypoints.number_range import NumberRange
 from tetrion.entrypoints.options import engine_options, take_config
 from tetrion.entrypoints.recommend.command import recommend
+from tetrion.entrypoints.serve_options import guard_options
 from tetrion.entrypoints.terminal import EXIT_BROKEN_PIPE, flushed, hold_standard_streams, is_reader_gone, say
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
     help="How long an idle connection is kept open: longer than a proxy in front keeps it, 60 s by default for most.",
 )
 @click.option("--access-log", is_flag=True, help="Log every HTTP request.")
+@guard_options
 @engine_options
 @click.pass_context
 def serve(ctx: click.Context, **options: Any) -> int:

@@ -20,6 +20,7 @@ from tetrion.engine.errors import (
     EngineEnded,
     EngineOverloaded,
     GenerationError,
+    QueueTimeout,
     RequestCancelled,
     RequestError,
     shown,
@@ -29,7 +30,7 @@ from tetrion.engine.loop.dispatch import command_for
 from tetrion.engine.loop.guarded_planner import GuardedPlanner
 from tetrion.engine.loop.in_flight import InFlightTable
 from tetrion.engine.loop.progress import Answer, Bookkeeper
-from tetrion.engine.loop.recovery import Recovery
+from tetrion.engine.loop.recovery import Recovery, RecoveryFigures
 from tetrion.engine.loop.refusals import Refusals
 from tetrion.engine.loop.requests import Request, RequestTable
 from tetrion.engine.loop.snapshots import SnapshotBuilder
@@ -97,6 +98,7 @@ class EngineLoop:
         self._guarded_planner = GuardedPlanner(self._config.policy)
         self._refusals = Refusals()
         self._stall_timeout_s = config.stall_timeout_s
+        self._queue_timeout_s = config.queue_timeout_s or math.inf
         self._command_ids = itertools.count(FIRST_COMMAND_ID)
         self._books = Bookkeeper(
             executor=executor,
@@ -121,6 +123,10 @@ class EngineLoop:
         self._due_s = self._planned_s = -math.inf
         self._has_news = True
         self._stopping = False
+
+    @property
+    def recovery_figures(self) -> RecoveryFigures:
+        return self._recovery.figures
 
     @property
     def policy(self) -> str:
@@ -227,6 +233,13 @@ class EngineLoop:
                 self._books.end(request, request.error or cancelled)
         for _ in self.table.admit():
             self.statistics.admitted(self.executor.now_s())
+        self._end_overdue()
+
+    def _end_overdue(self) -> None:
+        """Requests that have waited too long without a slot fail."""
+        now_s, timeout_s = self.executor.now_s(), self._queue_timeout_s
+        while (oldest := self.table.oldest_queued()) is not None and now_s >= oldest.arrival_s + timeout_s:
+            self._books.end(oldest, QueueTimeout(f"it waited for {timeout_s:g} s, and no state slot became free"))
 
     def _must_plan(self) -> bool:
         """Whether something has happened since the last plan, or it is time. (Between the first and the last answer of
@@ -328,6 +341,7 @@ class EngineLoop:
                 self._recovery.worker_lost(event)
                 self._has_news = True
             case WorkerReady():
+                self._recovery.num_respawns += 1
                 logger.info("worker %d was started again", event.device_id)
             case Started() | Loaded() | PeersMapped() | LatentsCopied() | Pong():
                 logger.warning("unexpected event %s", event)
@@ -359,4 +373,6 @@ class EngineLoop:
             times.append(max(self._wake_s, self._planned_s + SHORTEST_WAIT_S))
         if self._recovery.is_waiting:
             times.append(now_s + OVERDUE_WAIT_S)
+        if (oldest := self.table.oldest_queued()) is not None and self._queue_timeout_s < math.inf:
+            times.append(oldest.arrival_s + self._queue_timeout_s)
         return min(times, default=None)

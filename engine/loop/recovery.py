@@ -72,6 +72,14 @@ class Hit(msgspec.Struct):
     is_intact: bool = False
 
 
+class RecoveryFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Since the start: workers lost, workers started in their place, requests started again from their prompt."""
+
+    num_deaths: int = 0
+    num_respawns: int = 0
+    num_retries: int = 0
+
+
 class Recovery:
     """`in_flight` says which devices may be given commands; those join and leave here. `command_ids`: the loop's own.
     A worker that does not answer `stall_timeout_s` longer than is plausible is killed."""
@@ -104,6 +112,14 @@ class Recovery:
         self._check_s = 0.0
         self._no_worker_since_s: float | None = None
         self._last_loss = ""
+        self.num_respawns = 0
+        self._num_deaths = self._num_retries = 0
+
+    @property
+    def figures(self) -> RecoveryFigures:
+        return RecoveryFigures(
+            num_deaths=self._num_deaths, num_respawns=self.num_respawns, num_retries=self._num_retries
+        )
 
     @property
     def is_healthy(self) -> bool:
@@ -143,6 +159,7 @@ class Recovery:
         """What ran there is hit, and so is every request whose latents only that worker held. All drain, also if that
         is none."""
         logger.error("worker %d was lost: %s", event.device_id, event.reason)
+        self._num_deaths += 1
         now_s = self._executor.now_s()
         lost = self._in_flight.drop_device(event.device_id, now_s)
         for number, entry in enumerate(lost):
@@ -295,6 +312,7 @@ class Recovery:
         if request.attempts >= MAX_ATTEMPTS:
             self._books.end(request, GenerationError(hit.reason))
             return
+        self._num_retries += 1
         if hit.is_intact and request.holders:
             request.forget_dispatched()
             state = RequestState.READY if request.step_index < request.num_steps else RequestState.DENOISED

@@ -217,6 +217,10 @@ class RequestTable:
         """Requests that wait for a slot, in order of arrival."""
         return iter(self._queued.values())
 
+    def oldest_queued(self) -> Request | None:
+        """Of those that wait for a slot, the first to arrive."""
+        return next(iter(self._queued.values()), None)
+
     def cancelled(self) -> list[Request]:
         """Living requests that were cancelled."""
         return list(self._cancelled.values())

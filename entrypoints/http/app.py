@@ -1,36 +1,60 @@
-"""The ASGI app around `ImageService`: routes, a request id on every response, errors in OpenAI's form."""
+"""The ASGI app around `ImageService`: routes, what stands in front of them, errors in OpenAI's form."""
 
-import asyncio
-import re
-import secrets
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+import msgspec
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from tetrion.engine.errors import shown
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.http.errors import ApiError, error_response
+from tetrion.entrypoints.http.bodies import BODY_TIMEOUT_S, Bodies
+from tetrion.entrypoints.http.counters import Counted
+from tetrion.entrypoints.http.draining import CutOffs
+from tetrion.entrypoints.http.errors import ApiError, error_response, note_refusal
+from tetrion.entrypoints.http.hosts import AllowedHosts, HostCheck
+from tetrion.entrypoints.http.keys import ApiKeys, KeyCheck
+from tetrion.entrypoints.http.request_ids import RequestIds
 from tetrion.entrypoints.http.service import ImageService
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 CLIENT_CLOSED_REQUEST = 499
-
-
 EXPOSED_HEADERS = ("x-request-id", "retry-after", "x-should-retry")
 """Of a response, what pages of other origins may read."""
 
 
-def create_app(service: ImageService, allowed_origins: Sequence[str] = ()) -> ASGIApp:
-    """The ASGI app around `service`. `allowed_origins`: see `parse_origin`; pages of other ones get no answer."""
+class Guards(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request must pass before it comes to a route. `hosts` None: any; no keys: anybody. `origins`: see
+    `parse_origin`; browsers' pages of other ones get no answer."""
+
+    hosts: AllowedHosts | None = None
+    keys: ApiKeys = msgspec.field(default_factory=ApiKeys)
+    body_timeout_s: float = BODY_TIMEOUT_S
+    origins: tuple[str, ...] = ()
+
+
+def create_app(service: ImageService, guards: Guards | None = None) -> ASGIApp:
+    """The ASGI app around `service`."""
+    guards = guards or Guards()
+    app: ASGIApp = _routed(service)
+    app = Bodies(app, service.waiting, guards.body_timeout_s)
+    if guards.keys:
+        app = KeyCheck(app, guards.keys)
+    if guards.hosts is not None:
+        app = HostCheck(app, guards.hosts)
+    app = CutOffs(app, service)
+    if guards.origins:
+        app = _answering_pages(app, guards.origins)
+    return RequestIds(Counted(app, service.counters))
+
+
+def _routed(service: ImageService) -> Starlette:
     app = Starlette(
         routes=[
             Route("/v1/images/generations", service.generations, methods=["POST"]),
@@ -49,7 +73,7 @@ def create_app(service: ImageService, allowed_origins: Sequence[str] = ()) -> AS
         },
     )
     app.router.redirect_slashes = False
-    return RequestIds(_answering_pages(CutOffs(app), allowed_origins) if allowed_origins else CutOffs(app))
+    return app
 
 
 def _answering_pages(app: ASGIApp, allowed_origins: Sequence[str]) -> ASGIApp:
@@ -82,52 +106,9 @@ def parse_origin(text: str) -> str:
     return f"{parts.scheme}://{host}" + ("" if port in (None, DEFAULT_PORTS[parts.scheme]) else f":{port}")
 
 
-class RequestIds:
-    """Puts `x-request-id` on every response: the client's own if it is short and plain, else a new one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
-
-
-class CutOffs:
-    """Answers a request that the stopping server cancels. Of a response that has begun the rest is not sent, and the
-    server closes the connection."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        except asyncio.CancelledError:
-            if not has_begun:
-                response = error_response(ApiError(503, "The server is shutting down.", code="cancelled"))
-                await response(scope, receive, send)
-
-
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    note_refusal(request.scope, error)
     return error_response(error)
 
 
@@ -141,6 +122,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     else:
         api_error = ApiError(status, str(error.detail))
     api_error.headers.update(error.headers or {})
+    note_refusal(request.scope, api_error)
     return error_response(api_error)
 
 
@@ -150,4 +132,6 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 
 async def _on_defect(request: Request, error: Exception) -> Response:
     """What no handler foresaw. The traceback goes to the server's log (the framework raises it again), not out."""
-    return error_response(ApiError(500, "The server had an error while processing the request.", code="internal_error"))
+    api_error = ApiError(500, "The server had an error while processing the request.", code="internal_error")
+    note_refusal(request.scope, api_error)
+    return error_response(api_error)

@@ -5,6 +5,7 @@ OpenAI's client retries 408, 409, 429 and 5xx twice unless told not to by `x-sho
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from tetrion.engine.errors import CheapestPlan
 
@@ -56,6 +57,17 @@ class ApiError(Exception):
             self.headers["retry-after"] = str(retry_after_s)
         if should_retry is not None:
             self.headers["x-should-retry"] = "true" if should_retry else "false"
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with `error`, for what stands in front of the routes."""
+    note_refusal(scope, error)
+    await error_response(error)(scope, receive, send)
+
+
+def note_refusal(scope: Scope, error: ApiError) -> None:
+    """Leave the reason where it is counted (`http/counters.py`)."""
+    scope.setdefault("state", {})["refusal"] = error.detail.code or "other"
 
 
 def error_response(error: ApiError) -> Response:

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from tetrion.engine.errors import GenerationError
 from tetrion.engine.request import ImageResult
 from tetrion.engine.stages import STAGES
+from tetrion.entrypoints.http.counters import HttpCounters
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, EngineStats
@@ -34,6 +35,7 @@ class Metrics:
     def __init__(self, engine: "AsyncEngine") -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
+        self.http = HttpCounters(self._registry)
         self._joules = Histogram(
             "tetrion_picture_energy_joules",
             "Joules of one picture: active by phase and over all of them, and its share of idle GPUs.",
@@ -70,8 +72,14 @@ class _EngineCollector(Collector):
         yield from _power(stats)
         yield from _health(stats)
         yield from _loop(stats)
+        yield from _recovery(stats)
         for name, value, says in (
             ("tetrion_devices_alive", stats.num_alive, "Devices whose worker lives."),
+            (
+                "tetrion_devices_returning",
+                stats.num_devices - stats.num_alive,
+                "Devices whose worker is being started.",
+            ),
             ("tetrion_requests_queued", stats.num_queued, "Requests that wait for a state slot."),
             ("tetrion_requests_admitted", stats.num_admitted, "Requests that hold a state slot."),
         ):
@@ -145,5 +153,15 @@ def _loop(stats: "EngineStats") -> Iterator[Metric]:
         ("tetrion_device_seconds", loop.device_s, "Usable devices × time."),
         ("tetrion_device_lost_seconds", loop.lost_s, "Device time idle beside a request that could run."),
         ("tetrion_device_held_seconds", loop.held_s, "The part of it that was left idle on purpose."),
+    ):
+        yield CounterMetricFamily(name, says, value=value)
+
+
+def _recovery(stats: "EngineStats") -> Iterator[Metric]:
+    recovery = stats.recovery
+    for name, value, says in (
+        ("tetrion_worker_deaths", recovery.num_deaths, "Workers that were lost."),
+        ("tetrion_worker_respawns", recovery.num_respawns, "Workers that were started in place of lost ones."),
+        ("tetrion_request_retries", recovery.num_retries, "Requests that were started again after a loss."),
     ):
         yield CounterMetricFamily(name, says, value=value)

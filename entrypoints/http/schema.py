@@ -50,7 +50,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     slo_ms: Any = None
     priority: Any = None
     energy: Any = None
-    user: Any = None
+    user: str | None = None
 
 
 class _RawBody(GenerationBody, frozen=True, kw_only=True):
@@ -60,6 +60,7 @@ class _RawBody(GenerationBody, frozen=True, kw_only=True):
     n: Any = None
     output_compression: Any = None
     seed: Any = None
+    user: Any = None
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -143,13 +144,17 @@ def _settled(raw: _RawBody) -> GenerationBody:
         "output_compression": given(
             "output_compression", lambda field, value: whole_within(field, value, 0, MAX_COMPRESSION)
         ),
+        "user": given("user", lambda field, value: text(field, value, MAX_NAME_CHARS)),
         "seed": given("seed", lambda field, value: whole_number(field, value, f" from 0 to {MAX_SEED}")),
     }
     return GenerationBody(**fields)
 
 
-def to_requests(body: GenerationBody, model: str | None, seed: int) -> list[ImageRequest]:
-    """One request a picture, drawn by `model`, with seeds `seed`, `seed + 1`, … Raises ApiError (400)."""
+def to_requests(
+    body: GenerationBody, model: str | None, seed: int, ids: list[str], tenant: str = ""
+) -> list[ImageRequest]:
+    """One request a picture, drawn by `model`, with seeds `seed`, `seed + 1`, … and one of `ids` each. `tenant`: of the
+    key that was used; its users are tenants below it. Raises ApiError (400)."""
     width, height = _width_and_height(body)
     return [
         ImageRequest(
@@ -164,10 +169,11 @@ def to_requests(body: GenerationBody, model: str | None, seed: int) -> list[Imag
             seed=seed + i,
             slo_ms=body.slo_ms,
             priority=body.priority,
-            tenant=body.user,
+            tenant="/".join(filter(None, (tenant, body.user))),
+            request_id=request_id,
             energy=body.energy,
         )
-        for i in range(body.n or 1)
+        for i, request_id in enumerate(ids)
     ]
 
 

@@ -1,9 +1,9 @@
 """`tetrion serve`: listens, starts the engine, serves until told to stop.
 
 The port is taken before the engine is loaded, so that a port in use is known at once. While the engine loads, `/health`
-answers and `/ready` says 503. The first SIGINT or SIGTERM ends gracefully: no new connections, running requests get
-`SHUTDOWN_TIMEOUT_S` to finish, then the engine stops; the second cuts requests off. A request that is cut off gets an
-answer that says so. An engine that dies ends the server. What is being waited for is said on stderr.
+answers and `/ready` says 503. The first SIGINT or SIGTERM ends gracefully (see `draining.py`): no new connections,
+running requests get `shutdown_timeout_s` to finish, then the engine stops; the second cuts requests off. A request that
+is cut off gets an answer that says so. An engine that dies ends the server. What is being waited for is said on stderr.
 """
 
 from __future__ import annotations
@@ -13,25 +13,40 @@ import errno
 import logging
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvicorn
 
 from tetrion.entrypoints.errors import EXIT_INTERRUPTED, InputError
-from tetrion.entrypoints.http.app import create_app, parse_origin
+from tetrion.entrypoints.http.app import Guards, create_app, parse_origin
+from tetrion.entrypoints.http.connections import (
+    LOGGER,
+    Connection,
+    ConnectionLimits,
+    Connections,
+    Door,
+    most_connections,
+)
+from tetrion.entrypoints.http.hosts import hosts_for
+from tetrion.entrypoints.http.keys import ApiKeys
+from tetrion.entrypoints.http.limits import RequestLimits, Waiting
+from tetrion.entrypoints.http.request_ids import RequestIdFilter
 from tetrion.entrypoints.http.service import ImageService
 from tetrion.entrypoints.http.store import PictureStore
 from tetrion.entrypoints.session import freeze_gc
 from tetrion.entrypoints.terminal import say
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from tetrion.engine.api import AsyncEngine
 
-SHUTDOWN_TIMEOUT_S = 30
 CUT_OFF_TIMEOUT_S = 5
 BACKLOG = 1024
 SAY_AGAIN_S = 10.0
@@ -53,14 +68,42 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     allow_origins: tuple[str, ...] = ()
     keep_alive_s: float = 75.0
     access_log: bool = False
+    max_n: int | None = None
+    max_steps: int | None = None
+    max_pixels: int | None = None
+    max_waiting_mb: int = 256
+    limit_concurrency: int | None = None
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    drain_s: float = 0.0
+    shutdown_timeout_s: float = 30.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its own signal handlers, which would end the process before the engine has stopped."""
+    """uvicorn behind our own door, and without its signal handlers, which would end the process before the engine has
+    stopped."""
 
     stop_signal: signal.Signals | None = None
     is_loading = True
     """Whether the engine is not up yet."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: ImageService, connections: Connections, options: ServeOptions
+    ) -> None:
+        super().__init__(config)
+        self._service, self._connections, self._options = service, connections, options
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        doors = [Door(sock, self._connection, self._connections, self.config.ssl) for sock in sockets or []]
+        self.servers = doors  # type: ignore[assignment]
+        self.started = True
+
+    def _connection(self) -> Connection:
+        return Connection(self._connections, config=self.config, server_state=self.server_state, app_state={})
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -74,19 +117,32 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(signum)
 
     def _stop(self, signum: signal.Signals) -> None:
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        is_first, drain_s = self.stop_signal is None, self._options.drain_s
+        self.force_exit = not is_first
         self.stop_signal = signum
+        self._service.is_draining = True
+        if is_first and signum is signal.SIGTERM and self._service.is_ready and drain_s > 0:
+            say(f"tetrion: {signum.name}: requests are taken for {drain_s:g} s more, /ready is 503")
+            asyncio.get_running_loop().call_later(drain_s, self._close_once, signum)
+        else:
+            self._close(signum)
+
+    def _close_once(self, signum: signal.Signals) -> None:
+        if not self.should_exit:
+            self._close(signum)
+
+    def _close(self, signum: signal.Signals) -> None:
         say(self._says_of_stopping(signum))
+        self.should_exit = True
 
     def _says_of_stopping(self, signum: signal.Signals) -> str:
-        number = len(self.server_state.tasks)
+        number, timeout_s = self._service.waiting.num_requests, self._options.shutdown_timeout_s
         running = "1 request" if number == 1 else f"{number} requests"
         if self.force_exit:
             return f"tetrion: {signum.name} again: {running} cut off; waiting for the workers to end"
         if number:
             return (
-                f"tetrion: {signum.name}: stopping; waiting up to {SHUTDOWN_TIMEOUT_S:g} s for {running} to finish"
+                f"tetrion: {signum.name}: stopping; waiting up to {timeout_s:g} s for {running} to finish"
                 " (the same again cuts off)"
             )
         engine = "the engine, which is still starting, and its workers" if self.is_loading else "the workers"
@@ -161,22 +217,22 @@ def _reason(error: OSError) -> str:
 async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
     """Serve until a signal. Returns the exit code: 0 after SIGTERM, 130 after SIGINT. Raises GenerationError if the
     engine does not start or dies."""
+    keys, num_connections = ApiKeys(options.api_keys), most_connections(len(engine.devices))
     origins = tuple(map(parse_origin, options.allow_origins))
     with ExitStack() as sockets:
         listening = [sockets.enter_context(sock) for sock in listen(options.host, options.port)]
-        service = ImageService(engine, PictureStore(options.store_mb << 20), options.public_url)
-        server = Server(
-            uvicorn.Config(
-                create_app(service, origins),
-                lifespan="off",
-                log_config=None,
-                access_log=options.access_log,
-                timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]
-                timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
-            )
+        hosts = hosts_for(listening[0].getsockname()[0], options.allowed_hosts, options.public_url)
+        service = _service(options, engine, num_connections)
+        guards = Guards(hosts=hosts, keys=keys, body_timeout_s=options.body_timeout_s, origins=origins)
+        limits = ConnectionLimits(
+            max_connections=num_connections,
+            head_timeout_s=options.head_timeout_s,
+            body_timeout_s=options.body_timeout_s,
         )
+        config = _config(options, create_app(service, guards))
+        server = Server(config, service, Connections(limits, service.counters), options)
         _log_to_stderr()
-        url, models = url_of(listening[0]), ", ".join(engine.models.specs)
+        url, models = url_of(listening[0], is_tls=options.ssl_certfile is not None), ", ".join(engine.models.specs)
         serving = asyncio.create_task(server.serve(sockets=listening))
         try:
             devices = ", ".join(device.name for device in engine.devices)
@@ -193,6 +249,43 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
             await server.cut_off()
             await engine.__aexit__(None, None, None)
     return EXIT_INTERRUPTED if server.stop_signal is signal.SIGINT else 0
+
+
+def _service(options: ServeOptions, engine: AsyncEngine, num_connections: int) -> ImageService:
+    return ImageService(
+        engine,
+        PictureStore(options.store_mb << 20),
+        options.public_url,
+        RequestLimits(max_n=options.max_n, max_steps=options.max_steps, max_pixels=options.max_pixels),
+        Waiting(options.max_waiting_mb << 20, _at_once(options, num_connections)),
+    )
+
+
+def _at_once(options: ServeOptions, num_connections: int) -> int:
+    """Requests that may be served at once: some connections are kept for those that only ask how the server does."""
+    at_most = num_connections - max(4, num_connections // 8)
+    return min(options.limit_concurrency or at_most, at_most)
+
+
+def _config(options: ServeOptions, app: ASGIApp) -> uvicorn.Config:
+    """Raises InputError for what is wrong with certificate or key."""
+    if options.ssl_keyfile is not None and options.ssl_certfile is None:
+        raise InputError("ssl_keyfile: takes an ssl_certfile as well")
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=options.access_log,
+        timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=options.shutdown_timeout_s,  # type: ignore[arg-type]
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"ssl_certfile: {error.strerror or error}") from None
+    return config
 
 
 async def _start(engine: AsyncEngine, serving: asyncio.Task[None]) -> bool:
@@ -223,11 +316,15 @@ async def _until_stopped(engine: AsyncEngine, serving: asyncio.Task[None]) -> No
         ending.cancel()
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, is_tls: bool = False) -> str:
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RequestIdFilter())
+    logging.getLogger(LOGGER).setLevel(logging.ERROR)
     logging.getLogger("uvicorn.access").setLevel(logging.INFO)

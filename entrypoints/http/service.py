@@ -25,6 +25,7 @@ from tetrion.engine.errors import (
     EngineOverloaded,
     GenerationError,
     ModelNotFound,
+    QueueTimeout,
     RequestCancelled,
     RequestError,
     one_line,
@@ -35,13 +36,17 @@ from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import schema
 from tetrion.entrypoints.http.body import read_json
+from tetrion.entrypoints.http.draining import draining
 from tetrion.entrypoints.http.errors import ApiError
+from tetrion.entrypoints.http.limits import RequestLimits, Waiting, text_bytes
 from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
+from tetrion.entrypoints.http.request_ids import engine_ids
 from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, RequestHandle
 
+MAX_WAITING_BYTES = 256 << 20
 RANDOM_SEEDS = 2**32
 OVERLOAD_RETRY_AFTER_S = 1
 NO_WORKER_RETRY_AFTER_S = 5
@@ -55,21 +60,36 @@ log = logging.getLogger("tetrion.http")
 class ImageService:
     """The handlers. `is_ready` is set by whoever starts the engine, and unset when it stops."""
 
-    def __init__(self, engine: AsyncEngine, store: PictureStore, public_url: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        store: PictureStore,
+        public_url: str | None = None,
+        limits: RequestLimits | None = None,
+        waiting: Waiting | None = None,
+    ) -> None:
         self._engine = engine
         self._store = store
         self._public_url = public_url.rstrip("/") if public_url else None
         self._created = int(time.time())
         self._metrics = Metrics(engine)
+        self._limits = limits or RequestLimits()
+        self.waiting = waiting or Waiting(MAX_WAITING_BYTES)
+        self.counters = self._metrics.http
         self.is_ready = False
+        self.is_draining = False
+        """The server takes requests, but only for a while; `/ready` says so."""
 
     async def generations(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
         body = schema.decode_body(await read_json(request))
+        request.state.held.hold(text_bytes(body.prompt, body.negative_prompt, body.user, body.model))
         self._check_ready()
         seed = secrets.randbelow(RANDOM_SEEDS - (body.n or 1)) if body.seed is None else body.seed
         model, warnings = self._model_of(body)
-        requests = schema.to_requests(body, model, seed)
+        tenant = getattr(request.state, "tenant", "")
+        requests = schema.to_requests(body, model, seed, engine_ids(body.n or 1), tenant)
+        self._check_limits(requests)
         handles = self._submit(requests, body)
         try:
             warnings += self._warn_of_words(handles[0].request)
@@ -81,6 +101,13 @@ class ImageService:
                 handle.cancel()
         data = await asyncio.to_thread(msgspec.json.encode, response)
         return Response(data, media_type="application/json")
+
+    def _check_limits(self, requests: list[ImageRequest]) -> None:
+        """Raises ApiError (400). A model that is not served is left to the engine."""
+        models, model = self._engine.models, requests[0].model
+        spec = models.default if model is None else models.find(model)
+        if spec is not None:
+            self._limits.check(requests[0], len(requests), spec)
 
     async def file(self, request: Request) -> Response:
         """`GET /v1/images/files/{name}`: a picture that `response_format: url` pointed to."""
@@ -123,6 +150,8 @@ class ImageService:
     async def ready(self, request: Request) -> Response:
         """`GET /ready`: the engine takes requests."""
         self._check_ready()
+        if self.is_draining:
+            raise draining()
         try:
             stats = self._engine.stats()
         except GenerationError as error:
@@ -130,6 +159,7 @@ class ImageService:
         if not stats.num_alive:
             raise ApiError(503, "No device is alive.", code="not_ready")
         counts = {name: getattr(stats, name) for name in ("num_devices", "num_alive", "num_queued", "num_admitted")}
+        counts["num_returning"] = stats.num_devices - stats.num_alive
         return _json({"status": "ready", "models": list(self._engine.models.specs), **counts})
 
     async def metrics(self, request: Request) -> Response:
@@ -209,6 +239,9 @@ class ImageService:
     ) -> schema.GenerationResponse:
         try:
             results = await _all_results(handles)
+        except QueueTimeout as error:
+            message, code = f"The server is overloaded: {error}", "queue_timeout"
+            raise ApiError(503, message, code=code, retry_after_s=OVERLOAD_RETRY_AFTER_S) from None
         except GenerationError as error:
             log.error("generation failed: %s", error)
             raise ApiError(500, f"Generation failed: {error}", code="generation_failed") from None

@@ -26,6 +26,7 @@ from tetrion.engine.errors import (
     RequestCancelled,
 )
 from tetrion.engine.families.served import ServedModels
+from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import ImageRequest, ImageResult, Progress
@@ -58,6 +59,7 @@ class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     metering_cost: SamplerCost = SamplerCost(num_readings=0, cpu_s=0.0, wall_s=0.0)
     meter_age_s: float | None = None
     loop: LoopFigures = NO_LOOP
+    recovery: RecoveryFigures = RecoveryFigures()
 
 
 class FakeHandle:
@@ -154,6 +156,7 @@ class FakeEngine:
         self.energy = NO_ENERGY
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
+        self.recovery = RecoveryFigures()
         self.num_alive = len(self.devices)
         self.death: GenerationError | None = None
         self._ended = asyncio.Event()
@@ -217,6 +220,7 @@ class FakeEngine:
             energy=self.energy,
             meter_age_s=self.meter_age_s,
             loop=self.loop,
+            recovery=self.recovery,
         )
 
 

@@ -38,7 +38,8 @@ def test_without_options_all_is_as_the_configuration_has_it() -> None:
 def test_every_option_reaches_its_field() -> None:
     values = {
         "model": "a", "model_alias": "x=a", "devices": "cpu:3", "load_format": "dummy", "attention": "triton",
-        "profile": "a=p.json", "num_threads": 2, "max_inflight": 3, "max_queued": 4, "planner": "rescue=false",
+        "profile": "a=p.json", "num_threads": 2, "max_inflight": 3, "max_queued": 4, "queue_timeout_s": 6,
+        "planner": "rescue=false",
         "policy": "horizon", "meter": "model", "carbon": 5,
         "start_timeout_s": 7, "stall_timeout_s": 8, "no_worker_timeout_s": 9,
     }  # fmt: skip
@@ -54,6 +55,7 @@ def test_every_option_reaches_its_field() -> None:
         num_threads=2,
         max_inflight=3,
         max_queued=4,
+        queue_timeout_s=6.0,
         planner=with_options(PlannerConfig(policy="horizon", options={"rescue": False})),
         metering=MeteringConfig(meter="model", carbon=5.0),
         start_timeout_s=7.0,

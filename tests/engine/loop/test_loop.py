@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
 from tetrion.engine.config import EngineConfig, PlannerConfig
-from tetrion.engine.errors import DeadlineUnmeetable, EngineEnded, EngineOverloaded, GenerationError, RequestCancelled
+from tetrion.engine.errors import (
+    DeadlineUnmeetable,
+    EngineEnded,
+    EngineOverloaded,
+    GenerationError,
+    QueueTimeout,
+    RequestCancelled,
+)
 from tetrion.engine.executors.base import Happening, PictureReady
 from tetrion.engine.executors.simulated import SimulatedExecutor
 from tetrion.engine.loop.loop import EngineLoop
@@ -444,3 +451,21 @@ def test_every_request_ends_whatever_happens(data: st.DataObject) -> None:
         assert all(isinstance(error, RequestCancelled) for error in simulation.failures.values())
     assert len(simulation.loop.table) == 0
     assert simulation.executor.now_s() < 10_000
+
+
+def test_a_request_that_gets_no_slot_in_time_fails_alone() -> None:
+    simulation = Simulation(num_devices=1, max_inflight=1, queue_timeout_s=0.5)
+    simulation.request("long", width=512, height=512)
+    simulation.request("late", at_s=0.1, width=128, height=128)
+    simulation.run()
+    assert set(simulation.results) == {"long"} and isinstance(simulation.failures["late"], QueueTimeout)
+    assert "waited for 0.5 s" in str(simulation.failures["late"])
+    assert simulation.loop.table.num_queued == 0
+
+
+def test_a_request_that_owns_a_slot_is_not_hurried() -> None:
+    simulation = Simulation(num_devices=1, max_inflight=2, queue_timeout_s=0.1)
+    for name in ("a", "b"):
+        simulation.request(name, width=512, height=512)
+    simulation.run()
+    assert set(simulation.results) == {"a", "b"}

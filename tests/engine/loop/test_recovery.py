@@ -292,6 +292,8 @@ def test_a_worker_that_is_back_in_time_keeps_the_engine_from_ending() -> None:
         simulation.executor.at(at_s, lambda: simulation.executor.lose(0))
     simulation.run()
     assert set(simulation.results) == {"a"}
+    figures = simulation.loop.recovery_figures
+    assert (figures.num_deaths, figures.num_respawns, figures.num_retries) == (2, 2, 2)
 
 
 class SilentExecutor(SimulatedExecutor):

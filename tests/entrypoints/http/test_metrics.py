@@ -10,6 +10,7 @@ from tests.entrypoints.conftest import NO_ENERGY, draw
 from tests.entrypoints.http.test_app import Served, serving
 from tetrion.engine.energy.figures import EnergyFigures, MeterErrors
 from tetrion.engine.errors import GenerationError
+from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.request import ImageRequest, PhaseJoules, Receipt
 from tetrion.entrypoints.http.metrics import BUCKETS_J, Metrics
@@ -108,3 +109,29 @@ async def test_pictures_fall_into_buckets_up_to_51_kilojoules(served: Served) ->
     assert counts == [0, 1, 2] and BUCKETS_J[-1] == 51_200.0
     assert found["tetrion_picture_energy_joules_count", labels(**about)] == 3
     assert found["tetrion_picture_energy_joules_sum", labels(**(about | {"phase": "all", "state": "idle"}))] == 3.0
+
+
+async def test_answers_and_refusals_are_counted(served: Served) -> None:
+    await served.post()
+    await served.post(n=11)
+    await served.post(prompt="full")
+    await served.http.get("/made/up")
+    await served.http.get("/v1/models/made-up")
+    found = await scrape(served)
+    path = "/v1/images/generations"
+    for status in ("200", "400", "429"):
+        assert found["tetrion_http_requests_total", labels(path=path, status=status)] == 1
+    assert found["tetrion_http_requests_total", labels(path="other", status="404")] == 1
+    assert found["tetrion_http_requests_total", labels(path="/v1/models/…", status="404")] == 1
+    for reason in ("invalid_value", "engine_overloaded", "unknown_url", "model_not_found"):
+        assert found["tetrion_http_refusals_total", labels(reason=reason)] == 1
+
+
+async def test_losses_and_devices_that_return_are_counted(served: Served) -> None:
+    served.engine.recovery = RecoveryFigures(num_deaths=3, num_respawns=2, num_retries=5)
+    served.engine.num_alive = 1
+    found = await scrape(served)
+    names = ("worker_deaths_total", "worker_respawns_total", "request_retries_total", "devices_returning")
+    assert [found[f"tetrion_{name}", ()] for name in names] == [3, 2, 5, 1]
+    ready = (await served.http.get("/ready")).json()
+    assert (ready["num_alive"], ready["num_returning"]) == (1, 1)

@@ -80,11 +80,11 @@ async def test_a_signal_lets_running_requests_finish_and_stops_the_engine(signum
 
 @pytest.mark.parametrize(("num_signals", "grace_s"), [(1, 0.2), (2, 60)])
 async def test_a_request_that_is_cut_off_is_told_so(
-    num_signals: int, grace_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    num_signals: int, grace_s: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server, "SHUTDOWN_TIMEOUT_S", grace_s)
     port, engine = free_port(), FakeEngine(EngineConfig(devices="cpu:1"))
-    running = asyncio.create_task(serve(ServeOptions(port=port), engine))  # type: ignore[arg-type]
+    options = ServeOptions(port=port, shutdown_timeout_s=grace_s)
+    running = asyncio.create_task(serve(options, engine))  # type: ignore[arg-type]
     await answer(port, "/ready", 200)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
         posting = asyncio.create_task(http.post("/v1/images/generations", json={"prompt": "a slow star", "n": 2}))
