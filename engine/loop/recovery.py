@@ -63,6 +63,15 @@ class RecoveryState(enum.Enum):
     RESETTING = "resetting"
 
 
+class RecoveryFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Since the start: workers lost, workers started in their place, requests that went on or started again after a
+    loss."""
+
+    num_deaths: int = 0
+    num_respawns: int = 0
+    num_retries: int = 0
+
+
 class Hit(msgspec.Struct):
     """Why a request's commands came to nothing. `may_be_cause`: a device was at its command when it died. `is_intact`:
     its last finished chunk's state is as it was, wherever it is still held."""
@@ -70,14 +79,6 @@ class Hit(msgspec.Struct):
     reason: str
     may_be_cause: bool = False
     is_intact: bool = False
-
-
-class RecoveryFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Since the start: workers lost, workers started in their place, requests started again from their prompt."""
-
-    num_deaths: int = 0
-    num_respawns: int = 0
-    num_retries: int = 0
 
 
 class Recovery:

@@ -30,27 +30,25 @@ EXPOSED_HEADERS = ("x-request-id", "retry-after", "x-should-retry")
 
 
 class Guards(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request must pass before it comes to a route. `hosts` None: any; no keys: anybody. `origins`: see
-    `parse_origin`; browsers' pages of other ones get no answer."""
+    """What a request must pass before it comes to a route. `hosts` None: any; no keys: anybody."""
 
     hosts: AllowedHosts | None = None
     keys: ApiKeys = msgspec.field(default_factory=ApiKeys)
     body_timeout_s: float = BODY_TIMEOUT_S
-    origins: tuple[str, ...] = ()
 
 
-def create_app(service: ImageService, guards: Guards | None = None) -> ASGIApp:
-    """The ASGI app around `service`."""
+def create_app(service: ImageService, allowed_origins: Sequence[str] = (), guards: Guards | None = None) -> ASGIApp:
+    """The ASGI app around `service`. `allowed_origins`: see `parse_origin`; pages of other ones get no answer. (A
+    browser asks without a key whether it may ask, so that comes before keys.)"""
     guards = guards or Guards()
-    app: ASGIApp = _routed(service)
-    app = Bodies(app, service.waiting, guards.body_timeout_s)
+    app: ASGIApp = Bodies(_routed(service), service.waiting, guards.body_timeout_s)
     if guards.keys:
         app = KeyCheck(app, guards.keys)
     if guards.hosts is not None:
         app = HostCheck(app, guards.hosts)
     app = CutOffs(app, service)
-    if guards.origins:
-        app = _answering_pages(app, guards.origins)
+    if allowed_origins:
+        app = _answering_pages(app, allowed_origins)
     return RequestIds(Counted(app, service.counters))
 
 

@@ -76,7 +76,7 @@ class Connections:
         self._unheard: dict[Connection, None] = {}  # longest unheard first
         self._sweeping: asyncio.TimerHandle | None = None
         self.on_room: list[Callable[[], None]] = []
-        """Called when a connection has ended, or may be closed for another."""
+        """Called when a connection has ended, or could be."""
 
     @property
     def is_full(self) -> bool:
@@ -101,27 +101,23 @@ class Connections:
         self._unheard.pop(connection, None)
         if phase != "heard" and connection in self._open:
             self._unheard[connection] = None
-            self._tell_of_room()
+            self._there_may_be_room()
 
     def left(self, connection: "Connection") -> None:
         if connection in self._open:
             self._open.discard(connection)
             self._unheard.pop(connection, None)
             self.counters.open.set(len(self._open))
-            self._tell_of_room()
+            self._there_may_be_room()
 
-    def _tell_of_room(self) -> None:
-        for listener in self.on_room:
-            listener()
+    def _there_may_be_room(self) -> None:
+        for listen in self.on_room:
+            listen()
 
     def start(self) -> None:
-        """Begin to look after time limits, if that has not begun."""
-        if self._sweeping is None:
-            self._sweep()
-
-    def _sweep(self) -> None:
+        """Begin to look after time limits."""
         loop = asyncio.get_running_loop()
-        self._sweeping = loop.call_later(SWEEP_S, self._sweep)
+        self._sweeping = loop.call_later(SWEEP_S, self.start)
         now_s = loop.time()
         for connection in list(self._open):
             connection.check(now_s)
@@ -228,7 +224,8 @@ class Connection(H11Protocol):
         if their_state is h11.SEND_BODY:
             phase = "body"
         elif their_state is h11.IDLE:
-            phase = "idle" if self.timeout_keep_alive_task is not None else "head"
+            has_begun = self.timeout_keep_alive_task is None or self.conn.trailing_data[0]
+            phase = "head" if has_begun else "idle"
         if phase != self._phase:
             self._phase, self._since_s = phase, self.loop.time()
             self._connections.now_in(self, phase)
@@ -251,7 +248,6 @@ class Door:
         self._connecting: set[asyncio.Task[Any]] = set()
         sock.setblocking(False)
         connections.on_room.append(self._listen)
-        connections.start()
         self._listen()
 
     def close(self) -> None:
@@ -259,7 +255,7 @@ class Door:
         self._pause()
 
     async def wait_closed(self) -> None:
-        self._connections.stop()
+        """At once: `close` has done it."""
 
     def _listen(self) -> None:
         if self._is_open and not self._is_listening:
@@ -274,7 +270,7 @@ class Door:
     def _accept(self) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             is_full = self._connections.is_full
-            if is_full and not self._connections.can_make_room:  # the next to end opens the door again
+            if is_full and not self._connections.can_make_room:  # the next to end or to idle opens the door again
                 self._pause()
                 return
             try:

@@ -3,7 +3,8 @@
 The first SIGTERM makes `/ready` say 503 at once, while requests are taken for `drain_s` more, so that a balancer has
 time to send them elsewhere; then the door is closed, and what runs gets `shutdown_timeout_s` to finish. SIGINT comes
 from somebody at a terminal: the door is closed at once. A second signal cuts requests off. A request that is cut off is
-answered 503, with when to come again.
+answered 503, with when to come again. `drain_s` is 0 by default: how long a balancer needs only its owner knows, and
+without one it would just make every stop longer.
 """
 
 import asyncio

@@ -38,9 +38,9 @@ class AllowedHosts:
         return name in self._names or name.endswith(self._endings) or (self._is_local and _is_loopback(name))
 
 
-def hosts_for(bound: str, names: Collection[str], public_url: str | None) -> AllowedHosts | None:
-    """What a server bound to the address `bound` answers to; None: all. That of `public_url` is always allowed."""
-    is_local = _is_loopback(bound)
+def hosts_for(bound: Collection[str], names: Collection[str], public_url: str | None) -> AllowedHosts | None:
+    """What a server that is bound to these addresses answers to; None: all. That of `public_url` is always allowed."""
+    is_local = all(map(_is_loopback, bound))
     if not (names or is_local) or "*" in names:
         return None
     public = urlsplit(public_url or "").hostname

@@ -8,7 +8,6 @@ import sys
 
 import msgspec
 
-from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import ImageRequest
 from tetrion.entrypoints.http.errors import ApiError
 
@@ -22,10 +21,9 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_steps: int | None = None
     max_pixels: int | None = None
 
-    def check(self, request: ImageRequest, n: int, spec: ModelSpec) -> None:
-        """`request`: one of `n` that `spec` is to draw; what it leaves open is the model's. Raises ApiError (400)."""
-        width, height = request.width or spec.sizes.default[0], request.height or spec.sizes.default[1]
-        num_steps = request.num_steps or spec.num_steps
+    def check(self, request: ImageRequest, n: int) -> None:
+        """`request`: one of `n`, as the engine has settled it. Raises ApiError (400)."""
+        width, height, num_steps = request.width or 0, request.height or 0, request.num_steps or 0
         if self.max_n is not None and n > self.max_n:
             raise _beyond("n", f"{self.max_n} pictures a request", n)
         if self.max_steps is not None and num_steps > self.max_steps:
@@ -91,6 +89,6 @@ class Held:
         self._num_bytes, self._is_counted = 0, False
 
 
-def text_bytes(*texts: str | None) -> int:
-    """Memory of these strings: one emoji makes every character of its string take four bytes."""
-    return sum(sys.getsizeof(text) for text in texts if text is not None)
+def text_bytes(*texts: object) -> int:
+    """Memory of those that are strings: one emoji makes every character of its string take four bytes."""
+    return sum(sys.getsizeof(text) for text in texts if isinstance(text, str))

@@ -144,8 +144,8 @@ def _settled(raw: _RawBody) -> GenerationBody:
         "output_compression": given(
             "output_compression", lambda field, value: whole_within(field, value, 0, MAX_COMPRESSION)
         ),
-        "user": given("user", lambda field, value: text(field, value, MAX_NAME_CHARS)),
         "seed": given("seed", lambda field, value: whole_number(field, value, f" from 0 to {MAX_SEED}")),
+        "user": given("user", lambda field, value: text(field, value, MAX_NAME_CHARS)),
     }
     return GenerationBody(**fields)
 

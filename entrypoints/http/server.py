@@ -100,7 +100,12 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         doors = [Door(sock, self._connection, self._connections, self.config.ssl) for sock in sockets or []]
         self.servers = doors  # type: ignore[assignment]
+        self._connections.start()
         self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._connections.stop()
 
     def _connection(self) -> Connection:
         return Connection(self._connections, config=self.config, server_state=self.server_state, app_state={})
@@ -117,33 +122,31 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(signum)
 
     def _stop(self, signum: signal.Signals) -> None:
-        is_first, drain_s = self.stop_signal is None, self._options.drain_s
-        self.force_exit = not is_first
+        self.force_exit = self.stop_signal is not None
+        can_drain = not (self.force_exit or self.is_loading) and self._options.drain_s > 0
+        is_drained = can_drain and signum is signal.SIGTERM
         self.stop_signal = signum
         self._service.is_draining = True
-        if is_first and signum is signal.SIGTERM and self._service.is_ready and drain_s > 0:
-            say(f"tetrion: {signum.name}: requests are taken for {drain_s:g} s more, /ready is 503")
-            asyncio.get_running_loop().call_later(drain_s, self._close_once, signum)
+        if is_drained:
+            drain_s = self._options.drain_s
+            say(f"tetrion: {signum.name}: /ready is 503; requests are taken for {drain_s:g} s more")
+            asyncio.get_running_loop().call_later(drain_s, lambda: self.should_exit or self._close(signum))
         else:
             self._close(signum)
 
-    def _close_once(self, signum: signal.Signals) -> None:
-        if not self.should_exit:
-            self._close(signum)
-
     def _close(self, signum: signal.Signals) -> None:
-        say(self._says_of_stopping(signum))
         self.should_exit = True
+        say(self._says_of_stopping(signum))
 
     def _says_of_stopping(self, signum: signal.Signals) -> str:
-        number, timeout_s = self._service.waiting.num_requests, self._options.shutdown_timeout_s
+        number = len(self.server_state.tasks)
         running = "1 request" if number == 1 else f"{number} requests"
         if self.force_exit:
             return f"tetrion: {signum.name} again: {running} cut off; waiting for the workers to end"
         if number:
             return (
-                f"tetrion: {signum.name}: stopping; waiting up to {timeout_s:g} s for {running} to finish"
-                " (the same again cuts off)"
+                f"tetrion: {signum.name}: stopping; waiting up to {self._options.shutdown_timeout_s:g} s for {running}"
+                " to finish (the same again cuts off)"
             )
         engine = "the engine, which is still starting, and its workers" if self.is_loading else "the workers"
         return f"tetrion: {signum.name}: stopping; waiting for {engine} to end"
@@ -217,20 +220,19 @@ def _reason(error: OSError) -> str:
 async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
     """Serve until a signal. Returns the exit code: 0 after SIGTERM, 130 after SIGINT. Raises GenerationError if the
     engine does not start or dies."""
-    keys, num_connections = ApiKeys(options.api_keys), most_connections(len(engine.devices))
-    origins = tuple(map(parse_origin, options.allow_origins))
+    origins, keys = tuple(map(parse_origin, options.allow_origins)), ApiKeys(options.api_keys)
+    num_connections = most_connections(len(engine.devices))
     with ExitStack() as sockets:
         listening = [sockets.enter_context(sock) for sock in listen(options.host, options.port)]
-        hosts = hosts_for(listening[0].getsockname()[0], options.allowed_hosts, options.public_url)
+        hosts = hosts_for([sock.getsockname()[0] for sock in listening], options.allowed_hosts, options.public_url)
         service = _service(options, engine, num_connections)
-        guards = Guards(hosts=hosts, keys=keys, body_timeout_s=options.body_timeout_s, origins=origins)
+        app = create_app(service, origins, Guards(hosts=hosts, keys=keys, body_timeout_s=options.body_timeout_s))
         limits = ConnectionLimits(
             max_connections=num_connections,
             head_timeout_s=options.head_timeout_s,
             body_timeout_s=options.body_timeout_s,
         )
-        config = _config(options, create_app(service, guards))
-        server = Server(config, service, Connections(limits, service.counters), options)
+        server = Server(_config(options, app), service, Connections(limits, service.counters), options)
         _log_to_stderr()
         url, models = url_of(listening[0], is_tls=options.ssl_certfile is not None), ", ".join(engine.models.specs)
         serving = asyncio.create_task(server.serve(sockets=listening))

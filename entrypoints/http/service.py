@@ -89,9 +89,9 @@ class ImageService:
         model, warnings = self._model_of(body)
         tenant = getattr(request.state, "tenant", "")
         requests = schema.to_requests(body, model, seed, engine_ids(body.n or 1), tenant)
-        self._check_limits(requests)
         handles = self._submit(requests, body)
         try:
+            self._limits.check(handles[0].request, len(handles))
             warnings += self._warn_of_words(handles[0].request)
             with self._reserve(body, handles) as reservation:
                 drawing = self._draw(handles, body, warnings, reservation, self._base_url(request))
@@ -101,13 +101,6 @@ class ImageService:
                 handle.cancel()
         data = await asyncio.to_thread(msgspec.json.encode, response)
         return Response(data, media_type="application/json")
-
-    def _check_limits(self, requests: list[ImageRequest]) -> None:
-        """Raises ApiError (400). A model that is not served is left to the engine."""
-        models, model = self._engine.models, requests[0].model
-        spec = models.default if model is None else models.find(model)
-        if spec is not None:
-            self._limits.check(requests[0], len(requests), spec)
 
     async def file(self, request: Request) -> Response:
         """`GET /v1/images/files/{name}`: a picture that `response_format: url` pointed to."""

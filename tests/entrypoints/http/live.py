@@ -15,6 +15,7 @@ from tetrion.engine.config import EngineConfig
 from tetrion.entrypoints.http.server import ServeOptions, serve
 
 GENERATIONS = "/v1/images/generations"
+JSON = "content-type: application/json"
 
 
 class Live:
@@ -76,5 +77,4 @@ async def until(condition: Any) -> None:
 
 
 def head(method: str = "POST", path: str = GENERATIONS, *lines: str) -> bytes:
-    kind = ("content-type: application/json",) if method == "POST" else ()
-    return "\r\n".join([f"{method} {path} HTTP/1.1", "host: localhost", *kind, *lines, "", ""]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "host: localhost", JSON, *lines, "", ""]).encode()

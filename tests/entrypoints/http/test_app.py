@@ -22,7 +22,7 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.http.app import Guards, create_app, parse_origin
+from tetrion.entrypoints.http.app import create_app, parse_origin
 from tetrion.entrypoints.http.body import MAX_BODY_BYTES
 from tetrion.entrypoints.http.schema import GenerationBody
 from tetrion.entrypoints.http.service import ImageService, _max_encoded_bytes
@@ -55,8 +55,7 @@ async def serving(
     async with FakeEngine(EngineConfig(devices="cpu:2", **config)) as engine:
         service = ImageService(engine, store, public_url)  # type: ignore[arg-type]
         service.is_ready = True
-        app = create_app(service, Guards(origins=allowed_origins))
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+        server = uvicorn.Server(uvicorn.Config(create_app(service, allowed_origins), lifespan="off", log_config=None))
         task = asyncio.create_task(server.serve([sock]))
         served = Served(engine, service, store, f"http://127.0.0.1:{sock.getsockname()[1]}")
         try:

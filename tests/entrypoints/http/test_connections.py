@@ -18,7 +18,7 @@ from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http import connections, server
 from tetrion.entrypoints.http.connections import most_connections
 
-QUICK = {"head_timeout_s": 0.3, "body_timeout_s": 0.3, "keep_alive_s": 1.0}
+QUICK = {"head_timeout_s": 0.3, "body_timeout_s": 0.3, "keep_alive_s": 5.0}
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,8 @@ async def test_silent_connections_and_slow_heads_are_closed() -> None:
 
 async def test_a_slow_second_head_is_closed_as_well() -> None:
     async with live(**QUICK) as served:
+        pipelined = await served.raw(head("GET", "/health") + b"GET ")
+        assert pipelined.startswith(b"HTTP/1.1 200 ") and b"HTTP/1.1 408 " in pipelined
         reader, writer = await served.open(head("GET", "/health"))
         assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
         writer.write(b"GET ")
@@ -186,7 +188,7 @@ HOSTILE = [
 
 
 async def test_what_is_hostile_or_no_http_is_refused_or_served_and_closed() -> None:
-    async with live(**QUICK, access_log=True) as served:
+    async with live(**QUICK | {"keep_alive_s": 1.0}, access_log=True) as served:
         answers = await asyncio.gather(*map(served.raw, HOSTILE))
         for sent, answer in zip(HOSTILE, answers, strict=True):
             statuses = [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]]

@@ -42,8 +42,8 @@ async def test_readiness_ends_at_once_and_requests_are_taken_for_a_while(capsys:
         await slow
         assert await served.task == 0
     said = capsys.readouterr().err
-    assert "SIGTERM: requests are taken for 1 s more, /ready is 503" in said
-    assert "SIGTERM: stopping; waiting up to 30 s for 1 request to finish" in said
+    assert "tetrion: SIGTERM: /ready is 503; requests are taken for 1 s more" in said
+    assert "tetrion: SIGTERM: stopping; waiting up to 30 s for 1 request to finish (the same again cuts off)" in said
 
 
 @pytest.mark.parametrize(("signum", "drain_s", "exit_code"), [(signal.SIGINT, 60.0, 130), (signal.SIGTERM, 0.0, 0)])

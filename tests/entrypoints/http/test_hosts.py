@@ -51,11 +51,11 @@ def test_names_that_are_allowed_and_those_below_one() -> None:
 
 
 def test_elsewhere_than_on_loopback_all_names_are_served_unless_some_are_named() -> None:
-    assert hosts_for("0.0.0.0", (), None) is None
-    assert hosts_for("127.0.0.1", ("*",), None) is None
-    named = hosts_for("0.0.0.0", ("a.example",), None)
+    assert hosts_for(["0.0.0.0"], (), None) is None
+    assert hosts_for(["127.0.0.1"], ("*",), None) is None
+    named = hosts_for(["0.0.0.0"], ("a.example",), None)
     assert named is not None and named.allows("a.example") and not named.allows("localhost")
-    also = hosts_for("::1", ("a.example",), None)
+    also = hosts_for(["::1"], ("a.example",), None)
     assert also is not None and also.allows("a.example") and also.allows("localhost")
 
 
