@@ -38,7 +38,7 @@ from tetrion.entrypoints.bench.workloads import Size, Workload, make_trace
 from tetrion.entrypoints.record import make_record, write_record
 
 TETRION = (sys.executable, "-m", "tetrion.entrypoints")
-READY = re.compile(r"serving model .* on (?P<url>http://\S+)")
+READY = re.compile(r"serving .* on (?P<url>http://\S+)")
 END_TIMEOUT_S = 60.0
 DEFAULT_SIZES = ("512x512", "1024x1024")
 

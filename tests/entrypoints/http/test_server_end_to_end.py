@@ -52,7 +52,7 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.stderr.append(line)
-            if line.startswith("serving model"):
+            if line.startswith("serving "):
                 self._is_ready.set()
         self._is_ready.set()
 
