@@ -242,7 +242,7 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
         serving = asyncio.create_task(server.serve(sockets=listening))
         try:
             devices = ", ".join(device.name for device in engine.devices)
-            say(f"tetrion: loading {models} on {devices}; {url}/ready answers 200 when it is done")
+            say(f"tetrion: loading {models} on {devices}, listening on {url} (/ready says 200 when it is done)")
             if await _start(engine, serving):
                 freeze_gc()
                 service.is_ready, server.is_loading = True, False

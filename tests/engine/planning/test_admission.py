@@ -67,7 +67,7 @@ def test_those_before_count_but_those_without_slo_give_way() -> None:
     assert earliest_deadline_s(busy(soft, num_devices=1), newcomer(1.2 * one_device)) is None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(snapshot=snapshots(), slo_s=st.floats(0.1, 30), px=st.sampled_from((256, 512, 1024, 2048)))
 def test_the_deadline_it_names_is_one_that_it_admits(snapshot: Snapshot, slo_s: float, px: int) -> None:
     refused = newcomer(slo_s, "zz", px)

@@ -86,7 +86,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(snapshot=snapshots())
 def test_any_plan_keeps_the_contract_and_repeats(policy: str, snapshot: Snapshot) -> None:
     planner = get_planner(policy)
@@ -107,7 +107,7 @@ def idle_on_purpose(snapshot: Snapshot, plan: RoundPlan) -> bool:
     return plan.wake_s is not None or encoded or any(request.ready_s > limit_s for request in snapshot.requests)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(snapshot=snapshots())
 def test_horizon_leaves_no_device_idle_except_on_purpose(snapshot: Snapshot) -> None:
     plan = get_planner("horizon")(snapshot)

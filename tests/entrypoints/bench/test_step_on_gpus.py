@@ -40,7 +40,9 @@ def rehearse(devices: str = "cpu:2", record: dict[str, Any] | None = None, **cha
         StepOptions(**(given | changes)),
         StepRecord(record, lambda: saved.append(len(record["rows"]))),
     )
-    bench.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_on_gpus, "RESIZE_STEPS", 6)
+        bench.run()
     assert saved[-1] == len(record["rows"]) and len(saved) >= len(record["rows"])
     return record
 

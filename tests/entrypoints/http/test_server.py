@@ -216,7 +216,7 @@ async def test_a_server_says_what_it_waits_for(
     os.kill(os.getpid(), signal.SIGINT)
     assert await running == 130
     said = capsys.readouterr().err
-    assert f"loading shapes on cpu:0, cpu:1; http://127.0.0.1:{port}/ready answers 200" in said
+    assert f"loading shapes on cpu:0, cpu:1, listening on http://127.0.0.1:{port} (/ready" in said
     assert "still loading, for " in said and "SIGINT: stopping; waiting for the engine, which is still st" in said
 
     port, engine = free_port(), FakeEngine(EngineConfig(devices="cpu:1"))
