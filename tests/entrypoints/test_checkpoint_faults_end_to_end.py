@@ -33,7 +33,8 @@ def run(command: str, *arguments: object) -> tuple[list[str], float]:
     assert process.returncode == 2, errors
     gone, left = psutil.wait_procs(children, timeout=30)
     assert not left, f"{left} of {gone} outlive the command"
-    lines = [line for line in errors.splitlines() if line.strip() and "starting engine" not in line]
+    progress = ("starting engine", "tetrion: loading", "tetrion: still loading")
+    lines = [line for line in errors.splitlines() if line.strip() and not any(part in line for part in progress)]
     return lines, time.monotonic() - begun_s
 
 

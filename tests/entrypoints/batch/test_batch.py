@@ -147,7 +147,8 @@ def test_each_line_is_drawn_by_its_model(
     stars = [{"prompt": "a star"} | named for named in ({}, {"model": "sd3"}, {"model": "best"}, {"model": "dall-e"})]
     assert tetrion("batch", write(*stars), "--output", out, *several) == 1
     assert "model: 'dall-e' is not served here; served: flux, sd3" in capsys.readouterr().err
-    assert [entry.get("model") for entry in manifest(out)] == [None, "flux", "sd3", "sd3"]
+    drew = {entry["id"]: entry.get("model") for entry in manifest(out)}
+    assert drew == {"1": "flux", "2": "sd3", "3": "sd3", "4": None}
     assert Image.open(out / "2.png").text["model"] == "sd3"  # type: ignore[attr-defined]
 
 
