@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import tests.engine.parallel.quick_interpreter  # noqa: F401
+
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16] if INTERPRETED else [torch.bfloat16, torch.float16]
