@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 NUM_STEPS = 2
 NUM_STEPS_ON_GPU = 4
 """Steps per measurement, of which the quickest counts: other load only adds. A GPU's first one records the step."""
-LONG_ON_CPU = 256
+LONG_ON_CPU = 128
 """Above this square, in pixels, a CPU takes one step: it lasts long enough to be a measurement."""
-LARGEST_ON_CPU = 512
+LARGEST_ON_CPU = 256
 SIZES_ON_GPU = (512, 1024)
 """Squares, in pixels, measured besides the model's smallest and largest."""
 BUSY_LOAD = 1.5
@@ -123,7 +123,7 @@ class Calibrator:
         return self._executor.devices[0].kind == "cuda"
 
     def _sizes(self) -> list[int]:
-        """Squares, in pixels: the smallest and the largest; on a CPU nothing above 512, which would take minutes."""
+        """Squares, in pixels: the smallest and the largest; on a CPU nothing above 256, which would take long."""
         spec = self._spec
         if not self._on_gpu:
             return sorted({spec.sizes.min, max(spec.sizes.min, min(spec.sizes.max, LARGEST_ON_CPU))})
