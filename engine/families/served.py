@@ -37,7 +37,7 @@ def read_served_models(config: EngineConfig) -> ServedModels:
     """What `config` names, each read from its folder. Raises CheckpointError for one that cannot be read, ValueError
     for two of one name, or an alias or a profile of a model that is not among them."""
     specs: dict[str, ModelSpec] = {}
-    names: dict[str, str] = {}
+    served = ServedModels(specs=specs, names={})
     for given in config.models:
         spec = read_model_spec(resolve_model(given), config.load_format)
         if spec.name in specs:
@@ -46,14 +46,14 @@ def read_served_models(config: EngineConfig) -> ServedModels:
                 ' another name in its preset.json ({"name": …})'
             )
         specs[spec.name] = spec
-        names[given] = spec.name
-    served = ServedModels(specs=specs, names=_without_itself(names))
+        if given != spec.name:
+            served.names[given] = spec.name
     for alias, model in config.model_aliases.items():
         spec = _named(served, model, f"model_aliases.{alias}")
         if not alias or served.find(alias) not in (None, spec):
             raise ValueError(f"model_aliases: {alias!r} cannot be a name of {model!r}: it is another model's, or empty")
-        names[alias] = spec.name
-        served = ServedModels(specs=specs, names=_without_itself(names))
+        if alias != spec.name:
+            served.names[alias] = spec.name
     for model in config.profiles:
         _named(served, model, f"profiles.{model}")
     return served
@@ -64,7 +64,3 @@ def _named(served: ServedModels, name: str, field: str) -> ModelSpec:
     if spec is None:
         raise ValueError(f"{field}: {name!r} is not among the models: {', '.join(served.specs)}")
     return spec
-
-
-def _without_itself(names: dict[str, str]) -> dict[str, str]:
-    return {name: model for name, model in names.items() if name != model}

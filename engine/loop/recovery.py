@@ -8,9 +8,10 @@ RESETTING: all workers are idle; each zeroes its barrier counters and abort word
 so no late store or count of an aborted chunk can meet a new one. For requests that are not hit this is a pause of at
 most one chunk.
 
-A hit request goes on from its last finished chunk if a living device still has that state as it was: if what hit it had
-not begun (it stood behind another command at the device that died, so that no member passed the entry barrier), or was
-a decode, which changes nothing. Else it starts again from its prompt. A request that rested on the dead device, among
+A hit request goes on from its last finished chunk if a living device still has that state as it was: one that was no
+member of what hit it, if that stood behind another command at the device that died (members may have passed the entry
+barrier: a GPU comes to its next command before the engine hears of the one before); any, if it was a decode, which
+changes nothing. Else it starts again from its prompt. A request that rested on the dead device, among
 others, is not hit at all. Only the request whose command the device was at when it died may be to blame; after
 `MAX_ATTEMPTS` such deaths it fails.
 
@@ -266,7 +267,11 @@ class Recovery:
         hit = self._hit_request(request_id, reason)
         hit.may_be_cause |= had_begun
         others = [other for other in self._in_flight.of_request(request_id) if other is not entry]
-        hit.is_intact = is_first and not others and (not had_begun or isinstance(entry.command, Decode))
+        is_decode = isinstance(entry.command, Decode)
+        hit.is_intact = is_first and not others and (is_decode or not had_begun)
+        request = self._table.get(request_id)
+        if request is not None and not is_decode:
+            request.holders = tuple(holder for holder in request.holders if holder not in entry.members)
 
     def _lost_holder(self, request: Request, reason: str) -> None:
         """All that was dispatched for it runs elsewhere, or it rests: it goes on from any holder that is left."""

@@ -153,9 +153,9 @@ def publish(fd: int, components: Mapping[str, Component]) -> int:
     is no room.
     """
     same = same_components(components)
-    shapes = planned_shapes(components)
     components = {name: component for name, component in components.items() if name not in same}
-    header, offsets, num_bytes = _layout(planned_shapes(components), same)
+    shapes = planned_shapes(components)
+    header, offsets, num_bytes = _layout(shapes, same)
     _reserve(fd, num_bytes)
     with mmap.mmap(fd, num_bytes) as image:
         image[: len(header)] = header

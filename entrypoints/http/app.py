@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from tetrion.engine.errors import shown
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.http.bodies import BODY_TIMEOUT_S, Bodies
+from tetrion.entrypoints.http.body_limits import BODY_TIMEOUT_S, Bodies
 from tetrion.entrypoints.http.counters import Counted
 from tetrion.entrypoints.http.draining import CutOffs
 from tetrion.entrypoints.http.errors import ApiError, error_response, note_refusal

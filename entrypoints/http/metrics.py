@@ -72,7 +72,6 @@ class _EngineCollector(Collector):
         yield from _power(stats)
         yield from _health(stats)
         yield from _loop(stats)
-        yield from _recovery(stats)
         for name, value, says in (
             ("tetrion_devices_alive", stats.num_alive, "Devices whose worker lives."),
             (
@@ -146,22 +145,15 @@ def _health(stats: "EngineStats") -> Iterator[Metric]:
 
 
 def _loop(stats: "EngineStats") -> Iterator[Metric]:
-    loop = stats.loop
+    loop, recovery = stats.loop, stats.recovery
     for name, value, says in (
         ("tetrion_loop_cpu_seconds", loop.cpu_s, "CPU time of the engine's loop."),
         ("tetrion_commands", loop.num_commands, "Commands (encodes, chunks of steps, decodes) that devices have done."),
         ("tetrion_device_seconds", loop.device_s, "Usable devices × time."),
         ("tetrion_device_lost_seconds", loop.lost_s, "Device time idle beside a request that could run."),
         ("tetrion_device_held_seconds", loop.held_s, "The part of it that was left idle on purpose."),
-    ):
-        yield CounterMetricFamily(name, says, value=value)
-
-
-def _recovery(stats: "EngineStats") -> Iterator[Metric]:
-    recovery = stats.recovery
-    for name, value, says in (
         ("tetrion_worker_deaths", recovery.num_deaths, "Workers that were lost."),
         ("tetrion_worker_respawns", recovery.num_respawns, "Workers that were started in place of lost ones."),
-        ("tetrion_request_retries", recovery.num_retries, "Requests that were started again after a loss."),
+        ("tetrion_request_retries", recovery.num_retries, "Requests that went on or started again after a loss."),
     ):
         yield CounterMetricFamily(name, says, value=value)

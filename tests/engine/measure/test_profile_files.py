@@ -88,7 +88,7 @@ def _no_user(*_: object) -> None:
     raise KeyError("getpwuid(): uid not found: 12345")
 
 
-def test_a_user_without_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a container that is run under a number of its own: no line in /etc/passwd, no HOME."""
     monkeypatch.setattr("pwd.getpwuid", _no_user)
     for name in ("HOME", "XDG_CACHE_HOME"):
@@ -96,8 +96,8 @@ def test_a_user_without_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> No
     assert cache_folder() is None
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder() is None
-    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/x")
-    assert cache_folder() == Path("/tmp/x/tetrion/profiles")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "tetrion" / "profiles"
     with pytest.raises(ValueError, match="model: '~/flux' is in a home that does not exist"):
         resolve_model("~/flux")
     with pytest.raises(ValueError, match="model: '~nobody-here/flux' is in a home that does not exist"):
