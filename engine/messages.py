@@ -6,8 +6,9 @@ keeps no request table), so any worker can take over a request from any other; e
 with.
 
 `command_id` is unique per engine; a group command is the same message sent to every member. `state_id` is unique per
-attempt at a request (a request that starts again gets a new one): it tags a slot's contents, so that what an earlier
-owner left there is never taken for this request's.
+attempt at a request (one that goes on or starts again after a loss gets a new one): it tags what is written into a
+slot, so that what an earlier owner or an earlier attempt left there is never taken for it. `chunk_index` counts the
+chunks of steps that a state has behind it: it says which of a slot's buffers has it (parallel/layout.py).
 """
 
 from typing import ClassVar, Literal
@@ -20,7 +21,8 @@ from tetrion.engine.stages import Stage
 
 class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Text-encode the prompts and draw the starting noise into `slot` of the receiving worker's slab. Where
-    `params.shape` has two branches, the second one is the negative prompt's."""
+    `params.shape` has two branches, the second one is the negative prompt's. A request that has lost all holders of its
+    state goes on from `step_index`: its latents are those that were saved in host memory."""
 
     stage: ClassVar[Stage] = "encode"
 
@@ -31,6 +33,8 @@ class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     params: Params
     prompt: str
     negative_prompt: str | None = None
+    step_index: int = 0
+    chunk_index: int = 0
 
     def encoded(self, device_id: int, started_s: float, ended_s: float, num_text_tokens: int) -> "Encoded":
         return Encoded(
@@ -47,7 +51,8 @@ class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Run steps `step_index … step_index + chunk_steps` of a request on the sequence-parallel group `members`.
 
     `members` is ordered: position = rank. Members not in `holders` first pull the request's state (prompt embeddings,
-    latents) from device `source`, waiting until the source's slot has reached `step_index`.
+    latents) from device `source`, waiting until the source's slot has reached `step_index` of `source_state_id`. The
+    first member saves what comes of it in host memory.
     """
 
     stage: ClassVar[Stage] = "denoise"
@@ -56,11 +61,13 @@ class Denoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     round_id: int
     request_id: str
     state_id: int
+    source_state_id: int
     slot: int
     members: tuple[int, ...]
     holders: tuple[int, ...]
     source: int
     step_index: int
+    chunk_index: int
     chunk_steps: int
     params: Params
 
@@ -85,6 +92,7 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     state_id: int
     slot: int
+    chunk_index: int
     source: int
     params: Params
     image_slot: int
@@ -107,6 +115,7 @@ class CopyLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     state_id: int
     slot: int
+    chunk_index: int
     params: Params
     image_slot: int
 

@@ -7,17 +7,17 @@ long, a power of two, and filled up with the device that holds the words:
     0               slot that holds the request's state
     1               device to pull the state from
     2, 3            version that the state must have at the start, low and high half
-    4, 5            version that the slot gets at the end
+    4, 5            version that the state gets at the end
     6               1: of a chunk; 0: of a rehearsal, in which nothing is stored
     7               rank of this device in its part of the group
     8, 9            this device's rows of the state: the first, and one past the last
-    10, 11          not used
+    10, 11          buffer of the slot that has the state at the start, and that gets it at the end
     12              members of its part by rank               [lanes]
     12 + lanes      all members of the group                  [lanes]
     12 + 2 lanes    this device and its partner, by branch    [lanes]
 
 Versions: see `slot_version` in engine/parallel/words.py. 0 at the start: nothing is waited for or pulled. 0 at the end:
-the slot's version stays as it is. So words of a rehearsal harm nobody.
+no version changes. So words of a rehearsal harm nobody.
 """
 
 from collections.abc import Sequence
@@ -56,6 +56,8 @@ def chunk_words(
     source: int,
     start_version: int,
     end_version: int,
+    start_buffer: int,
+    end_buffer: int,
     part: Sequence[int],
     rows: range,
     everyone: Sequence[int],
@@ -64,15 +66,15 @@ def chunk_words(
     """Of a chunk on device `me`. rows: its own of the state."""
     state = [slot, source, *_halves(start_version), *_halves(end_version)]
     lists = [device for devices in (part, everyone, partners) for device in _filled(devices, me, lanes)]
-    return [*state, 1, part.index(me), rows.start, rows.stop, 0, 0, *lists]
+    return [*state, 1, part.index(me), rows.start, rows.stop, start_buffer, end_buffer, *lists]
 
 
 def rehearsal_words(me: int, lanes: int) -> list[int]:
     return [0, me, *[0] * (HEADER_WORDS - 2), *[me] * (NUM_LISTS * lanes)]
 
 
-def publishing_words(me: int, lanes: int, slot: int, version: int) -> list[int]:
-    """Of a chunk without steps on `me` alone, after which the slot has `version`."""
+def publishing_words(me: int, lanes: int, slot: int, buffer: int, version: int) -> list[int]:
+    """Of a chunk without steps on `me` alone, after which a buffer of the slot has `version`."""
     alone, nothing = (me,), range(0)
     return chunk_words(
         me,
@@ -81,6 +83,8 @@ def publishing_words(me: int, lanes: int, slot: int, version: int) -> list[int]:
         source=me,
         start_version=0,
         end_version=version,
+        start_buffer=buffer,
+        end_buffer=buffer,
         part=alone,
         rows=nothing,
         everyone=alone,
@@ -118,6 +122,16 @@ def start_version(chunk):
 @triton.jit
 def end_version(chunk):
     return _joined(chunk + 4)
+
+
+@triton.jit
+def start_buffer(chunk):
+    return tl.load(chunk + 10).to(tl.int64)
+
+
+@triton.jit
+def end_buffer(chunk):
+    return tl.load(chunk + 11).to(tl.int64)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ program, read the chunk's words (chunk_words.py) and work on `status`, two int32
     1   the chunk's own outcome: not 0 if its source was already further than the version it wanted; until the next
         chunk nothing is stored that others see
 
-Only the slab's owner writes a version, with a release at system scope, so whoever reads it may read the state. The
-sequence word beside a version is for processes that sleep; nobody sleeps here. The third word of a slot says whose
-state it holds, and stays while steps go on: what never changes of a state may be read as soon as it is there.
+Only the slab's owner writes a version, with a release at system scope, so whoever reads it may read the state. A slot
+has a version for each of its buffers, a word that says whose state it holds (what never changes of a state may be read
+as soon as it is there), and a sequence word for processes that sleep; nobody sleeps here.
 """
 
 import torch
@@ -19,12 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrion.kernels.barrier import ABORT_INTERVAL, ABORTED, CACHE_LINE, system_fence
-from tetrion.kernels.chunk_words import HEADER_WORDS, end_version, slot_of, source_of, start_version
+from tetrion.kernels.chunk_words import (
+    HEADER_WORDS,
+    end_buffer,
+    end_version,
+    slot_of,
+    source_of,
+    start_buffer,
+    start_version,
+)
 from tetrion.kernels.group_table import slab_pointer
 
 WRONG_VERSION = 2
-STATE_WORD: tl.constexpr = tl.constexpr(2)
-"""In longs after the version."""
+STATE_WORD: tl.constexpr = tl.constexpr(3)
+"""In longs after the first buffer's version."""
 NUM_STATUS_WORDS = 2
 
 
@@ -36,7 +44,7 @@ class SlotVersions:
     ) -> None:
         """bases, abort, device_id: as in barrier.py. chunk: see chunk_words.py. status: int32 [NUM_STATUS_WORDS].
 
-        versions_offset: of the versions in every slab, in bytes; slot s has its own at `versions_offset + 64 s`.
+        versions_offset: of the versions in every slab, in bytes; those of slot s begin at `versions_offset + 64 s`.
         """
         assert chunk.dtype == abort.dtype == status.dtype == torch.int32, "words are int32"
         assert len(chunk) >= HEADER_WORDS and len(status) == NUM_STATUS_WORDS, f"{len(chunk)}, {len(status)} words"
@@ -44,7 +52,8 @@ class SlotVersions:
         self._arguments = (chunk, bases, abort, status, device_id, versions_offset // 8)
 
     def wait(self) -> None:
-        """Enqueue: wait until the source's slot has reached the start version. This device's own is invalid then."""
+        """Enqueue: wait until the source's start buffer has reached the start version. This device's own is invalid
+        then."""
         _wait[(1,)](
             *self._arguments,
             LONGS_APART=CACHE_LINE // 8,
@@ -66,30 +75,31 @@ class SlotVersions:
         )
 
     def confirm(self, *, in_group: bool) -> None:
-        """Enqueue, after the state was copied: if the source still has the start version, so has this device's slot."""
+        """Enqueue, after the state was copied: if the source still has the start version, so has this device's."""
         _confirm[(1,)](
             *self._arguments, LONGS_APART=CACHE_LINE // 8, WRONG=WRONG_VERSION, IN_GROUP=in_group, num_warps=1
         )
 
     def invalidate(self) -> None:
-        """Enqueue, once all members have arrived: the slot is about to change. If anything went wrong it is not."""
+        """Enqueue, once all members have arrived: the end buffer is about to change, unless something went wrong."""
         _invalidate[(1,)](*self._arguments, LONGS_APART=CACHE_LINE // 8, ABORTED_STATUS=ABORTED, num_warps=1)
 
     def publish(self) -> None:
-        """Enqueue, after all writes to the slot: it has the end version, unless something went wrong."""
+        """Enqueue, after all writes to the end buffer: it has the end version, unless something went wrong."""
         _publish[(1,)](*self._arguments, LONGS_APART=CACHE_LINE // 8, ABORTED_STATUS=ABORTED, num_warps=1)
 
 
 @triton.jit
-def _version_pointer(bases, device, versions, slot, LONGS_APART: tl.constexpr):
+def _words_pointer(bases, device, versions, slot, LONGS_APART: tl.constexpr):
+    """The words of a slot: first its buffers' versions."""
     return slab_pointer(bases, device, tl.int64) + versions + slot * LONGS_APART
 
 
 @triton.jit
-def _publish_version(bases, device, versions, slot, version, LONGS_APART: tl.constexpr):
-    ours = _version_pointer(bases, device, versions, slot, LONGS_APART)
+def _publish_version(bases, device, versions, slot, buffer, version, LONGS_APART: tl.constexpr):
+    ours = _words_pointer(bases, device, versions, slot, LONGS_APART)
     tl.atomic_xchg(ours + STATE_WORD, version >> 32, sem="release", scope="sys")
-    tl.atomic_xchg(ours, version, sem="release", scope="sys")
+    tl.atomic_xchg(ours + buffer, version, sem="release", scope="sys")
 
 
 @triton.jit(do_not_specialize=["me", "versions"])
@@ -107,7 +117,7 @@ def _wait_for_state(
 ):
     wanted = start_version(chunk)
     if (tl.load(status) == 0) & (wanted != 0):
-        theirs = _version_pointer(bases, source_of(chunk), versions, slot_of(chunk), LONGS_APART) + STATE_WORD
+        theirs = _words_pointer(bases, source_of(chunk), versions, slot_of(chunk), LONGS_APART) + STATE_WORD
         waiting = 1
         looks = 0
         while waiting > 0:
@@ -139,7 +149,8 @@ def _wait(
     if (tl.load(status) == 0) & (wanted != 0):
         slot = slot_of(chunk)
         source = source_of(chunk)
-        theirs = _version_pointer(bases, source, versions, slot, LONGS_APART)
+        buffer = start_buffer(chunk)
+        theirs = _words_pointer(bases, source, versions, slot, LONGS_APART) + buffer
         waiting = 1
         looks = 0
         while waiting > 0:
@@ -154,7 +165,7 @@ def _wait(
         if not INTERPRETED:
             system_fence(looks)
         if source != me:
-            tl.store(_version_pointer(bases, me, versions, slot, LONGS_APART), 0)
+            tl.store(_words_pointer(bases, me, versions, slot, LONGS_APART) + buffer, 0)
 
 
 @triton.jit(do_not_specialize=["me", "versions"])
@@ -173,12 +184,13 @@ def _confirm(
     if (tl.load(status) == 0) & (wanted != 0):
         slot = slot_of(chunk)
         source = source_of(chunk)
-        if tl.load(_version_pointer(bases, source, versions, slot, LONGS_APART), volatile=True) != wanted:
+        buffer = start_buffer(chunk)
+        if tl.load(_words_pointer(bases, source, versions, slot, LONGS_APART) + buffer, volatile=True) != wanted:
             tl.store(status + 1, WRONG)
             if IN_GROUP:
                 tl.store(status, WRONG)
         elif source != me:
-            _publish_version(bases, me, versions, slot, wanted, LONGS_APART)
+            _publish_version(bases, me, versions, slot, buffer, wanted, LONGS_APART)
 
 
 @triton.jit(do_not_specialize=["me", "versions"])
@@ -196,7 +208,7 @@ def _invalidate(
         if tl.load(abort, volatile=True) != 0:
             tl.store(status, ABORTED_STATUS)
         elif end_version(chunk) != 0:
-            tl.store(_version_pointer(bases, me, versions, slot_of(chunk), LONGS_APART), 0)
+            tl.store(_words_pointer(bases, me, versions, slot_of(chunk), LONGS_APART) + end_buffer(chunk), 0)
 
 
 @triton.jit(do_not_specialize=["me", "versions"])
@@ -205,4 +217,5 @@ def _publish(chunk, bases, abort, status, me, versions, LONGS_APART: tl.constexp
         if tl.load(abort, volatile=True) != 0:
             tl.store(status, ABORTED_STATUS)
         elif end_version(chunk) != 0:
-            _publish_version(bases, me, versions, slot_of(chunk), end_version(chunk), LONGS_APART)
+            version = end_version(chunk)
+            _publish_version(bases, me, versions, slot_of(chunk), end_buffer(chunk), version, LONGS_APART)

@@ -1,7 +1,8 @@
 """Where the state that steps change lies in slots, and which of its rows are whose.
 
 The state of a request is fp32 [all rows of the stepped segment, width] (K rows of channels side by side, if a solver
-has K). A member's rows are consecutive, so they are one contiguous piece. Slot and rows are words (chunk_words.py).
+has K), and a slot has several buffers for it. A member's rows are consecutive, so they are one contiguous piece. Slot,
+buffers and rows are words (chunk_words.py).
 """
 
 from typing import NamedTuple
@@ -20,21 +21,23 @@ ITEMSIZE = 4
 
 
 class Place(NamedTuple):
-    """Slot 0's state begins at `offset` of every slab, in bytes; from one slot to the next it is `slot_bytes`."""
+    """The first buffer of slot 0 begins at `offset` of every slab, in bytes; from one slot to the next it is
+    `slot_bytes`, from one buffer to the next `buffer_bytes`."""
 
     offset: int
     slot_bytes: int
+    buffer_bytes: int
 
-    def in_elements(self, rows: Tensor) -> tuple[int, int]:
-        """Both, once it is checked that they fit `rows`."""
+    def in_elements(self, rows: Tensor) -> tuple[int, int, int]:
+        """All three, once it is checked that they fit `rows`."""
         assert rows.dtype == torch.float32 and rows.is_contiguous(), f"state rows are {rows.dtype}"
-        assert self.offset % 16 == 0 and self.slot_bytes % 16 == 0, f"{self} is not aligned"
-        return self.offset // ITEMSIZE, self.slot_bytes // ITEMSIZE
+        assert all(num_bytes % 16 == 0 for num_bytes in self), f"{self} is not aligned"
+        return self.offset // ITEMSIZE, self.slot_bytes // ITEMSIZE, self.buffer_bytes // ITEMSIZE
 
 
 @triton.jit
-def own_piece(chunk, bases, device, offset, slot_size, WIDTH: tl.constexpr):
-    """Pointer to this member's rows in the slot on `device`, and how many elements they have."""
+def own_piece(chunk, bases, device, buffer, offset, slot_size, buffer_size, WIDTH: tl.constexpr):
+    """Pointer to this member's rows in a buffer of the slot on `device`, and how many elements they have."""
     start, stop = own_rows(chunk)
-    place = tl.multiple_of(slot_of(chunk) * slot_size + offset, 4)
+    place = tl.multiple_of(slot_of(chunk) * slot_size + buffer * buffer_size + offset, 4)
     return slab_pointer(bases, device, tl.float32) + place + start * WIDTH, (stop - start) * WIDTH

@@ -14,11 +14,9 @@ def command_for(
     round_id: int,
     acquire_image_slot: Callable[[], int | None],
 ) -> StageCommand | None:
-    """The command for an assignment, or None while there is no room for its picture. `command_id` is also the state's
-    id of an attempt that begins with it."""
+    """The command for an assignment, or None while there is no room for its picture."""
     match assignment.stage:
         case "encode":
-            request.state_id = command_id
             return encode_command(request, command_id)
         case "denoise":
             return denoise_command(request, command_id, round_id, assignment)
@@ -30,29 +28,34 @@ def command_for(
 
 
 def encode_command(request: Request, command_id: int) -> EncodePrompt:
+    """The first command of an attempt: its id is the state's."""
     return EncodePrompt(
         command_id=command_id,
         request_id=request.request_id,
-        state_id=request.state_id,
+        state_id=command_id,
         slot=request.slot,
         params=request.params,
         prompt=request.asked.prompt,
         negative_prompt=request.asked.negative_prompt,
+        step_index=request.step_index,
+        chunk_index=request.chunk_index,
     )
 
 
 def denoise_command(request: Request, command_id: int, round_id: int, assignment: Assignment) -> Denoise:
-    """The chunk that follows everything already dispatched for the request."""
+    """The chunk that follows everything already dispatched for the request. After a loss it begins an attempt."""
     return Denoise(
         command_id=command_id,
         round_id=round_id,
         request_id=request.request_id,
-        state_id=request.state_id,
+        state_id=command_id if request.is_retried else request.planned_state_id,
+        source_state_id=request.planned_state_id,
         slot=request.slot,
         members=assignment.members,
         holders=request.planned_holders,
         source=request.planned_holders[0],
         step_index=request.planned_step_index,
+        chunk_index=request.planned_chunk_index,
         chunk_steps=assignment.chunk_steps,
         params=request.params,
     )
@@ -63,8 +66,9 @@ def decode_command(request: Request, command_id: int, device_id: int, image_slot
     return Decode(
         command_id=command_id,
         request_id=request.request_id,
-        state_id=request.state_id,
+        state_id=request.planned_state_id,
         slot=request.slot,
+        chunk_index=request.planned_chunk_index,
         source=device_id if device_id in holders else holders[0],
         params=request.params,
         image_slot=image_slot,

@@ -355,7 +355,7 @@ class EngineLoop:
             return
         self._has_news |= isinstance(event, Failed) or len(entry.pending) in (0, len(entry.members) - 1)
         if isinstance(event, Failed):
-            self._recovery.request_failed(event)
+            self._recovery.request_failed(event, entry.command)
         if entry.pending:
             return
         if isinstance(event, Failed) or self._recovery.is_hit(event.request_id):

@@ -21,7 +21,7 @@ from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded,
 from tetrion.engine.planning.cost.correction import CostModel, CostModels
 from tetrion.engine.planning.cost.predict import predict_j, predict_s
 from tetrion.engine.request import Failure, Output, Receipt
-from tetrion.engine.stages import AFTER_STEPS, NEXT_STAGE
+from tetrion.engine.stages import AFTER_STEPS, NEXT_STAGE, Stage
 
 logger = logging.getLogger(__name__)
 NOT_WRITTEN = "what came of it could not be written down"
@@ -77,10 +77,11 @@ class Bookkeeper:
         self._in_flight.add(command, members, now_s, duration_s)
         if isinstance(command, Denoise):
             request.planned_step_index += command.chunk_steps
-        if command.stage not in AFTER_STEPS:
-            request.planned_holders = members
-        if command.stage != "denoise" or request.planned_step_index == request.num_steps:
-            request.planned_stage = NEXT_STAGE[command.stage]
+            request.planned_chunk_index += 1
+        if not isinstance(command, Decode):
+            request.planned_holders, request.planned_state_id = members, command.state_id
+            request.is_retried = False
+        request.planned_stage = _stage_after(command, request)
         self._follow(request)
         self._statistics.sent(command.command_id, members, now_s)
         request.spent_j += predict_j(command, self._cost_models.tables)
@@ -137,10 +138,10 @@ class Bookkeeper:
             self._executor.release_image_slot(command.image_slot)
 
     def _encoded(self, request: Request, entry: InFlight, event: Encoded) -> None:
-        request.holders = entry.members
+        self._is_held(request, entry)
         request.num_text_tokens = event.num_text_tokens
         self._observe_aux(request, event)
-        self._move(request, RequestState.READY)
+        self._move(request, STAGE_STATES[request.next_stage][0])
 
     def _denoised(self, request: Request, entry: InFlight, event: Denoised) -> None:
         degree, chunk_steps = len(entry.members), event.step_index - request.step_index
@@ -148,10 +149,16 @@ class Bookkeeper:
         self._cost_model_of(request).observe_step(request.cost_key, degree, elapsed_s / chunk_steps)
         request.stage_s["denoise"] += elapsed_s
         request.step_index = event.step_index
-        request.holders = tuple(member for member in entry.members if member in self._in_flight.devices)
+        request.chunk_index += 1
+        self._is_held(request, entry)
         request.degrees += [degree] * chunk_steps
-        done = request.step_index == request.num_steps
-        self._move(request, RequestState.DENOISED if done else RequestState.READY)
+        self._move(request, STAGE_STATES[request.next_stage][0])
+
+    def _is_held(self, request: Request, entry: InFlight) -> None:
+        """The members have the request's state."""
+        assert not isinstance(entry.command, Decode)
+        request.holders = tuple(member for member in entry.members if member in self._in_flight.devices)
+        request.state_id = entry.command.state_id
 
     def _decoded(self, request: Request, command: StageCommand, event: Decoded) -> None:
         """If nobody wants it any more, or something goes wrong, its slot is free again."""
@@ -181,8 +188,9 @@ class Bookkeeper:
         return self._cost_models[request.params.model]
 
     def _observe_aux(self, request: Request, event: Encoded | Decoded) -> None:
-        request.stage_s[event.stage] = event.ended_s - event.started_s
-        self._cost_model_of(request).observe_aux(request.cost_key, event.stage, request.stage_s[event.stage])
+        elapsed_s = event.ended_s - event.started_s
+        request.stage_s[event.stage] += elapsed_s
+        self._cost_model_of(request).observe_aux(request.cost_key, event.stage, elapsed_s)
 
     def _move(self, request: Request, state: RequestState) -> None:
         self._table.move(request, state)
@@ -263,3 +271,10 @@ class Bookkeeper:
             degrees=tuple(request.degrees),
         )
         return self._energy.ended(facts, self._cost_models.tables, self._executor.now_s())
+
+
+def _stage_after(command: StageCommand, request: Request) -> Stage | None:
+    """What comes after a command that was just dispatched; None after the last."""
+    following = command.stage if command.stage == "denoise" else NEXT_STAGE[command.stage]
+    is_denoised = following == "denoise" and request.planned_step_index == request.num_steps
+    return AFTER_STEPS[0] if is_denoised else following

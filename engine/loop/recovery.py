@@ -8,12 +8,12 @@ RESETTING: all workers are idle; each zeroes its barrier counters and abort word
 so no late store or count of an aborted chunk can meet a new one. For requests that are not hit this is a pause of at
 most one chunk.
 
-A hit request goes on from its last finished chunk if a living device still has that state as it was: one that was no
-member of what hit it, if that stood behind another command at the device that died (members may have passed the entry
-barrier: a GPU comes to its next command before the engine hears of the one before); any, if it was a decode, which
-changes nothing. Else it starts again from its prompt. A request that rested on the dead device, among
-others, is not hit at all. Only the request whose command the device was at when it died may be to blame; after
-`MAX_ATTEMPTS` such deaths it fails.
+A hit request goes on from its last finished chunk, which is as it was wherever it was: a chunk writes into another
+buffer than it reads, and there is room for the two that may be in flight (parallel/layout.py). If no living device has
+it, its prompt is encoded again and its latents are those that the chunk's first member has saved in host memory. What
+it dispatches from now on has another state id, since some members may have finished what others did not. A request that
+rested on the dead device, among others, is not hit at all. Only the request whose command the device was at when it
+died may be to blame; after `MAX_ATTEMPTS` such deaths it fails.
 
 A stage that lasts longer than the stall timeout has a device that does not answer: whoever owes an answer is killed,
 and hit requests fail, with the reason; all that comes later is served once the loss is reported. (A reset that is not
@@ -47,8 +47,8 @@ from tetrion.engine.errors import EngineEnded, GenerationError
 from tetrion.engine.executors.base import Executor, WorkerLost
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.progress import Bookkeeper
-from tetrion.engine.loop.requests import Request, RequestState, RequestTable
-from tetrion.engine.messages import BarriersReset, Decode, Failed, ResetBarriers
+from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.messages import BarriersReset, Denoise, Failed, ResetBarriers, StageCommand
 from tetrion.engine.request import MAX_ATTEMPTS
 
 logger = logging.getLogger(__name__)
@@ -66,20 +66,26 @@ class RecoveryState(enum.Enum):
 
 class RecoveryFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Since the start: workers lost, workers started in their place, requests that went on or started again after a
-    loss."""
+    loss, steps that these have run again."""
 
     num_deaths: int = 0
     num_respawns: int = 0
     num_retries: int = 0
+    num_repeated_steps: int = 0
 
 
 class Hit(msgspec.Struct):
-    """Why a request's commands came to nothing. `may_be_cause`: a device was at its command when it died. `is_intact`:
-    its last finished chunk's state is as it was, wherever it is still held."""
+    """Why a request's commands came to nothing. `may_be_cause`: a device was at its command when it died.
+    `lost_steps`: of the command that a device was at."""
 
     reason: str
     may_be_cause: bool = False
-    is_intact: bool = False
+    lost_steps: int = 0
+
+    def lost(self, command: StageCommand) -> None:
+        """A device was at this command."""
+        if isinstance(command, Denoise):
+            self.lost_steps = max(self.lost_steps, command.chunk_steps)
 
 
 class Recovery:
@@ -115,12 +121,15 @@ class Recovery:
         self._no_worker_since_s: float | None = None
         self._last_loss = ""
         self.num_respawns = 0
-        self._num_deaths = self._num_retries = 0
+        self._num_deaths = self._num_retries = self._num_repeated_steps = 0
 
     @property
     def figures(self) -> RecoveryFigures:
         return RecoveryFigures(
-            num_deaths=self._num_deaths, num_respawns=self.num_respawns, num_retries=self._num_retries
+            num_deaths=self._num_deaths,
+            num_respawns=self.num_respawns,
+            num_retries=self._num_retries,
+            num_repeated_steps=self._num_repeated_steps,
         )
 
     @property
@@ -134,21 +143,21 @@ class Recovery:
         return bool(self._resets) or not self.is_healthy or not self._executor.alive
 
     def is_hit(self, request_id: str) -> bool:
-        """Whether the request's state is lost or in doubt: answers to its commands count for nothing."""
+        """Whether what is in flight for the request will come to nothing: answers count for nothing."""
         return request_id in self._hit
 
     # Told by the loop ---------------------------------------------------------------------------------------------
 
-    def request_failed(self, event: Failed) -> None:
+    def request_failed(self, event: Failed, command: StageCommand) -> None:
         """A failure of its own ends the request, once nothing is in flight for it; others start again."""
         request = self._table.get(event.request_id)
         if event.request_id in self._failed_while_hit:
             return  # nobody waits for it, and its commands are aborted already
         if event.kind == "aborted" and self.is_hit(event.request_id):
-            return  # as was asked for: it says no more of the request's state than is known
+            return  # as was asked for
         if event.kind == "aborted" or request is None:  # because of those that are hit already; or it has ended
             first = next(iter(self._hit.values()), None)
-            self._hit_request(event.request_id, event.message if first is None else first.reason)
+            self._hit_request(event.request_id, event.message if first is None else first.reason).lost(command)
             return
         logger.error("request %s failed on worker %d: %s", event.request_id, event.device_id, event.message)
         request.attempts = MAX_ATTEMPTS
@@ -158,8 +167,8 @@ class Recovery:
             self._books.end(request, GenerationError(event.message))
 
     def worker_lost(self, event: WorkerLost) -> None:
-        """What ran there is hit, and so is every request whose latents only that worker held. All drain, also if that
-        is none."""
+        """What ran there is hit, and so is every request whose state only that worker had. All drain, also if that is
+        none."""
         logger.error("worker %d was lost: %s", event.device_id, event.reason)
         self._num_deaths += 1
         now_s = self._executor.now_s()
@@ -254,24 +263,16 @@ class Recovery:
             self._reset(alive - self._in_flight.devices - self._resets.keys())
 
     def _hit_request(self, request_id: str, reason: str) -> Hit:
-        """Its state is in doubt from now on, whatever was known of it before."""
-        hit = self._hit.setdefault(request_id, Hit(reason))
-        hit.is_intact = False
+        """What is in flight for it will come to nothing."""
         self._enter(RecoveryState.DRAINING)
-        return hit
+        return self._hit.setdefault(request_id, Hit(reason))
 
     def _hit_by_loss(self, entry: InFlight, reason: str, had_begun: bool) -> None:
         """`entry` was given to the device that is lost, and not answered by it."""
-        request_id = entry.command.request_id
-        is_first = not self.is_hit(request_id)
-        hit = self._hit_request(request_id, reason)
-        hit.may_be_cause |= had_begun
-        others = [other for other in self._in_flight.of_request(request_id) if other is not entry]
-        is_decode = isinstance(entry.command, Decode)
-        hit.is_intact = is_first and not others and (is_decode or not had_begun)
-        request = self._table.get(request_id)
-        if request is not None and not is_decode:
-            request.holders = tuple(holder for holder in request.holders if holder not in entry.members)
+        hit = self._hit_request(entry.command.request_id, reason)
+        if had_begun:
+            hit.may_be_cause = True
+            hit.lost(entry.command)
 
     def _lost_holder(self, request: Request, reason: str) -> None:
         """All that was dispatched for it runs elsewhere, or it rests: it goes on from any holder that is left."""
@@ -319,12 +320,8 @@ class Recovery:
             self._books.end(request, GenerationError(hit.reason))
             return
         self._num_retries += 1
-        if hit.is_intact and request.holders:
-            request.forget_dispatched()
-            state = RequestState.READY if request.step_index < request.num_steps else RequestState.DENOISED
-        else:
-            request.reset_progress()
-            state = RequestState.WAITING
+        self._num_repeated_steps += hit.lost_steps
+        state = request.forget_dispatched()
         self._table.mark_changed(request)
         if request.state is not state:
             self._table.move(request, state)

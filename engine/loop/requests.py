@@ -4,7 +4,7 @@
        │          │            │          │         │            │            │
        └──────────┴────────────┴──────────┴────┬────┴────────────┴────────────┘
                                                ▼
-                                     FAILED or CANCELLED          (a lost worker: back to WAITING)
+                                     FAILED or CANCELLED          (a lost worker: back to WAITING, READY or DENOISED)
 
 QUEUED requests hold nothing; from WAITING on a request owns a state slot in every worker's slab. `RequestTable` is the
 only owner of these states; it knows nothing of processes, planners or torch.
@@ -36,7 +36,7 @@ _S = RequestState
 LEGAL_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     _S.QUEUED: frozenset({_S.WAITING, _S.FAILED, _S.CANCELLED}),
     _S.WAITING: frozenset({_S.ENCODING, _S.FAILED, _S.CANCELLED}),
-    _S.ENCODING: frozenset({_S.READY, _S.WAITING, _S.FAILED, _S.CANCELLED}),
+    _S.ENCODING: frozenset({_S.READY, _S.DENOISED, _S.WAITING, _S.FAILED, _S.CANCELLED}),
     _S.READY: frozenset({_S.DENOISING, _S.WAITING, _S.FAILED, _S.CANCELLED}),
     _S.DENOISING: frozenset({_S.READY, _S.DENOISED, _S.WAITING, _S.FAILED, _S.CANCELLED}),
     _S.DENOISED: frozenset({_S.DECODING, _S.WAITING, _S.FAILED, _S.CANCELLED}),
@@ -57,10 +57,10 @@ STAGE_STATES: dict[Stage, tuple[RequestState, RequestState]] = {
 class Request:
     """One accepted request while it lives. Written by `RequestTable` (state, slot) and `EngineLoop` (progress).
 
-    `step_index` counts finished steps, `planned_step_index` also those dispatched; `planned_holders` are the devices
-    whose slot holds, or will hold, the latents of `planned_step_index`, `holders` those that hold the ones of
-    `step_index` once nothing is in flight for it; `planned_stage` comes after all that was
-    dispatched (None: that was the last). `stage_s`: time on devices. `spent_j`: joules of all that was dispatched
+    `step_index` and `chunk_index` count finished steps and chunks, `holders` are the devices whose slot has the state
+    as it is then, as `state_id`; `planned_…`: the same with all that was dispatched; `planned_stage` comes after it
+    (None: that was the last). `is_retried`: what was dispatched before came to nothing, so that what comes next must
+    not be taken for it. `stage_s`: time on devices. `spent_j`: joules of all that was dispatched
     for it, lost attempts included, as far as the profile knows them. `cancelled`: it ends once nothing is in flight for
     it, with `error` if there is one.
 
@@ -72,16 +72,20 @@ class Request:
         "asked",
         "attempts",
         "cancelled",
+        "chunk_index",
         "cost_key",
         "deadline_s",
         "degrees",
         "error",
         "holders",
         "image",
+        "is_retried",
         "num_text_tokens",
         "params",
+        "planned_chunk_index",
         "planned_holders",
         "planned_stage",
+        "planned_state_id",
         "planned_step_index",
         "slot",
         "spent_j",
@@ -101,17 +105,15 @@ class Request:
         self.deadline_s = None if asked.slo_ms is None else arrival_s + asked.slo_ms / 1000
         self.state = RequestState.QUEUED
         self.slot = -1
-        self.state_id = 0
         self.attempts = 0
         self.cancelled = False
         self.error: Exception | None = None
         self.started_s: float | None = None
         self.spent_j = 0.0
-        self.reset_progress()
-
-    def reset_progress(self) -> None:
-        """Forget all work: nothing is encoded, no step is done."""
+        self.state_id = self.planned_state_id = 0
         self.step_index = self.planned_step_index = 0
+        self.chunk_index = self.planned_chunk_index = 0
+        self.is_retried = False
         self.holders: tuple[int, ...] = ()
         self.planned_holders: tuple[int, ...] = ()
         self.planned_stage: Stage | None = STAGES[0]
@@ -119,10 +121,19 @@ class Request:
         self.num_text_tokens = 0
         self.stage_s: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
 
-    def forget_dispatched(self) -> None:
-        """What was dispatched and is not finished has come to nothing: it is to be done again, from `holders`."""
-        self.planned_step_index, self.planned_holders = self.step_index, self.holders
-        self.planned_stage = "denoise" if self.step_index < self.num_steps else AFTER_STEPS[0]
+    @property
+    def next_stage(self) -> Stage:
+        """Of a request whose state is on devices."""
+        return "denoise" if self.step_index < self.num_steps else AFTER_STEPS[0]
+
+    def forget_dispatched(self) -> RequestState:
+        """What was dispatched and is not finished has come to nothing: it is to be done again. It goes on from
+        `holders`; if there are none, from what is saved. Returns the state that it is in now."""
+        self.planned_step_index, self.planned_chunk_index = self.step_index, self.chunk_index
+        self.planned_state_id, self.planned_holders = self.state_id, self.holders
+        self.is_retried = True
+        self.planned_stage = self.next_stage if self.holders else STAGES[0]
+        return STAGE_STATES[self.planned_stage][0]
 
     @property
     def request_id(self) -> str:

@@ -62,7 +62,7 @@ class Probe:
         )
         resolved = resolve_request(asked, self.spec, len(self.executor.device_ids))
         request = Request(resolved, self.executor.now_s())
-        request.slot, request.state_id, request.planned_holders = 0, next(self._ids), (device_id,)
+        request.slot, request.planned_holders = 0, (device_id,)
         return request
 
     def new_prompt(self) -> str:
@@ -107,8 +107,9 @@ class Probe:
             copy = CopyLatents(
                 command_id=next(self._ids),
                 request_id=request.request_id,
-                state_id=request.state_id,
+                state_id=request.planned_state_id,
                 slot=request.slot,
+                chunk_index=request.planned_chunk_index,
                 params=request.params,
                 image_slot=image_slot,
             )
@@ -124,7 +125,9 @@ class Probe:
         return decoded
 
     def _encode(self, request: Request) -> tuple[GroupCommand, Members]:
-        return encode_command(request, next(self._ids)), request.planned_holders
+        command = encode_command(request, next(self._ids))
+        request.planned_state_id = command.state_id
+        return command, request.planned_holders
 
     def _decode(self, request: Request, image_slot: int) -> tuple[GroupCommand, Members]:
         device_id = request.planned_holders[0]
@@ -135,6 +138,7 @@ class Probe:
         command = denoise_command(request, next(self._ids), 0, chunk)
         request.planned_holders = members
         request.planned_step_index += num_steps
+        request.planned_chunk_index += 1
         return command, members
 
     @contextmanager

@@ -9,14 +9,14 @@ A chunk of steps on one member, in this order:
 
     bind(chunk)
     pull_constants(); pull_state()          a newcomer only (a member that holds the state just waits)
-    enter()                                 entry barrier of all members; the slot's version is invalid from here on
-    load_state(rows)
+    enter()                                 entry barrier of all members; the end buffer is invalid from here on
+    load_state(rows)                        from the start buffer
     for each step:
         for each branch of this part, for each layer:
             attend(...)                     push q, k, v → barrier A → attention → push output → barrier B
         swap(velocity) … done()             branches apart: push velocity → barrier C → guide and step → barrier D
-    share_state(rows)                       push the rows → barrier of the part
-    finish()                                the slot has the chunk's end version
+    share_state(rows)                       push the rows into the end buffers → barrier of the part
+    finish()                                the end buffer has the chunk's end version
 
 A group whose branches are apart (BranchLayout) has parts; barriers A, B and that of `share_state` are of a part alone,
 C and D of partners, who hold the same rows, and the entry barrier of all members.
@@ -28,19 +28,19 @@ Why no region is overwritten while somebody still reads it. P is the writer, R t
 * output of R. R reads it from B on until it calls `attend` again (so that the result needs no copy). P writes the next
   layer's only after it has passed the next A, hence after R has called `attend` again and pushed.
 * velocity of R. R reads it between C and D; P, its partner, writes the next one after it has passed D.
-* the state in R's slot, P's rows. R reads its slot in `load_state`, before its first A (its rows alone, which only R
-  writes), and P writes after its last B. In a part of one nobody writes.
+* the state in R's end buffer, P's rows. P writes it after its last B, hence after R has entered the chunk and made its
+  version invalid; in a part of one only R does. Whoever read what was there before (the state that a chunk three before
+  this one left, see layout.py) pulled it for the chunk after that one, which has ended: its end is this one's start, or
+  comes before it.
 * Across groups. R arrives at the entry barrier of a group after it has finished its previous chunk, whose last barriers
   every member of that group passed into after its last push. So no member of the new group pushes while R still reads,
   and nobody from the old group pushes any more. Degree 1 pushes to nobody.
-* A pull. The source keeps its slot as it is until the puller is done: if it is a member of the puller's group, it
-  stands at the entry barrier until then; if not, it does not touch the request again before it pulls in its turn,
-  from a group that could not have started before this pull was done. The version is invalid from entry to the chunk's
-  end, so a pull can never see a state that is half shared, nor that of a chunk that was aborted half-way. Fields that
-  never change may be pulled as soon as the source has the request at all. A device that held the request before may get
-  them while another still pulls its older state: it writes the bytes that are there, and keeps its version until the
-  state itself is pulled, which is after that other one was done.
-After an abort none of this holds: see parallel/cpu/barrier.py about the reset.
+* A pull. Nothing is written into the buffer that is pulled from before the chunk that pulls it has ended. A buffer's
+  version is invalid while it is written, so a pull can never see a state that is half shared, nor that of a chunk that
+  was aborted half-way. Fields that never change may be pulled as soon as the source has the request at all. A device
+  that held the request before may get them while another still pulls its older state: it writes the bytes that are
+  there.
+After an abort none of this holds for regions: see parallel/cpu/barrier.py about the reset. A start buffer is as it was.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +49,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from tetrion.engine.parallel.group import BranchLayout, GroupPlan, GroupShape
+from tetrion.engine.parallel.layout import NUM_BUFFERS
 from tetrion.engine.shape import StepShape
 from tetrion.kernels.reference import EPS
 
@@ -74,18 +75,27 @@ class Stream(NamedTuple):
 class Chunk(NamedTuple):
     """One device's part in a chunk of steps on the state in `slot`.
 
-    `plans`: of its part of `layout`, one for each branch that the part evaluates. `start_version`: what the state must
-    have before the first step, to be pulled from `source` (this device's own number: it is here); `end_version`: what
-    `finish` gives it.
+    `plans`: of its part of `layout`, one for each branch that the part evaluates. `chunk_index`: chunks of the request
+    before it. `start_version`: what the state in the start buffer must have, to be pulled from `source` (this device's
+    own number: it is here); `end_version`: what `finish` gives to the end buffer.
     """
 
     shape: StepShape
     layout: BranchLayout
     plans: tuple[GroupPlan, ...]
     slot: int
+    chunk_index: int
     source: int
     start_version: int
     end_version: int
+
+    @property
+    def start_buffer(self) -> int:
+        return self.chunk_index % NUM_BUFFERS
+
+    @property
+    def end_buffer(self) -> int:
+        return (self.chunk_index + 1) % NUM_BUFFERS
 
 
 class Group(Protocol):
@@ -135,23 +145,26 @@ class Exchange(Protocol):
         """Copy the fields that never change as soon as the source has the request, be it in the midst of a chunk."""
 
     def pull_state(self) -> None:
-        """Wait until the source has the start version, copy the fields that change, check that it still has it."""
+        """Wait until the source has the start version, copy the state, check that it still has it."""
 
     def enter(self) -> None: ...
 
     def load_state(self, rows: Tensor) -> None:
-        """This member's rows of the state from its slot to the first of `rows`, fp32 [padded rows, width]."""
+        """This member's rows of the state from its start buffer to the first of `rows`, fp32 [padded rows, width]."""
 
     def share_state(self, rows: Tensor) -> None:
-        """Give every member of this part this one's rows of the state, in their slots."""
+        """Give every member of this part this one's rows of the state, in their end buffers."""
 
     def finish(self) -> None: ...
 
-    def fields(self, slot: int, branch: int) -> Mapping[str, Tensor]:
-        """The model's fields in this device's own slot, whole: [max rows, width]."""
+    def constants(self, slot: int, branch: int) -> Mapping[str, Tensor]:
+        """The fields that steps do not change in this device's own slot, whole: [max rows, width]."""
 
-    def publish(self, slot: int, version: int) -> None:
-        """Behind the writes of a request's first state: this device's slot holds `version`."""
+    def state(self, slot: int, buffer: int) -> Tensor:
+        """What steps change, in a buffer of this device's own slot, whole: [max rows, width]."""
+
+    def publish(self, slot: int, buffer: int, version: int) -> None:
+        """Behind the writes of a state that no chunk has made: this buffer of this device's slot holds `version`."""
 
     def outcome(self) -> Callable[[], None]:
         """To be called behind a command's work; what it returns raises Aborted or RuntimeError if that went wrong, once

@@ -3,16 +3,21 @@
 Owns byte offsets and nothing else; knows no torch, no processes, no groups. A slab, offsets ascending:
 
     ┌ counters   num_devices cache lines: word `s` is written by device `s` alone (parallel/cpu/barrier.py)
-    ├ versions   num_slots cache lines: version, sequence and state of each slot, written by the slab's owner alone
+    ├ versions   num_slots cache lines, written by the slab's owner alone: the version of each of the slot's buffers,
+    │            its state's number, its sequence (words.py)
     ├ q, k, v    [rows of the sequence, local heads, head_dim] each, in canonical order
     ├ output     [local rows, num_heads * head_dim]: attention output of this device's own rows
     ├ velocity   [local rows of the stepped segment, channels]: what the partner in another guidance branch computed
     └ slots      num_slots × one request's state: the fields that its model declares (ModelSpec.fields), one behind the
-                 other, each as large as the model's largest request makes it
+                 other, each as large as the model's largest request makes it; what changes has NUM_BUFFERS of them
 
 Counters are 32 bits wide, because a futex waits on 32-bit words; they wrap, and are compared so that this is harmless.
 Exchange regions are sized for degree 2, the widest shard that is ever exchanged; one device alone has none. Models that
 share a pool share all regions and slots, which are sized for the largest.
+
+A chunk of steps reads one buffer of the field that changes and writes the next, so that the state before it is whole
+until the chunk after the next: a request has at most two chunks in flight, and whatever becomes of both, it can go on
+from what it had before.
 """
 
 from collections.abc import Sequence
@@ -26,6 +31,7 @@ from tetrion.engine.shape import StepShape
 CACHE_LINE = 64
 PAGE = 4096
 FP32_BYTES = 4
+NUM_BUFFERS = 3
 
 
 class ControlLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,18 +56,19 @@ class Piece(NamedTuple):
 
 
 class FieldPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a field lies in a slot: [max_rows, width] at `offset`; another branch's `branch_bytes` behind it."""
+    """Where a field lies in a slot: [max_rows, width] at `offset`; the next part, of another branch or in another
+    buffer, `part_bytes` behind it."""
 
     field: SlotField
     offset: int
     max_rows: int
     itemsize: int
-    branch_bytes: int
+    part_bytes: int
 
-    def piece(self, num_rows: int, branch: int = 0) -> Piece:
-        """The first rows of a branch's part."""
+    def piece(self, num_rows: int, part: int = 0) -> Piece:
+        """The first rows of a part."""
         assert num_rows <= self.max_rows, f"{num_rows} rows of {self.field.name}, at most {self.max_rows} fit"
-        return Piece(self.offset + branch * self.branch_bytes, num_rows * self.field.width * self.itemsize)
+        return Piece(self.offset + part * self.part_bytes, num_rows * self.field.width * self.itemsize)
 
 
 class SlotLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,14 +80,23 @@ class SlotLayout(msgspec.Struct, frozen=True, kw_only=True):
     def place(self, name: str) -> FieldPlace:
         return next(place for place in self.places if place.field.name == name)
 
-    def pieces(self, shape: StepShape, *, changing: bool) -> tuple[Piece, ...]:
-        """What a request of `shape` has in it, of the fields that change or of all others."""
+    @property
+    def latents(self) -> FieldPlace:
+        """Of the field that steps change."""
+        return next(place for place in self.places if place.field.changes)
+
+    def constants(self, shape: StepShape) -> tuple[Piece, ...]:
+        """What a request of `shape` has in it of the fields that steps do not change."""
         return tuple(
             place.piece(shape.rows(place.field.rows, branch), branch)
             for place in self.places
-            if place.field.changes is changing
+            if not place.field.changes
             for branch in range(shape.num_branches if place.field.per_branch else 1)
         )
+
+    def state(self, shape: StepShape, buffer: int) -> Piece:
+        """A request's state in one of its buffers."""
+        return self.latents.piece(shape.rows(self.latents.field.rows), buffer)
 
 
 class SlabLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,13 +124,18 @@ class SlabLayout(msgspec.Struct, frozen=True, kw_only=True):
     slots: dict[str, SlotLayout]
     num_bytes: int
 
+    @property
+    def state_bytes(self) -> int:
+        """The largest state that steps change, of all models."""
+        return max(slot.latents.part_bytes for slot in self.slots.values())
+
     def counter_offset(self, sender: int) -> int:
         """The counter in this slab that device `sender` writes."""
         assert 0 <= sender < self.num_devices, f"device {sender} of {self.num_devices}"
         return self.counters_offset + sender * CACHE_LINE
 
     def version_offset(self, slot: int) -> int:
-        """64-bit version, followed by its 32-bit sequence; GPUs add the state's number, 64 bits, 16 bytes on."""
+        """Of the slot's cache line, see words.py."""
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         return self.versions_offset + slot * CACHE_LINE
 
@@ -170,11 +191,10 @@ def _slot_layout(spec: ModelSpec, itemsize: int) -> SlotLayout:
     for field in spec.fields:
         size = FP32_BYTES if field.fp32 else itemsize
         max_rows = spec.max_rows(field.rows)
-        branch_bytes = _align(max_rows * field.width * size, CACHE_LINE)
-        places.append(
-            FieldPlace(field=field, offset=offset, max_rows=max_rows, itemsize=size, branch_bytes=branch_bytes)
-        )
-        offset += branch_bytes * (spec.max_branches if field.per_branch else 1)
+        part_bytes = _align(max_rows * field.width * size, CACHE_LINE)
+        places.append(FieldPlace(field=field, offset=offset, max_rows=max_rows, itemsize=size, part_bytes=part_bytes))
+        assert not (field.changes and field.per_branch), f"{field.name}: all branches step the same latents"
+        offset += part_bytes * (NUM_BUFFERS if field.changes else spec.max_branches if field.per_branch else 1)
     return SlotLayout(places=tuple(places), num_bytes=_align(offset, PAGE))
 
 

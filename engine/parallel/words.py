@@ -21,7 +21,7 @@ import errno
 import platform
 import sys
 
-from tetrion.engine.parallel.layout import ControlLayout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, ControlLayout
 
 WORD_MASK = 0xFFFF_FFFF
 INVALID_VERSION = 0
@@ -86,18 +86,21 @@ class Waiter:
 
 
 class SlotVersion:
-    """Whose state a slot holds, and after how many steps: one 64-bit word, written by the slab's owner alone.
+    """Whose state a buffer of a slot holds, and after how many steps: one 64-bit word, written by the slab's owner
+    alone.
 
-    Value: see `slot_version`; INVALID_VERSION: the slot holds nothing that may be read.
-    The 32-bit sequence beside it changes at every store, after the version, and is what waiters block on: the version's
-    own low half need not change when another request takes the slot. The state's number, 16 bytes on, stays while steps
-    go on: what never changes of a state may be read as soon as it is there.
+    Value: see `slot_version`; INVALID_VERSION: the buffer holds nothing that may be read. A slot's words are a cache
+    line: NUM_BUFFERS versions; the number of the state, 64 bits: what never changes of a state may be read as soon as
+    it is there, whatever its steps; the sequence, 32 bits, which changes at every store, after the version, and is what
+    waiters block on: the version's own low half need not change when another request takes the slot.
     """
 
-    def __init__(self, buffer: memoryview, offset: int, waiter: Waiter) -> None:
-        self._view = buffer.cast("B")[offset : offset + 8].cast("Q")
-        self._state = buffer.cast("B")[offset + 16 : offset + 24].cast("Q")
-        self.sequence = SharedWord(buffer, offset + 8)
+    def __init__(self, slab: memoryview, offset: int, buffer: int, waiter: Waiter) -> None:
+        """`offset`: of the slot's words in `slab`."""
+        assert 0 <= buffer < NUM_BUFFERS, f"buffer {buffer} of {NUM_BUFFERS}"
+        words = slab.cast("B")[offset : offset + 8 * (NUM_BUFFERS + 1)].cast("Q")
+        self._view, self._state = words[buffer : buffer + 1], words[NUM_BUFFERS:]
+        self.sequence = SharedWord(slab, offset + 8 * (NUM_BUFFERS + 1))
         self._waiter = waiter
 
     def load(self) -> int:

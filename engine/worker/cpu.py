@@ -51,6 +51,9 @@ class CpuBackend:
     def unmap_peers(self, command: UnmapPeers) -> tuple[int, ...]:
         raise AssertionError("CPU workers keep all slabs mapped")
 
+    def pin(self, segment: SharedSegment) -> None:
+        """Nothing is copied behind anyone's back."""
+
     def reset(self) -> None:
         self._barrier.reset()
 

@@ -149,7 +149,13 @@ class Denoiser:
         self._rope = functools.lru_cache(CACHED_ROPES)(model.network.rope)
 
     def chunk(
-        self, shape: StepShape, members: tuple[int, ...], state: State, source: int, versions: tuple[int, int]
+        self,
+        shape: StepShape,
+        members: tuple[int, ...],
+        slot: int,
+        chunk_index: int,
+        source: int,
+        versions: tuple[int, int],
     ) -> Chunk:
         """This device's part in a chunk of the group `members`. `versions`: before the first step, after the last."""
         spec, me = self.model.spec, self._exchange.device_id
@@ -158,7 +164,7 @@ class Denoiser:
         plans = tuple(
             plan_group(part, shape.counts(spec.segments, branch), spec.num_heads) for branch in layout.branches_of(me)
         )
-        return Chunk(shape, layout, plans, state.slot, source, *versions)
+        return Chunk(shape, layout, plans, slot, chunk_index, source, *versions)
 
     def rows(self, shape: GroupShape) -> Rows:
         """Of the segment that is stepped."""
@@ -245,7 +251,7 @@ class Denoiser:
         return num_rows, chunk.layout.branches_of(me), chunk.shape.num_branches
 
     def _constants(self, shape: StepShape, slot: int, branch: int) -> Mapping[str, Constant]:
-        return self.model.network.constants(self._exchange.fields(slot, branch), shape, branch)
+        return self.model.network.constants(self._exchange.constants(slot, branch), shape, branch)
 
     def _load_tables(self, state: State, params: Params, branches: tuple[int, ...], steps: range) -> None:
         """Enqueue: the next replays are `steps`, all of one part of TABLE_STEPS steps."""
@@ -261,7 +267,7 @@ class Denoiser:
     def _compute_vectors(self, state: State, params: Params, branch: int, part: int) -> Tensor:
         """Modulation vectors of a part's steps: [k, V, C]. `state` says whose."""
         times = self._schedule(params.num_steps, params.shape).times[part * TABLE_STEPS : (part + 1) * TABLE_STEPS]
-        fields = self._exchange.fields(state.slot, branch)
+        fields = self._exchange.constants(state.slot, branch)
         return self.model.network.vectors(fields, self.queue.to_device(times), params)
 
 

@@ -11,6 +11,7 @@ from tetrion.engine.models.registry import all_components, load_on_device
 from tetrion.engine.parallel.exchange import Exchange
 from tetrion.engine.parallel.gpu.exchange import GpuExchange, SharedResources
 from tetrion.engine.parallel.gpu.memory import GpuMemory
+from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker.denoiser import Denoiser
 from tetrion.engine.worker.spec import WorkerSpec
 from tetrion.engine.worker.work_queue import WorkQueue
@@ -57,6 +58,9 @@ class GpuBackend:
     def unmap_peers(self, command: UnmapPeers) -> tuple[int, ...]:
         self._memory.unmap_peers(command.device_ids)
         return self._slabs.mapped
+
+    def pin(self, segment: SharedSegment) -> None:
+        self._memory.pin(segment)
 
     def reset(self) -> None:
         self._shared.reset()

@@ -9,6 +9,7 @@ dropped at any time.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from tetrion.engine.messages import (
@@ -30,8 +31,11 @@ from tetrion.engine.messages import (
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import Model
 from tetrion.engine.parallel.exchange import Exchange
+from tetrion.engine.parallel.layout import NUM_BUFFERS
+from tetrion.engine.parallel.saved_states import SavedStates
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.transport.image_slab import ImageSlab
+from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker.denoiser import Denoiser, State
 from tetrion.engine.worker.recorded_encoders import RecordedEncoders
 from tetrion.engine.worker.spec import WorkerSpec
@@ -66,6 +70,9 @@ class Backend(Protocol):
 
     def unmap_peers(self, command: UnmapPeers) -> tuple[int, ...]: ...
 
+    def pin(self, segment: SharedSegment) -> None:
+        """Let the device copy to and from a segment by itself."""
+
     def reset(self) -> None:
         """Forget all barriers and the abort."""
 
@@ -78,11 +85,6 @@ class Resident(NamedTuple):
     denoiser: Denoiser
     encoders: RecordedEncoders
 
-    @property
-    def latents(self) -> str:
-        """The field that steps change."""
-        return self.model.spec.latents.name
-
 
 class Runner:
     def __init__(self, spec: WorkerSpec, backend: Backend, completions: Completions) -> None:
@@ -92,6 +94,8 @@ class Runner:
         self._images = ImageSlab.attach(
             spec.image_slab_fd, num_slots=spec.num_image_slots, slot_bytes=spec.image_slot_bytes
         )
+        self._saved = SavedStates.attach(spec.saved_states_fd, spec.layout)
+        backend.pin(self._saved.segment)
         self._residents: dict[str, Resident] = {}
 
     # Answered at once ---------------------------------------------------------------------------------------------
@@ -128,10 +132,12 @@ class Runner:
         started = self._queue.mark()
         embeddings = [it.encoders.embedding(prompt) for prompt in prompts]
         for branch, embedding in enumerate(embeddings):
-            _fill(it.exchange.fields(command.slot, branch), embedding.fields)
-        noise = self._queue.to_device(it.model.codec.noise(params.seed, params.shape))
-        _fill(it.exchange.fields(command.slot, 0), {it.latents: noise})
-        it.exchange.publish(command.slot, slot_version(command.state_id, 0))
+            _fill(it.exchange.constants(command.slot, branch), embedding.fields)
+        saved = self._saved_state(it, command, command.chunk_index)
+        start = saved if command.step_index else it.model.codec.noise(params.seed, params.shape)
+        self._state(it, command, command.chunk_index).copy_(self._queue.to_device(start))
+        version = slot_version(command.state_id, command.step_index)
+        it.exchange.publish(command.slot, command.chunk_index % NUM_BUFFERS, version)
         check, ended = it.exchange.outcome(), self._queue.mark()
 
         def finish() -> Event:
@@ -142,11 +148,12 @@ class Runner:
         self._completions.add(command, finish)
 
     def denoise(self, command: Denoise) -> None:
-        it, params, state = self._residents[command.params.model], command.params, _state(command)
+        it, params = self._residents[command.params.model], command.params
+        state = State(command.state_id, command.slot)
         steps = range(command.step_index, command.step_index + command.chunk_steps)
         source = self.device_id if self.device_id in command.holders else command.source
-        versions = (slot_version(command.state_id, steps.start), slot_version(command.state_id, steps.stop))
-        chunk = it.denoiser.chunk(params.shape, command.members, state, source, versions)
+        versions = (slot_version(command.source_state_id, steps.start), slot_version(command.state_id, steps.stop))
+        chunk = it.denoiser.chunk(params.shape, command.members, command.slot, command.chunk_index, source, versions)
         it.denoiser.record(chunk)
         started = self._queue.mark()
         it.exchange.bind(chunk)
@@ -158,6 +165,8 @@ class Runner:
         entered = self._queue.mark()
         it.denoiser.run(chunk, state, params, steps)
         it.exchange.finish()
+        if self.device_id == command.members[0]:
+            self._save(it, command, command.chunk_index + 1)
         check, ended = it.exchange.outcome(), self._queue.mark()
 
         def finish() -> Event:
@@ -169,12 +178,12 @@ class Runner:
 
     def decode(self, command: Decode) -> None:
         it, params = self._residents[command.params.model], command.params
-        version = slot_version(command.state_id, params.num_steps)
-        alone = (self.device_id,)
-        it.exchange.bind(it.denoiser.chunk(params.shape, alone, _state(command), command.source, (version, version)))
+        version, alone = slot_version(command.state_id, params.num_steps), (self.device_id,)
+        place = command.slot, command.chunk_index
+        it.exchange.bind(it.denoiser.chunk(params.shape, alone, *place, command.source, (version, version)))
         it.exchange.pull_state()
         started = self._queue.mark()
-        latents = self._latents(it, command)
+        latents = self._state(it, command, command.chunk_index)
         picture = self._queue.to_host(it.model.codec.decode(latents, params.shape))
         check, ended = it.exchange.outcome(), self._queue.mark()
 
@@ -186,7 +195,8 @@ class Runner:
         self._completions.add(command, finish)
 
     def copy_latents(self, command: CopyLatents) -> None:
-        latents = self._queue.to_host(self._latents(self._residents[command.params.model], command))
+        it = self._residents[command.params.model]
+        latents = self._queue.to_host(self._state(it, command, command.chunk_index))
         copied = self._queue.mark()
 
         def finish() -> Event:
@@ -196,18 +206,26 @@ class Runner:
 
         self._completions.add(command, finish)
 
-    def _latents(self, it: Resident, command: Decode | CopyLatents) -> Tensor:
-        """The state in this device's slot: fp32 [image rows, width]."""
-        return it.exchange.fields(command.slot, 0)[it.latents][: command.params.shape.image]
+    # A request's state -------------------------------------------------------------------------------------------
+
+    def _state(self, it: Resident, command: GroupCommand, chunk_index: int) -> Tensor:
+        """What steps change, in this device's slot: fp32 [image rows, width]."""
+        return it.exchange.state(command.slot, chunk_index % NUM_BUFFERS)[: command.params.shape.image]
+
+    def _save(self, it: Resident, command: Denoise, chunk_index: int) -> None:
+        """Enqueue a copy to host memory."""
+        state = self._state(it, command, chunk_index)
+        self._saved_state(it, command, chunk_index).copy_(state, non_blocking=True)
+
+    def _saved_state(self, it: Resident, command: GroupCommand, chunk_index: int) -> Tensor:
+        """The same in host memory."""
+        shape = command.params.shape.image, it.model.spec.latents.width
+        return torch.from_numpy(self._saved.view(command.slot, chunk_index, shape))
 
 
 def _fill(fields: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         fields[name][: len(value)].copy_(value)
-
-
-def _state(command: Denoise | Decode) -> State:
-    return State(command.state_id, command.slot)
 
 
 def _passed(ended: Mark, check: Callable[[], None]) -> None:

@@ -22,6 +22,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     channel: ChannelSpec
     slab_fds: tuple[int, ...]
     control_fd: int
+    saved_states_fd: int
     image_slab_fd: int
     num_image_slots: int
     image_slot_bytes: int

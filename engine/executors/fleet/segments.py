@@ -11,6 +11,7 @@ from tetrion.engine.config import DeviceSpec, EngineConfig, threads_per_worker
 from tetrion.engine.executors.fleet.forks import abandon_in_children, no_fork
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
+from tetrion.engine.parallel.saved_states import SavedStates
 from tetrion.engine.parallel.words import AbortWords
 from tetrion.engine.transport.available_memory import available_memory_bytes
 from tetrion.engine.transport.channel import ChannelSpec
@@ -23,7 +24,7 @@ ITEMSIZE = {"cpu": 4, "cuda": 2}
 
 
 class Segments:
-    """Slabs, control segment, image slab, weights file, and the pipe by which workers see the engine end.
+    """Slabs, control segment, image slab, saved states, weights file, and the pipe by which workers see the engine end.
 
     The slabs of GPU workers lie on the GPUs, and their files here stay empty unless `slabs_in_host_memory`.
     """
@@ -44,6 +45,8 @@ class Segments:
             undo.callback(self._control.close)
             self.images = ImageSlab.create(2 * num + 2, max(map(_image_slot_bytes, specs)))
             undo.callback(self.images.close)
+            self.saved_states = SavedStates.create(self._layout)
+            undo.callback(self.saved_states.close)
             self._weights_fd = _anonymous_file(undo, "weights")
             self.aborts = AbortWords(self._control.view, num)
             with no_fork():
@@ -77,6 +80,7 @@ class Segments:
             channel=channel,
             slab_fds=tuple(self._slab_fds),
             control_fd=self._control.fd,
+            saved_states_fd=self.saved_states.segment.fd,
             image_slab_fd=self.images.fd,
             num_image_slots=self.images.num_slots,
             image_slot_bytes=self.images.slot_bytes,
@@ -110,4 +114,5 @@ def _anonymous_file(undo: contextlib.ExitStack, name: str) -> int:
 def inherited(spec: WorkerSpec) -> tuple[int, ...]:
     """All descriptors that a worker is handed."""
     lives = (spec.engine_life_fd, spec.worker_life_fd)
-    return (*spec.channel.fds, *spec.slab_fds, spec.control_fd, spec.image_slab_fd, spec.weights_fd, *lives)
+    slabs = (*spec.slab_fds, spec.control_fd, spec.saved_states_fd, spec.image_slab_fd)
+    return (*spec.channel.fds, *slabs, spec.weights_fd, *lives)

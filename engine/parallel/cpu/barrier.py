@@ -80,15 +80,16 @@ class PairwiseBarrier:
         for peer in peers:
             self._wait_until(self._incoming[peer], partial(has_reached, expected=self._barriers[peer]))
 
-    def wait_version(self, device: int, slot: int, at_least: int) -> None:
-        """Return once `slot` on `device` holds the state of `at_least` after at least as many steps. Raises Aborted."""
-        version = SlotVersion(self._buffers[device], self._layout.version_offset(slot), self._waiter)
+    def wait_version(self, device: int, slot: int, buffer: int, at_least: int) -> None:
+        """Return once a buffer of `slot` on `device` holds the state of `at_least` after at least as many steps. Raises
+        Aborted."""
+        version = self._version(device, slot, buffer)
         self.check_abort()
         self._wait_until(version.sequence, lambda _: reaches(version.load(), at_least))
 
     def wait_state(self, device: int, slot: int, version: int) -> None:
         """Return once `slot` on `device` holds the state of `version`, after any number of steps. Raises Aborted."""
-        theirs = SlotVersion(self._buffers[device], self._layout.version_offset(slot), self._waiter)
+        theirs = self._version(device, slot, 0)
         self.check_abort()
         self._wait_until(theirs.sequence, lambda _: theirs.load_state() == version >> 32)
 
@@ -103,6 +104,9 @@ class PairwiseBarrier:
             word.store(0)
         self._barriers = [0] * len(self._barriers)
         self._abort.clear(self.device_id)
+
+    def _version(self, device: int, slot: int, buffer: int) -> SlotVersion:
+        return SlotVersion(self._buffers[device], self._layout.version_offset(slot), buffer, self._waiter)
 
     def _wait_until(self, word: SharedWord, reached: Callable[[int], bool]) -> None:
         """The word is loaded before `reached` looks at anything else, so that a later change is not slept through."""

@@ -13,6 +13,7 @@ from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
 from tetrion.engine.parallel.group import GroupPlan, GroupShape, Shard
+from tetrion.engine.parallel.layout import Piece as SlotPiece
 from tetrion.engine.parallel.words import INVALID_VERSION
 from tetrion.kernels.reference import attention, qk_norm_rope
 
@@ -61,43 +62,50 @@ class CpuExchange:
         chunk = self._bound
         if chunk.source != self.device_id:
             self._barrier.wait_state(chunk.source, chunk.slot, chunk.start_version)
-            self._pull(chunk, changing=False)
+            self._pull(self._slot_layout.constants(chunk.shape))
 
     def pull_state(self) -> None:
-        chunk = self._bound
-        slot, source, wanted = chunk.slot, chunk.source, chunk.start_version
-        self._barrier.wait_version(source, slot, wanted)
-        if source != self.device_id:
-            self._slabs.version(self.device_id, slot).store(INVALID_VERSION)
-            self._pull(chunk, changing=True)
-        if (found := self._slabs.version(source, slot).load()) != wanted:
+        chunk, me = self._bound, self.device_id
+        slot, buffer, source, wanted = chunk.slot, chunk.start_buffer, chunk.source, chunk.start_version
+        self._barrier.wait_version(source, slot, buffer, wanted)
+        if source != me:
+            self._slabs.version(me, slot, buffer).store(INVALID_VERSION)
+            self._pull([self._slot_layout.state(chunk.shape, buffer)])
+        if (found := self._slabs.version(source, slot, buffer).load()) != wanted:
             raise RuntimeError(f"slot {slot} on device {source} has version {found:#x}, wanted {wanted:#x}")
-        if source != self.device_id:
-            self._slabs.version(self.device_id, slot).store(wanted)
+        if source != me:
+            self._slabs.version(me, slot, buffer).store(wanted)
 
     def enter(self) -> None:
-        self._barrier.arrive_and_wait(self._bound.layout.members)
-        self._slabs.version(self.device_id, self._bound.slot).store(INVALID_VERSION)
+        chunk = self._bound
+        self._barrier.arrive_and_wait(chunk.layout.members)
+        self._slabs.version(self.device_id, chunk.slot, chunk.end_buffer).store(INVALID_VERSION)
 
     def load_state(self, rows: Tensor) -> None:
-        own = self._own_rows
-        rows[: len(own)].copy_(self._state(self.device_id)[own.start : own.stop])
+        own, chunk = self._own_rows, self._bound
+        rows[: len(own)].copy_(self.state(chunk.slot, chunk.start_buffer)[own.start : own.stop])
         rows[len(own) :].zero_()
 
     def share_state(self, rows: Tensor) -> None:
-        own, members = self._own_rows, self._bound.layout.part_of(self.device_id)
+        own, chunk = self._own_rows, self._bound
+        members = chunk.layout.part_of(self.device_id)
         for member in (self.device_id, *(member for member in members if member != self.device_id)):
-            self._state(member)[own.start : own.stop].copy_(rows[: len(own)])
+            state = self._slabs.state(member, self._spec.name, chunk.slot, chunk.end_buffer)
+            state[own.start : own.stop].copy_(rows[: len(own)])
         self._barrier.arrive_and_wait(members)
 
     def finish(self) -> None:
-        self._slabs.version(self.device_id, self._bound.slot).store(self._bound.end_version)
+        chunk = self._bound
+        self.publish(chunk.slot, chunk.end_buffer, chunk.end_version)
 
-    def fields(self, slot: int, branch: int) -> Mapping[str, Tensor]:
-        return self._slabs.fields(self.device_id, self._spec.name, slot, branch)
+    def constants(self, slot: int, branch: int) -> Mapping[str, Tensor]:
+        return self._slabs.constants(self.device_id, self._spec.name, slot, branch)
 
-    def publish(self, slot: int, version: int) -> None:
-        self._slabs.version(self.device_id, slot).store(version)
+    def state(self, slot: int, buffer: int) -> Tensor:
+        return self._slabs.state(self.device_id, self._spec.name, slot, buffer)
+
+    def publish(self, slot: int, buffer: int, version: int) -> None:
+        self._slabs.version(self.device_id, slot, buffer).store(version)
 
     def outcome(self) -> Callable[[], None]:
         return lambda: None
@@ -108,9 +116,9 @@ class CpuExchange:
     def reset(self) -> None:
         self._barrier.reset()
 
-    def _pull(self, chunk: Chunk, *, changing: bool) -> None:
-        for piece in self._slot_layout.pieces(chunk.shape, changing=changing):
-            self._slabs.copy(piece, chunk.slot, chunk.source)
+    def _pull(self, pieces: Sequence[SlotPiece]) -> None:
+        for piece in pieces:
+            self._slabs.copy(piece, self._bound.slot, self._bound.source)
 
     @property
     def _bound(self) -> Chunk:
@@ -121,11 +129,6 @@ class CpuExchange:
     def _own_rows(self) -> range:
         """Of the stepped segment, which is the same in all branches."""
         return self._bound.plans[0].shard_of(self.device_id).rows[self._spec.stepped]
-
-    def _state(self, device: int) -> Tensor:
-        """The field that changes, in the slot on `device`."""
-        fields = self._slabs.fields(device, self._spec.name, self._bound.slot)
-        return fields[self._spec.latents.name]
 
 
 class CpuGroup:

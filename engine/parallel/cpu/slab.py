@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tetrion.engine.parallel.layout import Piece, SlabLayout
+from tetrion.engine.parallel.layout import FieldPlace, Piece, SlabLayout
 from tetrion.engine.parallel.words import SlotVersion, Waiter
 
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
@@ -31,19 +31,22 @@ class SharedSlabs:
         self._buffers = [buffer.cast("B") for buffer in buffers]
         self._waiter = Waiter()
 
-    def fields(self, device: int, model: str, slot: int, branch: int = 0) -> dict[str, Tensor]:
-        """A request's state, by field: [max rows, width] of a branch. Rows beyond the request's own are left over."""
-        start = self.layout.slot_offset(slot)
-        tensors = {}
-        for place in self.layout.slots[model].places:
-            piece = place.piece(place.max_rows, branch if place.field.per_branch else 0)
-            shape, dtype = (place.max_rows, place.field.width), torch.float32 if place.field.fp32 else self.dtype
-            tensors[place.field.name] = self._view(device, start + piece.offset, shape, dtype)
-        return tensors
+    def constants(self, device: int, model: str, slot: int, branch: int = 0) -> dict[str, Tensor]:
+        """What steps do not change of a request, by field: [max rows, width] of a branch. Rows beyond the request's own
+        are left over."""
+        places = [place for place in self.layout.slots[model].places if not place.field.changes]
+        return {
+            place.field.name: self._part(device, place, slot, branch if place.field.per_branch else 0)
+            for place in places
+        }
 
-    def version(self, device: int, slot: int) -> SlotVersion:
-        """To be written after the tensors, and only on the device that owns the slab."""
-        return SlotVersion(self._buffers[device], self.layout.version_offset(slot), self._waiter)
+    def state(self, device: int, model: str, slot: int, buffer: int) -> Tensor:
+        """What steps change, in one of the slot's buffers: [max rows, width]."""
+        return self._part(device, self.layout.slots[model].latents, slot, buffer)
+
+    def version(self, device: int, slot: int, buffer: int) -> SlotVersion:
+        """Of a buffer; to be written after its tensor, and only on the device that owns the slab."""
+        return SlotVersion(self._buffers[device], self.layout.version_offset(slot), buffer, self._waiter)
 
     def copy(self, piece: Piece, slot: int, source: int) -> None:
         """A piece of the slot on `source` to the same place on this device."""
@@ -69,6 +72,11 @@ class SharedSlabs:
         """The velocity region of `device`: [num_rows, width]."""
         self._check_fits((num_rows, width), self.layout.velocity_bytes)
         return self._view(device, self.layout.velocity_offset, (num_rows, width))
+
+    def _part(self, device: int, place: FieldPlace, slot: int, part: int) -> Tensor:
+        piece = place.piece(place.max_rows, part)
+        shape, dtype = (place.max_rows, place.field.width), torch.float32 if place.field.fp32 else self.dtype
+        return self._view(device, self.layout.slot_offset(slot) + piece.offset, shape, dtype)
 
     def _view(self, device: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         count, dtype = torch.Size(shape).numel(), dtype or self.dtype

@@ -152,9 +152,9 @@ class GpuExchange:
         self._groups: WeakValueDictionary[GroupShape, GpuGroup] = WeakValueDictionary()
         self._swaps: dict[tuple[int, int], DeviceSwap] = {}
         self._chunk: Chunk | None = None
-        changing = next(place for place in self._slot_layout.places if place.field.changes)
-        self._place = Place(slabs.layout.slot_offset(0) + changing.offset, slabs.layout.slot_bytes)
-        self._width = changing.field.width
+        latents = self._slot_layout.latents
+        self._place = Place(slabs.layout.slot_offset(0) + latents.offset, slabs.layout.slot_bytes, latents.part_bytes)
+        self._width = latents.field.width
         self.rehearse()
 
     def group(self, shape: GroupShape) -> "GpuGroup":
@@ -188,6 +188,8 @@ class GpuExchange:
             source=chunk.source,
             start_version=chunk.start_version,
             end_version=chunk.end_version,
+            start_buffer=chunk.start_buffer,
+            end_buffer=chunk.end_buffer,
             part=part,
             rows=shard.rows[self._spec.stepped],
             everyone=layout.members,
@@ -200,13 +202,13 @@ class GpuExchange:
         chunk = self._bound
         if chunk.source != self.device_id:
             self._versions.wait_for_state()
-            self._pull(self._slot_layout.pieces(chunk.shape, changing=False))
+            self._pull(self._slot_layout.constants(chunk.shape))
 
     def pull_state(self) -> None:
         chunk = self._bound
         self._versions.wait()
         if chunk.source != self.device_id:
-            self._pull(self._slot_layout.pieces(chunk.shape, changing=True))
+            self._pull([self._slot_layout.state(chunk.shape, chunk.start_buffer)])
         self._versions.confirm(in_group=len(chunk.layout.members) > 1)
 
     def enter(self) -> None:
@@ -227,11 +229,14 @@ class GpuExchange:
     def finish(self) -> None:
         self._versions.publish()
 
-    def fields(self, slot: int, branch: int) -> Mapping[str, Tensor]:
-        return self._shared.slabs.fields(self.device_id, self._spec.name, slot, branch)
+    def constants(self, slot: int, branch: int) -> Mapping[str, Tensor]:
+        return self._shared.slabs.constants(self.device_id, self._spec.name, slot, branch)
 
-    def publish(self, slot: int, version: int) -> None:
-        words = publishing_words(self.device_id, self._shared.lanes, slot, version)
+    def state(self, slot: int, buffer: int) -> Tensor:
+        return self._shared.slabs.state(self.device_id, self._spec.name, slot, buffer)
+
+    def publish(self, slot: int, buffer: int, version: int) -> None:
+        words = publishing_words(self.device_id, self._shared.lanes, slot, buffer, version)
         self._shared.upload.copy(words, self._publishing)
         self._published.wait()
         self._published.publish()

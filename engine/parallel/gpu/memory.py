@@ -101,6 +101,10 @@ class GpuMemory:
     def clear_abort(self) -> None:
         self._aborts.clear(self.device_id)
 
+    def pin(self, segment: SharedSegment) -> None:
+        """Copies to and from the segment need no host thread from now on."""
+        self._device_pointer(segment)
+
     def close(self) -> None:
         """Give back mappings and memory. Only once nothing runs any more; every view of them is void."""
         self.unmap_peers(tuple(self._opened))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tetrion.engine.parallel.cpu.slab import DTYPES
 from tetrion.engine.parallel.gpu.raw_memory import tensor_at
-from tetrion.engine.parallel.layout import CACHE_LINE, SlabLayout
+from tetrion.engine.parallel.layout import CACHE_LINE, FieldPlace, SlabLayout
 
 
 class GpuSlabs:
@@ -32,15 +32,18 @@ class GpuSlabs:
         self._addresses[device] = address
         self.bases[device] = address
 
-    def fields(self, device: int, model: str, slot: int, branch: int = 0) -> dict[str, Tensor]:
-        """A request's state, by field: [max rows, width] of a branch. Rows beyond the request's own are left over."""
-        start = self.layout.slot_offset(slot)
-        tensors = {}
-        for place in self.layout.slots[model].places:
-            piece = place.piece(place.max_rows, branch if place.field.per_branch else 0)
-            shape, dtype = (place.max_rows, place.field.width), torch.float32 if place.field.fp32 else self.dtype
-            tensors[place.field.name] = self._view(device, start + piece.offset, shape, dtype)
-        return tensors
+    def constants(self, device: int, model: str, slot: int, branch: int = 0) -> dict[str, Tensor]:
+        """What steps do not change of a request, by field: [max rows, width] of a branch. Rows beyond the request's own
+        are left over."""
+        places = [place for place in self.layout.slots[model].places if not place.field.changes]
+        return {
+            place.field.name: self._part(device, place, slot, branch if place.field.per_branch else 0)
+            for place in places
+        }
+
+    def state(self, device: int, model: str, slot: int, buffer: int) -> Tensor:
+        """What steps change, in one of the slot's buffers: [max rows, width]."""
+        return self._part(device, self.layout.slots[model].latents, slot, buffer)
 
     def qkv(self, device: int, num_rows: int, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """The exchange regions: q, k, v of the device's heads for all rows, [num_rows, num_heads, head_dim]."""
@@ -65,6 +68,11 @@ class GpuSlabs:
         """The barrier counters in this device's slab, int32 [num_devices, words of a cache line]."""
         shape = (self.layout.num_devices, CACHE_LINE // 4)
         return self._view(self.device_id, self.layout.counters_offset, shape, torch.int32)
+
+    def _part(self, device: int, place: FieldPlace, slot: int, part: int) -> Tensor:
+        piece = place.piece(place.max_rows, part)
+        shape, dtype = (place.max_rows, place.field.width), torch.float32 if place.field.fp32 else self.dtype
+        return self._view(device, self.layout.slot_offset(slot) + piece.offset, shape, dtype)
 
     def _view(self, device: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         assert self.device.type == "cpu" or device == self.device_id, f"device {device}'s slab is for kernels only"
