@@ -96,7 +96,8 @@ class SimulatedExecutor:
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._events: list[Happening] = []
         self._free_s = dict.fromkeys(self.device_ids, 0.0)
-        self._state_s: dict[int, float] = {}
+        self._state_s: dict[tuple[int, int], float] = {}
+        """When a state is there that has so many chunks behind it."""
         self._unanswered: dict[int, dict[int, StageCommand]] = {d: {} for d in self.device_ids}
         self._woken = False
 
@@ -128,9 +129,9 @@ class SimulatedExecutor:
             return True
         if not isinstance(command, StageCommand):
             raise ValueError(f"a simulated device does not execute {type(command).__name__}")
-        start_s = max(self._now_s, self._state_s.get(command.state_id, 0.0), *[self._free_s[m] for m in members])
+        start_s = max(self._now_s, self._state_s.get(_source(command), 0.0), *[self._free_s[m] for m in members])
         end_s = start_s + self._duration(command, predict_s(command, self._costs))
-        self._state_s[command.state_id] = end_s
+        self._state_s[_result(command)] = end_s
         ticket = next(self._order)
         for member in members:
             self._free_s[member] = end_s
@@ -204,6 +205,15 @@ class SimulatedExecutor:
         self.release_image_slot(decode.image_slot)
         ready = PictureReady(command_id=decode.command_id, image=image, receipt=receipt(), ready_s=self._now_s)
         self._events.append(ready)
+
+
+def _source(command: StageCommand) -> tuple[int, int]:
+    """The state that a command needs: its id, and chunks behind it."""
+    return command.source_state_id if isinstance(command, Denoise) else command.state_id, command.chunk_index
+
+
+def _result(command: StageCommand) -> tuple[int, int]:
+    return command.state_id, command.chunk_index + isinstance(command, Denoise)
 
 
 def _answer(command: StageCommand, device_id: int, started_s: float, ended_s: float) -> Event:

@@ -4,7 +4,8 @@ The real loop on simulated devices that also keep what real ones keep of each ot
 passed with a peer, and in each slab a counter per peer (engine/parallel/cpu/barrier.py). A device that dies leaves its
 slab as it is, and may have come to its next command without a word of the one before, as GPUs do. One that is aborted
 writes on for a while, and answers late, unless it is reset before; so does one that is told to reset. They also keep
-which state is in their slots, which is in doubt from a chunk's entry to its end.
+which state is in each buffer of their slots, and in host memory: what a chunk writes is in doubt from its entry to its
+end, what it reads is not.
 """
 
 import random
@@ -12,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 from itertools import combinations
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from tests.engine.loop.test_loop import COSTS, Simulation
 from tetrion.engine.errors import EngineEnded
-from tetrion.engine.executors.simulated import SimulatedExecutor
+from tetrion.engine.executors.simulated import SimulatedExecutor, _source
 from tetrion.engine.messages import (
     BarriersReset,
     Command,
@@ -30,7 +31,20 @@ from tetrion.engine.messages import (
     ResetBarriers,
     StageCommand,
 )
+from tetrion.engine.parallel.layout import NUM_BUFFERS
 from tetrion.engine.request import MAX_ATTEMPTS, Failure, Output
+
+
+class Held(NamedTuple):
+    """A state in a buffer."""
+
+    state_id: int
+    step: int
+
+
+def _place(command: StageCommand, chunks: int = 0) -> tuple[int, int]:
+    """Slot and buffer of the state that a command is about, or of the one so many chunks later."""
+    return command.slot, (command.chunk_index + chunks) % NUM_BUFFERS
 
 
 class CountingExecutor(SimulatedExecutor):
@@ -47,8 +61,10 @@ class CountingExecutor(SimulatedExecutor):
         """Commands whose source has not the state that they are about: until they are aborted, or for ever."""
         self.num_steps_done = Counter[str]()
         """Steps that came to something, by request; what is done again counts again."""
-        self._held: dict[tuple[int, int], int] = {}
-        """(device, state) -> step."""
+        self._held: dict[tuple[int, int, int], Held] = {}
+        """By device, slot and buffer."""
+        self._saved: dict[tuple[int, int], tuple[str, int]] = {}
+        """By slot and buffer: request and step."""
         self._draw = draw
         self._life = Counter[int]()
         self._aborts: dict[int, object] = {}
@@ -59,7 +75,7 @@ class CountingExecutor(SimulatedExecutor):
                 self.at(max(self.now_s(), self._free_s[me]), lambda me=me: self._enter(me, command))
         if not isinstance(command, ResetBarriers):
             assert isinstance(command, StageCommand)
-            begin_s = max(self._state_s.get(command.state_id, 0.0), *[self._free_s[m] for m in members])
+            begin_s = max(self._state_s.get(_source(command), 0.0), *[self._free_s[m] for m in members])
             self.at(max(self.now_s(), begin_s), lambda: self._begin(command, members))
             return super().submit(command, members)
         (device_id,) = members
@@ -120,25 +136,36 @@ class CountingExecutor(SimulatedExecutor):
         super()._complete(ticket, command, members, start_s)
 
     def _executed(self, command: StageCommand, members: tuple[int, ...]) -> None:
-        step = command.step_index + command.chunk_steps if isinstance(command, Denoise) else 0
-        if not isinstance(command, Decode):
-            self._held |= dict.fromkeys([(member, command.state_id) for member in members], step)
-            self.num_steps_done[command.request_id] += getattr(command, "chunk_steps", 0)
+        if isinstance(command, Decode):
+            return
+        if isinstance(command, Denoise):
+            self.num_steps_done[command.request_id] += command.chunk_steps
+            self._saved[_place(command, 1)] = command.request_id, command.step_index + command.chunk_steps
+        self._leave(command, members)
+
+    def _leave(self, command: EncodePrompt | Denoise, members: tuple[int, ...]) -> None:
+        """What it makes is in the slots of its members."""
+        is_chunk = isinstance(command, Denoise)
+        held = Held(command.state_id, command.step_index + (command.chunk_steps if is_chunk else 0))
+        self._held |= dict.fromkeys([(member, *_place(command, is_chunk)) for member in members], held)
 
     def _begin(self, command: StageCommand, members: tuple[int, ...]) -> None:
-        """Unless it was lost or aborted before: members change the state that they hold, if they do hold it."""
-        if isinstance(command, EncodePrompt) or not all(
-            any(held is command for held in self._unanswered[member].values()) for member in members
-        ):
+        """Unless it was lost or aborted before: members take the state that it is about, if it is there."""
+        if not all(any(held is command for held in self._unanswered[member].values()) for member in members):
+            return
+        if isinstance(command, EncodePrompt):
+            if command.step_index:
+                assert self._saved[_place(command)] == (command.request_id, command.step_index)
             return
         is_last = isinstance(command, Decode)
-        step = command.params.num_steps if is_last else command.step_index
+        state_id, step = _source(command)[0], command.params.num_steps if is_last else command.step_index
         holders = {command.source} if is_last else {command.source, *(set(command.holders) & set(members))}
-        if any(self._held.get((holder, command.state_id)) != step for holder in holders):
+        if any(self._held.get((holder, *_place(command))) != Held(state_id, step) for holder in holders):
             self._waiting.add(command.command_id)
         elif not is_last:
             for member in members:
-                self._held.pop((member, command.state_id), None)
+                self._held[member, *_place(command)] = Held(state_id, step)
+                self._held.pop((member, *_place(command, 1)), None)
 
     def _enter(self, device_id: int, command: Denoise) -> None:
         """Arrive at the chunk's first barrier, as soon as the device has come to it, whether or not the others have."""
@@ -154,11 +181,15 @@ class CountingExecutor(SimulatedExecutor):
                     self._arrive(device_id, peer, self._draw.randint(0, 40 * command.chunk_steps))
 
     def _come_to_the_next(self, device_id: int) -> None:
-        """What it was at is done, but not answered; and so is what the next command's other members were at."""
-        for command in list(self._unanswered[device_id].values())[1:]:
+        """What it was at is done, but not answered; the next, with all of its members, is cut off half-way."""
+        commands = list(self._unanswered[device_id].values())
+        if len(commands) > 1 and isinstance(commands[0], Denoise):
+            self._leave(commands[0], commands[0].members)
+        for command in commands[1:]:
             if isinstance(command, Denoise):
                 for member in command.members:
-                    self._held.pop((member, command.state_id), None)
+                    self._held.pop((member, *_place(command, 1)), None)
+                self._saved.pop(_place(command, 1), None)
 
     def _arrive(self, me: int, peer: int, times: int) -> None:
         self.counts[me, peer] += times
@@ -190,6 +221,7 @@ def test_groups_always_agree_on_what_they_have_counted(data: st.DataObject) -> N
     simulation = simulate(data.draw(st.integers(0, 10**6)), num_devices, respawn_s, losses)
     assert not counting(simulation).disagreements
     assert len(simulation.results) + len(simulation.failures) == 12
+    assert all(counting(simulation).num_steps_done[request_id] == 12 for request_id in simulation.results)
     assert all(str(error) == "simulated loss" for error in simulation.failures.values()), "3 attempts, no other reason"
     assert len(simulation.loop.table) == 0
 
@@ -217,9 +249,8 @@ def test_a_request_that_rests_on_the_dead_device_and_another_goes_on_from_there(
     assert simulation.results["a"].degrees == (2,) * 40
 
 
-def test_what_members_of_a_group_held_counts_for_nothing_if_the_dead_one_may_have_come_to_it() -> None:
-    """`c` stands behind `b` on both. Whoever went on from what the living one held before would wait for it until that
-    one is killed."""
+def test_two_chunks_that_are_cut_off_at_once_are_both_done_again() -> None:
+    """`c` stands behind `b` on both devices, and the one that dies may have come to it."""
     simulation = losing(2.7, device_id=1, num_devices=2, lead_s=1.0)
     executor, behind = counting(simulation), []
     executor.at(2.699, lambda: behind.extend(command.request_id for command in executor._unanswered[1].values()))
@@ -229,21 +260,41 @@ def test_what_members_of_a_group_held_counts_for_nothing_if_the_dead_one_may_hav
     simulation.run()
     assert behind == ["b", "c"]
     assert simulation.results.keys() == {"a", "b", "c"} and simulation.loop.recovery_figures.num_deaths == 1
+    assert all(executor.num_steps_done[request_id] == 12 for request_id in "abc")
 
 
-def test_what_a_dead_device_had_not_come_to_is_done_elsewhere_from_where_it_was() -> None:
-    """`b` is held by two devices and goes on on one, where it stands behind `a`: if that dies, only `a` starts again.
-    Whether it stands there depends on the moment."""
-    went_on = 0
-    for number in range(12):
-        simulation = losing(3.0 + 0.07 * number, device_id=1, num_devices=2, lead_s=1.0)
-        for request_id, degrees in (("a", (2,)), ("b", (2, 1) * 20)):
-            simulation.request(request_id, width=512, height=512, num_steps=40, force_degrees=degrees)
-        simulation.run()
-        assert simulation.results.keys() == {"a", "b"}
-        done, retries = counting(simulation).num_steps_done, simulation.loop.recovery_figures.num_retries
-        went_on += retries == 2 and done["b"] == 40 < done["a"]
-    assert went_on
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("at_s", [0.05, 1.7, 2.0, 2.6, 3.0])
+def test_a_loss_repeats_no_more_than_the_chunk_that_it_cut_off(degree: int, at_s: float) -> None:
+    """Whether others have the state (degrees 2 and 3), or nobody (1): then it was saved."""
+    simulation = losing(at_s, device_id=0, num_devices=3)
+    executor, chunks = counting(simulation), []
+    executor.at(at_s - 0.001, lambda: chunks.extend(executor._unanswered[0].values()))
+    simulation.request("a", width=512, height=512, num_steps=40, force_degrees=(degree,))
+    simulation.run()
+    figures = simulation.loop.recovery_figures
+    assert len(simulation.results["a"].degrees) == executor.num_steps_done["a"] == 40
+    assert figures.num_deaths == 1
+    assert figures.num_repeated_steps == sum(getattr(command, "chunk_steps", 0) for command in chunks[:1])
+
+
+def test_a_request_whose_steps_are_done_is_decoded_elsewhere_if_its_only_holder_dies() -> None:
+    simulation = losing(0.0, device_id=0, num_devices=2)
+    executor = counting(simulation)
+    original = executor.submit
+
+    def submit(command: Command, members: tuple[int, ...]) -> bool:
+        if isinstance(command, Decode) and executor.alive == {0, 1} and not executor.num_steps_done["lost"]:
+            executor.num_steps_done["lost"] += 1
+            executor.at(executor.now_s() + 0.001, lambda: executor.lose(members[0]))
+        return original(command, members)
+
+    executor.submit = submit  # type: ignore[method-assign]
+    simulation.request("a", at_s=2.0, width=512, height=512, num_steps=6, force_degrees=(1,))
+    simulation.run()
+    figures = simulation.loop.recovery_figures
+    assert executor.num_steps_done == {"a": 6, "lost": 1} and simulation.results["a"].degrees == (1,) * 6
+    assert (figures.num_deaths, figures.num_retries, figures.num_repeated_steps <= 1) == (2, 1, True)
 
 
 @settings(max_examples=25, deadline=None)
