@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import msgspec
 
 from tetrion.engine.messages import Command, Decode, Event
+from tetrion.engine.params import Params
 from tetrion.engine.request import NOT_METERED, Receipt
 
 
@@ -42,6 +43,8 @@ class Executor(Protocol):
     way: nobody is given up."""
 
     device_ids: tuple[int, ...]
+    first_time_s: float
+    """So much longer a device may take for what it has not done before, in seconds."""
 
     @property
     def alive(self) -> frozenset[int]: ...
@@ -70,6 +73,12 @@ class Executor(Protocol):
 
     def revive(self) -> None:
         """All workers are idle, and all that were reported lost may be replaced; `poll` will report them ready."""
+
+    def read_saved(self, params: Params, slot: int, chunk_index: int) -> Any:
+        """A copy of a request's state that a chunk has saved in host memory (messages.Denoise)."""
+
+    def write_saved(self, params: Params, slot: int, chunk_index: int, state: Any) -> None:
+        """Put it where another slot's would be."""
 
     def acquire_image_slot(self) -> int | None:
         """A free slot of the image slab, None if there is none now."""

@@ -16,12 +16,16 @@ from tetrion.engine.executors.fleet.segments import Segments
 from tetrion.engine.hardware.standard_streams import hold_standard_descriptors
 from tetrion.engine.messages import Command, Decode
 from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.params import Params
 from tetrion.engine.request import Receipt
 from tetrion.engine.transport.available_memory import available_memory_bytes
 
 WORKER_BYTES = 400_000_000
 """What a worker process takes beside the shared memory: its libraries, which forked ones share, and what it computes
 with."""
+
+FIRST_TIME_S = {"cpu": 0.0, "cuda": 60.0}
+"""A GPU worker compiles kernels and records graphs for a shape that is new to it."""
 
 
 class ProcessExecutor:
@@ -31,6 +35,8 @@ class ProcessExecutor:
         self.devices = devices
         self.device_ids = tuple(device.device_id for device in devices)
         self._specs = specs
+        self._widths = {spec.name: spec.latents.width for spec in specs}
+        self.first_time_s = FIRST_TIME_S[devices[0].kind]
         self._config = config
         self._wake = asyncio.Event()
         self._is_closed = False
@@ -130,6 +136,17 @@ class ProcessExecutor:
 
     def revive(self) -> None:
         self._started_pool.revive()
+
+    # Requests' states in host memory -----------------------------------------------------------------------------
+
+    def read_saved(self, params: Params, slot: int, chunk_index: int) -> npt.NDArray[np.float32]:
+        return self._saved(params, slot, chunk_index).copy()
+
+    def write_saved(self, params: Params, slot: int, chunk_index: int, state: npt.NDArray[np.float32]) -> None:
+        self._saved(params, slot, chunk_index)[...] = state
+
+    def _saved(self, params: Params, slot: int, chunk_index: int) -> npt.NDArray[np.float32]:
+        return self._mapped.saved_states.view(slot, chunk_index, (params.shape.image, self._widths[params.model]))
 
     # Pictures ----------------------------------------------------------------------------------------------------
 

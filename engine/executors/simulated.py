@@ -26,6 +26,7 @@ from tetrion.engine.messages import (
     StageCommand,
     failed,
 )
+from tetrion.engine.params import Params
 from tetrion.engine.planning.cost.predict import predict_s
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.request import Receipt
@@ -75,6 +76,8 @@ class SimulatedExecutor:
     A lost device is back `respawn_s` after its death (but not before the loop has recovered); None: not within the
     simulation. The answers of a command's members come `answer_gap_s` apart, as those of processes do.
     """
+
+    first_time_s = 0.0
 
     def __init__(
         self,
@@ -191,6 +194,12 @@ class SimulatedExecutor:
             if self._respawn_s is not None:
                 at_s = max(self._now_s, lost_s + self._respawn_s)
                 self.at(at_s, lambda device_id=device_id: self._return(device_id))  # type: ignore[misc]
+
+    def read_saved(self, params: Params, slot: int, chunk_index: int) -> None:
+        """States are not kept here."""
+
+    def write_saved(self, params: Params, slot: int, chunk_index: int, state: None) -> None:
+        """See `read_saved`."""
 
     def acquire_image_slot(self) -> int | None:
         return 0

@@ -7,13 +7,15 @@ from tetrion.engine.messages import StageCommand
 
 MAX_DEPTH = 2
 """Commands a device may hold: the one that runs and the one planned ahead."""
+OVERDUE_FACTOR, OVERDUE_S = 10, 1.0
+"""An answer that comes so many times its prediction, and so many seconds, late is overdue."""
 
 
 class InFlight:
     """One dispatched command. `pending` are the members that have not answered yet; at `num_behind` of them another
-    command comes first. It is predicted to run from `start_s` to `end_s`."""
+    command comes first. It is predicted to run from `start_s` to `end_s`, and may take `grace_s` longer."""
 
-    __slots__ = ("command", "duration_s", "end_s", "members", "num_behind", "pending", "start_s")
+    __slots__ = ("command", "duration_s", "end_s", "grace_s", "members", "num_behind", "pending", "start_s")
 
     def __init__(self, command: StageCommand, members: tuple[int, ...], start_s: float, duration_s: float) -> None:
         self.command = command
@@ -21,11 +23,22 @@ class InFlight:
         self.pending = set(members)
         self.num_behind = 0
         self.duration_s = duration_s
+        self.grace_s = 0.0
         self.starts_at(start_s)
 
     def starts_at(self, start_s: float) -> None:
         self.start_s = start_s
         self.end_s = start_s + self.duration_s
+
+    def expected_end_s(self, now_s: float) -> float:
+        """What is late is expected to take as long again as it has been late: the longer nothing is heard of a device,
+        the less is planned for it."""
+        return self.end_s if self.end_s >= now_s else now_s + (now_s - self.end_s)
+
+    @property
+    def overdue_s(self) -> float:
+        """From then on an answer is overdue."""
+        return self.end_s + OVERDUE_FACTOR * self.duration_s + OVERDUE_S + self.grace_s
 
     def ends_by(self, time_s: float) -> None:
         """A member has answered then. Members end together, so the others are about to, whatever was predicted: a plan
@@ -51,7 +64,7 @@ class InFlightTable:
     def __iter__(self) -> Iterator[InFlight]:
         return iter(self._by_id.values())
 
-    def add(self, command: StageCommand, members: tuple[int, ...], now_s: float, duration_s: float) -> None:
+    def add(self, command: StageCommand, members: tuple[int, ...], now_s: float, duration_s: float) -> InFlight:
         entry = InFlight(command, members, max([self.free_s(member, now_s) for member in members]), duration_s)
         self._by_id[command.command_id] = entry
         self._by_request.setdefault(command.request_id, []).append(entry)
@@ -59,17 +72,26 @@ class InFlightTable:
             queue = self._by_device[member]
             entry.num_behind += bool(queue)
             queue.append(entry)
+        return entry
 
     def free_s(self, device_id: int, now_s: float) -> float:
-        """When the device's last command is predicted to end; never before now if it holds any."""
+        """When the device's last command is expected to end; never before now."""
         free_s = now_s
         for entry in self._by_device[device_id]:
-            if entry.end_s > free_s:
-                free_s = entry.end_s
+            free_s = max(free_s, entry.expected_end_s(now_s))
         return free_s
 
     def has_room(self, device_id: int) -> bool:
         return len(self._by_device[device_id]) < MAX_DEPTH
+
+    def of_device(self, device_id: int) -> Sequence[InFlight]:
+        """What the device holds, in the order in which it comes to it."""
+        return tuple(self._by_device[device_id])
+
+    def allow(self, seconds: float) -> None:
+        """Nothing that is in flight is blamed for these: nobody could have answered, or been heard."""
+        for entry in self._by_id.values():
+            entry.grace_s += seconds
 
     def of_request(self, request_id: str) -> Sequence[InFlight]:
         """In the order in which they were dispatched."""

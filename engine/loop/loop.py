@@ -67,7 +67,7 @@ FULL_CHANNEL_WAIT_S = 0.001
 """After this, what could not be dispatched is planned again; later after as long as it has been refused, at most
 `LONGEST_REFUSAL_WAIT_S`."""
 LONGEST_REFUSAL_WAIT_S = 0.1
-OVERDUE_WAIT_S = 1.0
+OVERDUE_WAIT_S = 0.25
 """So often the loop looks whether a late answer has become a stall."""
 
 
@@ -190,7 +190,10 @@ class EngineLoop:
         recovery.py)."""
         try:
             while not self._stopping:
+                begun_s = self.executor.now_s()
+                self._recovery.stood_still(begun_s - self._due_s)
                 self.tick()
+                self._recovery.stood_still(self.executor.now_s() - begun_s)
                 wake_s = self._next_wake_s()
                 self._due_s = math.inf if wake_s is None else wake_s
                 await self.executor.wait(wake_s)
@@ -294,7 +297,7 @@ class EngineLoop:
             raise
         if is_taken:
             self._refusals.over(members)
-            self._books.sent(request, command, members, duration_s)
+            self._recovery.sent(self._books.sent(request, command, members, duration_s))
         else:
             self._books.not_sent(command, members)
             self._ring_full(members)
@@ -352,10 +355,13 @@ class EngineLoop:
         """With the answer of its first member a command is about to be done, with that of its last it is."""
         entry = self._books.answered(event, self.executor.now_s())
         if entry is None:
+            self._recovery.answered_late(event)
             return
         self._has_news |= isinstance(event, Failed) or len(entry.pending) in (0, len(entry.members) - 1)
         if isinstance(event, Failed):
             self._recovery.request_failed(event, entry.command)
+        else:
+            self._recovery.executed(entry, event.device_id)
         if entry.pending:
             return
         if isinstance(event, Failed) or self._recovery.is_hit(event.request_id):

@@ -69,12 +69,12 @@ class Bookkeeper:
         for member in members:
             self._guarded(command.request_id, self._energy.failed, command.command_id, member, self._executor.now_s())
 
-    def sent(self, request: Request, command: StageCommand, members: tuple[int, ...], duration_s: float) -> None:
+    def sent(self, request: Request, command: StageCommand, members: tuple[int, ...], duration_s: float) -> InFlight:
         """The request's next command was given to its members."""
         now_s = self._executor.now_s()
         if request.started_s is None:
             request.started_s = now_s
-        self._in_flight.add(command, members, now_s, duration_s)
+        entry = self._in_flight.add(command, members, now_s, duration_s)
         if isinstance(command, Denoise):
             request.planned_step_index += command.chunk_steps
             request.planned_chunk_index += 1
@@ -85,6 +85,7 @@ class Bookkeeper:
         self._follow(request)
         self._statistics.sent(command.command_id, members, now_s)
         request.spent_j += predict_j(command, self._cost_models.tables)
+        return entry
 
     def answered(self, event: Answer | Failed, now_s: float) -> InFlight | None:
         """A member has answered. Returns the command (done when nobody is pending), None if no answer was due."""

@@ -15,6 +15,11 @@ it dispatches from now on has another state id, since some members may have fini
 rested on the dead device, among others, is not hit at all. Only the request whose command the device was at when it
 died may be to blame; after `MAX_ATTEMPTS` such deaths it fails.
 
+A device whose answer is overdue gets nothing new (stalls.py). If all that it holds is its own, its requests go on
+without it, in other slots and from what is saved, and the others notice nothing; it is killed after the stall timeout,
+or if it comes back all is drained and reset, since it was aborted. If it holds a group's command, that is aborted like
+a dead one's, and who does not react to that is killed.
+
 A stage that lasts longer than the stall timeout has a device that does not answer: whoever owes an answer is killed,
 and hit requests fail, with the reason; all that comes later is served once the loss is reported. (A reset that is not
 answered is left as long again, since no request has waited for the drain: killing its device alone may do.) If there is
@@ -39,6 +44,7 @@ the later has been carried out, and a counter zeroed after a peer has arrived is
 
 import enum
 import logging
+import math
 from collections.abc import Collection, Iterator
 
 import msgspec
@@ -46,16 +52,21 @@ import msgspec
 from tetrion.engine.errors import EngineEnded, GenerationError
 from tetrion.engine.executors.base import Executor, WorkerLost
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
-from tetrion.engine.loop.progress import Bookkeeper
+from tetrion.engine.loop.progress import Answer, Bookkeeper
 from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.loop.stalls import Stalls
 from tetrion.engine.messages import BarriersReset, Denoise, Failed, ResetBarriers, StageCommand
 from tetrion.engine.request import MAX_ATTEMPTS
 
 logger = logging.getLogger(__name__)
-STALL_CHECK_S = 0.5
+STALL_CHECK_S = 0.2
 """So often it is looked at whether an answer is overdue: stalls are a matter of seconds."""
-STOOD_STILL_S = 5.0
-"""While an answer is overdue the loop ticks every second: if it did not for so long, it stood still itself."""
+STOOD_STILL_S = 0.5
+"""A loop that ticks so much later than it meant to stood still itself."""
+ABORT_S = 0.5
+"""An abort is seen at the next barrier, which comes many times in a step."""
+RESET_S = 5.0
+"""A reset is a matter of milliseconds."""
 
 
 class RecoveryState(enum.Enum):
@@ -65,32 +76,40 @@ class RecoveryState(enum.Enum):
 
 
 class RecoveryFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Since the start: workers lost, workers started in their place, requests that went on or started again after a
-    loss, steps that these have run again."""
+    """Since the start: workers lost, workers started in their place, times that an answer was overdue, requests that
+    went on or started again after either, steps that these have run again. `overdue`: devices that are set aside."""
 
     num_deaths: int = 0
+    num_stalls: int = 0
+    overdue: tuple[int, ...] = ()
     num_respawns: int = 0
     num_retries: int = 0
     num_repeated_steps: int = 0
 
 
 class Hit(msgspec.Struct):
-    """Why a request's commands came to nothing. `may_be_cause`: a device was at its command when it died.
-    `lost_steps`: of the command that a device was at."""
+    """Why a request's commands came to nothing, from when on. `may_be_cause`: a device was at its command when it died
+    or fell silent. `lost_steps`: of the command that a device was at."""
 
     reason: str
+    since_s: float
     may_be_cause: bool = False
     lost_steps: int = 0
 
-    def lost(self, command: StageCommand) -> None:
-        """A device was at this command."""
+    def repeat(self, command: StageCommand) -> None:
+        """A device was at this command, which is to be done again."""
         if isinstance(command, Denoise):
             self.lost_steps = max(self.lost_steps, command.chunk_steps)
+
+    def blame(self, command: StageCommand) -> None:
+        """It was at this command when it died or fell silent."""
+        self.may_be_cause = True
+        self.repeat(command)
 
 
 class Recovery:
     """`in_flight` says which devices may be given commands; those join and leave here. `command_ids`: the loop's own.
-    A worker that does not answer `stall_timeout_s` longer than is plausible is killed."""
+    A worker whose answer has been overdue for `stall_timeout_s` is killed."""
 
     def __init__(
         self,
@@ -110,6 +129,7 @@ class Recovery:
         self._command_ids = command_ids
         self._stall_timeout_s = stall_timeout_s
         self._no_worker_timeout_s = no_worker_timeout_s
+        self._stalls = Stalls(executor, in_flight, table, books)
         self._hit: dict[str, Hit] = {}
         self._failed_while_hit: set[str] = set()
         """Hit requests that did not wait for the end of the recovery: by now their ids may be others'."""
@@ -121,12 +141,14 @@ class Recovery:
         self._no_worker_since_s: float | None = None
         self._last_loss = ""
         self.num_respawns = 0
-        self._num_deaths = self._num_retries = self._num_repeated_steps = 0
+        self._num_deaths = self._num_stalls = self._num_retries = self._num_repeated_steps = 0
 
     @property
     def figures(self) -> RecoveryFigures:
         return RecoveryFigures(
             num_deaths=self._num_deaths,
+            num_stalls=self._num_stalls,
+            overdue=tuple(sorted(self._stalls.devices)),
             num_respawns=self.num_respawns,
             num_retries=self._num_retries,
             num_repeated_steps=self._num_repeated_steps,
@@ -140,13 +162,37 @@ class Recovery:
     @property
     def is_waiting(self) -> bool:
         """Whether something is due that may never come: an answer, or a worker."""
-        return bool(self._resets) or not self.is_healthy or not self._executor.alive
+        return bool(self._resets or self._stalls.devices) or not self.is_healthy or not self._executor.alive
 
     def is_hit(self, request_id: str) -> bool:
         """Whether what is in flight for the request will come to nothing: answers count for nothing."""
         return request_id in self._hit
 
     # Told by the loop ---------------------------------------------------------------------------------------------
+
+    def sent(self, entry: InFlight) -> None:
+        self._stalls.sent(entry)
+
+    def executed(self, entry: InFlight, device_id: int) -> None:
+        self._stalls.executed(entry, device_id)
+
+    def answered_late(self, event: Answer | Failed) -> None:
+        """Nothing was due. A device that was set aside is one of the others again once all are reset: its abort word
+        is set."""
+        if self._stalls.answered(event):
+            logger.info("worker %d answers again", event.device_id)
+            self._enter(RecoveryState.DRAINING)
+
+    def stood_still(self, seconds: float) -> None:
+        """The engine did nothing for so long that it had meant to; perhaps others could not either."""
+        if STOOD_STILL_S < seconds < math.inf:
+            logger.warning("the engine stood still for %.1f s", seconds)
+            self._in_flight.allow(seconds)
+            self._stalls.allow(seconds)
+            self._since_s += seconds
+            self._resets = {device_id: (id, sent_s + seconds) for device_id, (id, sent_s) in self._resets.items()}
+            if self._no_worker_since_s is not None:  # none could be started meanwhile
+                self._no_worker_since_s += seconds
 
     def request_failed(self, event: Failed, command: StageCommand) -> None:
         """A failure of its own ends the request, once nothing is in flight for it; others start again."""
@@ -157,7 +203,7 @@ class Recovery:
             return  # as was asked for
         if event.kind == "aborted" or request is None:  # because of those that are hit already; or it has ended
             first = next(iter(self._hit.values()), None)
-            self._hit_request(event.request_id, event.message if first is None else first.reason).lost(command)
+            self._hit_request(event.request_id, event.message if first is None else first.reason).repeat(command)
             return
         logger.error("request %s failed on worker %d: %s", event.request_id, event.device_id, event.message)
         request.attempts = MAX_ATTEMPTS
@@ -171,10 +217,11 @@ class Recovery:
         none."""
         logger.error("worker %d was lost: %s", event.device_id, event.reason)
         self._num_deaths += 1
+        self._stalls.lost(event.device_id)
         now_s = self._executor.now_s()
         lost = self._in_flight.drop_device(event.device_id, now_s)
         for number, entry in enumerate(lost):
-            self._hit_by_loss(entry, event.reason, had_begun=number == 0)
+            self._hit_command(entry, event.reason, had_begun=number == 0)
             self._books.member_failed(entry.command, event.device_id, now_s)
             self._books.discard(entry.command)
         for request in self._table.admitted():
@@ -196,30 +243,63 @@ class Recovery:
     # At every tick ------------------------------------------------------------------------------------------------
 
     def check_stalls(self) -> None:
-        """A worker that takes far longer than predicted is killed; it is then handled like any lost worker. So is what
-        keeps a recovery from ending. After the loop itself stood still, answers that have come meanwhile are read
-        first. Raises EngineEnded if there has been no worker for too long."""
-        now_s, timeout_s = self._executor.now_s(), self._stall_timeout_s
+        """Devices whose answer is overdue are set aside or killed, and handled like lost ones. So is what keeps a
+        recovery from ending. Raises EngineEnded if there has been no worker for too long."""
+        now_s = self._executor.now_s()
         if now_s < self._check_s:
             return
-        stood_still = now_s > self._check_s + STOOD_STILL_S
         self._check_s = now_s + STALL_CHECK_S
         if self._executor.alive:
             self._no_worker_since_s = None
-        elif self._no_worker_since_s is None or stood_still:  # none could be started meanwhile
+        elif self._no_worker_since_s is None:
             self._no_worker_since_s = now_s
-        if stood_still:
-            return
-        for entry in [e for e in self._in_flight if now_s > e.end_s + 10 * e.duration_s + timeout_s]:
-            if self.is_hit(entry.command.request_id):
-                continue  # they wait for one that is lost until they are aborted: then the drain's time runs
-            for device_id in self._to_blame(entry):
-                self._executor.kill(device_id, f"no answer for {now_s - entry.start_s:.0f} s")
-        for device_id in [d for d, (_, sent_s) in self._resets.items() if now_s > sent_s + timeout_s]:
-            self._executor.kill(device_id, f"no answer to ResetBarriers for {timeout_s:g} s")
+        for device_id, entry in self._stalls.silent(now_s):
+            self._on_silence(device_id, entry, now_s)
+        for device_id in self._stalls.for_too_long(now_s, self._stall_timeout_s):
+            self._executor.kill(device_id, f"no answer for {self._stall_timeout_s:g} s more than it could take")
+        for device_id in [d for d, (_, sent_s) in self._resets.items() if now_s > sent_s + RESET_S]:
+            self._executor.kill(device_id, f"no answer to ResetBarriers for {RESET_S:g} s")
         if not self.is_healthy:
             self._check_progress(now_s - self._since_s)
         self._check_workers(now_s)
+
+    def _on_silence(self, device_id: int, entry: InFlight, now_s: float) -> None:
+        """A device's answer to the command that it is at is overdue."""
+        held = self._in_flight.of_device(device_id)
+        reason = f"no answer for {now_s - entry.start_s:.1f} s, {entry.duration_s:.2g} s were predicted"
+        untold = [other for other in held if not self.is_hit(other.command.request_id)]
+        if all(len(other.members) == 1 for other in held) and self._table.num_free_slots >= len(held):
+            self._set_aside(device_id, reason, now_s)
+        elif untold:
+            logger.warning("worker %d is overdue in a group: %s", device_id, reason)
+            self._num_stalls += 1
+            for other in untold:
+                self._hit_command(other, f"worker {device_id}: {reason}", had_begun=other is entry)
+        elif now_s > max(self._hit[other.command.request_id].since_s for other in held) + ABORT_S:
+            self._executor.kill(device_id, f"{reason}, and others wait for what it may write to")
+
+    def _set_aside(self, device_id: int, reason: str, now_s: float) -> None:
+        """What the device holds is its own: its requests go on without it, at once if nothing else waits for it."""
+        logger.warning("worker %d is overdue and gets nothing new: %s", device_id, reason)
+        self._num_stalls += 1
+        entries = self._in_flight.drop_device(device_id, now_s)
+        self._stalls.set_aside(device_id, entries, now_s)
+        self._executor.abort((device_id,))
+        requests: dict[str, Request] = {}
+        for number, entry in enumerate(entries):
+            self._books.member_failed(entry.command, device_id, now_s)
+            request = self._table.get(entry.command.request_id)
+            if request is not None:
+                requests[request.request_id] = request
+                hit = self._hit.setdefault(request.request_id, Hit(f"worker {device_id}: {reason}", now_s))
+                if number == 0:
+                    hit.blame(entry.command)
+        for request in requests.values():
+            self._change_slot(request)
+            if self.is_healthy and not self._in_flight.of_request(request.request_id):
+                self._go_on(request, self._hit.pop(request.request_id))
+        if self._hit:
+            self._enter(RecoveryState.DRAINING)
 
     def _check_progress(self, lasted_s: float) -> None:
         """Of a recovery: whoever keeps it from ending is killed, and nobody has to wait for it."""
@@ -258,21 +338,20 @@ class Recovery:
             self._drain()
         if self._state is RecoveryState.RESETTING and not self._resets:
             self._finish()
-        alive = self._executor.alive
-        if self.is_healthy and not alive <= self._in_flight.devices:
-            self._reset(alive - self._in_flight.devices - self._resets.keys())
+        able = self._executor.alive - self._stalls.devices
+        if self.is_healthy and not able <= self._in_flight.devices:
+            self._reset(able - self._in_flight.devices - self._resets.keys())
 
     def _hit_request(self, request_id: str, reason: str) -> Hit:
         """What is in flight for it will come to nothing."""
         self._enter(RecoveryState.DRAINING)
-        return self._hit.setdefault(request_id, Hit(reason))
+        return self._hit.setdefault(request_id, Hit(reason, self._executor.now_s()))
 
-    def _hit_by_loss(self, entry: InFlight, reason: str, had_begun: bool) -> None:
-        """`entry` was given to the device that is lost, and not answered by it."""
+    def _hit_command(self, entry: InFlight, reason: str, had_begun: bool) -> None:
+        """`entry` was given to a device that is lost or silent, and not answered by it."""
         hit = self._hit_request(entry.command.request_id, reason)
         if had_begun:
-            hit.may_be_cause = True
-            hit.lost(entry.command)
+            hit.blame(entry.command)
 
     def _lost_holder(self, request: Request, reason: str) -> None:
         """All that was dispatched for it runs elsewhere, or it rests: it goes on from any holder that is left."""
@@ -295,7 +374,7 @@ class Recovery:
             self._enter(RecoveryState.RESETTING)
             self._executor.revive()
             self._resets.clear()
-            self._reset(self._executor.alive)
+            self._reset(self._executor.alive - self._stalls.devices)
 
     def _reset(self, device_ids: frozenset[int]) -> None:
         for device_id in sorted(device_ids):
@@ -325,3 +404,12 @@ class Recovery:
         self._table.mark_changed(request)
         if request.state is not state:
             self._table.move(request, state)
+
+    def _change_slot(self, request: Request) -> None:
+        """Somebody may still write to the one that it has: all that is known of its state is what is saved."""
+        old, index = request.slot, request.chunk_index
+        self._table.change_slot(request)
+        if request.step_index:
+            saved = self._executor.read_saved(request.params, old, index)
+            self._executor.write_saved(request.params, request.slot, index, saved)
+        request.holders = ()

@@ -11,6 +11,7 @@ only owner of these states; it knows nothing of processes, planners or torch.
 """
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -198,6 +199,8 @@ class RequestTable:
         self._max_queued = max_queued
         self._patience_s = patience_s
         self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._withheld: Counter[int] = Counter()
+        self._free_once_back: set[int] = set()
         self._queued: dict[str, Request] = {}
         self._admitted: dict[str, Request] = {}
         self._cancelled: dict[str, Request] = {}
@@ -306,5 +309,34 @@ class RequestTable:
             self._queued.pop(request.request_id, None)
             self._cancelled.pop(request.request_id, None)
             if self._admitted.pop(request.request_id, None) is not None:
-                self._free_slots.append(request.slot)
+                self._release(request.slot)
                 request.slot = -1
+
+    # Slots that somebody may still write to -----------------------------------------------------------------------
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def withhold(self, slot: int) -> None:
+        """Nobody is given this slot until `give_back` was called as often."""
+        self._withheld[slot] += 1
+
+    def give_back(self, slot: int) -> None:
+        self._withheld[slot] -= 1
+        if not self._withheld[slot]:
+            del self._withheld[slot]
+            if slot in self._free_once_back:
+                self._free_once_back.discard(slot)
+                self._free_slots.append(slot)
+
+    def change_slot(self, request: Request) -> None:
+        """Give the request another slot, of which there must be one."""
+        self._release(request.slot)
+        request.slot = self._free_slots.pop()
+
+    def _release(self, slot: int) -> None:
+        if slot in self._withheld:
+            self._free_once_back.add(slot)
+        else:
+            self._free_slots.append(slot)

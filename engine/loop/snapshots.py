@@ -57,13 +57,13 @@ class SnapshotBuilder:
         free_s = self._free_s(now_s)
         if min(free_s.values(), default=math.inf) > now_s + self._config.lead_s:
             return None
-        self._refresh()
+        self._refresh(now_s)
         return self._snapshot(now_s, free_s, costs, self._current) if self._entries else None
 
     def forecast(self, costs: CostTables) -> Snapshot:
         """Everything as it is now, with the requests that wait in the queue as if they were admitted."""
         now_s = self._executor.now_s()
-        self._refresh()
+        self._refresh(now_s)
         queued = [self.view_of_new(request) for request in self._table.queued()]
         entries: list[Entry] = [(*urgency(view, self._config), view) for view in queued]
         return self._snapshot(now_s, self._free_s(now_s), costs, sorted(self._current + entries))
@@ -98,12 +98,13 @@ class SnapshotBuilder:
             tables = self._tables = DegreeTables(costs, num_devices, tables)
         return tables
 
-    def _refresh(self) -> None:
+    def _refresh(self, now_s: float) -> None:
         """Look again at the requests that have changed, and at those that something is or was in flight for."""
         running = self._in_flight.request_ids()
         for request_id in self._table.take_changed() | running | self._running:
             request = self._table.get_admitted(request_id)
-            view = None if request is None else self._view_of_admitted(request, self._in_flight.of_request(request_id))
+            entries = self._in_flight.of_request(request_id)
+            view = None if request is None else self._view_of_admitted(request, entries, now_s)
             known = self._entries.pop(request_id, None)
             if known is not None and known[3] == view:
                 self._entries[request_id] = known
@@ -149,11 +150,12 @@ class SnapshotBuilder:
                 free_s[device_id] = time_s if time_s > beyond_s or in_flight.has_room(device_id) else beyond_s
         return free_s
 
-    def _view_of_admitted(self, request: Request, running: Sequence[InFlight]) -> RequestView | None:
+    def _view_of_admitted(self, request: Request, running: Sequence[InFlight], now_s: float) -> RequestView | None:
         stage = request.planned_stage
         if stage is None or request.cancelled or len(running) >= MAX_COMMANDS_PER_REQUEST:
             return None
-        return self._view(request, stage, max([entry.end_s for entry in running], default=request.arrival_s))
+        ready_s = max([entry.expected_end_s(now_s) for entry in running], default=request.arrival_s)
+        return self._view(request, stage, ready_s)
 
     def _view(self, request: Request, stage: Stage, ready_s: float) -> RequestView:
         asked, config = request.asked, self._config

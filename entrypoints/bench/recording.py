@@ -246,12 +246,15 @@ class _RecordedExecutor:
         self._executor = executor
         self._heard = heard
         self.device_ids = executor.device_ids
+        self.first_time_s = executor.first_time_s
         self.now_s = executor.now_s
         self.wait = executor.wait
         self.wake = executor.wake
         self.abort = executor.abort
         self.kill = executor.kill
         self.revive = executor.revive
+        self.read_saved = executor.read_saved
+        self.write_saved = executor.write_saved
         self.acquire_image_slot = executor.acquire_image_slot
         self.release_image_slot = executor.release_image_slot
         self.take_image = executor.take_image
