@@ -13,9 +13,20 @@ OVERDUE_FACTOR, OVERDUE_S = 10, 1.0
 
 class InFlight:
     """One dispatched command. `pending` are the members that have not answered yet; at `num_behind` of them another
-    command comes first. It is predicted to run from `start_s` to `end_s`, and may take `grace_s` longer."""
+    command comes first. It is predicted to run from `start_s` to `end_s`, and may take `grace_s` longer.
+    `is_cut_off`: a member has failed or is lost."""
 
-    __slots__ = ("command", "duration_s", "end_s", "grace_s", "members", "num_behind", "pending", "start_s")
+    __slots__ = (
+        "command",
+        "duration_s",
+        "end_s",
+        "grace_s",
+        "is_cut_off",
+        "members",
+        "num_behind",
+        "pending",
+        "start_s",
+    )
 
     def __init__(self, command: StageCommand, members: tuple[int, ...], start_s: float, duration_s: float) -> None:
         self.command = command
@@ -24,6 +35,7 @@ class InFlight:
         self.num_behind = 0
         self.duration_s = duration_s
         self.grace_s = 0.0
+        self.is_cut_off = False
         self.starts_at(start_s)
 
     def starts_at(self, start_s: float) -> None:
@@ -139,6 +151,7 @@ class InFlightTable:
         self.devices -= {device_id}
         lost = list(self._by_device[device_id])
         for entry in lost:
+            entry.is_cut_off = True
             self.answer(entry.command.command_id, device_id, now_s)
         return lost
 

@@ -364,7 +364,7 @@ class EngineLoop:
             self._recovery.executed(entry, event.device_id)
         if entry.pending:
             return
-        if isinstance(event, Failed) or self._recovery.is_hit(event.request_id):
+        if isinstance(event, Failed) or entry.is_cut_off or not self._recovery.counts(entry.command):
             self._books.discard(entry.command)
         else:
             self._books.executed(entry, event)

@@ -93,6 +93,7 @@ class Bookkeeper:
         if entry is None:
             return None
         if isinstance(event, Failed):
+            entry.is_cut_off = True
             self.member_failed(entry.command, event.device_id, now_s)
         else:
             self._guarded(event.request_id, self._member_executed, event, now_s)

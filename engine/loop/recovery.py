@@ -55,7 +55,7 @@ from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.progress import Answer, Bookkeeper
 from tetrion.engine.loop.requests import Request, RequestTable
 from tetrion.engine.loop.stalls import Stalls
-from tetrion.engine.messages import BarriersReset, Denoise, Failed, ResetBarriers, StageCommand
+from tetrion.engine.messages import BarriersReset, Decode, Denoise, Failed, ResetBarriers, StageCommand
 from tetrion.engine.request import MAX_ATTEMPTS
 
 logger = logging.getLogger(__name__)
@@ -165,8 +165,20 @@ class Recovery:
         return bool(self._resets or self._stalls.devices) or not self.is_healthy or not self._executor.alive
 
     def is_hit(self, request_id: str) -> bool:
-        """Whether what is in flight for the request will come to nothing: answers count for nothing."""
+        """Whether something that is in flight for the request has come to nothing."""
         return request_id in self._hit
+
+    def counts(self, command: StageCommand) -> bool:
+        """Whether a command that all of its members have executed takes its request further: not if it builds on one of
+        which that cannot be said."""
+        request = self._table.get(command.request_id)
+        if request is None or not self.is_hit(command.request_id):
+            return True
+        if command.chunk_index != request.chunk_index:
+            return False
+        if isinstance(command, Decode):
+            del self._hit[command.request_id]  # it is about to end, and its id may soon be another's
+        return True
 
     # Told by the loop ---------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class StoppingExecutor(SimulatedExecutor):
         self.used_meanwhile: list[str] = []
         self.num_stops = 0
         self._groups_since: dict[int, set[int]] = {}
-        """Devices of which a group has begun since another was stopped, by the stopped one."""
+        """Devices that have been in a group since another was stopped, by the stopped one."""
         self._image_slots: set[int] = set()
         self._made: set[tuple[int, int]] = set()
         self._stopped_holding: dict[int, list[StageCommand]] = {}
@@ -72,9 +72,6 @@ class StoppingExecutor(SimulatedExecutor):
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
         for device_id in members:
             self.given[device_id].append(self.now_s())
-        for device_id in self._groups_since:
-            if len(members) > 1 and device_id not in members:
-                self._groups_since[device_id] |= set(members)
         if isinstance(command, ResetBarriers) and self.is_stopped(members[0]):
             if self.wakes_s[members[0]] < math.inf:
                 self.at(self.wakes_s[members[0]], lambda: self._reset_late(command, members))
@@ -91,6 +88,8 @@ class StoppingExecutor(SimulatedExecutor):
             self.at(self.now_s() + 0.05, lambda: self._complete(ticket, command, members, start_s))
         elif not stopped:
             self._made.add(_result(command))
+            for device_id in self._groups_since.keys() - set(members):
+                self._groups_since[device_id] |= set(members) if len(members) > 1 else set()
             super()._complete(ticket, command, members, start_s)
         elif (wakes_s := max(self.wakes_s[member] for member in stopped)) < math.inf:
             self.at(wakes_s, lambda: self._complete(ticket, command, members, start_s))
