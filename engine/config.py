@@ -157,8 +157,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     start_timeout_s: Annotated[PositiveFloat, option("How long a worker may take to come up.")] = 300.0
     stall_timeout_s: Annotated[
         PositiveFloat,
-        option("How much longer than predicted a worker may be silent, and a recovery may take."),
-    ] = 60.0
+        option("A worker whose answer has been overdue (ten times its prediction and a second) for so long is killed."),
+    ] = 20.0
     no_worker_timeout_s: Annotated[PositiveFloat, option("An engine that has had no worker for so long ends.")] = 120.0
     profile_cache: bool = True
     """Whether what is measured at the start is kept in the user's cache, and read from there."""

@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable
 from typing import assert_never
 
+import msgspec
+
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.account import EnergyAccount, unmetered_account
 from tetrion.engine.errors import (
@@ -29,6 +31,7 @@ from tetrion.engine.executors.base import Executor, Happening, PictureReady, Wor
 from tetrion.engine.loop.dispatch import command_for
 from tetrion.engine.loop.guarded_planner import GuardedPlanner
 from tetrion.engine.loop.in_flight import InFlightTable
+from tetrion.engine.loop.probation import Probation
 from tetrion.engine.loop.progress import Answer, Bookkeeper
 from tetrion.engine.loop.recovery import Recovery, RecoveryFigures
 from tetrion.engine.loop.refusals import Refusals
@@ -95,6 +98,7 @@ class EngineLoop:
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
         self._in_flight = InFlightTable(executor.device_ids)
         self._snapshots = SnapshotBuilder(executor, self.table, self._in_flight, self._config)
+        self._probation = Probation(self.table, self._in_flight, self._snapshots)
         self._guarded_planner = GuardedPlanner(self._config.policy)
         self._refusals = Refusals()
         self._stall_timeout_s = config.stall_timeout_s
@@ -255,13 +259,14 @@ class EngineLoop:
         self._planned_s = self.executor.now_s()
         if not self._recovery.is_healthy:
             return RoundPlan()
+        alone = self._probation.plan(self.cost_models.tables)
         snapshot = self._snapshots.snapshot(self.cost_models.tables)
         if snapshot is None:
-            return RoundPlan()
+            return RoundPlan(assignments=alone)
         plan, failed = self._guarded_planner.plan(self.planner, snapshot, self._snapshots.view_of)
         for request_id, error in failed.items():
             self._fail(request_id, f"the policy {self.policy} cannot plan it", error)
-        return plan
+        return msgspec.structs.replace(plan, assignments=alone + plan.assignments) if alone else plan
 
     def dispatch(self, plan: RoundPlan) -> None:
         """Turn assignments into commands, each given to all of its members or to none. What goes wrong with one ends

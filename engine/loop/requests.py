@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tetrion.engine.errors import EngineOverloaded, RequestError
-from tetrion.engine.request import ImageResult, Progress, Receipt, ResolvedRequest
+from tetrion.engine.request import MAX_ATTEMPTS, ImageResult, Progress, Receipt, ResolvedRequest
 from tetrion.engine.stages import AFTER_STEPS, STAGES, Stage
 
 
@@ -121,6 +121,11 @@ class Request:
         self.degrees: list[int] = []
         self.num_text_tokens = 0
         self.stage_s: dict[Stage, float] = dict.fromkeys(STAGES, 0.0)
+
+    @property
+    def is_on_probation(self) -> bool:
+        """It may be the cause of what has happened to devices: it runs alone from now on."""
+        return self.attempts == MAX_ATTEMPTS - 1
 
     @property
     def next_stage(self) -> Stage:

@@ -11,6 +11,8 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+import msgspec
+
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
@@ -43,6 +45,8 @@ class SnapshotBuilder:
         self._in_flight = in_flight
         self._config = config
         self._energy_mode = horizon_options(config).energy
+        self.kept_free: int | None = None
+        """A device that is given nothing but what `of_one` is asked for."""
         self._tables: DegreeTables | None = None
         self._entries: dict[str, Entry] = {}
         self._current: list[Entry] = []
@@ -67,6 +71,26 @@ class SnapshotBuilder:
         queued = [self.view_of_new(request) for request in self._table.queued()]
         entries: list[Entry] = [(*urgency(view, self._config), view) for view in queued]
         return self._snapshot(now_s, self._free_s(now_s), costs, sorted(self._current + entries))
+
+    def of_one(self, request: Request, device_id: int, costs: CostTables) -> Snapshot | None:
+        """As if there were nothing but this request and this idle device; None if something is in flight for it. Pinned
+        degrees do not count."""
+        stage, now_s = request.planned_stage, self._executor.now_s()
+        if stage is None or self._in_flight.of_request(request.request_id):
+            return None
+        view = msgspec.structs.replace(self._view(request, stage, request.arrival_s), force_degrees=())
+        return Snapshot(
+            now_s=now_s,
+            requests=(view,),
+            devices=(DeviceView(device_id=device_id, free_s=now_s),),
+            tables=DegreeTables(costs, 1),
+            config=self._config,
+        )
+
+    @property
+    def usable(self) -> frozenset[int]:
+        """Devices that may be given something."""
+        return self._executor.alive & self._in_flight.devices
 
     def view_of(self, request_id: str) -> RequestView | None:
         """The view of a request in the latest snapshot."""
@@ -142,7 +166,7 @@ class SnapshotBuilder:
     def _free_s(self, now_s: float) -> dict[int, float]:
         """When each usable device is free. One that holds as many commands as it may is beyond the lead, however soon
         they are predicted to end."""
-        usable, in_flight = self._executor.alive & self._in_flight.devices, self._in_flight
+        usable, in_flight = self.usable - {self.kept_free}, self._in_flight
         free_s, beyond_s = {}, now_s + 2 * self._config.lead_s
         for device_id in self._executor.device_ids:
             if device_id in usable:
@@ -154,6 +178,8 @@ class SnapshotBuilder:
         stage = request.planned_stage
         if stage is None or request.cancelled or len(running) >= MAX_COMMANDS_PER_REQUEST:
             return None
+        if request.is_on_probation:
+            return None  # see probation.py
         ready_s = max([entry.expected_end_s(now_s) for entry in running], default=request.arrival_s)
         return self._view(request, stage, ready_s)
 

@@ -73,6 +73,7 @@ class _EngineCollector(Collector):
         yield from _health(stats)
         yield from _loop(stats)
         for name, value, says in (
+            ("tetrion_devices_overdue", len(stats.recovery.overdue), "Devices whose answer is overdue."),
             ("tetrion_devices_alive", stats.num_alive, "Devices whose worker lives."),
             (
                 "tetrion_devices_returning",
@@ -154,6 +155,8 @@ def _loop(stats: "EngineStats") -> Iterator[Metric]:
         ("tetrion_device_held_seconds", loop.held_s, "The part of it that was left idle on purpose."),
         ("tetrion_worker_deaths", recovery.num_deaths, "Workers that were lost."),
         ("tetrion_worker_respawns", recovery.num_respawns, "Workers that were started in place of lost ones."),
-        ("tetrion_request_retries", recovery.num_retries, "Requests that went on or started again after a loss."),
+        ("tetrion_worker_stalls", recovery.num_stalls, "Times that a worker's answer was overdue."),
+        ("tetrion_request_retries", recovery.num_retries, "Requests that went on after a loss or a stall."),
+        ("tetrion_repeated_steps", recovery.num_repeated_steps, "Steps that these have run again."),
     ):
         yield CounterMetricFamily(name, says, value=value)

@@ -149,9 +149,10 @@ class ImageService:
             stats = self._engine.stats()
         except GenerationError as error:
             raise ApiError(503, f"The engine is not ready: {error}", code="not_ready") from None
-        if not stats.num_alive:
-            raise ApiError(503, "No device is alive.", code="not_ready")
+        if stats.num_alive == len(stats.recovery.overdue):
+            raise ApiError(503, "No device is alive and answers.", code="not_ready")
         counts = {name: getattr(stats, name) for name in ("num_devices", "num_alive", "num_queued", "num_admitted")}
+        counts["num_overdue"] = len(stats.recovery.overdue)
         counts["num_returning"] = stats.num_devices - stats.num_alive
         return _json({"status": "ready", "models": list(self._engine.models.specs), **counts})
 
