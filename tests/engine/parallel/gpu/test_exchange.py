@@ -217,7 +217,6 @@ def test_a_chunk_aborted_half_way_leaves_the_state_before_it(fleet: DeviceFleet,
     operations = nothing()
     life.holders = others[-1:]  # a newcomer of the lost chunk, if it had more than two members
     life.denoise([3, 0], 1, operations)
-    life.denoise([0, 2, 1], 1, operations)
     run(fleet, operations)
     check(fleet, life)
 
