@@ -34,9 +34,7 @@ class SlotSlabs:
 
     @property
     def place(self) -> Place:
-        return Place(
-            self.layout.slot_offset(0) + self.latents.offset, self.layout.slot_bytes, self.latents.part_bytes
-        )
+        return Place(self.layout.slot_offset(0) + self.latents.offset, self.layout.slot_bytes, self.latents.part_bytes)
 
     def version(self, device: int, slot: int, buffer: int) -> Tensor:
         start = self.layout.version_offset(slot) + 8 * buffer

@@ -23,9 +23,7 @@ class SegmentsFleet(Fleet):
         self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in self._slab_fds]
         self._start_all()
 
-    def state(
-        self, device: int, model: str, slot: int, shape: StepShape, chunk_index: int = 0
-    ) -> dict[str, Tensor]:
+    def state(self, device: int, model: str, slot: int, shape: StepShape, chunk_index: int = 0) -> dict[str, Tensor]:
         """All fields of a slot with the rows of a request of `shape` that has so many chunks behind it, as they lie in
         the slab now; branches apart."""
         slabs, rows = SharedSlabs(self.layout, device, self.buffers), {}

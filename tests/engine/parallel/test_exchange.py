@@ -233,7 +233,7 @@ def test_what_an_earlier_attempt_left_is_not_taken(fleet: Any) -> None:
 
 
 def test_a_newcomer_goes_on_from_one_who_finished_what_others_did_not(fleet: Any) -> None:
-    """Device 0 has published the end of a chunk that counts for nothing, since nothing was heard of its other member: the
+    """Device 0 has published the end of a chunk that counts for nothing, since its other member was not heard of: the
     next attempt begins with what 0 has had before."""
     life, operations = Life(1, next(state_ids), 0, {"text": [4], "image": 6}), nothing()
     operations[0].append(life.encode())

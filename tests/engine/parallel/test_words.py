@@ -79,7 +79,9 @@ def test_version_reaches_only_its_own_state(states: tuple[int, int], steps: tupl
 def test_an_invalid_version_is_of_no_state() -> None:
     """Not even of the one whose number is 0."""
     assert not is_of_state(INVALID_VERSION, slot_version(0, 0)) and not reaches(INVALID_VERSION, slot_version(0, 0))
-    assert is_of_state(slot_version(7, 3), slot_version(7, 9)) and not is_of_state(slot_version(6, 3), slot_version(7, 3))
+    assert is_of_state(slot_version(7, 3), slot_version(7, 9)) and not is_of_state(
+        slot_version(6, 3), slot_version(7, 3)
+    )
 
 
 def test_every_version_changes_the_sequence_and_leaves_the_other_buffers() -> None:

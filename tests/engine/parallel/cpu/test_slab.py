@@ -66,9 +66,7 @@ def test_all_processes_see_the_same_bytes(layout: SlabLayout, buffers: list[memo
     assert seen[3, 4] == 2.5 and np.count_nonzero(np.frombuffer(buffers[1], np.float32)) == 1
 
 
-def test_a_version_belongs_to_one_buffer_of_one_slot_of_one_slab(
-    layout: SlabLayout, buffers: list[memoryview]
-) -> None:
+def test_a_version_belongs_to_one_buffer_of_one_slot_of_one_slab(layout: SlabLayout, buffers: list[memoryview]) -> None:
     ours, theirs = (SharedSlabs(layout, device, buffers) for device in range(2))
     ours.version(0, 1, 2).store(slot_version(state_id=123, step_index=4))
     places = [(device, slot, buffer) for device in range(2) for slot in range(3) for buffer in range(NUM_BUFFERS)]
@@ -93,7 +91,9 @@ def test_a_copied_piece_is_all_that_changes(layout: SlabLayout, buffers: list[me
             value = 2 if name == "reference" else branch + 1
             assert (found[name][:rows] == value).all() and not found[name][rows:].any(), f"{name} {branch}"
     other = slabs.constants(0, MODEL, 1)
-    assert not any(tensor.any() for tensor in (*other.values(), *(slabs.state(0, MODEL, 1, b) for b in range(NUM_BUFFERS))))
+    assert not any(
+        tensor.any() for tensor in (*other.values(), *(slabs.state(0, MODEL, 1, b) for b in range(NUM_BUFFERS)))
+    )
 
 
 def test_shapes_beyond_a_region_are_refused(layout: SlabLayout, buffers: list[memoryview]) -> None:
