@@ -9,8 +9,8 @@ program, read the chunk's words (chunk_words.py) and work on `status`, two int32
         chunk nothing is stored that others see
 
 Only the slab's owner writes a version, with a release at system scope, so whoever reads it may read the state. A slot
-has a version for each of its buffers, a word that says whose state it holds (what never changes of a state may be read
-as soon as it is there), and a sequence word for processes that sleep; nobody sleeps here.
+has a version for each of its buffers (what never changes of a state may be read as soon as any of them has it), and a
+sequence word for processes that sleep; nobody sleeps here.
 """
 
 import torch
@@ -31,8 +31,9 @@ from tetrion.kernels.chunk_words import (
 from tetrion.kernels.group_table import slab_pointer
 
 WRONG_VERSION = 2
-STATE_WORD: tl.constexpr = tl.constexpr(3)
-"""In longs after the first buffer's version."""
+NUM_BUFFERS: tl.constexpr = tl.constexpr(3)
+"""Of a slot (engine/parallel/layout.py)."""
+LANES: tl.constexpr = tl.constexpr(4)
 NUM_STATUS_WORDS = 2
 
 
@@ -97,9 +98,8 @@ def _words_pointer(bases, device, versions, slot, LONGS_APART: tl.constexpr):
 
 @triton.jit
 def _publish_version(bases, device, versions, slot, buffer, version, LONGS_APART: tl.constexpr):
-    ours = _words_pointer(bases, device, versions, slot, LONGS_APART)
-    tl.atomic_xchg(ours + STATE_WORD, version >> 32, sem="release", scope="sys")
-    tl.atomic_xchg(ours + buffer, version, sem="release", scope="sys")
+    ours = _words_pointer(bases, device, versions, slot, LONGS_APART) + buffer
+    tl.atomic_xchg(ours, version, sem="release", scope="sys")
 
 
 @triton.jit(do_not_specialize=["me", "versions"])
@@ -117,11 +117,14 @@ def _wait_for_state(
 ):
     wanted = start_version(chunk)
     if (tl.load(status) == 0) & (wanted != 0):
-        theirs = _words_pointer(bases, source_of(chunk), versions, slot_of(chunk), LONGS_APART) + STATE_WORD
+        lane_B = tl.arange(0, LANES)
+        theirs = _words_pointer(bases, source_of(chunk), versions, slot_of(chunk), LONGS_APART) + lane_B
         waiting = 1
         looks = 0
         while waiting > 0:
-            waiting = (tl.load(theirs, volatile=True) != (wanted >> 32)).to(tl.int32)
+            found_B = tl.load(theirs, mask=lane_B < NUM_BUFFERS, other=0, volatile=True)
+            is_there_B = (found_B != 0) & ((found_B >> 32) == (wanted >> 32))
+            waiting = 1 - tl.max(is_there_B.to(tl.int32), axis=0)
             looks += 1
             if looks % INTERVAL == 0:  # noqa: SIM102 - here `and` would read the host's word at every look
                 if tl.load(abort, volatile=True) != 0:

@@ -230,7 +230,8 @@ def group_tensors(plan: GroupPlan, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     table = group_words(segments, [shard.heads for shard in plan.shards])
     who = {"part": part, "everyone": part, "partners": (me,)}
     lanes = lanes_for(max(part) + 1)
-    words = chunk_words(me, lanes, slot=0, source=me, start_version=0, end_version=0, rows=range(0), **who)
+    state = {"slot": 0, "source": me, "start_version": 0, "end_version": 0, "start_buffer": 0, "end_buffer": 1}
+    words = chunk_words(me, lanes, rows=range(0), **state, **who)
     as_words = partial(torch.tensor, dtype=torch.int32)
     return as_words(table), as_words(words), torch.zeros(NUM_STATUS_WORDS, dtype=torch.int32)
 

@@ -4,7 +4,7 @@ Owns byte offsets and nothing else; knows no torch, no processes, no groups. A s
 
     ┌ counters   num_devices cache lines: word `s` is written by device `s` alone (parallel/cpu/barrier.py)
     ├ versions   num_slots cache lines, written by the slab's owner alone: the version of each of the slot's buffers,
-    │            its state's number, its sequence (words.py)
+    │            its sequence (words.py)
     ├ q, k, v    [rows of the sequence, local heads, head_dim] each, in canonical order
     ├ output     [local rows, num_heads * head_dim]: attention output of this device's own rows
     ├ velocity   [local rows of the stepped segment, channels]: what the partner in another guidance branch computed

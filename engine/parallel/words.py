@@ -89,32 +89,25 @@ class SlotVersion:
     """Whose state a buffer of a slot holds, and after how many steps: one 64-bit word, written by the slab's owner
     alone.
 
-    Value: see `slot_version`; INVALID_VERSION: the buffer holds nothing that may be read. A slot's words are a cache
-    line: NUM_BUFFERS versions; the number of the state, 64 bits: what never changes of a state may be read as soon as
-    it is there, whatever its steps; the sequence, 32 bits, which changes at every store, after the version, and is what
-    waiters block on: the version's own low half need not change when another request takes the slot.
+    Value: see `slot_version`; INVALID_VERSION: the buffer holds nothing that may be read. What never changes of a state
+    may be read as soon as any buffer holds that state, whatever its steps. A slot's words are a cache line: NUM_BUFFERS
+    versions; the sequence, 32 bits, which changes at every store, after the version, and is what waiters block on: the
+    version's own low half need not change when another request takes the slot.
     """
 
     def __init__(self, slab: memoryview, offset: int, buffer: int, waiter: Waiter) -> None:
         """`offset`: of the slot's words in `slab`."""
         assert 0 <= buffer < NUM_BUFFERS, f"buffer {buffer} of {NUM_BUFFERS}"
-        words = slab.cast("B")[offset : offset + 8 * (NUM_BUFFERS + 1)].cast("Q")
-        self._view, self._state = words[buffer : buffer + 1], words[NUM_BUFFERS:]
-        self.sequence = SharedWord(slab, offset + 8 * (NUM_BUFFERS + 1))
+        self._view = slab.cast("B")[offset + 8 * buffer : offset + 8 * (buffer + 1)].cast("Q")
+        self.sequence = SharedWord(slab, offset + 8 * NUM_BUFFERS)
         self._waiter = waiter
 
     def load(self) -> int:
         return self._view[0]
 
-    def load_state(self) -> int:
-        """The number of the state, whose steps may be going on."""
-        return self._state[0]
-
     def store(self, value: int) -> None:
         self._waiter.fence(self.sequence)
         self._view[0] = value
-        if value != INVALID_VERSION:
-            self._state[0] = value >> 32
         self._waiter.fence(self.sequence)
         self.sequence.store(self.sequence.load() + 1)
         self._waiter.wake(self.sequence)
@@ -132,7 +125,12 @@ def slot_version(state_id: int, step_index: int) -> int:
 
 def reaches(version: int, at_least: int) -> bool:
     """Whether `version` is of the same state as `at_least`, and at least as many steps on."""
-    return version >> 32 == at_least >> 32 and version & WORD_MASK >= at_least & WORD_MASK
+    return is_of_state(version, at_least) and version & WORD_MASK >= at_least & WORD_MASK
+
+
+def is_of_state(version: int, other: int) -> bool:
+    """Whether `version` is valid and of the same state as `other`."""
+    return version != INVALID_VERSION and version >> 32 == other >> 32
 
 
 class AbortWords:

@@ -133,8 +133,10 @@ class Runner:
         embeddings = [it.encoders.embedding(prompt) for prompt in prompts]
         for branch, embedding in enumerate(embeddings):
             _fill(it.exchange.constants(command.slot, branch), embedding.fields)
-        saved = self._saved_state(it, command, command.chunk_index)
-        start = saved if command.step_index else it.model.codec.noise(params.seed, params.shape)
+        if command.step_index:
+            start = self._saved_state(it, command, command.chunk_index)
+        else:
+            start = it.model.codec.noise(params.seed, params.shape)
         self._state(it, command, command.chunk_index).copy_(self._queue.to_device(start))
         version = slot_version(command.state_id, command.step_index)
         it.exchange.publish(command.slot, command.chunk_index % NUM_BUFFERS, version)

@@ -52,17 +52,20 @@ class LatentsBench:
     ) -> npt.NDArray[np.float32]:
         asked = ImageRequest(prompt="a ring", seed=3, width=size[0], height=size[1], num_steps=self.num_steps)
         params = resolve_request(asked, self.spec, self.num_devices).params
-        common = {"request_id": "r", "state_id": next(self._ids), "slot": slot, "params": params}
+        state_id = next(self._ids)
+        common = {"request_id": "r", "state_id": state_id, "slot": slot, "params": params}
         due = [self._submit(EncodePrompt(command_id=next(self._ids), prompt=asked.prompt, **common), (first,))]
         holders, step_index = (first,), 0
-        for members, chunk_steps in schedule:
+        for chunk_index, (members, chunk_steps) in enumerate(schedule):
             chunk = Denoise(
                 command_id=next(self._ids),
                 round_id=0,
+                source_state_id=state_id,
                 members=members,
                 holders=holders,
                 source=holders[-1],
                 step_index=step_index,
+                chunk_index=chunk_index,
                 chunk_steps=chunk_steps,
                 **common,
             )
@@ -70,7 +73,7 @@ class LatentsBench:
             holders, step_index = members, step_index + chunk_steps
         image_slot = self._executor.acquire_image_slot()
         assert image_slot is not None
-        copy = CopyLatents(command_id=next(self._ids), image_slot=image_slot, **common)
+        copy = CopyLatents(command_id=next(self._ids), chunk_index=len(schedule), image_slot=image_slot, **common)
         due.append(self._submit(copy, holders[:1]))
         copied = await self._answers(sum(due))
         latents = self._executor.read_latents(image_slot, copied.num_tokens, copied.num_channels)

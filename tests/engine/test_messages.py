@@ -34,11 +34,13 @@ DENOISE = st.builds(
     round_id=IDS,
     request_id=st.text(),
     state_id=IDS,
+    source_state_id=IDS,
     slot=st.integers(0, 4095),
     members=DEVICES,
     holders=DEVICES,
     source=st.integers(0, 63),
     step_index=st.integers(0, 1000),
+    chunk_index=st.integers(0, 1000),
     chunk_steps=st.integers(1, 1000),
     params=PARAMS,
 )
@@ -105,6 +107,7 @@ def test_a_failure_names_the_request_of_a_group_command_only() -> None:
         request_id="r",
         state_id=1,
         slot=0,
+        chunk_index=0,
         params=Params(
             model="",
             shape=StepShape(width=16, height=16, image=1, text=(1,)),

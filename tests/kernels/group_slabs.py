@@ -34,7 +34,8 @@ class GroupSlabs:
         me, part = self.plan.members[rank], self.plan.members
         lanes = lanes_for(max(part) + 1)
         who = {"part": part, "rows": range(0), "everyone": part, "partners": (me,)}
-        words = chunk_words(me, lanes, slot=0, source=me, start_version=0, end_version=0, **who)
+        state = {"slot": 0, "source": me, "start_version": 0, "end_version": 0, "start_buffer": 0, "end_buffer": 1}
+        words = chunk_words(me, lanes, **state, **who)
         return torch.tensor(words, dtype=torch.int32)
 
     def take_qkv(self, rank: int, over: Sequence[int]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.engine.specs import make_spec
 from tetrion.engine.parallel.group import split
-from tetrion.engine.parallel.layout import slab_layout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, slab_layout
 from tetrion.kernels.chunk_words import chunk_words, lanes_for
 from tetrion.kernels.slot_version import NUM_STATUS_WORDS, SlotVersions
 from tetrion.kernels.state_place import Place
@@ -25,7 +25,8 @@ class SlotSlabs:
         self.bases = torch.tensor([slab.data_ptr() for slab in self.slabs], dtype=torch.int64)
         for device in range(NUM_DEVICES):
             for slot in range(NUM_SLOTS):
-                self.version(device, slot).fill_(0)
+                for buffer in range(NUM_BUFFERS):
+                    self.version(device, slot, buffer).fill_(0)
         self.status = torch.zeros(NUM_STATUS_WORDS, dtype=torch.int32)
         abort = torch.zeros(1, dtype=torch.int32, device="cpu")
         self.abort = abort.pin_memory() if self.bases.device.type == "cuda" else abort
@@ -33,25 +34,24 @@ class SlotSlabs:
 
     @property
     def place(self) -> Place:
-        return Place(self.layout.slot_offset(0) + self.latents.offset, self.layout.slot_bytes)
+        return Place(self.layout.slot_offset(0) + self.latents.offset, self.layout.slot_bytes, self.latents.part_bytes)
 
-    def version(self, device: int, slot: int) -> Tensor:
-        start = self.layout.version_offset(slot)
+    def version(self, device: int, slot: int, buffer: int) -> Tensor:
+        start = self.layout.version_offset(slot) + 8 * buffer
         return self.slabs[device][start : start + 8].view(torch.int64)
 
-    def state_word(self, device: int, slot: int) -> Tensor:
-        """Whose state the slot holds, whatever its version."""
-        start = self.layout.version_offset(slot) + 16
-        return self.slabs[device][start : start + 8].view(torch.int64)
+    def versions_of(self, device: int, slot: int) -> list[int]:
+        """Of all buffers."""
+        return [int(self.version(device, slot, buffer)) for buffer in range(NUM_BUFFERS)]
 
     def slot(self, device: int, slot: int) -> Tensor:
         """Its bytes."""
         start = self.layout.slot_offset(slot)
         return self.slabs[device][start : start + self.layout.slot_bytes]
 
-    def state(self, device: int, slot: int) -> Tensor:
-        """The rows of the state that a request of NUM_IMAGE rows has: fp32 [NUM_IMAGE, WIDTH]."""
-        start, num_bytes = self.latents.piece(NUM_IMAGE)
+    def state(self, device: int, slot: int, buffer: int) -> Tensor:
+        """The rows of the state that a request of NUM_IMAGE rows has in a buffer: fp32 [NUM_IMAGE, WIDTH]."""
+        start, num_bytes = self.latents.piece(NUM_IMAGE, buffer)
         return self.slot(device, slot)[start : start + num_bytes].view(torch.float32).view(NUM_IMAGE, WIDTH)
 
     def versions(self, words: Tensor, me: int) -> SlotVersions:
@@ -66,6 +66,7 @@ def chunk(
     source: int = 0,
     start_version: int = 0,
     end_version: int = 0,
+    chunk_index: int = 0,
     part: Sequence[int] | None = None,
     partners: Sequence[int] | None = None,
 ) -> Tensor:
@@ -78,6 +79,8 @@ def chunk(
         source=source,
         start_version=start_version,
         end_version=end_version,
+        start_buffer=chunk_index % NUM_BUFFERS,
+        end_buffer=(chunk_index + 1) % NUM_BUFFERS,
         part=part,
         rows=split(NUM_IMAGE, len(part))[part.index(me)],
         everyone=part,

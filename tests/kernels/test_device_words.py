@@ -35,8 +35,9 @@ def test_ranges_that_do_not_split_a_whole_are_refused() -> None:
 
 def test_lists_of_devices_are_filled_up_with_ones_own() -> None:
     who = {"part": (5, 2), "rows": range(3, 9), "everyone": (1, 0, 5, 2), "partners": (0, 2)}
-    words = chunk_words(2, lanes_for(6), slot=1, source=4, start_version=7, end_version=1 << 32, **who)
-    assert words[:12] == [1, 4, 7, 0, 0, 1, 1, 1, 3, 9, 0, 0]
+    buffers = {"start_buffer": 2, "end_buffer": 0}
+    words = chunk_words(2, lanes_for(6), slot=1, source=4, start_version=7, end_version=1 << 32, **buffers, **who)
+    assert words[:12] == [1, 4, 7, 0, 0, 1, 1, 1, 3, 9, 2, 0]
     part, everyone, partners = (words.tolist() for words in lists_of(torch.tensor(words)))
     assert part == [5, 2, *[2] * 6] and everyone == [1, 0, 5, 2, *[2] * 4] and partners == [0, *[2] * 7]
 
@@ -47,8 +48,8 @@ def test_words_of_a_rehearsal_name_nobody_else_and_no_version() -> None:
 
 
 def test_to_publish_takes_no_peers_and_no_rows() -> None:
-    words = publishing_words(3, 4, 2, 9)
-    assert words == [2, 3, 0, 0, 9, 0, 1, 0, 0, 0, 0, 0, *[3] * 12]
+    words = publishing_words(3, 4, 2, 1, 9)
+    assert words == [2, 3, 0, 0, 9, 0, 1, 0, 0, 0, 1, 1, *[3] * 12]
 
 
 def test_lists_are_powers_of_two_and_aligned() -> None:

@@ -26,13 +26,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from tetrion.engine.parallel.layout import SlabLayout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, SlabLayout
 from tetrion.engine.parallel.words import (
     WORD_MASK,
     AbortWords,
     SharedWord,
     SlotVersion,
     Waiter,
+    is_of_state,
     reaches,
 )
 
@@ -88,10 +89,11 @@ class PairwiseBarrier:
         self._wait_until(version.sequence, lambda _: reaches(version.load(), at_least))
 
     def wait_state(self, device: int, slot: int, version: int) -> None:
-        """Return once `slot` on `device` holds the state of `version`, after any number of steps. Raises Aborted."""
-        theirs = self._version(device, slot, 0)
+        """Return once some buffer of `slot` on `device` holds the state of `version`, after any number of steps. Raises
+        Aborted."""
+        theirs = [self._version(device, slot, buffer) for buffer in range(NUM_BUFFERS)]
         self.check_abort()
-        self._wait_until(theirs.sequence, lambda _: theirs.load_state() == version >> 32)
+        self._wait_until(theirs[0].sequence, lambda _: any(is_of_state(buffer.load(), version) for buffer in theirs))
 
     def check_abort(self) -> None:
         """Raises Aborted if the engine has set this device's abort word."""

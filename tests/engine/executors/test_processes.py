@@ -39,7 +39,9 @@ class _Idle(ProcessExecutor):
     def decode(self) -> Decode:
         slot = self.acquire_image_slot()
         assert slot is not None
-        return Decode(command_id=7, request_id="a", state_id=1, slot=0, source=0, params=PARAMS, image_slot=slot)
+        return Decode(
+            command_id=7, request_id="a", state_id=1, slot=0, chunk_index=1, source=0, params=PARAMS, image_slot=slot
+        )
 
     async def picture(self) -> PictureReady:
         while not (events := self.poll()):

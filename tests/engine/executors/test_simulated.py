@@ -29,11 +29,13 @@ def chunk(members: tuple[int, ...], holders: tuple[int, ...]) -> Denoise:
         round_id=1,
         request_id="r",
         state_id=1,
+        source_state_id=1,
         slot=0,
         members=members,
         holders=holders,
         source=holders[0],
         step_index=0,
+        chunk_index=0,
         chunk_steps=5,
         params=PARAMS,
     )

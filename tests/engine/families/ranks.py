@@ -17,7 +17,7 @@ from tetrion.engine.models.registry import family_module, load_shared
 from tetrion.engine.parallel.cpu.barrier import Aborted, PairwiseBarrier
 from tetrion.engine.parallel.cpu.exchange import CpuExchange
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
-from tetrion.engine.parallel.layout import ControlLayout, slab_layout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, ControlLayout, slab_layout
 from tetrion.engine.parallel.words import AbortWords, slot_version
 from tetrion.engine.params import Params
 from tetrion.engine.worker.denoiser import Denoiser, State
@@ -77,11 +77,11 @@ class Ranks:
         """The state [image rows, width] after all chunks of the schedule, as its last members all have it."""
         request = self._begin(texts, state, schedule[0][0][0], first_step)
         holders, step = schedule[0][0][:1], first_step
-        for members, num_steps in schedule:
+        for index, (members, num_steps) in enumerate(schedule):
             steps, source = range(step, step + num_steps), holders[-1]
-            self._all(members, lambda me: self._chunk(request, me, members, holders, source, params, steps))  # noqa: B023
+            self._all(members, lambda me: self._chunk(request, me, members, index, holders, source, params, steps))  # noqa: B023
             holders, step = members, step + num_steps
-        states = [self._state(member)[: params.shape.image].clone() for member in holders]
+        states = [self._state(member, len(schedule))[: params.shape.image].clone() for member in holders]
         assert all(torch.equal(states[0], other) for other in states), "members have other bits"
         return states[0]
 
@@ -99,9 +99,9 @@ class Ranks:
         self._next_state += 1
         exchange = self._ranks[device].exchange
         for branch, fields in enumerate(texts):
-            _fill(exchange.fields(SLOT, branch), fields)
-        _fill(exchange.fields(SLOT, 0), {self._changing: state})
-        exchange.publish(SLOT, slot_version(self._next_state, first_step))
+            _fill(exchange.constants(SLOT, branch), fields)
+        self._state(device, 0)[: len(state)].copy_(state)
+        exchange.publish(SLOT, 0, slot_version(self._next_state, first_step))
         return State(self._next_state, SLOT)
 
     def _chunk(
@@ -109,6 +109,7 @@ class Ranks:
         state: State,
         me: int,
         members: tuple[int, ...],
+        chunk_index: int,
         holders: tuple[int, ...],
         source: int,
         params: Params,
@@ -118,7 +119,7 @@ class Ranks:
         exchange, denoiser = self._ranks[me]
         source = me if me in holders else source
         versions = slot_version(state.state_id, steps.start), slot_version(state.state_id, steps.stop)
-        chunk = denoiser.chunk(params.shape, members, state, source, versions)
+        chunk = denoiser.chunk(params.shape, members, SLOT, chunk_index, source, versions)
         denoiser.record(chunk)
         exchange.bind(chunk)
         if source != me:
@@ -148,12 +149,8 @@ class Ranks:
                 rank.exchange.reset()
             raise next(iter(sorted(filter(None, errors), key=lambda error: isinstance(error, Aborted))))
 
-    def _state(self, device: int) -> Tensor:
-        return self._ranks[device].exchange.fields(SLOT, 0)[self._changing]
-
-    @property
-    def _changing(self) -> str:
-        return next(field.name for field in self.spec.fields if field.changes)
+    def _state(self, device: int, chunk_index: int) -> Tensor:
+        return self._ranks[device].exchange.state(SLOT, chunk_index % NUM_BUFFERS)
 
 
 def _fill(fields: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -110,8 +110,8 @@ class Fleet:
         self._processes[device].kill()
         self._processes[device].wait()
 
-    def version(self, device: int, slot: int) -> int:
-        return self.buffers[device].cast("Q")[self.layout.version_offset(slot) // 8]
+    def version(self, device: int, slot: int, buffer: int = 0) -> int:
+        return self.buffers[device].cast("Q")[self.layout.version_offset(slot) // 8 + buffer]
 
     def stop(self) -> None:
         for process in self._processes.values():

@@ -19,7 +19,8 @@ from tetrion.engine.messages import PeerSlab
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.gpu.exchange import GpuExchange, SharedResources
 from tetrion.engine.parallel.gpu.memory import GpuMemory
-from tetrion.engine.parallel.layout import SlabLayout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, SlabLayout
+from tetrion.engine.parallel.words import slot_version
 from tetrion.kernels.guided_step import guided_step
 
 
@@ -73,10 +74,19 @@ class DeviceWorker:
         self.toy.encode(slot, state_id, step_shape(text, image, turned))
 
     def op_pull(
-        self, source: int, slot: int, state_id: int, step_index: int, text: list[int], image: int, turned: int = 0
+        self,
+        source: int,
+        slot: int,
+        state_id: int,
+        step_index: int,
+        chunk_index: int,
+        text: list[int],
+        image: int,
+        turned: int = 0,
     ) -> None:
         steps, shape = range(step_index, step_index), step_shape(text, image, turned)
-        self.toy.pull(self.toy.chunk(shape, (self.device_id,), slot, state_id, source, steps))
+        state_ids = state_id, state_id
+        self.toy.pull(self.toy.chunk(shape, (self.device_id,), slot, chunk_index, source, state_ids, steps))
 
     def op_denoise(
         self,
@@ -85,7 +95,9 @@ class DeviceWorker:
         source: int,
         slot: int,
         state_id: int,
+        source_state_id: int,
         step_index: int,
+        chunk_index: int,
         chunk_steps: int,
         text: list[int],
         image: int,
@@ -95,7 +107,8 @@ class DeviceWorker:
         time.sleep(delay_s)
         steps, shape = range(step_index, step_index + chunk_steps), step_shape(text, image, turned)
         source = self.device_id if self.device_id in holders else source
-        self.toy.denoise(self.toy.chunk(shape, members, slot, state_id, source, steps), steps)
+        state_ids = source_state_id, state_id
+        self.toy.denoise(self.toy.chunk(shape, members, slot, chunk_index, source, state_ids, steps), steps)
 
     def op_check(self) -> None:
         self.toy.exchange.outcome()()
@@ -107,11 +120,16 @@ class DeviceWorker:
         """How often this device has begun a barrier with each other since the last reset."""
         return self.shared.expected.tolist()
 
-    def op_version(self, slot: int) -> int:
-        return int.from_bytes(self._own_bytes(self.layout.version_offset(slot), 8), "little")
+    def op_set_version(self, slot: int, state_id: int, step_index: int, buffer: int) -> None:
+        self.toy.exchange.publish(slot, buffer, slot_version(state_id, step_index))
 
-    def op_state(self, slot: int, text: Sequence[int], image: int, turned: int = 0) -> list[Any]:
-        return [part.tolist() for part in self.toy.state(slot, step_shape(text, image, turned))]
+    def op_versions(self, slot: int) -> list[int]:
+        """Of the slot's buffers."""
+        words = self._own_bytes(self.layout.version_offset(slot), 8 * NUM_BUFFERS)
+        return list(memoryview(words).cast("Q"))
+
+    def op_state(self, slot: int, chunk_index: int, text: Sequence[int], image: int, turned: int = 0) -> list[Any]:
+        return [part.tolist() for part in self.toy.state(slot, step_shape(text, image, turned), chunk_index)]
 
     @property
     def toy(self) -> Toy:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.engine.parallel.conftest import NUM_DEVICES, Fleet, anonymous_file
 from tests.engine.parallel.toy_models import SPECS
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
-from tetrion.engine.parallel.layout import slab_layout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, slab_layout
 from tetrion.engine.parallel.words import SharedWord, Waiter
 from tetrion.engine.shape import StepShape
 
@@ -23,16 +23,18 @@ class SegmentsFleet(Fleet):
         self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in self._slab_fds]
         self._start_all()
 
-    def state(self, device: int, model: str, slot: int, shape: StepShape) -> dict[str, Tensor]:
-        """All fields of a slot with the rows of a request of `shape`, as they lie in the slab now; branches apart."""
-        slabs = SharedSlabs(self.layout, device, self.buffers)
-        return {
-            f"{field.name} {branch}": slabs.fields(device, model, slot, branch)[field.name][
-                : shape.rows(field.rows, branch)
-            ].clone()
-            for field in SPECS[model].fields
-            for branch in range(shape.num_branches if field.per_branch else 1)
-        }
+    def state(self, device: int, model: str, slot: int, shape: StepShape, chunk_index: int = 0) -> dict[str, Tensor]:
+        """All fields of a slot with the rows of a request of `shape` that has so many chunks behind it, as they lie in
+        the slab now; branches apart."""
+        slabs, rows = SharedSlabs(self.layout, device, self.buffers), {}
+        changing = {SPECS[model].latents.name: slabs.state(device, model, slot, chunk_index % NUM_BUFFERS)}
+        for branch in range(shape.num_branches):
+            fields = slabs.constants(device, model, slot, branch) | changing
+            for field in SPECS[model].fields:
+                if field.per_branch or not branch:
+                    own = fields[field.name][: shape.rows(field.rows, branch)]
+                    rows[f"{field.name} {branch}"] = own.clone()
+        return rows
 
     def wait_for_arrival(self, device: int, peer: int, count: int) -> None:
         """Return once `device` has arrived at its barrier number `count` with `peer` since the last reset."""

@@ -37,29 +37,39 @@ class Device:
     def op_barrier(self, members: list[int]) -> None:
         self.barrier.arrive_and_wait(members)
 
-    def op_set_version(self, slot: int, state_id: int, step_index: int) -> None:
-        self.slabs.version(self.device_id, slot).store(slot_version(state_id, step_index))
+    def op_set_version(self, slot: int, state_id: int, step_index: int, buffer: int = 0) -> None:
+        self.slabs.version(self.device_id, slot, buffer).store(slot_version(state_id, step_index))
 
     def op_wait_version(self, device: int, slot: int, state_id: int, step_index: int) -> list[int]:
-        self.barrier.wait_version(device, slot, slot_version(state_id, step_index))
-        return list(divmod(self.slabs.version(device, slot).load(), 1 << 32))
+        self.barrier.wait_version(device, slot, 0, slot_version(state_id, step_index))
+        return list(divmod(self.slabs.version(device, slot, 0).load(), 1 << 32))
 
     def op_encode(self, model: str, shape: dict[str, Any], slot: int, state_id: int) -> None:
         exchange, size = self.exchanges[model], msgspec.convert(shape, StepShape)
         for branch in range(size.num_branches):
             generator = torch.Generator().manual_seed(1000 * size.text[branch] + size.image + branch)
+            fields = {**exchange.constants(slot, branch), SPECS[model].latents.name: exchange.state(slot, 0)}
             for field in SPECS[model].fields:
                 if field.per_branch or branch == 0:
-                    rows = exchange.fields(slot, branch)[field.name][: size.rows(field.rows, branch)]
+                    rows = fields[field.name][: size.rows(field.rows, branch)]
                     rows.copy_(torch.randn(rows.shape, generator=generator))
-        exchange.publish(slot, slot_version(state_id, 0))
+        exchange.publish(slot, 0, slot_version(state_id, 0))
 
     def op_pull(
-        self, model: str, shape: dict[str, Any], source: int, slot: int, state_id: int, step_index: int, what: list[str]
+        self,
+        model: str,
+        shape: dict[str, Any],
+        source: int,
+        slot: int,
+        state_id: int,
+        step_index: int,
+        chunk_index: int,
+        what: list[str],
     ) -> None:
         exchange = self.exchanges[model]
         version = slot_version(state_id, step_index)
-        exchange.bind(self._chunk(model, shape, [self.device_id], slot, source, (version, version)))
+        place = slot, chunk_index
+        exchange.bind(self._chunk(model, shape, [self.device_id], *place, source, (version, version)))
         if "constants" in what:
             exchange.pull_constants()
         if "state" in what:
@@ -75,6 +85,7 @@ class Device:
         slot: int,
         state_id: int,
         step_index: int,
+        chunk_index: int,
         chunk_steps: int,
         delay_s: float = 0.0,
     ) -> None:
@@ -82,7 +93,8 @@ class Device:
         exchange, steps = self.exchanges[model], range(step_index, step_index + chunk_steps)
         is_newcomer = self.device_id not in holders
         versions = slot_version(state_id, steps.start), slot_version(state_id, steps.stop)
-        chunk = self._chunk(model, shape, members, slot, source if is_newcomer else self.device_id, versions)
+        source = source if is_newcomer else self.device_id
+        chunk = self._chunk(model, shape, members, slot, chunk_index, source, versions)
         exchange.bind(chunk)
         if is_newcomer:
             exchange.pull_constants()
@@ -105,7 +117,7 @@ class Device:
             velocities = []
             for branch, group, network in zip(branches, groups, networks, strict=True):
                 group.load_rope(network.rope())
-                fields = exchange.fields(chunk.slot, branch)
+                fields = exchange.constants(chunk.slot, branch)
                 velocities.append(network.velocity(step, fields, state[:, :CHANNELS], group.attend))
             if len(branches) < chunk.shape.num_branches:
                 swap = exchange.swap(padded_rows, CHANNELS)
@@ -122,6 +134,7 @@ class Device:
         shape: dict[str, Any],
         members: list[int],
         slot: int,
+        chunk_index: int,
         source: int,
         versions: tuple[int, int],
     ) -> Chunk:
@@ -132,7 +145,7 @@ class Device:
             plan_group(part, size.counts(spec.segments, branch), spec.num_heads)
             for branch in layout.branches_of(self.device_id)
         )
-        return Chunk(size, layout, plans, slot, source, *versions)
+        return Chunk(size, layout, plans, slot, chunk_index, source, *versions)
 
 
 def make_device(start: dict[str, Any]) -> Device:

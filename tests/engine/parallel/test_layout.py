@@ -11,7 +11,7 @@ from tests.engine.parallel.toy_models import SPECS
 from tests.engine.specs import make_spec
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.group import BranchLayout, plan_group
-from tetrion.engine.parallel.layout import CACHE_LINE, PAGE, ControlLayout, SlabLayout, slab_layout
+from tetrion.engine.parallel.layout import CACHE_LINE, NUM_BUFFERS, PAGE, ControlLayout, SlabLayout, slab_layout
 from tetrion.engine.shape import StepShape
 
 flux_specs = st.builds(
@@ -66,9 +66,9 @@ def test_fields_of_a_slot_do_not_overlap(specs: list[ModelSpec], itemsize: int) 
     for spec in specs:
         slot = layout.slots[spec.name]
         pieces = [
-            slot.place(field.name).piece(spec.max_rows(field.rows), branch)
+            slot.place(field.name).piece(spec.max_rows(field.rows), part)
             for field in spec.fields
-            for branch in range(spec.max_branches if field.per_branch else 1)
+            for part in range(NUM_BUFFERS if field.changes else spec.max_branches if field.per_branch else 1)
         ]
         assert all(a.offset + a.num_bytes <= b.offset for a, b in pairwise(pieces))
         assert all(piece.offset % CACHE_LINE == 0 for piece in pieces)
@@ -79,13 +79,13 @@ def test_fields_of_a_slot_do_not_overlap(specs: list[ModelSpec], itemsize: int) 
 def test_pieces_are_exactly_the_requests_rows(data: st.DataObject, specs: list[ModelSpec], itemsize: int) -> None:
     spec = data.draw(st.sampled_from(specs))
     shape, slot = data.draw(shapes_of(spec)), slab_layout(specs, 2, 1, itemsize).slots[spec.name]
-    constants, changing = slot.pieces(shape, changing=False), slot.pieces(shape, changing=True)
+    constants, changing = slot.constants(shape), [slot.state(shape, buffer) for buffer in range(NUM_BUFFERS)]
     expected = {False: set(), True: set()}
     for field in spec.fields:
-        for branch in range(shape.num_branches if field.per_branch else 1):
+        for part in range(NUM_BUFFERS if field.changes else shape.num_branches if field.per_branch else 1):
             width = field.width * (4 if field.fp32 else itemsize)
-            place = slot.place(field.name)
-            start = place.offset + branch * place.branch_bytes
+            place, branch = slot.place(field.name), part if field.per_branch else 0
+            start = place.offset + part * place.part_bytes
             expected[field.changes].add((start, shape.rows(field.rows, branch) * width))
     assert set(constants) == expected[False] and set(changing) == expected[True]
     touched = sorted((offset, offset + size) for offset, size in (*constants, *changing) if size)

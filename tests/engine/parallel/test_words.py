@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.engine.parallel.layout import ControlLayout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, ControlLayout
 from tetrion.engine.parallel.words import (
     INVALID_VERSION,
     AbortWords,
     SharedWord,
     SlotVersion,
     Waiter,
+    is_of_state,
     reaches,
     slot_version,
 )
@@ -75,12 +76,26 @@ def test_version_reaches_only_its_own_state(states: tuple[int, int], steps: tupl
     assert not reaches(INVALID_VERSION, slot_version(state, 0))
 
 
-def test_every_version_changes_the_sequence() -> None:
-    version = SlotVersion(memoryview(bytearray(64)), 0, Waiter())
-    for value in (slot_version(2**40, 3), slot_version(2**40, 3), INVALID_VERSION):
-        before = version.sequence.load()
-        version.store(value)
-        assert version.load() == value < 2**64 and version.sequence.load() == before + 1
+def test_an_invalid_version_is_of_no_state() -> None:
+    """Not even of the one whose number is 0."""
+    assert not is_of_state(INVALID_VERSION, slot_version(0, 0)) and not reaches(INVALID_VERSION, slot_version(0, 0))
+    assert is_of_state(slot_version(7, 3), slot_version(7, 9)) and not is_of_state(
+        slot_version(6, 3), slot_version(7, 3)
+    )
+
+
+def test_every_version_changes_the_sequence_and_leaves_the_other_buffers() -> None:
+    slab, waiter = memoryview(bytearray(128)), Waiter()
+    versions = [SlotVersion(slab, 64, buffer, waiter) for buffer in range(NUM_BUFFERS)]
+    stored = [INVALID_VERSION] * NUM_BUFFERS
+    for value in (slot_version(2**40, 3), slot_version(2**40, 3), INVALID_VERSION, slot_version(7, 1)):
+        for buffer, version in enumerate(versions):
+            before = versions[0].sequence.load()
+            version.store(value)
+            stored[buffer] = value
+            assert [each.load() for each in versions] == stored and value < 2**64
+            assert versions[-1].sequence.load() == before + 1
+    assert not any(slab[:64]), "the slot before"
 
 
 def test_abort_words_are_one_per_device() -> None:

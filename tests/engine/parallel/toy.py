@@ -12,6 +12,7 @@ from torch import Tensor
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Rope, Stream
 from tetrion.engine.parallel.group import BranchLayout, GroupPlan, GroupShape, plan_group
+from tetrion.engine.parallel.layout import NUM_BUFFERS
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.shape import StepShape
 from tetrion.kernels import reference
@@ -128,30 +129,42 @@ class Toy:
 
     def encode(self, slot: int, state_id: int, shape: StepShape) -> None:
         for branch, values in enumerate(first_state(self.spec, shape, state_id)):
-            fields = self.exchange.fields(slot, branch)
+            fields = self._fields(slot, branch, 0)
             for name, value in values.items():
                 fields[name][: len(value)].copy_(value)
-        self.exchange.publish(slot, slot_version(state_id, 0))
+        self.exchange.publish(slot, 0, slot_version(state_id, 0))
 
-    def state(self, slot: int, shape: StepShape) -> list[Tensor]:
-        """All fields of a request in this device's slot, on the host."""
+    def state(self, slot: int, shape: StepShape, chunk_index: int) -> list[Tensor]:
+        """All fields of a request that has so many chunks behind it in this device's slot, on the host."""
         rows = []
         for branch in range(shape.num_branches):
-            fields = self.exchange.fields(slot, branch)
+            fields = self._fields(slot, branch, chunk_index)
             for field in self.spec.fields:
                 if field.per_branch or not branch:
                     rows.append(fields[field.name][: shape.rows(field.rows, branch)].float().cpu())
         return rows
 
+    def _fields(self, slot: int, branch: int, chunk_index: int) -> dict[str, Tensor]:
+        state = self.exchange.state(slot, chunk_index % NUM_BUFFERS)
+        return {**self.exchange.constants(slot, branch), self.spec.latents.name: state}
+
     def chunk(
-        self, shape: StepShape, members: Sequence[int], slot: int, state_id: int, source: int, steps: range
+        self,
+        shape: StepShape,
+        members: Sequence[int],
+        slot: int,
+        chunk_index: int,
+        source: int,
+        state_ids: tuple[int, int],
+        steps: range,
     ) -> Chunk:
+        """`state_ids`: under which the start was published, and the end will be."""
         me, spec = self.exchange.device_id, self.spec
         layout = BranchLayout(members=tuple(members), num_branches=shape.num_branches)
         part = layout.part_of(me)
         plans = [plan_group(part, shape.counts(spec.segments, b), spec.num_heads) for b in layout.branches_of(me)]
-        versions = [slot_version(state_id, step) for step in (steps.start, steps.stop)]
-        return Chunk(shape, layout, tuple(plans), slot, source, *versions)
+        versions = [slot_version(*it) for it in zip(state_ids, (steps.start, steps.stop), strict=True)]
+        return Chunk(shape, layout, tuple(plans), slot, chunk_index, source, *versions)
 
     def pull(self, chunk: Chunk) -> None:
         self.exchange.bind(chunk)
@@ -165,7 +178,7 @@ class Toy:
         self.pull(chunk)
         exchange.enter()
         for plan, branch in zip(chunk.plans, branches, strict=True):
-            fields = dict(exchange.fields(chunk.slot, branch))
+            fields = dict(exchange.constants(chunk.slot, branch))
             self._passes[plan.shape_of(me), branch].load(plan, me, fields, self._rope(chunk.shape.width, plan.counts))
         self._step.fill_(steps.start)
         exchange.load_state(state)

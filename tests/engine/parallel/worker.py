@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,18 @@ from tetrion.engine.parallel.layout import SlabLayout
 from tetrion.engine.parallel.words import slot_version
 
 
+class MortalBarrier(PairwiseBarrier):
+    """Of a device that is lost once it has passed so many barriers; None: never."""
+
+    num_left: int | None = None
+
+    def arrive_and_wait(self, members: Sequence[int]) -> None:
+        if self.num_left == 0:
+            raise Aborted(f"device {self.device_id} is lost")
+        super().arrive_and_wait(members)
+        self.num_left = None if self.num_left is None else self.num_left - 1
+
+
 class Device:
     def __init__(
         self, layout: SlabLayout, spec: ModelSpec, device_id: int, slab_fds: list[int], control_fd: int
@@ -34,19 +46,23 @@ class Device:
         self.buffers = [memoryview(mmap.mmap(fd, 0)) for fd in slab_fds]
         self.control = memoryview(mmap.mmap(control_fd, 0))
         self.slabs = SharedSlabs(self.layout, self.device_id, self.buffers)
-        self.barrier = PairwiseBarrier(self.layout, self.device_id, self.buffers, self.control)
+        self.barrier = MortalBarrier(self.layout, self.device_id, self.buffers, self.control)
         self.exchange = CpuExchange(self.slabs, self.barrier, self.spec)
         self.toy = Toy(self.exchange, self.spec, reference_step, torch.float32, torch.device("cpu"), lambda work: work)
 
     def op_reset(self) -> None:
         self.barrier.reset()
+        self.barrier.num_left = None
+
+    def op_die_after(self, num_barriers: int) -> None:
+        self.barrier.num_left = num_barriers
 
     def op_sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def op_barrier(self, members: list[int], ticket: int = 0) -> list[int]:
         """Hand in a ticket in our own slab, meet the others, return the tickets then found in their slabs."""
-        pooled = [self.slabs.fields(member, self.spec.name, 0)["pooled"] for member in members]
+        pooled = [self.slabs.constants(member, self.spec.name, 0)["pooled"] for member in members]
         pooled[members.index(self.device_id)][0, 0] = ticket
         self.barrier.arrive_and_wait(members)
         return [int(tickets[0, 0]) for tickets in pooled]
@@ -58,24 +74,33 @@ class Device:
             ended_ns.append(time.perf_counter_ns())
         return [after - before for before, after in pairwise(ended_ns)]
 
-    def op_set_version(self, slot: int, state_id: int, step_index: int) -> None:
-        self.slabs.version(self.device_id, slot).store(slot_version(state_id, step_index))
+    def op_set_version(self, slot: int, state_id: int, step_index: int, buffer: int = 0) -> None:
+        self.slabs.version(self.device_id, slot, buffer).store(slot_version(state_id, step_index))
 
-    def op_wait_version(self, device: int, slot: int, state_id: int, step_index: int) -> list[int]:
-        self.barrier.wait_version(device, slot, slot_version(state_id, step_index))
-        return list(divmod(self.slabs.version(device, slot).load(), 1 << 32))
+    def op_wait_version(self, device: int, slot: int, state_id: int, step_index: int, buffer: int = 0) -> list[int]:
+        self.barrier.wait_version(device, slot, buffer, slot_version(state_id, step_index))
+        return list(divmod(self.slabs.version(device, slot, buffer).load(), 1 << 32))
 
     def op_encode(self, slot: int, state_id: int, text: list[int], image: int, turned: int = 0) -> None:
         self.toy.encode(slot, state_id, step_shape(text, image, turned))
 
-    def op_state(self, slot: int, text: list[int], image: int, turned: int = 0) -> list[Any]:
-        return [part.tolist() for part in self.toy.state(slot, step_shape(text, image, turned))]
+    def op_state(self, slot: int, chunk_index: int, text: list[int], image: int, turned: int = 0) -> list[Any]:
+        return [part.tolist() for part in self.toy.state(slot, step_shape(text, image, turned), chunk_index)]
 
     def op_pull(
-        self, source: int, slot: int, state_id: int, step_index: int, text: list[int], image: int, turned: int = 0
+        self,
+        source: int,
+        slot: int,
+        state_id: int,
+        step_index: int,
+        chunk_index: int,
+        text: list[int],
+        image: int,
+        turned: int = 0,
     ) -> None:
         steps, shape = range(step_index, step_index), step_shape(text, image, turned)
-        self.toy.pull(self.toy.chunk(shape, (self.device_id,), slot, state_id, source, steps))
+        state_ids = state_id, state_id
+        self.toy.pull(self.toy.chunk(shape, (self.device_id,), slot, chunk_index, source, state_ids, steps))
 
     def op_denoise(
         self,
@@ -84,7 +109,9 @@ class Device:
         source: int,
         slot: int,
         state_id: int,
+        source_state_id: int,
         step_index: int,
+        chunk_index: int,
         chunk_steps: int,
         text: list[int],
         image: int,
@@ -94,7 +121,8 @@ class Device:
         time.sleep(delay_s)
         steps, shape = range(step_index, step_index + chunk_steps), step_shape(text, image, turned)
         source = self.device_id if self.device_id in holders else source
-        self.toy.denoise(self.toy.chunk(shape, members, slot, state_id, source, steps), steps)
+        state_ids = source_state_id, state_id
+        self.toy.denoise(self.toy.chunk(shape, members, slot, chunk_index, source, state_ids, steps), steps)
 
 
 def answer(device: Any, operations: list[dict[str, Any]]) -> dict[str, Any]:

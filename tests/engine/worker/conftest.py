@@ -13,6 +13,7 @@ from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.messages import Command, Event
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
+from tetrion.engine.parallel.saved_states import SavedStates
 from tetrion.engine.params import Params
 from tetrion.engine.transport.channel import ChannelSpec, RingSpec
 from tetrion.engine.transport.image_slab import ImageSlab
@@ -74,6 +75,7 @@ class Memory:
         self.control = SharedSegment.create("control", control)
         self._slabs = [SharedSegment.create("slab", self.layout.num_bytes) for _ in range(num_devices)]
         self.images = ImageSlab.create(2, 3 * 4 * model.sizes.max**2)
+        self.saved = SavedStates.create(self.layout)
 
     def spec(self, device_id: int) -> WorkerSpec:
         nothing = RingSpec(segment_fd=-1, segment_bytes=0, bell_read_fd=-1, bell_write_fd=-1)
@@ -87,6 +89,7 @@ class Memory:
             channel=ChannelSpec(commands=nothing, events=nothing),
             slab_fds=tuple(os.dup(slab.fd) for slab in self._slabs),
             control_fd=os.dup(self.control.fd),
+            saved_states_fd=os.dup(self.saved.segment.fd),
             image_slab_fd=os.dup(self.images.fd),
             num_image_slots=self.images.num_slots,
             image_slot_bytes=self.images.slot_bytes,

@@ -15,6 +15,7 @@ from tests.engine.worker.conftest import Memory, request_params
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import Model
 from tetrion.engine.parallel.exchange import Exchange
+from tetrion.engine.parallel.layout import NUM_BUFFERS
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.params import Params
 from tetrion.engine.worker import denoiser as denoiser_module
@@ -41,16 +42,21 @@ class Loaded(NamedTuple):
         """A request in SLOT, before its first step."""
         generator = torch.Generator().manual_seed(seed)
         for branch in range(params.shape.num_branches):
-            for tensor in self.exchange.fields(SLOT, branch).values():
+            for tensor in self.fields(branch).values():
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+    def fields(self, branch: int) -> dict[str, Tensor]:
+        """Of the request in SLOT before its first step."""
+        state = self.exchange.state(SLOT, 0)
+        return {**self.exchange.constants(SLOT, branch), self.model.spec.latents.name: state}
 
     def run(self, params: Params, *chunks: range, state: State = STATE) -> Tensor:
         """The state after these chunks of a request that is in SLOT."""
-        for steps in chunks:
+        for chunk_index, steps in enumerate(chunks):
             versions = slot_version(state.state_id, steps.start), slot_version(state.state_id, steps.stop)
             if steps.start == 0:
-                self.exchange.publish(SLOT, versions[0])
-            chunk = self.denoiser.chunk(params.shape, (0,), state, 0, versions)
+                self.exchange.publish(SLOT, 0, versions[0])
+            chunk = self.denoiser.chunk(params.shape, (0,), SLOT, chunk_index, 0, versions)
             self.denoiser.record(chunk)
             self.exchange.bind(chunk)
             self.denoiser.prepare(chunk, state, params, steps.start)
@@ -58,7 +64,7 @@ class Loaded(NamedTuple):
             self.exchange.enter()
             self.denoiser.run(chunk, state, params, steps)
             self.exchange.finish()
-        return self.exchange.fields(SLOT, 0)["latents"][: params.shape.image].clone()
+        return self.exchange.state(SLOT, len(chunks) % NUM_BUFFERS)[: params.shape.image].clone()
 
     def fresh(self, params: Params, *chunks: range, seed: int = 0, state_id: int = 5) -> Tensor:
         self.fill(params, seed)
@@ -97,7 +103,7 @@ def test_tables_hold_the_steps_of_a_chunk(loaded: Loaded, steps: range, num_bran
     assert torch.equal(tables.coefficients[: len(steps)], coefficients[steps.start : steps.stop])
     assert (tables.guidance == loaded.model.guidance_factor(params)).all()
     for branch in range(num_branches):
-        fields = loaded.exchange.fields(SLOT, branch)
+        fields = loaded.fields(branch)
         for row, i in enumerate(steps):
             expected = network.vectors(fields, times[i : i + 1], params)[0]
             assert torch.equal(tables.vectors(branch)[row], expected), f"branch {branch}, step {i}"
@@ -118,10 +124,10 @@ def test_steps_are_those_of_the_network_and_the_schedule_written_out(loaded: Loa
     loaded.fill(params)
     network, shape = loaded.model.network, params.shape
     times, coefficients = loaded.model.schedule(3, shape)
-    fields = [{n: t.clone() for n, t in loaded.exchange.fields(SLOT, b).items()} for b in range(2)]
+    fields = [{n: t.clone() for n, t in loaded.fields(b).items()} for b in range(2)]
     vectors = [network.vectors(fields[b], times, params) for b in range(2)]
     found = loaded.run(params, range(3))
-    chunk = loaded.denoiser.chunk(shape, (0,), STATE, 0, (0, 0))
+    chunk = loaded.denoiser.chunk(shape, (0,), SLOT, 0, 0, (0, 0))
     loaded.exchange.bind(chunk)
     group, state = loaded.exchange.group(chunk.plans[0].shape_of(0)), fields[0]["latents"][: shape.image]
     for step in range(3):
@@ -169,13 +175,13 @@ def test_a_group_is_given_its_positions_whichever_pass_over_it_comes_next(
 ) -> None:
     """A device that has branch 1 of a group apart uses the group of which a single branch is branch 0."""
     wide, high = (tiny_model.shape(*size, 2) for size in ((20, 8), (8, 20)))
-    network, chunk = loaded.model.network, loaded.denoiser.chunk(wide, (0,), STATE, 0, (0, 0))
+    network, chunk = loaded.model.network, loaded.denoiser.chunk(wide, (0,), SLOT, 0, 0, (0, 0))
     loaded.denoiser.record(chunk)
     first, second = loaded.denoiser._passes.values()
     group, given = loaded.exchange.group(chunk.plans[0].shape_of(0)), []
     group.load_rope = given.append  # type: ignore[method-assign]
     for recorded, shape, branch in ((second, wide, 1), (first, high, 0), (second, wide, 1), (first, wide, 0)):
-        constants = network.constants(loaded.exchange.fields(SLOT, branch), shape, branch)
+        constants = network.constants(loaded.exchange.constants(SLOT, branch), shape, branch)
         recorded.load(shape, constants, chunk.plans[branch].shard_of(0).rows)
         expected = network.rope(shape, branch)
         assert expected is not None and torch.equal(given[-1][0], expected[0])
@@ -207,7 +213,7 @@ def test_recording_starts_at_the_tables_first_row(loaded: Loaded, tiny_model: Mo
     loaded.fresh(params, range(TABLE_STEPS))
     assert loaded.denoiser.tables.step.item() == TABLE_STEPS
     other = msgspec.structs.replace(params, shape=tiny_model.shape(8, 8))
-    loaded.denoiser.record(loaded.denoiser.chunk(other.shape, (0,), STATE, 0, (0, 0)))
+    loaded.denoiser.record(loaded.denoiser.chunk(other.shape, (0,), SLOT, 0, 0, (0, 0)))
     assert loaded.denoiser.tables.step.item() == 0
 
 
@@ -222,7 +228,7 @@ def test_recording_is_a_rehearsal_that_signals_nobody(tiny_model: ModelSpec, one
         before = [bytes(slab.view) for slab in memory._slabs]
         for num_branches in (1, 2):
             shape = tiny_model.shape(20, 8, num_branches)
-            chunk = denoiser.chunk(shape, (0, 1), STATE, 0, (0, 0))
+            chunk = denoiser.chunk(shape, (0, 1), SLOT, 0, 0, (0, 0))
             exchange.bind(chunk)
             denoiser.record(chunk)
             for recorded in (*denoiser._passes.values(), *denoiser._tails.values()):

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -36,6 +37,8 @@ from tetrion.engine.params import Params
 WIDTH, HEIGHT, NUM_STEPS, SLOT = 20, 8, 2, 1
 LOAD = LoadWeights(command_id=1, publish=True)
 Chunk = tuple[tuple[int, ...], int]
+Commands = list[tuple[tuple[int, ...], Command]]
+"""Who gets it, and the command."""
 Latents = npt.NDArray[np.float32]
 KINDS: tuple[BackendKind, ...] = ("cpu", "gpu")
 if has_gpu_exchange():
@@ -47,27 +50,36 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def request_commands(
-    params: Params, chunks: Sequence[Chunk], first: int = 0, state_id: int = 5
-) -> list[tuple[tuple[int, ...], Command]]:
-    """A whole request as (who gets it, command)."""
+    params: Params,
+    chunks: Sequence[Chunk],
+    first: int = 0,
+    state_id: int = 5,
+    step_index: int = 0,
+    chunk_index: int = 0,
+) -> Commands:
+    """A whole request, or what is left of it when it goes on from saved latents."""
     ids = itertools.count(10)
     common = {"request_id": "r", "state_id": state_id, "slot": SLOT, "params": params}
-    encode = EncodePrompt(command_id=next(ids), prompt="a red circle", negative_prompt="a square", **common)
-    commands: list[tuple[tuple[int, ...], Command]] = [((first,), encode)]
-    holders, step_index = (first,), 0
+    prompts = {"prompt": "a red circle", "negative_prompt": "a square"}
+    encode = EncodePrompt(command_id=next(ids), step_index=step_index, chunk_index=chunk_index, **prompts, **common)
+    commands: Commands = [((first,), encode)]
+    holders = (first,)
     for members, chunk_steps in chunks:
         denoise = Denoise(
             command_id=next(ids),
             round_id=0,
+            source_state_id=state_id,
             members=members,
             holders=holders,
             source=holders[-1],
             step_index=step_index,
+            chunk_index=chunk_index,
             chunk_steps=chunk_steps,
             **common,
         )
         commands.append((members, denoise))
-        holders, step_index = members, step_index + chunk_steps
+        holders, step_index, chunk_index = members, step_index + chunk_steps, chunk_index + 1
+    common |= {"chunk_index": chunk_index}
     commands.append((holders[:1], CopyLatents(command_id=next(ids), image_slot=0, **common)))
     decode = Decode(command_id=next(ids), source=holders[0], image_slot=1, **common)
     return [*commands, (holders[:1], decode)]
@@ -81,8 +93,12 @@ def run_alone(kind: BackendKind, memory: Memory, params: Params, chunks: Sequenc
 def run_together(
     kind: BackendKind, memory: Memory, params: Params, chunks: Sequence[Chunk], first: int = 0
 ) -> list[list[Event]]:
+    return run_commands(kind, memory, request_commands(params, chunks, first))
+
+
+def run_commands(kind: BackendKind, memory: Memory, commands: Commands) -> list[list[Event]]:
     """Every device's answers; each is a forked process."""
-    context, commands = multiprocessing.get_context("fork"), request_commands(params, chunks, first)
+    context = multiprocessing.get_context("fork")
     pipes = []
     for device_id in range(memory.num_devices):
         own = [LOAD, *(command for members, command in commands if device_id in members)]
@@ -226,12 +242,85 @@ def test_an_abort_fails_the_chunk_and_a_reset_heals(
     np.testing.assert_array_equal(latents(memory), alone[kind, num_branches][0])
 
 
+SAVING: list[tuple[list[Chunk], int]] = [
+    ([((0,), 1), ((0,), 1)], 1),
+    ([((1, 0), 1), ((0, 1), 1)], 2),
+]
+SAVING_CASES = [
+    pytest.param(kind, *case, marks=[needs_gpu_exchange] if kind == "gpu" else [], id=f"{kind}, degree {case[1]}")
+    for kind in KINDS
+    for case in SAVING
+]
+
+
+@pytest.mark.parametrize(("kind", "chunks", "num_devices"), SAVING_CASES)
+def test_each_chunks_first_member_saves_its_end_and_a_request_goes_on_from_that(
+    tiny_model: ModelSpec, kind: BackendKind, chunks: list[Chunk], num_devices: int
+) -> None:
+    """Each end, bit for bit, and the same picture from any of them, on other workers; fewer rows than a slot has."""
+    params = request_params(tiny_model, sum(num_steps for _, num_steps in chunks), num_branches=2)
+    memory = Memory(tiny_model, num_devices)
+    run_well(kind, memory, request_commands(params, chunks))
+    expected_latents, expected_picture = latents(memory), picture(memory)
+    np.testing.assert_array_equal(saved(memory, len(chunks)), expected_latents)
+    saved_states = {number: saved(memory, number) for number in range(1, len(chunks) + 1)}
+    for number in range(1, len(chunks)):
+        later, steps = Memory(tiny_model, num_devices), sum(num_steps for _, num_steps in chunks[:number])
+        later.saved.view(SLOT, number, saved_states[number].shape)[:] = saved_states[number]
+        rest = request_commands(params, chunks[number:], num_devices - 1, 9, steps, number)
+        run_well(kind, later, rest)
+        np.testing.assert_array_equal(latents(later), expected_latents)
+        np.testing.assert_array_equal(picture(later), expected_picture)
+        for following in range(number + 1, len(chunks) + 1):
+            np.testing.assert_array_equal(saved(later, following), saved_states[following])
+
+
+def run_well(kind: BackendKind, memory: Memory, commands: Commands) -> None:
+    """A lone device is this process."""
+    if memory.num_devices == 1:
+        assert_all_well(answers_of(kind, memory.spec(0), [LOAD, *(command for _, command in commands)]))
+        return
+    for events in run_commands(kind, memory, commands):
+        assert_all_well(events)
+
+
+def saved(memory: Memory, chunk_index: int) -> Latents:
+    """A copy of what was saved of a request that has so many chunks behind it. Slots and rows that are not the
+    request's must be as they were."""
+    tokens, width = memory.model.sizes.num_rows(WIDTH, HEIGHT), memory.model.latents.width
+    most = memory.layout.state_bytes // 4 // width
+    assert tokens < most
+    whole = memory.saved.view(SLOT, chunk_index, (most, width))
+    assert not whole[tokens:].any() and not memory.saved.view(0, chunk_index, (most, width)).any()
+    return whole[:tokens].copy()
+
+
+@on_both
+def test_a_chunk_that_fails_leaves_what_was_saved_before_it(tiny_model: ModelSpec, kind: BackendKind) -> None:
+    """Two chunks are in flight whose other member never comes; both are aborted."""
+    memory, params, before = Memory(tiny_model, 2), request_params(tiny_model, 3), []
+    (_, encode), (_, done), *lost, _, _ = request_commands(params, [((0,), 1), ((0, 1), 1), ((0, 1), 1)])
+
+    def commands() -> Iterator[Command]:
+        yield from (LOAD, encode, done)
+        yield ResetBarriers(command_id=8)  # answered once all before it is done
+        before.append(saved(memory, 1))
+        AbortWords(memory.control.view, 2).set(0)
+        yield from (command for _, command in lost)
+
+    events = answers_of(kind, memory.spec(0), commands())
+    assert [event.kind for event in events if isinstance(event, Failed)] == ["aborted", "aborted"]
+    np.testing.assert_array_equal(saved(memory, 1), before[0])
+    assert before[0].any()
+
+
 @on_both
 def test_a_command_that_fails_is_answered_and_the_worker_goes_on(tiny_model: ModelSpec, kind: BackendKind) -> None:
     memory, params = Memory(tiny_model, 1), request_params(tiny_model, NUM_STEPS)
     (_, encode), (_, denoise), *_ = request_commands(params, [((0,), 1)])
     assert isinstance(denoise, Denoise)
     too_wide = request_commands(request_params(tiny_model, NUM_STEPS, size=(4096, 4096)), [((0,), 1)])[0][1]
-    events = answers_of(kind, memory.spec(0), [LOAD, too_wide, encode, denoise, denoise, Ping(command_id=99)])
+    too_late = msgspec.structs.replace(denoise, chunk_index=1)  # that buffer has the state after the step
+    events = answers_of(kind, memory.spec(0), [LOAD, too_wide, encode, denoise, too_late, Ping(command_id=99)])
     assert [type(event) for event in events] == [Loaded, Failed, Encoded, Denoised, Failed, Pong]
     assert [event.kind for event in events if isinstance(event, Failed)] == ["error", "error"]

@@ -124,12 +124,12 @@ def our_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tuple[Ten
     params = Params(model=spec.name, shape=shape, num_steps=NUM_STEPS, guidance=GUIDANCE, seed=0)
 
     def run() -> Tensor:
-        fields, state = exchange.fields(SLOT, 0), State(1, SLOT)
+        fields, state = {**exchange.constants(SLOT, 0), "latents": exchange.state(SLOT, 0)}, State(1, SLOT)
         for name, value in values.items():
             fields[name][: len(value)].copy_(value)
         versions = slot_version(1, 0), slot_version(1, NUM_STEPS)
-        exchange.publish(SLOT, versions[0])
-        chunk = denoiser.chunk(shape, (0,), state, 0, versions)
+        exchange.publish(SLOT, 0, versions[0])
+        chunk = denoiser.chunk(shape, (0,), SLOT, 0, 0, versions)
         denoiser.record(chunk)
         exchange.bind(chunk)
         denoiser.prepare(chunk, state, params, 0)
@@ -140,6 +140,6 @@ def our_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tuple[Ten
         check = exchange.outcome()
         queue.drain()
         check()
-        return fields["latents"][: shape.image].clone()
+        return exchange.state(SLOT, 1)[: shape.image].clone()
 
     return run(), run()

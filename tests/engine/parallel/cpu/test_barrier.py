@@ -94,6 +94,15 @@ def test_wait_version_wakes_up_when_only_the_state_changes(fleet: Any) -> None:
     assert fleet.results(2) == [[2, 1]]
 
 
+def test_wait_version_wants_its_own_buffer(fleet: Any) -> None:
+    version = {"slot": 2, "state_id": 51, "step_index": 3}
+    fleet.run({1: [{"op": "set_version", "buffer": 0, **version}, {"op": "set_version", "buffer": 2, **version}]})
+    fleet.send(0, {"op": "wait_version", "device": 1, "buffer": 1, **version})
+    assert not fleet.has_answered(0, 0.05), "other buffers must not do"
+    fleet.run({1: [{"op": "set_version", "buffer": 1, **version}]})
+    assert fleet.results(0) == [[51, 4]]
+
+
 def test_abort_frees_one_who_waits_for_a_version(fleet: Any) -> None:
     fleet.send(0, {"op": "wait_version", "device": 1, "slot": 3, "state_id": 77, "step_index": 0})
     assert not fleet.has_answered(0, 0.1)

@@ -18,7 +18,7 @@ from tetrion.engine.parallel.cpu.exchange import CpuExchange
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
 from tetrion.engine.parallel.exchange import Chunk, Stream
 from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
-from tetrion.engine.parallel.layout import ControlLayout, slab_layout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, ControlLayout, slab_layout
 from tetrion.engine.parallel.words import INVALID_VERSION, slot_version
 from tetrion.engine.shape import StepShape
 
@@ -27,6 +27,8 @@ DEVICES = range(4)
 ONE_BRANCH = StepShape(width=0, height=0, image=6, text=(4,))
 TWO_BRANCHES = StepShape(width=0, height=0, image=6, text=(4, 3))
 LAYERS_OF_TOY = 4
+START, END = 0, 1
+"""Buffers of a request's first chunk."""
 
 Operations = dict[int, list[dict[str, Any]]]
 groups = st.permutations(DEVICES).flatmap(lambda order: st.integers(1, 4).map(lambda size: order[:size]))
@@ -72,7 +74,7 @@ class Life:
     ) -> None:
         self.slot, self.model, self.shape, self.chunks = slot, model, shape, list(chunks)
         self.state_id = next(state_ids) if state_id is None else state_id
-        self.holders, self.step_index = [encoder], 0
+        self.holders, self.step_index, self.chunk_index = [encoder], 0, 0
 
     @property
     def request(self) -> dict[str, Any]:
@@ -83,7 +85,8 @@ class Life:
         return {"op": "encode", **self.request}
 
     def pull(self, source: int, *what: str) -> dict[str, Any]:
-        return {"op": "pull", "source": source, "step_index": self.step_index, "what": what, **self.request}
+        place = {"step_index": self.step_index, "chunk_index": self.chunk_index}
+        return {"op": "pull", "source": source, "what": what, **place, **self.request}
 
     def denoise(
         self, members: list[int], chunk_steps: int, operations: Operations, delays: list[float] | None = None
@@ -92,11 +95,12 @@ class Life:
             operations[device].append(
                 {
                     "op": "denoise", "members": members, "holders": self.holders, "source": self.holders[-1],
-                    "step_index": self.step_index, "chunk_steps": chunk_steps,
+                    "step_index": self.step_index, "chunk_index": self.chunk_index, "chunk_steps": chunk_steps,
                     "delay_s": delays[device] if delays else 0.0, **self.request,
                 }
             )  # fmt: skip
         self.holders, self.step_index = members, self.step_index + chunk_steps
+        self.chunk_index += 1
 
 
 def no_operations() -> Operations:
@@ -106,7 +110,7 @@ def no_operations() -> Operations:
 def assert_all_hold_what_one_device_computes(fleet: SegmentsFleet, life: Life) -> None:
     expected = alone(fleet, life)
     for device in life.holders:
-        for name, found in fleet.state(device, life.model, life.slot, life.shape).items():
+        for name, found in fleet.state(device, life.model, life.slot, life.shape, life.chunk_index).items():
             assert torch.equal(found, expected[name]), f"{name} on {device}"
 
 
@@ -117,7 +121,7 @@ def alone(fleet: SegmentsFleet, life: Life) -> dict[str, Tensor]:
     if life.step_index:
         twin.denoise([0], life.step_index, operations)
     fleet.run(operations)
-    return fleet.state(0, life.model, ALONE_SLOT, life.shape)
+    return fleet.state(0, life.model, ALONE_SLOT, life.shape, twin.chunk_index)
 
 
 @settings(
@@ -190,12 +194,12 @@ def test_constants_are_pulled_in_the_midst_of_a_chunk_and_the_state_after_it(fle
     fleet.send(0, *operations[0])
     fleet.run({1: [{"op": "barrier", "members": [0, 1]}]})
     fleet.wait_for_arrival(0, 1, 2)
-    assert fleet.version(0, life.slot) == INVALID_VERSION
+    assert fleet.version(0, life.slot, END) == INVALID_VERSION
     fleet.run({2: [life.pull(0, "constants")]})
     found = fleet.state(2, life.model, 2, life.shape)
     for name in ("text 0", "text 1", "pooled 0", "pooled 1", "reference 0"):
         assert torch.equal(found[name], expected[name]), name
-    assert fleet.version(2, life.slot) >> 32 != life.state_id
+    assert all(fleet.version(2, life.slot, buffer) >> 32 != life.state_id for buffer in range(NUM_BUFFERS))
     fleet.send(2, life.pull(0, "state"))
     assert not fleet.has_answered(2, 0.05), "the chunk's outcome is not there yet"
     for device in (0, 2):
@@ -238,21 +242,25 @@ def barriers_of(shape: StepShape) -> int:
     ("shape", "passed"),
     [(shape, n) for shape in (ONE_BRANCH, TWO_BRANCHES) for n in range(barriers_of(shape))],
 )
-def test_an_abort_ends_every_wait_of_a_chunk_and_leaves_no_readable_state(
+def test_an_abort_ends_every_wait_of_a_chunk_and_leaves_the_state_before_it(
     fleet: SegmentsFleet, shape: StepShape, passed: int
 ) -> None:
-    """The partner is lost after so many barriers: the other is freed, and its slot is not taken for a state."""
+    """The partner is lost after so many barriers: the other is freed, has what it had, and nothing new."""
     life = Life(2, "two segments", shape, encoder=0)
-    fleet.run({0: [life.encode()]})
-    before, operations = fleet.version(0, life.slot), no_operations()
+    fleet.run({0: [life.encode(), {"op": "set_version", "slot": 2, "state_id": 1, "step_index": 1, "buffer": END}]})
+    before, operations = fleet.state(0, life.model, life.slot, shape), no_operations()
+    older = fleet.version(0, life.slot, END)
     life.denoise([0, 1], 1, operations)
     fleet.send(0, *operations[0])
     fleet.run({1: [{"op": "barrier", "members": [1, 0]}] * passed})
     fleet.wait_for_arrival(0, 1, passed + 1)
-    assert fleet.version(0, life.slot) == (INVALID_VERSION if passed else before)
+    assert fleet.version(0, life.slot, END) == (INVALID_VERSION if passed else older)
     fleet.abort.set(0)
     assert "aborted" in fleet.receive(0)
-    assert fleet.version(0, life.slot) == (INVALID_VERSION if passed else before)
+    assert fleet.version(0, life.slot, END) == (INVALID_VERSION if passed else older)
+    assert fleet.version(0, life.slot, START) == slot_version(life.state_id, 0)
+    after = fleet.state(0, life.model, life.slot, shape)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     fleet.reset()
     again, operations = Life(2, "two segments", shape, encoder=3), no_operations()
     operations[3].append(again.encode())
@@ -268,7 +276,7 @@ def test_an_abort_ends_a_pull_that_waits(fleet: SegmentsFleet, what: str) -> Non
     assert not fleet.has_answered(0, 0.05)
     fleet.abort.set(0)
     assert "aborted" in fleet.receive(0)
-    assert fleet.version(0, life.slot) >> 32 != life.state_id
+    assert all(fleet.version(0, life.slot, buffer) >> 32 != life.state_id for buffer in range(NUM_BUFFERS))
 
 
 @pytest.mark.parametrize("num_streams", [1, 2])
@@ -314,7 +322,7 @@ def test_a_rehearsed_chunk_signals_nobody_and_touches_no_slot(spec: ModelSpec) -
     members, version = (0, 1), slot_version(1, 0)
     plan = plan_group(members, (4, 6), spec.num_heads)
     shape = StepShape(width=0, height=0, image=6, text=(4,))
-    exchange.bind(Chunk(shape, BranchLayout(members=members), (plan,), 0, 0, version, version))
+    exchange.bind(Chunk(shape, BranchLayout(members=members), (plan,), 0, 0, 0, version, version))
     swap, group = exchange.swap(3, 16), exchange.group(plan.shape_of(0))
     exchange.rehearse()
     before = [bytes(buffer) for buffer in buffers]

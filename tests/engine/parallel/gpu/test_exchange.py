@@ -5,7 +5,8 @@ graphs; without a GPU their kernels are interpreted.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import pytest
@@ -52,6 +53,12 @@ def run(fleet: DeviceFleet, operations: Operations) -> None:
     fleet.run({device: [*own, {"op": "check"}] for device, own in operations.items()})
 
 
+def versions(fleet: DeviceFleet, devices: Sequence[int], slot: int) -> dict[int, list[int]]:
+    """Of the slot's buffers on each device."""
+    found = fleet.run({device: [{"op": "versions", "slot": slot}] for device in devices})
+    return {device: result for device, (result,) in found.items()}
+
+
 CASES = [(degree, shape) for degree in (1, 2, 3, 4) for shape in (SHAPE, GUIDED, NO_TEXT)]
 QUICK_CASES = [(1, SHAPE), (3, SHAPE), (4, SHAPE), (2, GUIDED), (3, GUIDED), (4, GUIDED), (2, NO_TEXT)]
 
@@ -71,7 +78,8 @@ def check(fleet: DeviceFleet, life: Life) -> None:
     expected, reference = alone(fleet, life), in_this_process(device_spec(), life)
     tolerance = TOLERANCE * max(1.0, life.step_index / STEPS_TOLERATED)  # what is rounded adds up
     for device in life.holders:
-        for ours, theirs in zip(state(fleet, device, life.slot["slot"], life.shape), expected, strict=True):
+        found = state(fleet, device, life.slot["slot"], life.shape, life.chunk_index)
+        for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs), f"device {device}: {(ours - theirs).abs().max()}"
     for ours, theirs in zip(expected, reference, strict=True):
         assert (ours.view_as(theirs) - theirs).norm() <= tolerance * theirs.norm()
@@ -129,12 +137,11 @@ def test_requests_alternate_on_the_same_devices(fleet: DeviceFleet) -> None:
 def test_pull_copies_the_state_for_a_decode(fleet: DeviceFleet) -> None:
     life, operations = Life(1, next(IDS), 2, GUIDED), nothing()
     operations[2].append(life.encode())
-    operations[0].append({"op": "pull", "source": 2, "step_index": 0, **life.slot, **GUIDED})
+    operations[0].append({"op": "pull", "source": 2, "step_index": 0, "chunk_index": 0, **life.slot, **GUIDED})
     run(fleet, operations)
     for ours, theirs in zip(state(fleet, 0, 1, GUIDED), state(fleet, 2, 1, GUIDED), strict=True):
         assert torch.equal(ours, theirs) and ours.any()
-    found = fleet.run({0: [{"op": "version", "slot": 1}]})
-    assert found == {0: [slot_version(life.slot["state_id"], 0)]}
+    assert versions(fleet, [0], 1)[0][0] == slot_version(life.slot["state_id"], 0)
 
 
 def test_pull_refuses_a_state_that_is_too_far(fleet: DeviceFleet) -> None:
@@ -142,7 +149,8 @@ def test_pull_refuses_a_state_that_is_too_far(fleet: DeviceFleet) -> None:
     operations[2].append(life.encode())
     life.denoise([2], 2, operations)
     run(fleet, operations)
-    fleet.send(0, {"op": "pull", "source": 2, "step_index": 1, **life.slot, **SHAPE}, {"op": "check"})
+    pull = {"op": "pull", "source": 2, "step_index": 1, "chunk_index": life.chunk_index}
+    fleet.send(0, pull | life.slot | SHAPE, {"op": "check"})
     assert "RuntimeError: the slot that state was pulled from" in fleet.receive(0)["error"]
     run(fleet, {0: [life.encode()]})  # one request's mistake is not another's
 
@@ -164,8 +172,7 @@ def test_an_abort_ends_a_wait_and_nothing_is_published(fleet: DeviceFleet) -> No
     assert "aborted" in fleet.receive(0) and "aborted" in fleet.receive(2)
     for old, new in zip(before, (state(fleet, 0, 1, SHAPE), state(fleet, 2, 2, SHAPE)), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(old, new, strict=True))
-    found = fleet.run({d: [{"op": "version", "slot": 1}] for d in (0, 2)})
-    assert found[0] == [slot_version(life.slot["state_id"], 0)]
+    assert versions(fleet, [0], 1)[0][0] == slot_version(life.first_state_id, 0)
     fleet.send(0, other.encode(), {"op": "check"})
     assert "aborted" in fleet.receive(0), "an aborted device must not go on before it is reset"
     fleet.reset()
@@ -183,13 +190,14 @@ LEAVERS = {
 
 
 @pytest.mark.parametrize("case", LEAVERS)
-def test_a_chunk_aborted_half_way_leaves_no_readable_state(fleet: DeviceFleet, case: str) -> None:
-    """Device 1 enters and leaves after one step of two: everybody else waits for it, or for somebody who does."""
+def test_a_chunk_aborted_half_way_leaves_the_state_before_it(fleet: DeviceFleet, case: str) -> None:
+    """Device 1 enters and leaves after one step of two: everybody else waits for it, or for somebody who does. Another
+    attempt, by others, goes on from where the chunk began."""
     members, _ = LEAVERS[case]
     life, operations = Life(1, next(IDS), 0, GUIDED), nothing()
     operations[0].append(life.encode())
     run(fleet, operations)
-    operations = nothing()
+    whole, start, operations = state(fleet, 0, 1, GUIDED), copy(life), nothing()
     life.denoise(members, 2, operations)
     (short,) = operations[1]
     others = [member for member in members if member != 1]
@@ -201,10 +209,29 @@ def test_a_chunk_aborted_half_way_leaves_no_readable_state(fleet: DeviceFleet, c
         fleet.abort.set(device)
     answers = [fleet.receive(device) for device in members]
     assert all("aborted" in answer for device, answer in zip(members, answers, strict=True) if device != 1)
-    found = fleet.run({device: [{"op": "version", "slot": 1}] for device in others})
-    assert found == {device: [INVALID_VERSION] for device in others}
+    for device, found in versions(fleet, others, 1).items():
+        assert found[:2] == [slot_version(life.first_state_id, 0), INVALID_VERSION]
+        assert all(map(torch.equal, state(fleet, device, 1, GUIDED), whole)), f"device {device}"
     fleet.reset()
-    assert_all_work(fleet)
+    life.goes_on_from(start, next(IDS))
+    operations = nothing()
+    life.holders = others[-1:]  # a newcomer of the lost chunk, if it had more than two members
+    life.denoise([3, 0], 1, operations)
+    run(fleet, operations)
+    check(fleet, life)
+
+
+def test_a_newcomer_goes_on_from_one_who_finished_what_others_did_not(fleet: DeviceFleet) -> None:
+    """Device 0 has published the end of an attempt that came to nothing, and has the state before it all the same."""
+    life, operations = Life(1, next(IDS), 0, GUIDED), nothing()
+    operations[0].append(life.encode())
+    life.denoise([0], 1, operations)
+    lost = {"slot": 1, "state_id": next(IDS), "step_index": 2}
+    operations[0] += [{"op": "set_version", "buffer": 2, **lost}, {"op": "set_version", "buffer": 0, **lost}]
+    life.slot["state_id"] = next(IDS)
+    life.denoise([2, 1], 1, operations)
+    run(fleet, operations)
+    check(fleet, life)
 
 
 @pytest.mark.parametrize("pulled", ["constants", "state"])
@@ -214,11 +241,12 @@ def test_an_abort_ends_a_newcomers_wait_for_its_source(fleet: DeviceFleet, pulle
     if pulled == "state":
         operations[2].append(life.encode())
         run(fleet, {2: operations[2]})
-    fleet.send(0, {"op": "pull", "source": 2, "step_index": 1, **life.slot, **GUIDED}, {"op": "check"})
+    pull = {"op": "pull", "source": 2, "step_index": 1, "chunk_index": 1}
+    fleet.send(0, pull | life.slot | GUIDED, {"op": "check"})
     assert not fleet.has_answered(0, 0.5)
     fleet.abort.set(0)
     assert "aborted" in fleet.receive(0)
-    assert fleet.run({0: [{"op": "version", "slot": 1}]}) != {0: [slot_version(life.slot["state_id"], 1)]}
+    assert slot_version(life.slot["state_id"], 1) not in versions(fleet, [0], 1)[0]
     fleet.reset()
     assert_all_work(fleet)
 

@@ -130,7 +130,7 @@ def test_all_change_over_to_host_memory(layout: SlabLayout, control_fd: int, boo
     assert memory.map_peers([], host_memory=True) == ((0, 1, 2), "")
     after = memory.slabs.bases.tolist()
     assert not books.open and set(after) <= books.registered and not {*before} & {*after}
-    memory.slabs.fields(1, "tiny", 0)["latents"][0, 0] = 2.5
+    memory.slabs.state(1, "tiny", 0, 0)[0, 0] = 2.5
     stored = mmap.mmap(fds[1], 0)[layout.slot_offset(0) + layout.slots["tiny"].place("latents").offset :][:4]
     assert stored == torch.tensor([2.5]).numpy().tobytes()
     assert memory.map_peers([], host_memory=True) == ((0, 1, 2), ""), "said twice, done once"
@@ -175,10 +175,10 @@ def test_a_fleet_changes_over_to_host_memory() -> None:
         fleet.host_memory = True
         fleet.map({0: [], 1: []})
         shape, life = {"text": [5], "image": 22}, {"slot": 1, "state_id": 9}
-        pull = {"op": "pull", "source": 0, "step_index": 0, **life, **shape}
+        pull = {"op": "pull", "source": 0, "step_index": 0, "chunk_index": 0, **life, **shape}
         check = {"op": "check"}
         fleet.run({0: [{"op": "encode", **life, **shape}, check], 1: [pull, check]})
-        states = fleet.run({device: [{"op": "state", "slot": 1, **shape}] for device in (0, 1)})
+        states = fleet.run({device: [{"op": "state", "slot": 1, "chunk_index": 0, **shape}] for device in (0, 1)})
         assert states[0] == states[1]
     finally:
         fleet.stop()

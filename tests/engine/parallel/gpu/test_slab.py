@@ -5,7 +5,7 @@ import torch
 
 from tests.engine.parallel.conftest import tiny_spec
 from tetrion.engine.parallel.gpu.slab import GpuSlabs
-from tetrion.engine.parallel.layout import SlabLayout, slab_layout
+from tetrion.engine.parallel.layout import NUM_BUFFERS, SlabLayout, slab_layout
 
 CPU = torch.device("cpu")
 
@@ -32,15 +32,15 @@ def test_views_lie_where_the_layout_says(layout: SlabLayout, slabs: GpuSlabs, me
     base = memory[1].data_ptr()
     places = layout.slots["tiny"]
     for branch in (0, 1):
-        fields = slabs.fields(1, "tiny", 2, branch)
-        for name, rows, width, dtype, is_own in (
-            ("text", 13, 48, torch.bfloat16, True),
-            ("pooled", 1, 10, torch.bfloat16, True),
-            ("latents", 100, 16, torch.float32, False),
-        ):
-            start = layout.slot_offset(2) + places.place(name).piece(1, branch if is_own else 0).offset
+        fields = slabs.constants(1, "tiny", 2, branch)
+        assert set(fields) == {"text", "pooled"}
+        for name, rows, width in (("text", 13, 48), ("pooled", 1, 10)):
+            start = layout.slot_offset(2) + places.place(name).piece(1, branch).offset
             field = fields[name]
-            assert field.shape == (rows, width) and field.dtype == dtype and field.data_ptr() == base + start
+            assert field.shape == (rows, width) and field.dtype == torch.bfloat16 and field.data_ptr() == base + start
+    for buffer in range(NUM_BUFFERS):
+        start, state = layout.slot_offset(2) + places.latents.piece(1, buffer).offset, slabs.state(1, "tiny", 2, buffer)
+        assert state.shape == (100, 16) and state.dtype == torch.float32 and state.data_ptr() == base + start
     q, k, v = slabs.qkv(1, 113, 3, 8)
     assert [x.data_ptr() - base for x in (q, k, v)] == [layout.q_offset, layout.k_offset, layout.v_offset]
     assert slabs.output(1, 57, 6, 8).data_ptr() == base + layout.output_offset
@@ -56,7 +56,7 @@ def test_kernels_follow_where_slabs_are(slabs: GpuSlabs, memory: list[torch.Tens
     slabs.place(0, 0)
     assert bases.tolist() == [0, memory[1].data_ptr()] and slabs.mapped == (1,)
     with pytest.raises(AssertionError, match="device 0's slab is not mapped"):
-        slabs.fields(0, "tiny", 0)
+        slabs.constants(0, "tiny", 0)
 
 
 def test_shapes_beyond_a_region_are_refused(slabs: GpuSlabs) -> None:
