@@ -276,7 +276,7 @@ class RequestTable:
         self.mark_changed(request)
 
     def admit(self) -> list[Request]:
-        """Give slots to queued requests, as `shares.py` says; within a user to the earliest deadline first; without one,
+        """Give slots to queued requests, as `shares.py` says; of a user's to the earliest deadline first; without one,
         `patience_s` after arrival counts. Returns those that got one."""
         admitted: list[Request] = []
         while self._free_slots and (request := self._next()) is not None:

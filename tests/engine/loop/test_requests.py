@@ -181,7 +181,9 @@ def test_a_request_that_was_set_aside_has_had_its_slot() -> None:
 @given(st.data())
 def test_slots_are_shared_without_going_to_and_fro(data: st.DataObject) -> None:
     num_slots = data.draw(st.integers(1, 8))
-    table = RequestTable(num_slots, max_queued=1000, patience_s=60, is_patient=lambda request: "p" in request.asked.user)
+    table = RequestTable(
+        num_slots, max_queued=1000, patience_s=60, is_patient=lambda request: "p" in request.asked.user
+    )
     living: list[Request] = []
     for number in range(data.draw(st.integers(1, 30))):
         request = make_request(

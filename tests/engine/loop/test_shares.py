@@ -9,9 +9,7 @@ from tetrion.engine.loop.shares import Claim, Ranking, Shares
 
 
 def make_claim(number: int, tenant: str = "a", user: str = "", due: int = 0, is_patient: bool = False) -> Claim:
-    return Claim(
-        request_id=f"r{number}", tenant=tenant, user=user, rank=(due, f"r{number}"), is_patient=is_patient
-    )
+    return Claim(request_id=f"r{number}", tenant=tenant, user=user, rank=(due, f"r{number}"), is_patient=is_patient)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.none() | st.tuples(st.integers(0, 3)))))
