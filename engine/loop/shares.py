@@ -1,9 +1,11 @@
 """Who is next: state slots and places in the queue, shared by tenants, and by the users of each.
 
-A slot goes to the tenant that holds fewest of those that wait, within it to the user that holds fewest, within that to
-the first by the request's own rank. So a lone tenant may take all, and of several none gets a slot that one with fewer
-waits for. A tenant's *share* is what it would hold if all slots were dealt out one at a time in that way, each tenant
-stopping at what it wants (max–min fairness), without what does not come out even, and at least one.
+Of those that wait a slot goes to the tenant that holds fewest, of equals to the one that got its last slot earliest;
+within it likewise to a user, within that to the first by the request's own rank. So a lone tenant may take all, of
+several none gets a slot that one with fewer waits for, and a long queue is not ahead of a short one.
+
+A tenant's *share* is what it would hold if all slots were dealt out one at a time in that way, each tenant stopping at
+what it wants (max-min fairness), without what does not come out even, and at least one.
 
 Every operation costs O(log n) of what waits, but `share`: it looks at all tenants where they are fewer than the slots.
 """
@@ -60,18 +62,18 @@ class Ranking:
 
 class _User:
     def __init__(self) -> None:
-        self.num_held = 0
+        self.num_held = self.turn = 0
         self.lanes = (Ranking(), Ranking())
         """Requests by their own rank."""
 
 
 class _Tenant:
     def __init__(self) -> None:
-        self.num_held = 0
+        self.num_held = self.turn = 0
         self.num_waiting = 0
         self.users: dict[str, _User] = {}
         self.lanes = (Ranking(), Ranking())
-        """Users with a request that waits, by (slots held, rank of the first one)."""
+        """Users with a request that waits, by (slots held, turn, rank of the first one)."""
         self.new: dict[str, None] = {}
         """Those that wait and have never held a slot, in order of arrival."""
 
@@ -83,10 +85,11 @@ class Shares:
         self._num_slots = num_slots
         self._tenants: dict[str, _Tenant] = {}
         self._lanes = (Ranking(), Ranking())
-        """Tenants with a request that waits, by (slots held, rank of the first user)."""
+        """Tenants with a request that waits, by (slots held, turn, rank of the first user)."""
         self._sizes = Ranking()
         """Tenants by how many of their requests wait."""
         self._waiting: set[str] = set()
+        self._num_turns = 0
 
     @property
     def num_waiting(self) -> int:
@@ -117,6 +120,9 @@ class Shares:
     def hold(self, claim: Claim) -> None:
         """It has got a slot, and waits no more."""
         self.leave(claim)
+        tenant, user = self._tenant_and_user(claim)
+        self._num_turns += 1
+        tenant.turn = user.turn = self._num_turns
         self._add_held(claim, 1)
 
     def release(self, claim: Claim) -> None:
@@ -175,8 +181,8 @@ class Shares:
     def _update(self, claim: Claim, tenant: _Tenant, user: _User) -> None:
         """Ranks follow from what has changed; who has nothing any more is forgotten."""
         for lane in LANES:
-            tenant.lanes[lane].put(claim.user, _rank_above(user.num_held, user.lanes[lane]))
-            self._lanes[lane].put(claim.tenant, _rank_above(tenant.num_held, tenant.lanes[lane]))
+            tenant.lanes[lane].put(claim.user, _rank_above(user, user.lanes[lane]))
+            self._lanes[lane].put(claim.tenant, _rank_above(tenant, tenant.lanes[lane]))
         self._sizes.put(claim.tenant, (tenant.num_waiting,) if tenant.num_waiting else None)
         if not (user.num_held or any(user.lanes)):
             del tenant.users[claim.user]
@@ -184,10 +190,10 @@ class Shares:
             del self._tenants[claim.tenant]
 
 
-def _rank_above(num_held: int, below: Ranking) -> Rank | None:
-    """Of a tenant or user: fewest slots first, then as the first of what is below it; None if nothing is."""
+def _rank_above(one: _Tenant | _User, below: Ranking) -> Rank | None:
+    """Of a tenant or user by what is below it; None if nothing is."""
     first = below.first()
-    return None if first is None else (num_held, *first[0])
+    return None if first is None else (one.num_held, one.turn, *first[0])
 
 
 def _first_name(ranking: Ranking) -> str:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,12 +33,37 @@ class Model:
         self.waiting: list[Claim] = []
         self.holding: list[Claim] = []
         self.new: list[Claim] = []
+        self.got: list[Claim] = []
+        """A slot, in this order, while its user had anything."""
 
     def next(self, with_patient: bool) -> str | None:
         tenants, users = Counter(c.tenant for c in self.holding), Counter((c.tenant, c.user) for c in self.holding)
         candidates = [claim for claim in self.waiting if with_patient or not claim.is_patient]
-        order = [(tenants[c.tenant], users[c.tenant, c.user], c.rank, c.request_id) for c in candidates]
-        return min(order)[-1] if order else None
+        order = [
+            (
+                (tenants[c.tenant], self._turn((c.tenant,))),
+                (users[c.tenant, c.user], self._turn((c.tenant, c.user))),
+                (c.rank, c.request_id),
+            )
+            for c in candidates
+        ]
+        return min(order)[-1][-1] if order else None
+
+    def _turn(self, whose: tuple[str, ...]) -> int:
+        """When it got its last slot, -1 if it has had none since it came."""
+        turns = [i for i, claim in enumerate(self.got) if (claim.tenant, claim.user)[: len(whose)] == whose]
+        return max(turns, default=-1)
+
+    def forget(self) -> None:
+        """Who has nothing any more is as if it had never come."""
+        there = self.waiting + self.holding
+        users = {(claim.tenant, claim.user) for claim in there}
+        tenants = {claim.tenant for claim in there}
+        self.got = [
+            claim if (claim.tenant, claim.user) in users else msgspec.structs.replace(claim, user="gone")
+            for claim in self.got
+            if claim.tenant in tenants
+        ]
 
     def share(self, num_slots: int) -> int:
         """Deal slots out one at a time, in turns that all can take part in who want more."""
@@ -85,9 +111,11 @@ def test_slots_and_places_go_to_who_has_fewest(data: st.DataObject) -> None:
             model.new = [claim for claim in model.new if claim != moved]
             if what == "hold":
                 model.holding.append(moved)
+                model.got.append(moved)
                 shares.hold(moved)
             else:
                 shares.leave(moved)
+        model.forget()
         for with_patient in (True, False):
             assert shares.next(with_patient) == model.next(with_patient)
         assert shares.num_waiting == len(model.waiting)
@@ -105,3 +133,21 @@ def test_tenants_with_equally_many_slots_go_by_the_requests_own_rank() -> None:
     for claim in (make_claim(0, "a", due=2), make_claim(1, "b", due=1), make_claim(2, "c", due=3)):
         shares.wait(claim, is_new=True)
     assert shares.next(with_patient=True) == "r1"
+
+
+def test_tenants_with_equally_many_slots_take_turns_whatever_is_in_their_queues() -> None:
+    shares = Shares(1)
+    for number in range(4):
+        shares.wait(make_claim(number, "hog", due=0), is_new=True)
+    claims = {f"r{number}": make_claim(number, "hog", due=0) for number in range(4)}
+    order = []
+    for number in range(4, 7):
+        claims[f"r{number}"] = make_claim(number, "other", due=9)
+    while (name := shares.next(with_patient=True)) is not None:
+        shares.hold(claims[name])
+        if name == "r0":
+            for number in range(4, 7):
+                shares.wait(claims[f"r{number}"], is_new=True)
+        shares.release(claims[name])
+        order.append(name)
+    assert order == ["r0", "r4", "r1", "r5", "r2", "r6", "r3"]

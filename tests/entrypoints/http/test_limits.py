@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.entrypoints.http.live import GENERATIONS, head, live, until
-from tetrion.engine.errors import QueueTimeout
+from tetrion.engine.errors import Displaced, QueueTimeout
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.http.limits import Shared, Waiting, text_bytes
 
@@ -58,6 +58,18 @@ async def test_a_request_that_got_no_slot_in_time_is_asked_to_come_back() -> Non
         response = await posting
         assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_timeout")
         assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("slo_ms", [None, 5000])
+async def test_a_request_that_lost_its_place_in_the_queue_is_refused_like_one_that_got_none(slo_ms: int | None) -> None:
+    async with live() as served:
+        posting = asyncio.create_task(served.post(prompt="slow", n=2, slo_ms=slo_ms))
+        await until(lambda: len(served.engine.handles) == 2)
+        served.engine.handles[1].fail(Displaced("9 requests are queued"))
+        response = await posting
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "engine_overloaded")
+        assert ("retry-after" in response.headers) == (slo_ms is None)
+        assert served.engine.handles[0].is_cancelled
 
 
 async def test_bodies_that_wait_for_their_end_hold_no_more_than_they_may() -> None:
