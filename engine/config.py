@@ -51,7 +51,7 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `chunk_s`: the longest chunk. `patience_s`: soft deadline of requests that carry no SLO, after arrival.
 
     `class_weights` (of a `CostKey`: "1024x1024") and `tenant_weights` multiply the weight that a request carries (not
-    named: by 1).
+    named: by 1). Shares of slots are equal, whatever the weights.
     `admission`: "reject-hopeless" refuses at once what would miss its deadline.
     `options`: the policy's own, by name or as its struct (`planning/policies/registry.py`; of `horizon`:
     `planning/horizon_options.py`).
@@ -140,10 +140,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_inflight: Annotated[
         int,
         Meta(ge=1, le=4096),
-        option("Requests that may hold a state slot at once; others wait in the queue."),
+        option("Requests that may hold a state slot at once, shared by tenants; others wait in the queue."),
     ] = 64
     max_queued: Annotated[
-        int, Meta(ge=1, le=100_000), option("Requests accepted beyond that before others are refused.")
+        int,
+        Meta(ge=1, le=100_000),
+        option("Requests accepted beyond that before others are refused; shared by tenants, too."),
     ] = 4096
     queue_timeout_s: Annotated[
         PositiveFloat | None,

@@ -110,6 +110,10 @@ class QueueTimeout(GenerationError):
     """The request has waited for a state slot as long as `EngineConfig.queue_timeout_s` allows."""
 
 
+class Displaced(GenerationError):
+    """The queue was full, and the request's place there went to one of a tenant that had fewer."""
+
+
 class EngineEnded(GenerationError):
     """The engine gave itself up: it could not serve, and did not expect to any more. The message says why."""
 

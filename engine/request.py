@@ -81,8 +81,9 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `model`: a name of one that the engine serves; None: its first. `negative_prompt`, `true_cfg_scale`: of
     classifier-free guidance, where the model takes them (`ModelSpec.inputs`). `slo_ms`: deadline relative to arrival,
     in milliseconds; None = no deadline. `priority`: larger goes first among equal deadlines. `weight`: worth of meeting
-    this deadline relative to others; `tenant`: on whose behalf, for weights that the operator gives. `force_degrees`:
-    the degree of each step, for tests and experiments; its last entry holds for the remaining steps. `energy`: see
+    this deadline relative to others; `tenant`: on whose behalf, for weights that the operator gives and for shares of
+    the slots (`loop/shares.py`); `user`: within the tenant, which its users share likewise. `force_degrees`: the degree
+    of each step, for tests and experiments; its last entry holds for the remaining steps. `energy`: see
     `EnergyOptions`.
     """
 
@@ -99,6 +100,7 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     priority: int = 0
     weight: float = 1.0
     tenant: str = ""
+    user: str = ""
     force_degrees: tuple[int, ...] = ()
     energy: EnergyOptions = EnergyOptions()
     request_id: str = ""

@@ -28,7 +28,7 @@ from tetrion.engine.shape import StepShape
 
 MAX_PROMPT_CHARS = 32_000
 MAX_NAME_CHARS = 256
-"""Of `request_id` and `tenant`."""
+"""Of `request_id`, `tenant` and `user`."""
 MAX_SEED = 2**63 - 1
 RANDOM_SEEDS = 2**32
 """Seeds of requests that give none are below this: short enough to be written down."""
@@ -79,7 +79,8 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
     slo_ms = asked.read_optional("slo_ms", _real_above_0(MAX_SLO_MS, " (a day)"))
     priority = asked.read("priority", _whole_from(-MAX_PRIORITY, MAX_PRIORITY), 0)
     weight = asked.read("weight", _real_above_0(MAX_WEIGHT), 1.0)
-    tenant = asked.read("tenant", _tenant, "")
+    tenant = asked.read("tenant", _name, "")
+    user = asked.read("user", _name, "")
     energy = asked.read("energy", _energy, EnergyOptions())
     settled = ImageRequest(
         prompt=prompt,
@@ -95,6 +96,7 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         priority=priority,
         weight=weight,
         tenant=tenant,
+        user=user,
         energy=energy,
         request_id=asked.read("request_id", _request_id, "") or uuid.uuid4().hex,
     )
@@ -283,7 +285,7 @@ def _request_id(field: str, value: object) -> str:
     return name
 
 
-def _tenant(field: str, value: object) -> str:
+def _name(field: str, value: object) -> str:
     return text(field, value, MAX_NAME_CHARS)
 
 

@@ -49,8 +49,8 @@ _GUARDS = (
         envvar="TETRION_API_KEY",
         metavar="[NAME:]KEY",
         help="Only requests with this key are served, /health and /ready excepted; may be repeated. NAME is the tenant"
-        " it stands for. Other users of the machine see options: better put keys, separated by spaces, into the"
-        " environment variable TETRION_API_KEY.",
+        " it stands for, among whom the engine is shared. Other users of the machine see options: better put keys,"
+        " separated by spaces, into the environment variable TETRION_API_KEY.",
     ),
     click.option(
         "--allowed-host",
@@ -59,6 +59,14 @@ _GUARDS = (
         metavar="NAME",
         help="A host name (or *.domain; * for any) that requests may be for; may be repeated. Default: on a loopback"
         " address loopback names and that of --public-url, else any.",
+    ),
+    click.option(
+        "--trusted-proxy",
+        "trusted_proxies",
+        multiple=True,
+        metavar="ADDRESS",
+        help="An address or network (10.0.0.0/8) whose X-Forwarded-For and X-Forwarded-Proto are believed; may be"
+        " repeated. Clients without a named key share the engine by address. Default: none.",
     ),
     click.option("--ssl-certfile", metavar="FILE", type=_FILE, help="Serve HTTPS with this certificate chain (PEM)."),
     click.option("--ssl-keyfile", metavar="FILE", type=_FILE, help="Its private key, if it is not in the same file."),

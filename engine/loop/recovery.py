@@ -280,7 +280,7 @@ class Recovery:
         held = self._in_flight.of_device(device_id)
         reason = f"no answer for {now_s - entry.start_s:.1f} s, {entry.duration_s:.2g} s were predicted"
         untold = [other for other in held if not self.is_hit(other.command.request_id)]
-        if all(len(other.members) == 1 for other in held) and self._table.num_free_slots >= len(held):
+        if all(len(other.members) == 1 for other in held) and self._table.slots.num_free >= len(held):
             self._set_aside(device_id, reason, now_s)
         elif untold:
             logger.warning("worker %d is overdue in a group: %s", device_id, reason)

@@ -5,17 +5,22 @@
        └──────────┴────────────┴──────────┴────┬────┴────────────┴────────────┘
                                                ▼
                                      FAILED or CANCELLED          (a lost worker: back to WAITING, READY or DENOISED)
+                                                                  (set aside: back to QUEUED)
 
-QUEUED requests hold nothing; from WAITING on a request owns a state slot in every worker's slab. `RequestTable` is the
-only owner of these states; it knows nothing of processes, planners or torch.
+QUEUED requests own no slot; from WAITING on a request owns a state slot in every worker's slab. A slot can be taken
+back from a request that waits for its next command: it is QUEUED again, with the steps that it has done, and goes on
+from there once it gets another. `RequestTable` is the only owner of these states; it knows nothing of processes,
+planners or torch. Who gets the next slot is in `shares.py`.
 """
 
 import enum
-from collections import Counter
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tetrion.engine.errors import EngineOverloaded, RequestError
+from tetrion.engine.errors import Displaced, EngineOverloaded, RequestError
+from tetrion.engine.loop.shares import Claim, Shares
+from tetrion.engine.loop.slots import StateSlots
 from tetrion.engine.request import MAX_ATTEMPTS, ImageResult, Progress, Receipt, ResolvedRequest
 from tetrion.engine.stages import AFTER_STEPS, STAGES, Stage
 
@@ -36,9 +41,9 @@ class RequestState(enum.Enum):
 _S = RequestState
 LEGAL_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
     _S.QUEUED: frozenset({_S.WAITING, _S.FAILED, _S.CANCELLED}),
-    _S.WAITING: frozenset({_S.ENCODING, _S.FAILED, _S.CANCELLED}),
+    _S.WAITING: frozenset({_S.ENCODING, _S.QUEUED, _S.FAILED, _S.CANCELLED}),
     _S.ENCODING: frozenset({_S.READY, _S.DENOISED, _S.WAITING, _S.FAILED, _S.CANCELLED}),
-    _S.READY: frozenset({_S.DENOISING, _S.WAITING, _S.FAILED, _S.CANCELLED}),
+    _S.READY: frozenset({_S.DENOISING, _S.WAITING, _S.QUEUED, _S.FAILED, _S.CANCELLED}),
     _S.DENOISING: frozenset({_S.READY, _S.DENOISED, _S.WAITING, _S.FAILED, _S.CANCELLED}),
     _S.DENOISED: frozenset({_S.DECODING, _S.WAITING, _S.FAILED, _S.CANCELLED}),
     _S.DECODING: frozenset({_S.FINISHED, _S.DENOISED, _S.WAITING, _S.FAILED, _S.CANCELLED}),
@@ -53,6 +58,8 @@ STAGE_STATES: dict[Stage, tuple[RequestState, RequestState]] = {
     "decode": (_S.DENOISED, _S.DECODING),
 }
 """The states of a request that is ready for a stage, and that is in it."""
+CAN_BE_SET_ASIDE = frozenset({RequestState.WAITING, RequestState.READY})
+"""One that only has to be decoded gives its slot back soon enough."""
 
 
 class Request:
@@ -198,31 +205,33 @@ class RequestTable:
         is_patient: Callable[[Request], bool] = lambda request: False,
     ) -> None:
         """`is_patient`: requests that may be kept waiting for long while they own a slot. They own at most half of the
-        slots, so that others find one."""
-        self._num_slots = num_slots
+        slots, so that others find one. What it says of a request never changes."""
         self._is_patient = is_patient
         self._max_queued = max_queued
         self._patience_s = patience_s
-        self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._withheld: Counter[int] = Counter()
-        self._free_once_back: set[int] = set()
-        self._queued: dict[str, Request] = {}
+        self.slots = StateSlots(num_slots)
+        self._max_patient, self._num_patient = max(1, num_slots // 2), 0
+        self._shares = Shares(num_slots)
+        self._new: dict[str, Request] = {}
+        """Those that have never owned a slot."""
+        self._set_aside: dict[str, Request] = {}
+        """Those whose slot was taken back."""
         self._admitted: dict[str, Request] = {}
         self._cancelled: dict[str, Request] = {}
         self._changed: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._queued) + len(self._admitted)
+        return self.num_queued + len(self._admitted)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._queued or request_id in self._admitted
+        return self.get(request_id) is not None
 
     @property
     def num_queued(self) -> int:
-        return len(self._queued)
+        return len(self._new) + len(self._set_aside)
 
     def get(self, request_id: str) -> Request | None:
-        return self._admitted.get(request_id) or self._queued.get(request_id)
+        return self._admitted.get(request_id) or self._new.get(request_id) or self._set_aside.get(request_id)
 
     def get_admitted(self, request_id: str) -> Request | None:
         """The request if it owns a slot."""
@@ -233,12 +242,12 @@ class RequestTable:
         return iter(self._admitted.values())
 
     def queued(self) -> Iterator[Request]:
-        """Requests that wait for a slot, in order of arrival."""
-        return iter(self._queued.values())
+        """Requests that wait for a slot: first those that have never owned one, in order of arrival."""
+        return itertools.chain(self._new.values(), self._set_aside.values())
 
     def oldest_queued(self) -> Request | None:
-        """Of those that wait for a slot, the first to arrive."""
-        return next(iter(self._queued.values()), None)
+        """Of those that have never owned a slot, the first to arrive."""
+        return next(iter(self._new.values()), None)
 
     def cancelled(self) -> list[Request]:
         """Living requests that were cancelled."""
@@ -254,94 +263,135 @@ class RequestTable:
         return changed
 
     def all(self) -> list[Request]:
-        return [*self._admitted.values(), *self._queued.values()]
+        return [*self._admitted.values(), *self.queued()]
 
     def add(self, request: Request) -> None:
-        """Queue a new request. Raises EngineOverloaded, or RequestError for an id that is in use."""
+        """Queue a new request. In a full queue it takes the place of the newest of the tenant with most there, which
+        is cancelled with `Displaced`, if its own tenant will then still not have more.
+
+        Raises EngineOverloaded, or RequestError for an id that is in use.
+        """
         if request.request_id in self:
             raise RequestError("request_id", f"{request.request_id!r} is in use")
-        if len(self._queued) >= self._max_queued:
-            raise EngineOverloaded(f"{len(self._queued)} requests are queued already (max_queued)")
-        self._queued[request.request_id] = request
+        claim = self._claim(request)
+        if self._shares.num_waiting >= self._max_queued:
+            displaced = self._shares.to_displace(claim)
+            full = f"{self._shares.num_waiting} requests are queued already (max_queued)"
+            if displaced is None:
+                raise EngineOverloaded(full)
+            self.cancel(self._new[displaced], Displaced(f"{full}, and one of a tenant with fewer took its place"))
+        self._new[request.request_id] = request
+        self._shares.wait(claim, is_new=True)
 
     def cancel(self, request: Request, error: Exception | None = None) -> None:
-        """Note that nobody wants it any more, or that it has come to an `error`; it ends once nothing is in flight for
-        it."""
+        """Note that nobody wants it any more, or that it has come to an `error`; it gets no slot, and ends once nothing
+        is in flight for it."""
         request.cancelled = True
         request.error = request.error or error
         self._cancelled[request.request_id] = request
+        self._shares.leave(self._claim(request))
         self.mark_changed(request)
 
     def admit(self) -> list[Request]:
-        """Give slots to queued requests, earliest deadline first; without one, `patience_s` after arrival counts.
-        Returns those that got one."""
-        if not (self._free_slots and self._queued):
-            return []
-        order = sorted(
-            self._queued.values(),
-            key=lambda r: (r.deadline_s or r.arrival_s + self._patience_s, -r.asked.priority, r.request_id),
-        )
-        admitted = self._who_gets_slots(order)
-        for request in admitted:
-            del self._queued[request.request_id]
+        """Give slots to queued requests, as `shares.py` says; of a user's to the earliest deadline first; without one,
+        `patience_s` after arrival counts. Returns those that got one."""
+        admitted: list[Request] = []
+        while self.slots.num_free and (request := self._next()) is not None:
+            self._new.pop(request.request_id, None)
+            self._set_aside.pop(request.request_id, None)
             self._admitted[request.request_id] = request
-            request.slot = self._free_slots.pop()
-            self.move(request, RequestState.WAITING)
+            request.slot = self.slots.take()
+            self._shares.hold(self._claim(request))
+            self._num_patient += self._is_patient(request)
+            assert request.planned_stage is not None
+            self._change(request, STAGE_STATES[request.planned_stage][0])
+            admitted.append(request)
         return admitted
 
-    def _who_gets_slots(self, order: list[Request]) -> list[Request]:
-        """The first in `order` that there are slots for."""
-        chosen: list[Request] = []
-        num_free, room = len(self._free_slots), None
-        for request in order:
-            if len(chosen) == num_free:
-                break
-            if self._is_patient(request):
-                if room is None:
-                    room = max(1, self._num_slots // 2) - sum(map(self._is_patient, self._admitted.values()))
-                if room <= 0:
-                    continue
-                room -= 1
-            chosen.append(request)
-        return chosen
+    def next_to_set_aside(self, has_nothing_in_flight: Callable[[Request], bool]) -> Request | None:
+        """A request whose slot another should have: it belongs to a tenant that owns more than its share, while one
+        that owns less than its share waits and no slot is free. None if there is no such tenant, or if all that it
+        could give up have something in flight.
+
+        The tenant that owns most gives first, within it the user that owns most, and of that one's requests the last in
+        the order of admission. That is the least urgent one, which the planner would come to last, so as a rule it is
+        the least advanced, too; and among its own it is the last to get a slot again.
+
+        As nobody falls below the share by giving, or comes above it by getting, slots do not go to and fro. To be asked
+        again once the one that it named was set aside, and `admit` has given its slot away.
+        """
+        waiting = None if self.slots.num_free else self._next()
+        if waiting is None:
+            return None
+        share = self._shares.share()
+        if self._num_held(waiting)[0] >= share:
+            return None
+        could_go = [
+            (num_held, self._claim(request).rank, request)
+            for request in self._admitted.values()
+            if (num_held := self._num_held(request))[0] > share
+            and request.state in CAN_BE_SET_ASIDE
+            and not request.cancelled
+            and has_nothing_in_flight(request)
+        ]
+        return max(could_go)[2] if could_go else None
+
+    def set_aside(self, request: Request) -> None:
+        """Take its slot back. It is queued again with its progress, except that it owns no place in a slab any more:
+        `holders` are the caller's to change. Nothing may be in flight for it."""
+        assert not request.cancelled
+        self._change(request, RequestState.QUEUED)
+        self._give_slot_back(request)
+        self._set_aside[request.request_id] = request
+        self._shares.wait(self._claim(request), is_new=False)
 
     def move(self, request: Request, state: RequestState) -> None:
         """Change a request's state; a terminal state frees its slot and forgets it."""
+        assert state is not RequestState.QUEUED, "that is set_aside's"
+        self._change(request, state)
+        if state in TERMINAL_STATES:
+            self._cancelled.pop(request.request_id, None)
+            if request.request_id in self._admitted:
+                self._give_slot_back(request)
+            else:
+                self._shares.leave(self._claim(request))
+                self._new.pop(request.request_id, None)
+                self._set_aside.pop(request.request_id, None)
+
+    def _change(self, request: Request, state: RequestState) -> None:
         assert state in LEGAL_TRANSITIONS[request.state], f"{request.state} → {state}"
         request.state = state
         self.mark_changed(request)
-        if state in TERMINAL_STATES:
-            self._queued.pop(request.request_id, None)
-            self._cancelled.pop(request.request_id, None)
-            if self._admitted.pop(request.request_id, None) is not None:
-                self._release(request.slot)
-                request.slot = -1
 
-    # Slots that somebody may still write to -----------------------------------------------------------------------
-
-    @property
-    def num_free_slots(self) -> int:
-        return len(self._free_slots)
-
-    def withhold(self, slot: int) -> None:
-        """Nobody is given this slot until `give_back` was called as often."""
-        self._withheld[slot] += 1
-
-    def give_back(self, slot: int) -> None:
-        self._withheld[slot] -= 1
-        if not self._withheld[slot]:
-            del self._withheld[slot]
-            if slot in self._free_once_back:
-                self._free_once_back.discard(slot)
-                self._free_slots.append(slot)
+    # Slots --------------------------------------------------------------------------------------------------------
 
     def change_slot(self, request: Request) -> None:
         """Give the request another slot, of which there must be one."""
-        self._release(request.slot)
-        request.slot = self._free_slots.pop()
+        self.slots.release(request.slot)
+        request.slot = self.slots.take()
 
-    def _release(self, slot: int) -> None:
-        if slot in self._withheld:
-            self._free_once_back.add(slot)
-        else:
-            self._free_slots.append(slot)
+    def _give_slot_back(self, request: Request) -> None:
+        del self._admitted[request.request_id]
+        self.slots.release(request.slot)
+        request.slot = -1
+        self._num_patient -= self._is_patient(request)
+        self._shares.release(self._claim(request))
+
+    def _next(self) -> Request | None:
+        """Who gets the next slot."""
+        request_id = self._shares.next(with_patient=self._num_patient < self._max_patient)
+        return None if request_id is None else self._new.get(request_id) or self._set_aside[request_id]
+
+    def _num_held(self, request: Request) -> tuple[int, int]:
+        """Slots of its tenant and of its user."""
+        return self._shares.num_held(request.asked.tenant, request.asked.user)
+
+    def _claim(self, request: Request) -> Claim:
+        due_s = request.arrival_s + self._patience_s if request.deadline_s is None else request.deadline_s
+        return Claim(
+            request_id=request.request_id,
+            tenant=request.asked.tenant,
+            user=request.asked.user,
+            rank=(due_s, -request.asked.priority, request.request_id),
+            is_patient=self._is_patient(request),
+        )

@@ -67,7 +67,7 @@ class Stalls:
         """The device gets nothing new. `entries`: what it was given alone; their slots are withheld."""
         self._overdue[device_id] = Overdue(now_s, {entry.command.command_id: entry.command for entry in entries})
         for entry in entries:
-            self._table.withhold(entry.command.slot)
+            self._table.slots.withhold(entry.command.slot)
 
     def answered(self, event: Answer | Failed) -> bool:
         """A device has answered what it is not asked for any more. Returns whether it was set aside, and has answered
@@ -95,7 +95,7 @@ class Stalls:
 
     def _release(self, command: StageCommand) -> None:
         self._books.discard(command)
-        self._table.give_back(command.slot)
+        self._table.slots.give_back(command.slot)
 
 
 def _first_time(entry: InFlight) -> FirstTime:

@@ -22,6 +22,7 @@ from tetrion.entrypoints.http.hosts import AllowedHosts, HostCheck
 from tetrion.entrypoints.http.keys import ApiKeys, KeyCheck
 from tetrion.entrypoints.http.request_ids import RequestIds
 from tetrion.entrypoints.http.service import ImageService
+from tetrion.entrypoints.http.tenants import Tenants, TrustedProxies
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 CLIENT_CLOSED_REQUEST = 499
@@ -30,10 +31,12 @@ EXPOSED_HEADERS = ("x-request-id", "retry-after", "x-should-retry")
 
 
 class Guards(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request must pass before it comes to a route. `hosts` None: any; no keys: anybody."""
+    """What a request must pass before it comes to a route. `hosts` None: any; no keys: anybody. `proxies`: who may say
+    for whom it asks."""
 
     hosts: AllowedHosts | None = None
     keys: ApiKeys = msgspec.field(default_factory=ApiKeys)
+    proxies: TrustedProxies = msgspec.field(default_factory=TrustedProxies)
     body_timeout_s: float = BODY_TIMEOUT_S
 
 
@@ -49,7 +52,7 @@ def create_app(service: ImageService, allowed_origins: Sequence[str] = (), guard
     app = CutOffs(app, service)
     if allowed_origins:
         app = _answering_pages(app, allowed_origins)
-    return RequestIds(Counted(app, service.counters))
+    return RequestIds(Tenants(Counted(app, service.counters), guards.proxies))
 
 
 def _routed(service: ImageService) -> Starlette:

@@ -34,12 +34,14 @@ async def read_json(request: Request) -> bytes:
 
 
 async def _read(request: Request) -> bytes:
-    """The whole body. Raises ApiError as soon as it is more than MAX_BODY_BYTES."""
-    data = bytearray()
+    """The whole body. Raises ApiError as soon as it is, or is said to be, more than MAX_BODY_BYTES."""
+    data, too_large = bytearray(), _too_large(f"The body has more than {MAX_BODY_BYTES} bytes.")
+    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
+        raise too_large
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY_BYTES:
-            raise _too_large(f"The body has more than {MAX_BODY_BYTES} bytes.")
+            raise too_large
     return bytes(data)
 
 

@@ -29,7 +29,7 @@ class Bodies:
                 _closing(ApiError(400, "Content-Length and Transfer-Encoding were both sent.")), scope, receive, send
             )
             return
-        held = scope.setdefault("state", {})["held"] = self._waiting.enter()
+        held = scope["state"]["held"] = self._waiting.enter(scope["state"]["tenant"])
         try:
             await self._app(scope, _Reader(receive, held, self._timeout_s), send)
         finally:

@@ -11,6 +11,9 @@ requests. Only these can be many without work behind them, so they bear the limi
 When as many connections are open as there may be, the one that has been unheard longest is closed for a newcomer: a
 probe gets in at any time. `max_connections` leaves the engine the descriptors that it needs. A client that does not
 read its answer is closed once it takes less than `SEND_WINDOW_BYTES` in `SEND_WINDOW_S`.
+
+Whoever is answered before the whole request is there may still be sending it. A socket that is closed with something
+unread resets the connection, and the answer may be lost by that: so it is read from, for up to `LINGER_S`.
 """
 
 import asyncio
@@ -36,6 +39,7 @@ SWEEP_S = 0.5
 ACCEPTS_AT_ONCE = 16
 ACCEPT_PAUSE_S = 0.1
 SEND_WINDOW_S, SEND_WINDOW_BYTES = 30.0, 32 << 10
+LINGER_S = 2.0
 BODY_GRACE_S = 2.0
 """A handler that reads the body gives up first and answers; this is for those that have answered without reading it."""
 MOST_CONNECTIONS = 1 << 16
@@ -146,7 +150,16 @@ class Connection(H11Protocol):
     def is_sending(self) -> bool:
         return self._unsent_bytes > 0
 
+    @property
+    def is_amid_request(self) -> bool:
+        """The client may be sending the rest of a request."""
+        has_ended = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
+        return not (has_ended or self._is_silent or self._phase == "idle")
+
     # From the transport -------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.left(self)
@@ -154,7 +167,8 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._is_silent = False
-        super().data_received(data)
+        if not self.transport.is_closing():
+            super().data_received(data)
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -176,7 +190,9 @@ class Connection(H11Protocol):
     def check(self, now_s: float) -> None:
         """Close what has lasted too long."""
         limits, waited_s = self._connections.limits, now_s - self._since_s
-        if self._phase == "head" and waited_s > limits.head_timeout_s:
+        if self.transport is not None and self.transport.is_closing():
+            self._check_sending(now_s)
+        elif self._phase == "head" and waited_s > limits.head_timeout_s:
             self._timed_out("head_timeout", f"The head did not arrive within {limits.head_timeout_s:g} s.")
         elif self._phase == "body" and waited_s > limits.body_timeout_s + BODY_GRACE_S:
             self._timed_out("body_timeout", f"The body did not arrive within {limits.body_timeout_s:g} s.")
@@ -229,6 +245,30 @@ class Connection(H11Protocol):
         if phase != self._phase:
             self._phase, self._since_s = phase, self.loop.time()
             self._connections.now_in(self, phase)
+
+
+class _Lingering:
+    """A transport that is not closed before its client has ended what it was sending, or `LINGER_S` have passed."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport, self._connection = transport, connection
+        self._is_lingering = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._is_lingering or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing() or not self._connection.is_amid_request:
+            self._transport.close()
+            return
+        self._is_lingering = True
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._transport.resume_reading()
+        self._connection.loop.call_later(LINGER_S, self._transport.close)
 
 
 class Door:

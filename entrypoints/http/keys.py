@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError, refuse
+from tetrion.entrypoints.http.request_ids import name_tenant
 
 NAMED_KEY = re.compile(r"(?:([A-Za-z0-9._-]{1,64}):)?+([!-~]{1,512})")
 PROBES = frozenset({"/health", "/ready"})
@@ -21,7 +22,8 @@ PROBES = frozenset({"/health", "/ready"})
 
 
 class ApiKeys:
-    """Keys by their digests, each with the name of its tenant ("" if it has none). Without any all may pass."""
+    """Keys by their digests, each with the name of its tenant ("" if it has none: then the address is the tenant, see
+    `tenants.py`). Without any all may pass."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         """`texts`: KEY or NAME:KEY each. Raises InputError, which does not show them."""
@@ -49,7 +51,7 @@ class ApiKeys:
 
 
 class KeyCheck:
-    """Answers 401 to what carries no key; others go on with `scope["state"]["tenant"]`."""
+    """Answers 401 to what carries no key; others go on, with `scope["state"]["tenant"]` if the key has a name."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app, self._keys = app, keys
@@ -63,7 +65,9 @@ class KeyCheck:
         if tenant is None:
             await refuse(_unauthorized(has_one=bool(given)), scope, receive, send)
             return
-        scope.setdefault("state", {})["tenant"] = tenant
+        if tenant:
+            scope.setdefault("state", {})["tenant"] = tenant
+            name_tenant(tenant)
         await self._app(scope, receive, send)
 
 

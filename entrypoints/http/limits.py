@@ -2,9 +2,13 @@
 
 `RequestLimits` bounds pictures, steps and pixels; a request beyond one is answered 400, naming field and bound.
 `Waiting` counts what requests hold while they wait: bytes of their bodies and prompts, and their number.
+
+What all hold together is shared by a dynamic threshold (Choudhury and Hahne 1998): a tenant may hold up to eight times
+what is left. So one alone leaves a ninth to those that come, two leave a seventeenth.
 """
 
 import sys
+from collections import Counter
 
 import msgspec
 
@@ -12,6 +16,7 @@ from tetrion.engine.request import ImageRequest
 from tetrion.entrypoints.http.errors import ApiError
 
 RETRY_AFTER_S = 1
+TIMES_WHAT_IS_LEFT = 8
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,56 +41,74 @@ def _beyond(param: str, bound: str, got: object) -> ApiError:
     return ApiError(400, f"{param}: this server draws at most {bound}, got {got}", param=param, code="limit_exceeded")
 
 
+class Shared:
+    """Something that there is so much of, held by tenants. `at_most` None: any amount."""
+
+    def __init__(self, at_most: int | None) -> None:
+        self.at_most, self.held = at_most, 0
+        self._held_by: Counter[str] = Counter()
+
+    def has(self, more: int, tenant: str) -> bool:
+        if self.at_most is None:
+            return True
+        return self.at_most - self.held - more >= self._held_by[tenant] // TIMES_WHAT_IS_LEFT
+
+    def add(self, more: int, tenant: str) -> None:
+        self.held += more
+        self._held_by[tenant] += more
+        if not self._held_by[tenant]:
+            del self._held_by[tenant]
+
+
 class Waiting:
     """All requests that are being read or wait for their pictures."""
 
     def __init__(self, max_bytes: int, max_requests: int | None = None) -> None:
-        self._max_bytes, self._max_requests = max_bytes, max_requests
-        self.num_bytes = self.num_requests = 0
+        self.bytes, self.requests = Shared(max_bytes), Shared(max_requests)
 
-    def enter(self) -> "Held":
+    def enter(self, tenant: str = "") -> "Held":
         """To be left with `Held.release`."""
-        return Held(self)
+        return Held(self, tenant)
 
 
 class Held:
     """What one request holds."""
 
-    def __init__(self, waiting: Waiting) -> None:
-        self._waiting = waiting
+    def __init__(self, waiting: Waiting, tenant: str) -> None:
+        self._waiting, self._tenant = waiting, tenant
         self._num_bytes = 0
         self._is_counted = False
 
     def hold(self, num_bytes: int) -> None:
-        """So many bytes instead of those before. Raises ApiError (503) if all requests together would hold too many."""
-        waiting = self._waiting
-        more = num_bytes - self._num_bytes
-        if more > 0 and waiting.num_bytes + more > waiting._max_bytes:
+        """So many bytes instead of those before. Raises ApiError (503) if too many were held then."""
+        all_bytes, more = self._waiting.bytes, num_bytes - self._num_bytes
+        if more > 0 and not all_bytes.has(more, self._tenant):
             raise ApiError(
                 503,
-                f"Requests that wait hold {waiting.num_bytes} of {waiting._max_bytes} bytes.",
+                f"Requests that wait hold {all_bytes.held} of {all_bytes.at_most} bytes, too many for this one.",
                 code="too_many_bytes_waiting",
                 retry_after_s=RETRY_AFTER_S,
             )
-        waiting.num_bytes += more
+        all_bytes.add(more, self._tenant)
         self._num_bytes = num_bytes
 
     def count(self) -> None:
         """The request has been read and will wait. Raises ApiError (503) if too many do."""
-        waiting = self._waiting
-        if waiting._max_requests is not None and waiting.num_requests >= waiting._max_requests:
+        requests = self._waiting.requests
+        if not requests.has(1, self._tenant):
             raise ApiError(
                 503,
-                f"{waiting.num_requests} requests are being served, as many as this server takes at once.",
+                f"{requests.held} of {requests.at_most} requests at once are being served, too many for one more of"
+                " this client.",
                 code="too_many_requests_at_once",
                 retry_after_s=RETRY_AFTER_S,
             )
-        waiting.num_requests += 1
+        requests.add(1, self._tenant)
         self._is_counted = True
 
     def release(self) -> None:
-        self._waiting.num_bytes -= self._num_bytes
-        self._waiting.num_requests -= self._is_counted
+        self._waiting.bytes.add(-self._num_bytes, self._tenant)
+        self._waiting.requests.add(-self._is_counted, self._tenant)
         self._num_bytes, self._is_counted = 0, False
 
 

@@ -1,4 +1,5 @@
-"""Request ids: on every response, in every line that is logged on behalf of a request, in the engine's own ids.
+"""Request ids: on every response, in every line that is logged on behalf of a request (with its tenant), in the ids
+of the engine.
 
 A client's `x-request-id` is kept if it is short and plain; other requests get a new one. The engine's request ids begin
 with it, so that what the engine logs can be found by it, too.
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _current: ContextVar[str] = ContextVar("request_id", default="")
+_tenant: ContextVar[str] = ContextVar("tenant", default="")
 
 
 class RequestIds:
@@ -45,10 +47,15 @@ def engine_ids(num_pictures: int) -> list[str]:
     return [f"{base}.{i}" for i in range(num_pictures)]
 
 
+def name_tenant(label: str) -> None:
+    """What log lines call the tenant of the request that is being handled: never a key, nor an address."""
+    _tenant.set(label)
+
+
 class RequestIdFilter(logging.Filter):
-    """Gives records `request`: "[id] " of the request that is being handled, or ""."""
+    """Gives records `request`: "[id tenant] " of the request that is being handled, or ""."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        request_id = _current.get()
-        record.request = f"[{request_id}] " if request_id else ""
+        named = " ".join(filter(None, (_current.get(), _tenant.get())))
+        record.request = f"[{named}] " if named else ""
         return True

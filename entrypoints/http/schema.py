@@ -20,7 +20,7 @@ from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.pictures import PictureFormat
 
-PARAM_OF_FIELD = {"num_steps": "num_inference_steps", "guidance": "guidance_scale", "tenant": "user"}
+PARAM_OF_FIELD = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
 MAX_PICTURES = 10
 MAX_COMPRESSION = 100
 ResponseQuality = Literal["low", "medium", "high", "xhigh", "max"]
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /v1/images/generations`. None means the default of the model or of the API. `user`: the engine's tenant.
+    """`POST /v1/images/generations`. None means the default of the model or of the API. `user`: divides the tenant.
     The budget in `energy` is that of each picture. `Any`: what the engine settles."""
 
     prompt: Any
@@ -154,7 +154,7 @@ def to_requests(
     body: GenerationBody, model: str | None, seed: int, ids: list[str], tenant: str = ""
 ) -> list[ImageRequest]:
     """One request a picture, drawn by `model`, with seeds `seed`, `seed + 1`, … and one of `ids` each. `tenant`: of the
-    key that was used; its users are tenants below it. Raises ApiError (400)."""
+    sender (`tenants.py`). Raises ApiError (400)."""
     width, height = _width_and_height(body)
     return [
         ImageRequest(
@@ -169,7 +169,8 @@ def to_requests(
             seed=seed + i,
             slo_ms=body.slo_ms,
             priority=body.priority,
-            tenant="/".join(filter(None, (tenant, body.user))),
+            tenant=tenant,
+            user=body.user or "",
             request_id=request_id,
             energy=body.energy,
         )

@@ -39,6 +39,7 @@ from tetrion.entrypoints.http.limits import RequestLimits, Waiting
 from tetrion.entrypoints.http.request_ids import RequestIdFilter
 from tetrion.entrypoints.http.service import ImageService
 from tetrion.entrypoints.http.store import PictureStore
+from tetrion.entrypoints.http.tenants import TrustedProxies
 from tetrion.entrypoints.session import freeze_gc
 from tetrion.entrypoints.terminal import say
 
@@ -77,6 +78,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout_s: float = 30.0
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     drain_s: float = 0.0
@@ -225,12 +227,14 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
     """Serve until a signal. Returns the exit code: 0 after SIGTERM, 130 after SIGINT. Raises GenerationError if the
     engine does not start or dies."""
     origins, keys = tuple(map(parse_origin, options.allow_origins)), ApiKeys(options.api_keys)
+    proxies = TrustedProxies(options.trusted_proxies)
     num_connections = most_connections(len(engine.devices))
     with ExitStack() as sockets:
         listening = [sockets.enter_context(sock) for sock in listen(options.host, options.port)]
         hosts = hosts_for([sock.getsockname()[0] for sock in listening], options.allowed_hosts, options.public_url)
         service = _service(options, engine, num_connections)
-        app = create_app(service, origins, Guards(hosts=hosts, keys=keys, body_timeout_s=options.body_timeout_s))
+        guards = Guards(hosts=hosts, keys=keys, proxies=proxies, body_timeout_s=options.body_timeout_s)
+        app = create_app(service, origins, guards)
         limits = ConnectionLimits(
             max_connections=num_connections,
             head_timeout_s=options.head_timeout_s,
@@ -282,6 +286,7 @@ def _config(options: ServeOptions, app: ASGIApp) -> uvicorn.Config:
         lifespan="off",
         log_config=None,
         access_log=options.access_log,
+        proxy_headers=False,  # see http/tenants.py
         timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]
         timeout_graceful_shutdown=options.shutdown_timeout_s,  # type: ignore[arg-type]
         ssl_certfile=options.ssl_certfile,

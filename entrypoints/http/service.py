@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from tetrion.engine.errors import (
     DeadlineUnmeetable,
+    Displaced,
     EngineOverloaded,
     GenerationError,
     ModelNotFound,
@@ -87,8 +88,7 @@ class ImageService:
         self._check_ready()
         seed = secrets.randbelow(RANDOM_SEEDS - (body.n or 1)) if body.seed is None else body.seed
         model, warnings = self._model_of(body)
-        tenant = getattr(request.state, "tenant", "")
-        requests = schema.to_requests(body, model, seed, engine_ids(body.n or 1), tenant)
+        requests = schema.to_requests(body, model, seed, engine_ids(body.n or 1), request.state.tenant)
         handles = self._submit(requests, body)
         try:
             self._limits.check(handles[0].request, len(handles))
@@ -233,6 +233,8 @@ class ImageService:
     ) -> schema.GenerationResponse:
         try:
             results = await _all_results(handles)
+        except Displaced as error:
+            raise _overloaded(error, has_deadline=body.slo_ms is not None) from None
         except QueueTimeout as error:
             message, code = f"The server is overloaded: {error}", "queue_timeout"
             raise ApiError(503, message, code=code, retry_after_s=OVERLOAD_RETRY_AFTER_S) from None
@@ -325,7 +327,7 @@ def _deadline_unmeetable(error: DeadlineUnmeetable) -> ApiError:
     )
 
 
-def _overloaded(error: EngineOverloaded, has_deadline: bool) -> ApiError:
+def _overloaded(error: EngineOverloaded | Displaced, has_deadline: bool) -> ApiError:
     """Without a deadline the client may try again; with one, its retries would only amplify the overload."""
     message = f"The server is overloaded: {error}"
     if has_deadline:

@@ -383,7 +383,7 @@ def test_what_is_no_real_number_within_bounds_is_refused(field: str) -> None:
         refusal(field, value)
 
 
-@pytest.mark.parametrize("field", ["prompt", "tenant", "request_id"])
+@pytest.mark.parametrize("field", ["prompt", "tenant", "user", "request_id"])
 def test_what_is_no_text_is_refused(field: str) -> None:
     for value in [*NO_TEXTS, *[None] * (field == "prompt")]:
         refusal(field, value)
@@ -391,9 +391,9 @@ def test_what_is_no_text_is_refused(field: str) -> None:
 
 def test_texts_of_any_library_are_taken_for_what_they_hold() -> None:
     for prompt in (np.str_("a red circle"), Colour.RED, Shout("a red circle")):
-        request = settled(prompt=prompt, tenant=prompt, request_id=prompt)
+        request = settled(prompt=prompt, tenant=prompt, user=prompt, request_id=prompt)
         check_exact(request)
-        assert request.prompt == request.tenant == request.request_id == "a red circle"
+        assert request.prompt == request.tenant == request.user == request.request_id == "a red circle"
         assert resolve_request(prompt, SPEC, 4).asked.prompt == "a red circle"
 
 
@@ -405,6 +405,7 @@ def test_request_ids_fit_into_a_line_of_a_log(name: str) -> None:
 def test_tenants_are_at_most_256_characters() -> None:
     assert settled(tenant="é" * 256).tenant == "é" * 256
     refusal("tenant", "é" * 257)
+    refusal("user", "é" * 257)
 
 
 def test_what_is_no_sequence_of_degrees_is_refused() -> None:

@@ -14,6 +14,7 @@ from tests.engine.specs import make_spec
 from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.errors import (
     DeadlineUnmeetable,
+    Displaced,
     EngineEnded,
     EngineOverloaded,
     GenerationError,
@@ -318,6 +319,17 @@ def test_a_full_queue_is_refused() -> None:
     simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="a", seed=0), SPEC, 4))
     with pytest.raises(EngineOverloaded):
         simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="b", seed=0), SPEC, 4))
+
+
+def test_in_a_full_queue_the_newest_of_the_largest_tenant_makes_room_for_another() -> None:
+    simulation = Simulation(num_devices=1, max_inflight=1, max_queued=3)
+    for number in range(3):
+        simulation.request(f"hog{number}", tenant="hog")
+    simulation.request("hog3", tenant="hog", at_s=0.01)
+    simulation.request("small", tenant="other", at_s=0.02)
+    simulation.run()
+    assert list(simulation.results) == ["hog0", "small", "hog1", "hog2"]
+    assert isinstance(simulation.failures["hog3"], Displaced)
 
 
 def test_what_is_hopeless_is_refused_at_once_with_the_deadline_that_is_not() -> None:

@@ -134,8 +134,8 @@ def check(simulation: Simulation, executor: StoppingExecutor, num_requests: int)
     assert not executor.used_meanwhile
     assert len(simulation.results) + len(simulation.failures) == num_requests
     table = simulation.loop.table
-    assert len(table) == 0 and table.num_free_slots + len(table._withheld) == table._num_slots
-    assert len(table._withheld) + len(executor._image_slots) == 0 or simulation.loop.recovery_figures.overdue
+    assert len(table) == 0 and table.slots.num_free + table.slots.num_withheld == table.slots.num_slots
+    assert table.slots.num_withheld + len(executor._image_slots) == 0 or simulation.loop.recovery_figures.overdue
 
 
 @settings(max_examples=60, deadline=None)

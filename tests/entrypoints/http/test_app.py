@@ -362,10 +362,11 @@ async def test_an_energy_budget_is_refused_with_the_cheapest_plan(served: Served
     assert served.engine.handles[-1].request.energy == EnergyOptions(mode="least-energy", budget_j=5)
 
 
-async def test_the_user_is_the_tenant(served: Served) -> None:
+async def test_the_user_is_not_the_tenant(served: Served) -> None:
     async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
         await client.images.generate(prompt="a star", user="gold")
-    assert served.engine.handles[-1].request.tenant == "gold"
+    request = served.engine.handles[-1].request
+    assert (request.tenant, request.user) == ("ip:127.0.0.1", "gold")
 
 
 async def test_the_model_is_the_one_that_the_body_names() -> None:

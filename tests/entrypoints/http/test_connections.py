@@ -85,6 +85,33 @@ async def test_a_body_that_nobody_reads_does_not_keep_the_connection() -> None:
             assert answer == b"" or answer.startswith(b"HTTP/1.1 " + status)
 
 
+@pytest.mark.parametrize("path", [GENERATIONS, "/nothing"])
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_an_answer_to_half_a_body_is_not_lost(
+    path: str, is_chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "LINGER_S", 15.0)
+    length = "transfer-encoding: chunked" if is_chunked else "content-length: 8000000"
+    chunk = b"200000\r\n" + b" " * 0x200000 + b"\r\n" if is_chunked else b" " * 2_000_000
+    async with live() as served:
+        reader, writer = await served.open(head("POST", path, length, "connection: close"))
+        for _ in range(4):
+            writer.write(chunk)
+            await writer.drain()
+        async with asyncio.timeout(20):
+            answer = await reader.read()
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 413 " if path == GENERATIONS else b"HTTP/1.1 404 ")
+
+
+async def test_a_body_that_says_it_is_too_long_is_refused_before_it_comes() -> None:
+    async with live() as served:
+        reader, writer = await served.open(head("POST", GENERATIONS, "content-length: 1048577"))
+        async with asyncio.timeout(20):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+        writer.close()
+
+
 async def test_a_request_that_is_served_is_not_hurried() -> None:
     async with live(**QUICK) as served:
         posting = asyncio.create_task(served.post(prompt="slow"))
@@ -113,7 +140,7 @@ async def test_the_longest_unheard_makes_room_for_a_newcomer(monkeypatch: pytest
 
 async def test_where_all_are_served_a_newcomer_waits_at_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "most_connections", lambda num_devices: 20)
-    monkeypatch.setattr(server, "_at_once", lambda options, num_connections: 20)
+    monkeypatch.setattr(server, "_at_once", lambda options, num_connections: 100)
     async with live() as served:
         posting = [asyncio.create_task(served.post(prompt="slow")) for _ in range(20)]
         while len(served.engine.handles) < 20:

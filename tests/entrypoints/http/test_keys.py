@@ -60,13 +60,14 @@ async def test_the_name_of_a_key_is_the_tenant_and_its_users_are_below_it() -> N
     async with live(api_keys=(KEY, f"team:{TEAM_KEY}")) as served:
         url = f"http://127.0.0.1:{served.port}/v1"
         for key, user, tenant in (
-            (KEY, "ann", "ann"),
-            (TEAM_KEY, "ann", "team/ann"),
-            (TEAM_KEY, openai.omit, "team"),
+            (KEY, "ann", ("ip:127.0.0.1", "ann")),
+            (TEAM_KEY, "ann", ("team", "ann")),
+            (TEAM_KEY, openai.omit, ("team", "")),
         ):
             async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0) as client:
                 await client.images.generate(prompt="a star", user=user)
-            assert served.engine.handles[-1].request.tenant == tenant
+            request = served.engine.handles[-1].request
+            assert (request.tenant, request.user) == tenant
         async with openai.AsyncOpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError, match="Incorrect API key provided"):
                 await client.images.generate(prompt="a star")
