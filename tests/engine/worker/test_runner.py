@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -224,6 +225,23 @@ def test_an_abort_fails_the_chunk_and_a_reset_heals(
     assert [(event.kind, event.command_id) for event in failed] == [("aborted", lonely.command_id)]
     assert any(isinstance(event, BarriersReset) for event in events)
     np.testing.assert_array_equal(latents(memory), alone[kind, num_branches][0])
+
+
+@on_both
+def test_a_picture_of_what_is_no_number_fails_and_the_next_one_is_drawn(
+    tiny_model: ModelSpec, alone, capfd: pytest.CaptureFixture[str], kind: BackendKind
+) -> None:
+    memory, params = Memory(tiny_model, 1), request_params(tiny_model, NUM_STEPS)
+    overflown = msgspec.structs.replace(params, guidance=float("nan"))
+    chunks = [((0,), NUM_STEPS)]
+    bad = [command for _, command in request_commands(overflown, chunks)]
+    good = [command for _, command in request_commands(params, chunks, state_id=6)]
+    events = answers_of(kind, memory.spec(0), [LOAD, *bad, *good])
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert (failed.command_id, failed.kind) == (bad[-1].command_id, "error")
+    assert failed.message.startswith("its picture has values that are no numbers") and "bf16" in failed.message
+    np.testing.assert_array_equal(picture(memory), alone[kind, 1][1])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @on_both
