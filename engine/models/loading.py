@@ -252,8 +252,8 @@ class _NumberCheck:
         flags = torch.stack([flag for *_, flag in self._checked]).tolist()
         if bad := [(files, name) for (files, name, _), flag in zip(self._checked, flags, strict=True) if not flag]:
             files, name = bad[0]
-            others = f", and so have {len(bad) - 1} other tensors of the model" if len(bad) > 1 else ""
-            raise fault(files.path(name), f": {name} has values that are no numbers (NaN or infinity){others}")
+            more = f"; so have {len(bad) - 1} more of the model's tensors" if len(bad) > 1 else ""
+            raise fault(files.path(name), f": {name} has values that are no numbers (NaN or infinity){more}")
 
 
 def _fill(target: Tensor, files: TensorFiles, part: Part, numbers: _NumberCheck) -> None:
