@@ -38,7 +38,7 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
     shift_factor: _Shift | None = None
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+    up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",)
 
     @property
     def scale_factor(self) -> int:
