@@ -239,6 +239,9 @@ def run(
     try:
         return program.main(arguments, prog_name=name, standalone_mode=False, obj=factory) or 0
     except click.ClickException as error:
+        from tetrion.engine.errors import one_line
+
+        error.message = one_line(error.message)  # it may quote what was given, whatever that is
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
