@@ -123,7 +123,7 @@ def slo(**options: Any) -> int:
 @click.command("timeline")
 @click.argument("recordings", metavar="RECORD", type=FILE)
 @click.option("--run", "number", type=POSITIVE, default=1, show_default=True, help="Which run of the file.")
-@click.option("--from", "from_s", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Seconds.")
+@click.option("--from", "from_s", type=click.FloatRange(min=0), help="Seconds. Default: the first request.")
 @click.option("--to", "to_s", type=click.FloatRange(min=0), help="Seconds. Default: 20 s later.")
 @click.option("--png", metavar="FILE", type=FILE, help="Draw GPUs × time there (needs matplotlib).")
 @click.option("--chrome-trace", metavar="FILE", type=FILE, help="Write all of it for chrome://tracing or Perfetto.")
