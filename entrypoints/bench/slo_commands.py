@@ -20,8 +20,18 @@ Command = Callable[..., Any]
 WORKLOAD_OPTIONS = (
     click.option("--trace", metavar="FILE", type=FILE, multiple=True, help="Arrivals, JSON lines; may be repeated."),
     click.option("--mix", metavar="NAME", multiple=True, help="Without a trace: uniform (default), skewed."),
-    click.option("--rate", type=float, multiple=True, help="Without a trace: arrivals per minute. Default: 12."),
-    click.option("--load", type=float, multiple=True, help="Instead of a rate: arrivals × narrowest work / devices."),
+    click.option(
+        "--rate",
+        type=float,
+        multiple=True,
+        help="Without a trace: arrivals per minute. Default: 12, which saturates a few CPUs.",
+    ),
+    click.option(
+        "--load",
+        type=float,
+        multiple=True,
+        help="Instead of a rate: arrivals × narrowest work / devices; 1 is all that devices can do.",
+    ),
     click.option("--slo-scale", type=float, multiple=True, help="Factor on all SLOs. Default: 1."),
     click.option("--seed", type=int, multiple=True, help="Without a trace: seed of the arrivals. Default: 11, 12, 13."),
     click.option("--num-requests", type=POSITIVE, help="Without a trace: requests of each. Default: 700."),
