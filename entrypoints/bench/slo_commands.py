@@ -111,7 +111,11 @@ def with_options(*groups: tuple[Command, ...]) -> Callable[[Command], Command]:
 @click.option("--plots", metavar="DIR", type=FILE, help="Draw attainment against SLO scale and rate into DIR.")
 @with_options(SIMULATION_OPTIONS, ENGINE_OPTIONS, RESULT_OPTIONS)
 def slo(**options: Any) -> int:
-    """Attainment of deadlines and latency of planners on the same arrivals, simulated or live."""
+    """Attainment of deadlines and latency of planners on the same arrivals, simulated or live.
+
+    Live, loads and fitted SLOs follow from what the devices could do when the engine started: on CPUs that other
+    programs use meanwhile they do less, and deadlines are missed for that alone.
+    """
 
     def run() -> int:
         from tetrion.entrypoints.bench.slo import command
