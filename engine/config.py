@@ -98,8 +98,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tuple[str, ...],
         Meta(min_length=1, max_length=MAX_MODELS),
         option(
-            "A FLUX.1, SD3 or SD3.5 folder in diffusers layout, its id on the Hugging Face hub, or an embedded model"
-            " (shapes, shapes-sd3). Repeat it to draw with several; requests that name none get the first.",
+            "A FLUX.1, SD3 or SD3.5 folder in diffusers layout, its id on the Hugging Face hub (OWNER/NAME or"
+            " OWNER/NAME@REVISION), or an embedded model (shapes, shapes-sd3). Repeat it to draw with several; requests"
+            " that name none get the first.",
             flag="--model",
             metavar="PATH",
         ),

@@ -80,7 +80,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `family`: the name of its modules in `families/` and `models/`. `segments`: parts of the sequence, each split over
     members by itself, in the order in which attention sees them. `fields`: the tensors of a request's state. `inputs`:
-    optional fields of a request (`ImageRequest`) that it takes. `guidance`: what holds for requests without.
+    optional fields of a request (`ImageRequest`) that it takes. `guidance`: what holds for requests without. `weights`:
+    how many numbers each component has.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_reference_rows: int = 0
     sizes: Sizes
     inputs: frozenset[str] = frozenset()
+    weights: tuple[tuple[str, int], ...] = ()
 
     @property
     def latents(self) -> SlotField:

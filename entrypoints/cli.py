@@ -239,7 +239,7 @@ def run(
     try:
         return program.main(arguments, prog_name=name, standalone_mode=False, obj=factory) or 0
     except click.ClickException as error:
-        error.show()
+        _show(error)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         say("tetrion: interrupted")
@@ -248,6 +248,17 @@ def run(
         if is_reader_gone():
             return EXIT_BROKEN_PIPE
         raise
+
+
+def _show(error: click.ClickException) -> None:
+    """As click does, but for what it quotes of a command line at any length and with anything in it."""
+    from tetrion.engine.errors import MAX_LINE_CHARS, one_line
+
+    text = error.format_message()
+    if all(len(line) <= MAX_LINE_CHARS and line.isprintable() for line in text.split("\n")):
+        error.show()
+    else:
+        click.UsageError(one_line(text), getattr(error, "ctx", None)).show()
 
 
 def main() -> None:

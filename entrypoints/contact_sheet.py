@@ -5,10 +5,13 @@ Knows pictures as arrays and captions as text; nothing of engines or files.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from tetrion.entrypoints.caption_fonts import CaptionFonts, Font
 
 PAGE = "#FFFFFF"
 FRAME = "#C8C8C8"
@@ -21,8 +24,8 @@ MIN_CELL_PX = 160
 MAX_CELL_PX = 320
 MAX_SHEET_PX = 4096
 MAX_PROMPT_LINES = 4
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+MAX_PROMPT_CHARS = 2000
+"""More than four lines hold."""
 
 
 class Thumbnail(msgspec.Struct, frozen=True):
@@ -31,6 +34,11 @@ class Thumbnail(msgspec.Struct, frozen=True):
     picture: Image.Image
     prompt: str
     seed: int
+
+
+class _Caption(NamedTuple):
+    lines: list[str]
+    font: Font
 
 
 def cell_px(num_pictures: int, longest_side_px: int) -> int:
@@ -56,18 +64,18 @@ def contact_sheet(thumbnails: Sequence[Thumbnail], cell: int) -> np.ndarray:
     """All `thumbnails` in reading order as one picture, uint8 RGB [H, W, 3]."""
     if not thumbnails:
         raise ValueError("a contact sheet needs at least one picture")
-    font = ImageFont.load_default(size=FONT_PX)
-    captions = [wrap(item.prompt, font, cell, MAX_PROMPT_LINES) for item in thumbnails]
+    fonts = CaptionFonts(FONT_PX)
+    captions = [_caption(fonts, item.prompt, cell) for item in thumbnails]
     columns = num_columns(len(thumbnails))
     rows = [range(start, min(start + columns, len(thumbnails))) for start in range(0, len(thumbnails), columns)]
-    caption_heights = [LINE_PX * (max(len(captions[i]) for i in row) + 1) for row in rows]
+    caption_heights = [LINE_PX * (max(len(captions[i].lines) for i in row) + 1) for row in rows]
     height = GAP_PX + sum(cell + 6 + caption + GAP_PX for caption in caption_heights)
     sheet = Image.new("RGB", (GAP_PX + columns * (cell + GAP_PX), height), PAGE)
     pen, top = ImageDraw.Draw(sheet), GAP_PX
     for row, caption_height in zip(rows, caption_heights, strict=True):
         for column, i in enumerate(row):
             left = GAP_PX + column * (cell + GAP_PX)
-            _draw_cell(sheet, pen, font, (left, top), cell, thumbnails[i], captions[i])
+            _draw_cell(sheet, pen, (left, top), cell, thumbnails[i], captions[i])
         top += cell + 6 + caption_height + GAP_PX
     return np.asarray(sheet)
 
@@ -75,27 +83,31 @@ def contact_sheet(thumbnails: Sequence[Thumbnail], cell: int) -> np.ndarray:
 def _draw_cell(
     sheet: Image.Image,
     pen: ImageDraw.ImageDraw,
-    font: Font,
     corner: tuple[int, int],
     cell: int,
     item: Thumbnail,
-    lines: list[str],
+    caption: _Caption,
 ) -> None:
     (left, top), (width, height) = corner, item.picture.size
     x, y = left + (cell - width) // 2, top + (cell - height) // 2
     sheet.paste(item.picture, (x, y))
     pen.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
     y = top + cell + 6
-    for line in lines:
-        pen.text((left, y), line, fill=INK, font=font)
+    for line in caption.lines:
+        pen.text((left, y), line, fill=INK, font=caption.font)
         y += LINE_PX
-    pen.text((left, y), f"seed {item.seed}", fill=FAINT_INK, font=font)
+    pen.text((left, y), f"seed {item.seed}", fill=FAINT_INK, font=ImageFont.load_default(size=FONT_PX))
+
+
+def _caption(fonts: CaptionFonts, prompt: str, width_px: int) -> _Caption:
+    text, font = fonts.caption(prompt[:MAX_PROMPT_CHARS])
+    return _Caption(wrap(text, font, width_px, MAX_PROMPT_LINES), font)
 
 
 def wrap(text: str, font: Font, width_px: int, max_lines: int) -> list[str]:
     """`text` broken into at most `max_lines` lines of at most `width_px`; what does not fit ends in `…`."""
     lines: list[str] = []
-    rest = " ".join(text[:2000].split())
+    rest = " ".join(text.split())
     while rest and len(lines) < max_lines:
         line = _longest_fit(rest, font, width_px)
         lines.append(line)

@@ -18,8 +18,7 @@ from tetrion.engine.energy.metering import open_meter
 from tetrion.engine.energy.meters.base import EnergyMeter
 from tetrion.engine.energy.meters.nvml import canonical_uuid
 from tetrion.engine.executors.processes import ProcessExecutor
-from tetrion.engine.families.locate import resolve_model
-from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.families.served import read_model
 from tetrion.engine.hardware.host import cpu_name
 from tetrion.engine.measure.calibration import decode_s_of, encode_s_of
 from tetrion.engine.measure.probe import PROMPT, Probe, Size
@@ -216,7 +215,7 @@ def command(
     command_line: str = "tetrion profile",
 ) -> int:
     """What `tetrion profile` does: measure, write the file (after every size, so that it is never lost), print it."""
-    spec = read_model_spec(resolve_model(only_model(config)), config.load_format)
+    spec = read_model(only_model(config), config.load_format)
     try:
         devices = parse_devices(config.devices)
     except ValueError as error:

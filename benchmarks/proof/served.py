@@ -29,8 +29,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.families.locate import resolve_model
-from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.families.served import read_model
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.live import HttpSystem, check_trace
 from tetrion.entrypoints.bench.outcomes import Outcome
@@ -132,7 +131,7 @@ def main() -> None:
         engine = ("--devices", given.devices, "--model", given.model, "--load-format", given.load_format)
         engine += ("--profile", given.profile) if given.profile else ()
         trace = make_trace(workload, seed=1)
-        spec = read_model_spec(resolve_model(given.model), given.load_format)
+        spec = read_model(given.model, given.load_format)
         check_trace(trace, spec, len(parse_devices(given.devices)))
         begun_s = time.monotonic()
         with server(engine, given.start_timeout_s) as url:

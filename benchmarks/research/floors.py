@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tetrion.engine.families.locate import resolve_model
-from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.families.served import read_model
 from tetrion.engine.model_spec import CheckpointError, ModelSpec
 from tetrion.engine.models.recording import Gemm, step_operators
 from tetrion.engine.request import ImageRequest
@@ -117,7 +116,7 @@ def command(
 
 def _spec(model: str) -> ModelSpec:
     try:
-        return read_model_spec(resolve_model(model), "dummy")
+        return read_model(model, "dummy")
     except CheckpointError as error:
         raise InputError(str(error)) from None
 

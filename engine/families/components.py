@@ -21,6 +21,8 @@ T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadM
 Count = Annotated[int, Meta(ge=1, le=1000)]
 Index = Annotated[int, Meta(ge=0, lt=1000)]
 Size = Annotated[int, Meta(ge=1, le=1_000_000)]
+_Epsilon = Annotated[float, Meta(ge=0, le=1)]
+_TokenId = int | None
 _Scale = Annotated[float, Meta(gt=0, le=1e6)]
 _Shift = Annotated[float, Meta(ge=-1e6, le=1e6)]
 _T = TypeVar("_T")
@@ -38,7 +40,7 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
     shift_factor: _Shift | None = None
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+    up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",)
 
     @property
     def scale_factor(self) -> int:
@@ -64,6 +66,11 @@ class ClipConfig(msgspec.Struct, frozen=True, kw_only=True):
     projection_dim: Size = 512
     vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 49408
     max_position_embeddings: Annotated[int, Meta(ge=1, le=4096)] = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: _Epsilon = 1e-5
+    bos_token_id: _TokenId = None
+    eos_token_id: _TokenId | list[int] = None
+    pad_token_id: _TokenId = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -83,6 +90,9 @@ class T5Config(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 32128
     num_buckets: Count = msgspec.field(default=32, name="relative_attention_num_buckets")
     feed_forward_proj: str = "relu"
+    layer_norm_epsilon: _Epsilon = 1e-6
+    eos_token_id: _TokenId | list[int] = None
+    pad_token_id: _TokenId = None
 
     @property
     def is_gated(self) -> bool:

@@ -38,8 +38,16 @@ from tetrion.engine.families.components import (
     read_t5,
 )
 from tetrion.engine.families.files import fault
-from tetrion.engine.families.library_shapes import check_clip, check_decoder, check_t5
-from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan
+from tetrion.engine.families.library_shapes import (
+    T5_EMBEDDINGS,
+    check_clip,
+    check_decoder,
+    check_t5,
+    clip_shapes,
+    decoder_shapes,
+    t5_shapes,
+)
+from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, check_tokenizer, max_prompt_tokens
 from tetrion.engine.families.weights import read_shapes
 from tetrion.engine.model_spec import ModelSpec, Sizes, SlotField
@@ -80,7 +88,7 @@ class FluxConfig(msgspec.Struct, frozen=True, kw_only=True):
     joint_attention_dim: Size
     pooled_projection_dim: Size
     guidance_embeds: bool = False
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    axes_dims_rope: Annotated[tuple[int, ...], Meta(max_length=1000)] = (16, 56, 56)
     patch_size: int = 1
     out_channels: int | None = None
 
@@ -203,6 +211,12 @@ class Flux:
             max_text_tokens=preset.max_text_tokens,
             sizes=sizes,
             inputs=frozenset({"negative_prompt", "true_cfg_scale"}),
+            weights=(
+                ("transformer", num_planned(weights_plan(transformer))),
+                ("vae", num_weights(decoder_shapes(vae).values())),
+                ("text_encoder", num_weights(clip_shapes(clip, is_projected=False).values())),
+                ("text_encoder_2", num_weights(t5_shapes(t5, T5_EMBEDDINGS[0]).values())),
+            ),
         )
 
     def check(self, spec: ModelSpec, request: ImageRequest) -> None:

@@ -1,5 +1,6 @@
 """Which tensors of a checkpoint a network is made of, as its family says by the config: names and shapes, no torch."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,16 @@ def planned_shape(part: Part, shape_of: Callable[[str], Shape], folder: Path) ->
         sources = part.sources[0] if len(part.sources) == 1 else f"{part.sources[0]} … {part.sources[-1]}"
         raise fault(folder, f": {sources} has shape {list(shape)}, config.json means {list(part.shape)}")
     return shape if part.rearranged is None else part.rearranged.shape
+
+
+def num_weights(shapes: Iterable[Shape]) -> int:
+    """Numbers in tensors of these shapes."""
+    return sum(map(math.prod, shapes))
+
+
+def num_planned(plan: Plan) -> int:
+    """Numbers in all tensors whose shape the plan knows."""
+    return num_weights(part.shape for part in plan.values() if part.shape is not None)
 
 
 def check_plan(plan: Plan, shapes: Mapping[str, Shape], folder: Path) -> None:

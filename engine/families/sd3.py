@@ -48,8 +48,24 @@ from tetrion.engine.families.components import (
     read_t5,
 )
 from tetrion.engine.families.files import fault
-from tetrion.engine.families.library_shapes import check_clip, check_decoder, check_t5
-from tetrion.engine.families.plan import TIME_CHANNELS, Part, Rearranged, WeightsPlan, check_plan
+from tetrion.engine.families.library_shapes import (
+    T5_EMBEDDINGS,
+    check_clip,
+    check_decoder,
+    check_t5,
+    clip_shapes,
+    decoder_shapes,
+    t5_shapes,
+)
+from tetrion.engine.families.plan import (
+    TIME_CHANNELS,
+    Part,
+    Rearranged,
+    WeightsPlan,
+    check_plan,
+    num_planned,
+    num_weights,
+)
 from tetrion.engine.families.tokenizers import (
     CLIP_TOKENIZER,
     T5_TOKENIZER,
@@ -105,7 +121,7 @@ class SD3Config(msgspec.Struct, frozen=True, kw_only=True):
     pos_embed_max_size: _Side
     patch_size: Literal[2] = 2
     out_channels: int | None = None
-    dual_attention_layers: tuple[Index, ...] = ()
+    dual_attention_layers: Annotated[tuple[Index, ...], Meta(max_length=1000)] = ()
     qk_norm: Literal["rms_norm"] | None = None
     sample_size: _Side = 128
 
@@ -251,6 +267,15 @@ class Sd3:
             max_text_tokens=_num_clip_rows(folder, clips) + preset.max_text_tokens,
             sizes=sizes,
             inputs=frozenset({"negative_prompt"}),
+            weights=(
+                ("transformer", num_planned(weights_plan(transformer))),
+                ("vae", num_weights(decoder_shapes(vae).values())),
+                *(
+                    (name, num_weights(clip_shapes(clip, is_projected=True).values()))
+                    for name, clip in zip(CLIPS, clips, strict=True)
+                ),
+                *(() if t5 is None else ((T5, num_weights(t5_shapes(t5, T5_EMBEDDINGS[0]).values())),)),
+            ),
         )
 
     def check(self, spec: ModelSpec, request: ImageRequest) -> None:

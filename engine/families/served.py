@@ -2,8 +2,8 @@
 
 import msgspec
 
-from tetrion.engine.config import EngineConfig
-from tetrion.engine.families.locate import resolve_model
+from tetrion.engine.config import EngineConfig, LoadFormat
+from tetrion.engine.families.locate import hub_revision, resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
 
@@ -28,6 +28,16 @@ class ServedModels(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(name for name, named in self.names.items() if named == model)
 
 
+def read_model(given: str, load_format: LoadFormat) -> ModelSpec:
+    """The model that a user calls by its folder, an embedded model's name or an id on the hub. Where a revision is
+    asked of the hub it is part of the model's name: two revisions are two models, each with its own cost tables.
+
+    Raises CheckpointError."""
+    spec = read_model_spec(resolve_model(given), load_format)
+    revision = hub_revision(given)
+    return spec if revision is None else msgspec.structs.replace(spec, name=f"{spec.name}@{revision}")
+
+
 def serving(*specs: ModelSpec) -> ServedModels:
     """Models without other names."""
     return ServedModels(specs={spec.name: spec for spec in specs})
@@ -39,7 +49,7 @@ def read_served_models(config: EngineConfig) -> ServedModels:
     specs: dict[str, ModelSpec] = {}
     served = ServedModels(specs=specs, names={})
     for given in config.models:
-        spec = read_model_spec(resolve_model(given), config.load_format)
+        spec = read_model(given, config.load_format)
         if spec.name in specs:
             raise ValueError(
                 f"models: {given!r} and {specs[spec.name].path!r} are both called {spec.name!r}; give one of them"

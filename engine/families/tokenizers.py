@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.errors import shown
+from tetrion.engine.families.components import convert
 from tetrion.engine.families.files import decode, fault, read_file, read_object
 from tetrion.engine.families.plan import some_of
 
@@ -37,6 +38,18 @@ class TokenizerKind(NamedTuple):
 
 CLIP_TOKENIZER = TokenizerKind("CLIPTokenizer", ("vocab.json", "merges.txt"), "BPE")
 T5_TOKENIZER = TokenizerKind("T5Tokenizer", (SENTENCEPIECE,), "Unigram")
+
+
+_Token = str | dict[str, Any] | None
+
+
+class _Config(msgspec.Struct, frozen=True):
+    """Of tokenizer_config.json, what libraries make of without a word of the file's name if it is wrong."""
+
+    bos_token: _Token = None
+    eos_token: _Token = None
+    unk_token: _Token = None
+    pad_token: _Token = None
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -79,6 +92,7 @@ def check_tokenizer(folder: Path, kind: TokenizerKind, vocab_size: int) -> None:
     config = read_object(folder / TOKENIZER_CONFIG)
     if (name := config.get("tokenizer_class", kind.name)) not in kind.classes:
         raise fault(folder / TOKENIZER_CONFIG, f": tokenizer_class: {shown(name)} is not supported ({kind.name} is)")
+    convert(folder / TOKENIZER_CONFIG, config, _Config)
     if (folder / WHOLE).is_file():
         _check_whole(folder / WHOLE, kind, vocab_size)
     elif kind is CLIP_TOKENIZER:

@@ -37,6 +37,8 @@ def _known_words(folder: Path) -> frozenset[str]:
     if folder.resolve() not in [embedded.resolve() for embedded in embedded_models().values()]:
         return frozenset()
     files = [component_folder(folder, component) / WHOLE for component in COMPONENTS]
-    content = next(file for file in files if file.is_file()).read_bytes()
-    pieces = [piece for piece, _ in msgspec.json.decode(content, type=_Tokenizer).model.vocab]
+    tokenizer = next((file for file in files if file.is_file()), None)
+    if tokenizer is None:  # configs only, for `dummy`
+        return frozenset()
+    pieces = [piece for piece, _ in msgspec.json.decode(tokenizer.read_bytes(), type=_Tokenizer).model.vocab]
     return frozenset(piece.removeprefix(WORD_MARK).lower() for piece in pieces if piece.startswith(WORD_MARK))

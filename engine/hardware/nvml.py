@@ -1,4 +1,4 @@
-"""How the GPUs are set and how warm they are, for the records of measurements.
+"""How the GPUs are set and how warm they are, for the records of measurements; how much memory they have.
 
 Asks NVML, of which `gpus.py` knows only names; where it is not there, nothing is known.
 """
@@ -6,27 +6,37 @@ Asks NVML, of which `gpus.py` knows only names; where it is not there, nothing i
 import contextlib
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 GpuFacts = dict[str, Any]
+_T = TypeVar("_T")
 
 
 def gpu_facts() -> list[GpuFacts]:
     """One dict a GPU, in NVML's order; MHz, W, °C. What a GPU does not tell is None."""
+    return _of_each_gpu(lambda nvml, gpu: {"driver": _text(nvml.nvmlSystemGetDriverVersion()), **_facts(nvml, gpu)})
+
+
+def largest_gpu_bytes() -> int | None:
+    """All memory of the GPU of this machine that has most; None if that is not known."""
+    return max(_of_each_gpu(lambda nvml, gpu: int(nvml.nvmlDeviceGetMemoryInfo(gpu).total)), default=None)
+
+
+def _of_each_gpu(ask: Callable[[Any, Any], _T]) -> list[_T]:
+    """`ask(nvml, gpu)` of all; without those from the first on that cannot be asked."""
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
         return []
-    facts: list[GpuFacts] = []
+    answers: list[_T] = []
     with contextlib.suppress(nvml.NVMLError):
         nvml.nvmlInit()
         try:
-            driver = _text(nvml.nvmlSystemGetDriverVersion())
             for index in range(nvml.nvmlDeviceGetCount()):
-                facts.append({"driver": driver, **_facts(nvml, nvml.nvmlDeviceGetHandleByIndex(index))})
+                answers.append(ask(nvml, nvml.nvmlDeviceGetHandleByIndex(index)))
         finally:
             nvml.nvmlShutdown()
-    return facts
+    return answers
 
 
 def _facts(nvml: Any, gpu: Any) -> GpuFacts:

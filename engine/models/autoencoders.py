@@ -17,6 +17,8 @@ from tetrion.engine.families.components import CONFIG, VaeConfig, read_part
 from tetrion.engine.families.files import read_object
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.dummy import module_shapes
+from tetrion.engine.models.family import Picture
+from tetrion.engine.models.finite import is_finite
 from tetrion.engine.models.loading import build_module
 from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
 from tetrion.engine.shape import StepShape
@@ -60,7 +62,7 @@ class Autoencoder:
         return pack_latents(torch.randn(size, generator=generator, dtype=torch.float32)[0])
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, shape: StepShape) -> Tensor:
+    def decode(self, latents: Tensor, shape: StepShape) -> Picture:
         """As `models.family.LatentCodec`; without waiting for the device."""
         rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
         latents_1CHW = unpack_latents(latents, rows, columns).unsqueeze(0)
@@ -69,7 +71,8 @@ class Autoencoder:
         decode = self._vae.decode if is_whole else self._vae.tiled_decode
         picture_CHW = decode(latents_1CHW.to(self._dtype), return_dict=False)[0][0]
         picture_HWC = (picture_CHW.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
-        return (picture_HWC * 255).round().to(torch.uint8).contiguous()
+        pixels = (picture_HWC * 255).round().to(torch.uint8).contiguous()
+        return Picture(pixels, is_finite(latents) & is_finite(picture_CHW))
 
 
 def _read_config(folder: Path) -> VaeConfig:

@@ -31,6 +31,9 @@ class DummyFiles:
     def identity(self) -> Hashable:
         return self.folder.name, frozenset(self._shapes.items())
 
+    def path(self, name: str) -> Path:
+        return self.folder
+
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._shapes:
             raise CheckpointError(f"model: {str(self.folder)!r} has no tensor {name}")

@@ -73,6 +73,14 @@ class TextEncoding(Protocol):
         """The slot's fields that depend on text, as steps read them. `ids`: on the encoders' device."""
 
 
+class Picture(NamedTuple):
+    """`pixels`: uint8 RGB [height, width, 3]. `is_finite`: bool [], False if they were made of anything but numbers.
+    Both on the weights' device."""
+
+    pixels: Tensor
+    is_finite: Tensor
+
+
 class LatentCodec(Protocol):
     whole_pixels: float
     """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
@@ -81,8 +89,8 @@ class LatentCodec(Protocol):
         """Starting state: fp32 [image rows, K · channels], on the host, by a CPU generator, so that a seed means the
         same picture everywhere."""
 
-    def decode(self, latents: Tensor, shape: StepShape) -> Tensor:
-        """The state after the last step -> uint8 RGB [height, width, 3], on the weights' device."""
+    def decode(self, latents: Tensor, shape: StepShape) -> Picture:
+        """Of the state after the last step."""
 
     def fuse(self) -> None:
         """Make the decoder fast on a GPU."""

@@ -18,9 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tetrion.engine.families.files import fault
 from tetrion.engine.families.plan import Part, Plan, check_names, planned_shape
 from tetrion.engine.families.weights import weight_map
 from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.models.finite import is_finite
 from tetrion.engine.transport.available_memory import available_memory_bytes
 from tetrion.engine.transport.segment import SharedMemoryError
 
@@ -40,6 +42,9 @@ class TensorFiles(Protocol):
     @property
     def identity(self) -> Hashable:
         """Equal to another's only if all tensors are."""
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises CheckpointError if there is no such tensor."""
@@ -68,6 +73,9 @@ class ComponentFiles:
     @property
     def identity(self) -> Hashable:
         return frozenset((name, _identity(path)) for name, path in self._path_of.items())
+
+    def path(self, name: str) -> Path:
+        return self._path_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header. Raises CheckpointError if there is no such tensor."""
@@ -129,9 +137,10 @@ def load_to_device(components: Mapping[str, Component], device: torch.device, dt
     """All planned tensors in `dtype` in the device's memory, by `component/name`. Equal components share theirs.
 
     Converts and fuses there, one tensor at a time: host memory holds only the page cache. Raises CheckpointError for
-    missing or misshapen tensors, before anything is allocated.
+    missing or misshapen tensors, before anything is allocated, and for values that are no numbers.
     """
     tensors: dict[str, Tensor] = {}
+    numbers = _NumberCheck()
     shapes, same = planned_shapes(components), same_components(components)
     for component, (files, plan) in components.items():
         for name, part in plan.items():
@@ -140,7 +149,8 @@ def load_to_device(components: Mapping[str, Component], device: torch.device, dt
                 tensors[key] = tensors[f"{same[component]}/{name}"]
                 continue
             tensors[key] = torch.empty(shapes[key], dtype=dtype, device=device)
-            _fill(tensors[key], files, part)
+            _fill(tensors[key], files, part, numbers)
+    numbers.finish()
     return tensors
 
 
@@ -149,10 +159,10 @@ def publish(fd: int, components: Mapping[str, Component]) -> int:
 
     Tensor names in the image are `component/name`. Converts and fuses on the way, one tensor at a time: the only full
     copy is the image; it holds equal components once, and says of which others they are. Returns its size in bytes.
-    Raises CheckpointError for missing or misshapen tensors, before anything is written, and SharedMemoryError if there
-    is no room.
+    Raises CheckpointError for missing or misshapen tensors, before anything is written, and for values that are no
+    numbers; SharedMemoryError if there is no room.
     """
-    same = same_components(components)
+    numbers, same = _NumberCheck(), same_components(components)
     components = {name: component for name, component in components.items() if name not in same}
     shapes = planned_shapes(components)
     header, offsets, num_bytes = _layout(shapes, same)
@@ -163,8 +173,9 @@ def publish(fd: int, components: Mapping[str, Component]) -> int:
             for name, part in plan.items():
                 key = f"{component}/{name}"
                 target = _view(image, shapes[key], len(header) + offsets[key])
-                _fill(target, files, part)
+                _fill(target, files, part, numbers)
                 del target  # a view would keep the mapping from closing
+    numbers.finish()
     return num_bytes
 
 
@@ -223,21 +234,42 @@ def build_module(
     return module.requires_grad_(False).eval()
 
 
-def _fill(target: Tensor, files: TensorFiles, part: Part) -> None:
+class _NumberCheck:
+    """Finds NaN and infinities among weights as they are loaded; the device is waited for once, at the end."""
+
+    def __init__(self) -> None:
+        self._checked: list[tuple[TensorFiles, str, Tensor]] = []
+
+    def add(self, files: TensorFiles, name: str, values: Tensor) -> None:
+        """`values`: of the checkpoint's tensor `name`, as loaded."""
+        if values.numel():
+            self._checked.append((files, name, is_finite(values)))
+
+    def finish(self) -> None:
+        """Raises CheckpointError naming a file and its tensor."""
+        if not self._checked:
+            return
+        flags = torch.stack([flag for *_, flag in self._checked]).tolist()
+        if bad := [(files, name) for (files, name, _), flag in zip(self._checked, flags, strict=True) if not flag]:
+            files, name = bad[0]
+            more = f"; so have {len(bad) - 1} more of the model's tensors" if len(bad) > 1 else ""
+            raise fault(files.path(name), f": {name} has values that are no numbers (NaN or infinity){more}")
+
+
+def _fill(target: Tensor, files: TensorFiles, part: Part, numbers: _NumberCheck) -> None:
     if part.rearranged is not None:
         split, order, _ = part.rearranged
         (source,) = part.sources
         ordered = files.read(source, target.device).reshape(split).permute(order)
         target.view(ordered.shape).copy_(ordered)
+        numbers.add(files, source, target)
         return
     row = 0
     for source in part.sources:
         tensor = files.read(source, target.device)
-        if tensor.ndim == 0:
-            target.copy_(tensor)
-            continue
-        target[row : row + len(tensor)].copy_(tensor)
-        row += len(tensor)
+        own = target if tensor.ndim == 0 else target[row : row + len(tensor)]
+        numbers.add(files, source, own.copy_(tensor))
+        row += len(own) if tensor.ndim else 0
 
 
 def _layout(shapes: Mapping[str, tuple[int, ...]], same: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:

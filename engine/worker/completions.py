@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tetrion.engine.messages import Command, Event
 from tetrion.engine.parallel.cpu.barrier import Aborted
-from tetrion.engine.worker.failures import failure_of
+from tetrion.engine.worker.failures import NotFinite, failure_of
 from tetrion.engine.worker.work_queue import DeviceBroken
 
 Finish = Callable[[], Event]
@@ -65,7 +65,7 @@ class Completions:
         try:
             event = entry.finish()
         except Exception as error:
-            if not isinstance(error, Aborted):
+            if not isinstance(error, (Aborted, NotFinite)):
                 traceback.print_exception(error)
             self._send(failure_of(entry.command, self._device_id, error))
             if isinstance(error, DeviceBroken):

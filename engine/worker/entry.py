@@ -29,7 +29,7 @@ from tetrion.engine.messages import (
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.parallel.cpu.barrier import Aborted
 from tetrion.engine.transport.channel import EngineGone, attach_channel
-from tetrion.engine.worker.failures import failure_of
+from tetrion.engine.worker.failures import NotFinite, failure_of
 from tetrion.engine.worker.spec import WorkerSpec
 
 Send = Callable[[Event], None]
@@ -124,7 +124,7 @@ def execute(runner: CommandRunner, command: Command, device_id: int) -> Event | 
             case Shutdown():
                 raise AssertionError("handled by the loop")
     except Exception as error:
-        if not isinstance(error, (Aborted, MemoryError, torch.OutOfMemoryError, CheckpointError)):
+        if not isinstance(error, (Aborted, NotFinite, MemoryError, torch.OutOfMemoryError, CheckpointError)):
             traceback.print_exc()
         return failure_of(command, device_id, error)
 

@@ -37,6 +37,7 @@ from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.transport.image_slab import ImageSlab
 from tetrion.engine.transport.segment import SharedSegment
 from tetrion.engine.worker.denoiser import Denoiser, State
+from tetrion.engine.worker.failures import NotFinite
 from tetrion.engine.worker.recorded_encoders import RecordedEncoders
 from tetrion.engine.worker.spec import WorkerSpec
 from tetrion.engine.worker.work_queue import Mark, WorkQueue
@@ -186,12 +187,14 @@ class Runner:
         it.exchange.pull_state()
         started = self._queue.mark()
         latents = self._state(it, command, command.chunk_index)
-        picture = self._queue.to_host(it.model.codec.decode(latents, params.shape))
+        pixels, is_finite = map(self._queue.to_host, it.model.codec.decode(latents, params.shape))
         check, ended = it.exchange.outcome(), self._queue.mark()
 
         def finish() -> Event:
             _passed(ended, check)
-            self._images.write(command.image_slot, picture.numpy())
+            if not is_finite:
+                raise NotFinite
+            self._images.write(command.image_slot, pixels.numpy())
             return command.decoded(self.device_id, started.time_s(), ended.time_s())
 
         self._completions.add(command, finish)

@@ -3,6 +3,7 @@
 Pure functions of traces and a cost table.
 """
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -53,6 +54,17 @@ def load_of(
         degree = _degrees(key, profile, num_devices)[0]
         device_s += share * (sum(cost.aux_s.values()) + num_steps * degree * cost.step_s(degree))
     return rate_per_min / 60 * device_s / num_devices
+
+
+def offered_load(trace: Sequence[TraceRequest], tables: CostTables, num_devices: int) -> float:
+    """As `load_of`, of a trace as it is: what its requests take in the time in which they arrive."""
+    device_s = 0.0
+    for request in trace:
+        cost = tables.cost(request.model, request.cost_key)
+        degree = _degrees(request.cost_key, tables.profiles[request.model], num_devices)[0]
+        device_s += sum(cost.aux_s.values()) + request.num_steps * degree * cost.step_s(degree)
+    span_s = trace[-1].arrival_s if trace else 0.0
+    return device_s / (span_s * num_devices) if span_s else math.inf
 
 
 def _key(size: Size, num_branches: int) -> str:

@@ -19,6 +19,7 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.attainment_plots import draw_attainment
+from tetrion.entrypoints.bench.compression import offered_load
 from tetrion.entrypoints.bench.extrapolation import extrapolated, read_floors
 from tetrion.entrypoints.bench.live import EmbeddedSystem, HttpSystem
 from tetrion.entrypoints.bench.recording import write_recordings
@@ -214,16 +215,27 @@ def cost_tables(profiles: Mapping[str, Path], floors: Mapping[str, Path] = NO_FI
 
 def _prepare(options: SloOptions, system: System) -> None:
     """Raises ValueError for a workload that is not possible, before any runs. Warms an embedded engine up, and says how
-    long arrivals in real time will take."""
+    long arrivals in real time will take and what load they are."""
     sizes, span_s = set(), 0.0
-    for point in points(options.grid, system.num_devices, lambda: tables_of(system, options)):
+    workloads = list(points(options.grid, system.num_devices, lambda: tables_of(system, options)))
+    for point in workloads:
         for _, trace in point.traces:
             sizes |= {(request.width, request.height) for request in trace}
             span_s += trace[-1].arrival_s
     if isinstance(system, EmbeddedSystem):
         system.warm_up(sorted(sizes))
+        for point in workloads:
+            unnamed = [[msgspec.structs.replace(request, model="") for request in trace] for _, trace in point.traces]
+            load = max(offered_load(trace, system.tables, system.num_devices) for trace in unnamed)
+            _to_stderr(f"{point.mix}: {_load_text(load)}")
     if system.mode == "live":
         _to_stderr(f"arrivals take {span_s * len(options.policies):.0f} s in all")
+
+
+def _load_text(load: float) -> str:
+    """`load`: see `offered_load`."""
+    text = f"a load of {load:.2f} by the engine's own measurement"
+    return text if load < 1 else f"{text}: more than its devices can draw, so that deadlines are missed by any policy"
 
 
 def beside_rows(options: SloOptions, system: System, results: Results) -> dict[str, Any]:

@@ -20,8 +20,18 @@ Command = Callable[..., Any]
 WORKLOAD_OPTIONS = (
     click.option("--trace", metavar="FILE", type=FILE, multiple=True, help="Arrivals, JSON lines; may be repeated."),
     click.option("--mix", metavar="NAME", multiple=True, help="Without a trace: uniform (default), skewed."),
-    click.option("--rate", type=float, multiple=True, help="Without a trace: arrivals per minute. Default: 12."),
-    click.option("--load", type=float, multiple=True, help="Instead of a rate: arrivals × narrowest work / devices."),
+    click.option(
+        "--rate",
+        type=float,
+        multiple=True,
+        help="Without a trace: arrivals per minute. Default: 12, which saturates a few CPUs.",
+    ),
+    click.option(
+        "--load",
+        type=float,
+        multiple=True,
+        help="Instead of a rate: arrivals × narrowest work / devices; 1 is all that devices can do.",
+    ),
     click.option("--slo-scale", type=float, multiple=True, help="Factor on all SLOs. Default: 1."),
     click.option("--seed", type=int, multiple=True, help="Without a trace: seed of the arrivals. Default: 11, 12, 13."),
     click.option("--num-requests", type=POSITIVE, help="Without a trace: requests of each. Default: 700."),
@@ -101,7 +111,11 @@ def with_options(*groups: tuple[Command, ...]) -> Callable[[Command], Command]:
 @click.option("--plots", metavar="DIR", type=FILE, help="Draw attainment against SLO scale and rate into DIR.")
 @with_options(SIMULATION_OPTIONS, ENGINE_OPTIONS, RESULT_OPTIONS)
 def slo(**options: Any) -> int:
-    """Attainment of deadlines and latency of planners on the same arrivals, simulated or live."""
+    """Attainment of deadlines and latency of planners on the same arrivals, simulated or live.
+
+    Live, loads and fitted SLOs follow from what the devices could do when the engine started: on CPUs that other
+    programs use meanwhile they do less, and deadlines are missed for that alone.
+    """
 
     def run() -> int:
         from tetrion.entrypoints.bench.slo import command
@@ -123,7 +137,7 @@ def slo(**options: Any) -> int:
 @click.command("timeline")
 @click.argument("recordings", metavar="RECORD", type=FILE)
 @click.option("--run", "number", type=POSITIVE, default=1, show_default=True, help="Which run of the file.")
-@click.option("--from", "from_s", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Seconds.")
+@click.option("--from", "from_s", type=click.FloatRange(min=0), help="Seconds. Default: the first request.")
 @click.option("--to", "to_s", type=click.FloatRange(min=0), help="Seconds. Default: 20 s later.")
 @click.option("--png", metavar="FILE", type=FILE, help="Draw GPUs × time there (needs matplotlib).")
 @click.option("--chrome-trace", metavar="FILE", type=FILE, help="Write all of it for chrome://tracing or Perfetto.")

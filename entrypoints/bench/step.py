@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tetrion.engine.config import EngineConfig, parse_devices
-from tetrion.engine.families.locate import resolve_model
-from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.families.served import read_model
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.entrypoints.bench import step_on_cpus
 from tetrion.entrypoints.bench.step_on_gpus import OTHERS, SECTIONS, StepBench, StepOptions
@@ -65,7 +64,7 @@ def command(
         text = write_record(record, output)
         print(text if as_json else step_on_cpus.table(record))
         return record
-    spec = read_model_spec(resolve_model(model), config.load_format)
+    spec = read_model(model, config.load_format)
     options = StepOptions(
         sizes=checked_sizes(spec, sizes, SIZES),
         degrees=checked_degrees(spec, len(devices), degrees),

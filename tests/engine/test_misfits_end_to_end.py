@@ -183,6 +183,25 @@ async def test_whatever_one_asks_for_his_neighbour_and_a_later_request_are_drawn
             await draw(engine, small(prompt=prompt, request_id="é" * 256, tenant="\0" * 256, num_steps=1))
 
 
+async def test_a_picture_of_what_is_no_number_costs_its_request_alone(
+    watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of weights that overflow; it is not tried again."""
+    engine = watched.engine
+    asked = small(negative_prompt="a square", true_cfg_scale=2.0, request_id="overflown")
+    settled = resolve_request(asked, engine.spec, len(engine.devices))
+    params = msgspec.structs.replace(settled.params, true_cfg_scale=float("nan"))
+    async with watched.beside_a_neighbour():
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "tetrion.engine.api.resolve_request", lambda *_: msgspec.structs.replace(settled, params=params)
+            )
+            overflown = engine.submit(asked)
+        with pytest.raises(GenerationError, match="its picture has values that are no numbers"):
+            await asyncio.wait_for(overflown.result(), PATIENCE_S)
+        assert caplog.text.count("request overflown failed on worker") == 1
+
+
 async def test_errors_of_the_engine_s_own_cost_the_requests_they_concern(
     watched: Watched, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

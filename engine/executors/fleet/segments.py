@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from tetrion.engine.config import DeviceSpec, EngineConfig, threads_per_worker
 from tetrion.engine.executors.fleet.forks import abandon_in_children, no_fork
+from tetrion.engine.executors.fleet.room import check_room_on_cpu, check_room_on_gpus
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 from tetrion.engine.parallel.saved_states import SavedStates
@@ -30,13 +31,18 @@ class Segments:
     """
 
     def __init__(self, devices: tuple[DeviceSpec, ...], specs: Sequence[ModelSpec], config: EngineConfig) -> None:
-        """Raises SharedMemoryError if memory does not suffice; nothing is left then."""
+        """Raises SharedMemoryError if memory does not suffice, ModelTooLarge if weights take it; nothing is left
+        then."""
         num, kind = len(devices), devices[0].kind
         self.slabs_in_host_memory = kind == "cpu" or config.peer_access == "never"
         self._models = tuple(specs)
         self._load_format, self._attention = config.load_format, config.attention
         self._num_threads = threads_per_worker(config, num)
         self._layout = slab_layout(specs, num, config.max_inflight, ITEMSIZE[kind])
+        if kind == "cpu":
+            check_room_on_cpu(specs, num * self._layout.num_bytes)
+        else:
+            check_room_on_gpus(specs, self._layout.num_bytes)
         with contextlib.ExitStack() as undo:
             self._slab_fds = [_anonymous_file(undo, f"slab-{device.device_id}") for device in devices]
             if self.slabs_in_host_memory:

@@ -28,7 +28,7 @@ def test_a_run_is_the_pipelines_from_prompt_to_pixels(loaded: Loaded) -> None:
     noise = ours.model.codec.noise(params.seed, params.shape)
     latents = ours.denoise(ours.encode(loaded.prompts), noise, params, [((0,), NUM_STEPS)])
     assert_close(latents, expected.latents)
-    picture = ours.model.codec.decode(latents, params.shape).numpy()
+    picture = ours.model.codec.decode(latents, params.shape).pixels.numpy()
     assert np.abs(picture.astype(int) - expected.picture).max() <= 1
 
 

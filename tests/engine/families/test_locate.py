@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tetrion.engine.families.locate import embedded_models, resolve_model
+from tetrion.engine.families.locate import embedded_models, hub_revision, resolve_model
 from tetrion.engine.model_spec import CheckpointError
 
 
@@ -19,7 +19,25 @@ def test_path(tmp_path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("name", ["", "no-such-model", "../shapes", "__pycache__"])
+def test_a_folder_may_be_called_like_a_revision(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/name@v1").mkdir(parents=True)
+    assert resolve_model("owner/name@v1").samefile(tmp_path / "owner/name@v1")
+    assert hub_revision("owner/name@v1") is None
+    assert hub_revision("owner/name@v2") == "v2"
+    assert hub_revision("owner/name") is None
+
+
+@pytest.mark.parametrize(
+    "revision", ["", " ", "..", "a/../b", "a//b", "-x", "a b", "a\nb", "a\0", "é\u202e", "x" * 300]
+)
+def test_what_cannot_be_a_revision_is_not_asked_for(revision, monkeypatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError, match="cannot be a revision: a branch, tag or commit"):
+        resolve_model(f"owner/name@{revision}")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b", "no-such-model", "../shapes", "__pycache__"])
 def test_neither(name) -> None:
     with pytest.raises(CheckpointError, match=r"neither a folder nor an embedded model .*shapes"):
         resolve_model(name)

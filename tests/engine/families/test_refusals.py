@@ -80,6 +80,7 @@ def test_clips_vocabulary_may_be_in_two_files(flux: Path) -> None:
         ("tokenizer.json", b'{"model": {"vocab": {"a": 3}}}', "model.type is 'BPE', not 'Unigram'"),
         ("tokenizer.json", POINTER, "tokenizer_2/tokenizer.json' is a pointer of git-lfs"),
         ("tokenizer_config.json", b'{"tokenizer_class": "LlamaTokenizer"}', "tokenizer_class: 'LlamaTokenizer' is not"),
+        ("tokenizer_config.json", b'{"unk_token": 7}', "Expected `str | object | null`, got `int` - at `$.unk_token`"),
     ],
 )
 def test_a_vocabulary_that_is_none_is_refused(flux: Path, file: str, content: bytes, says: str) -> None:
@@ -390,6 +391,24 @@ def test_a_config_of_another_class_is_refused(flux: Path, part: str, fields: dic
     change(flux, f"{part}/config.json", **fields)
     said = refusal(flux)
     assert says in said and f"{part}/config.json'" in said
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("text_encoder", "hidden_act", 2),
+        ("text_encoder", "layer_norm_eps", {}),
+        ("text_encoder", "pad_token_id", "0"),
+        ("text_encoder_2", "layer_norm_epsilon", -1.0),
+        ("text_encoder_2", "eos_token_id", [[1]]),
+    ],
+)
+def test_what_a_library_would_refuse_without_a_file_s_name_is_refused_with_it(
+    flux: Path, part: str, field: str, value: object
+) -> None:
+    change(flux, f"{part}/config.json", **{field: value})
+    said = refusal(flux)
+    assert f"{part}/config.json'" in said and f"`$.{field}" in said
 
 
 def test_larger_models_that_hold_an_encoder_are_taken(flux: Path) -> None:

@@ -21,5 +21,6 @@ def test_an_embedded_model_knows_few_words_in_any_case(spec: ModelSpec) -> None:
 
 
 def test_of_other_models_nothing_is_said(tmp_path: Path) -> None:
-    for path in ("", str(tmp_path)):
+    """Nor of those that ship without weights and tokenizers."""
+    for path in ("", str(tmp_path), *(str(resolve_model(name)) for name in ("flux1-dev", "sd3-medium"))):
         assert unknown_words(make_spec(path=path), "zebra") == ()

@@ -86,7 +86,7 @@ class Loaded:
         for i in range(num_steps):
             velocity = self.velocity(state, constants, vectors, i, attend)
             state = guided_step(state, [velocity], coefficients[i], 1.0)
-        return state, self.codec.decode(state, shape).numpy()
+        return state, self.codec.decode(state, shape).pixels.numpy()
 
 
 class LocalAttention:

@@ -32,11 +32,22 @@ def test_an_image_beyond_the_limit_is_decoded_in_tiles_that_show_little(load) ->
     loaded = load(resolve_model("shapes"))
     shape = loaded.spec.shape(320, 256)
     latents = loaded.codec.noise(1, shape)
-    whole = loaded.codec.decode(latents, shape)
+    whole = loaded.codec.decode(latents, shape).pixels
     assert whole.shape == (256, 320, 3) and whole.dtype == torch.uint8
     loaded.codec.whole_pixels = 320 * 256 - 1
-    tiled = loaded.codec.decode(latents, shape)
+    tiled = loaded.codec.decode(latents, shape).pixels
     assert tiled.shape == whole.shape
     assert np.abs(tiled.numpy().astype(int) - whole.numpy()).mean() < 8
     loaded.codec.whole_pixels = 320 * 256
-    assert torch.equal(loaded.codec.decode(latents, shape), whole)
+    assert torch.equal(loaded.codec.decode(latents, shape).pixels, whole)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_in_latents_or_in_the_decoder_is_told(load, value: float) -> None:
+    loaded = load(resolve_model("shapes"))
+    shape = loaded.spec.shape(128, 128)
+    latents = loaded.codec.noise(1, shape)
+    assert loaded.codec.decode(latents, shape).is_finite
+    latents[3, 5] = value
+    assert not loaded.codec.decode(latents, shape).is_finite
+    assert not loaded.codec.decode(torch.full_like(latents, 3e38), shape).is_finite

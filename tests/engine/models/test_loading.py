@@ -1,6 +1,7 @@
 """The shared weights image, and clear errors for checkpoints that are not whole."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,9 +19,16 @@ from tests.engine.models.conftest import Loaded
 from tetrion.engine.families.plan import Part
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.models.loading import Component, ComponentFiles, attach, component_tensors, publish
+from tetrion.engine.models.loading import (
+    Component,
+    ComponentFiles,
+    attach,
+    component_tensors,
+    load_to_device,
+    publish,
+)
 from tetrion.engine.models.ops import ReferenceOps
-from tetrion.engine.models.registry import load_shared
+from tetrion.engine.models.registry import all_components, load_shared
 from tetrion.engine.transport.segment import SharedMemoryError
 
 CHILD = """
@@ -212,6 +220,21 @@ def test_components_that_do_not_fit_together(broken, fd, file, change, message) 
     path.write_bytes(msgspec.json.encode(msgspec.json.decode(path.read_bytes()) | change))
     with pytest.raises(CheckpointError, match=message):
         Loaded(broken, fd, load_format="dummy")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["norm_out.linear.bias", "transformer_blocks.0.attn.to_v.weight"])
+def test_weights_that_are_no_numbers(broken, fd, name: str, value: float) -> None:
+    """One of them is fused with others."""
+    path = broken / "transformer" / json.loads(next(broken.glob("*/*.index.json")).read_text())["weight_map"][name]
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path)
+    said = rf"{re.escape(path.name)}': {name} has values that are no numbers"
+    _assert_error(broken, fd, said)
+    components = all_components([read_model_spec(broken)], "safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        load_to_device(components, torch.device("cpu"), torch.bfloat16)
 
 
 def test_damaged_tokenizer(broken, fd) -> None:

@@ -315,6 +315,23 @@ def test_a_chunk_that_fails_leaves_what_was_saved_before_it(tiny_model: ModelSpe
 
 
 @on_both
+def test_a_picture_of_what_is_no_number_fails_and_the_next_one_is_drawn(
+    tiny_model: ModelSpec, alone, capfd: pytest.CaptureFixture[str], kind: BackendKind
+) -> None:
+    memory, params = Memory(tiny_model, 1), request_params(tiny_model, NUM_STEPS)
+    overflown = msgspec.structs.replace(params, guidance=float("nan"))
+    chunks = [((0,), NUM_STEPS)]
+    bad = [command for _, command in request_commands(overflown, chunks)]
+    good = [command for _, command in request_commands(params, chunks, state_id=6)]
+    events = answers_of(kind, memory.spec(0), [LOAD, *bad, *good])
+    (failed,) = (event for event in events if isinstance(event, Failed))
+    assert (failed.command_id, failed.kind) == (bad[-1].command_id, "error")
+    assert failed.message.startswith("its picture has values that are no numbers") and "bf16" in failed.message
+    np.testing.assert_array_equal(picture(memory), alone[kind, 1][1])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@on_both
 def test_a_command_that_fails_is_answered_and_the_worker_goes_on(tiny_model: ModelSpec, kind: BackendKind) -> None:
     memory, params = Memory(tiny_model, 1), request_params(tiny_model, NUM_STEPS)
     (_, encode), (_, denoise), *_ = request_commands(params, [((0,), 1)])

@@ -1,11 +1,13 @@
 """Workloads fitted to a machine."""
 
+import math
+
 import msgspec
 import pytest
 
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import only_table
-from tetrion.entrypoints.bench.compression import calibration, compress, load_of
+from tetrion.entrypoints.bench.compression import calibration, compress, load_of, offered_load
 from tetrion.entrypoints.bench.workloads import SIZES, TraceRequest, Workload, base_slo_s, make_trace
 
 PROFILE = msgspec.convert(
@@ -49,6 +51,16 @@ def test_a_load_of_one_keeps_every_device_busy_at_the_narrowest_degree() -> None
     per_image_s = 0.5 * (0.34 + 8.505)
     assert load_of(60.0 * 2 / per_image_s, PROFILE, sizes, (0.5, 0.5), 10, 2) == pytest.approx(1.0)
     assert load_of(6.0, PROFILE, sizes, (1.0, 0.0), 10, 4) == pytest.approx(0.1 * 0.34 / 4)
+
+
+def test_the_load_of_a_trace_is_what_its_requests_take_while_they_arrive() -> None:
+    """340 ms and 8.505 s, within 10 s on two devices."""
+    first, last = (
+        TraceRequest(arrival_s=arrival_s, width=side, height=side, num_steps=10)
+        for arrival_s, side in ((1.0, 256), (10.0, 2048))
+    )
+    assert offered_load((first, last), only_table(PROFILE), 2) == pytest.approx((0.34 + 8.505) / 20)
+    assert offered_load((msgspec.structs.replace(first, arrival_s=0.0),), only_table(PROFILE), 2) == math.inf
 
 
 def test_the_widest_degree_counts_even_where_it_is_not_the_quickest() -> None:

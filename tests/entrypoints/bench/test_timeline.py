@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 from PIL import Image
 
@@ -78,3 +79,27 @@ def test_without_matplotlib_it_says_what_to_install(
     with pytest.raises(InputError, match=r"plots: need matplotlib; install it with pip install matplotlib"):
         command(recordings=recordings, png=tmp_path / "x.png")
     command(recordings=recordings, chrome_trace=tmp_path / "t.json")
+
+
+def test_a_run_whose_first_request_comes_late_is_drawn_from_there(recordings: Path, tmp_path: Path) -> None:
+    (recording,) = recorded(("horizon",))
+    late_s = 500.0
+    outcomes = tuple(
+        msgspec.structs.replace(
+            outcome,
+            request=msgspec.structs.replace(outcome.request, arrival_s=outcome.request.arrival_s + late_s),
+            finished_s=None if outcome.finished_s is None else outcome.finished_s + late_s,
+        )
+        for outcome in recording.run.outcomes
+    )
+    chunks = tuple(
+        msgspec.structs.replace(chunk, start_s=chunk.start_s + late_s, end_s=chunk.end_s + late_s)
+        for chunk in recording.chunks
+    )
+    run = msgspec.structs.replace(recording.run, outcomes=outcomes, end_s=recording.run.end_s + late_s)
+    write_recordings(tmp_path / "late.jsonl", [msgspec.structs.replace(recording, run=run, chunks=chunks)])
+    command(recordings=tmp_path / "late.jsonl", png=tmp_path / "late.png")
+    command(recordings=tmp_path / "late.jsonl", png=tmp_path / "empty.png", from_s=0.0)
+    command(recordings=recordings, png=tmp_path / "early.png")
+    late, empty, early = (colours(tmp_path / f"{name}.png") for name in ("late", "empty", "early"))
+    assert len(late & early - empty) >= 3
