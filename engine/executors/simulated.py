@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Collection
 
 import numpy as np
+import numpy.typing as npt
 
 from tetrion.engine.executors.base import Happening, PictureReady, WorkerLost, WorkerReady
 from tetrion.engine.messages import (
@@ -195,10 +196,11 @@ class SimulatedExecutor:
                 at_s = max(self._now_s, lost_s + self._respawn_s)
                 self.at(at_s, lambda device_id=device_id: self._return(device_id))  # type: ignore[misc]
 
-    def read_saved(self, params: Params, slot: int, chunk_index: int) -> None:
+    def read_saved(self, params: Params, slot: int, chunk_index: int) -> npt.NDArray[np.float32]:
         """States are not kept here."""
+        return np.empty(0, np.float32)
 
-    def write_saved(self, params: Params, slot: int, chunk_index: int, state: None) -> None:
+    def write_saved(self, params: Params, slot: int, chunk_index: int, state: npt.NDArray[np.float32]) -> None:
         """See `read_saved`."""
 
     def acquire_image_slot(self) -> int | None:

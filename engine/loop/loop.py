@@ -70,6 +70,8 @@ FULL_CHANNEL_WAIT_S = 0.001
 """After this, what could not be dispatched is planned again; later after as long as it has been refused, at most
 `LONGEST_REFUSAL_WAIT_S`."""
 LONGEST_REFUSAL_WAIT_S = 0.1
+MAX_SAVED_BYTES = 1 << 28
+"""States of requests that others' have taken the slots of."""
 OVERDUE_WAIT_S = 0.25
 """So often the loop looks whether a late answer has become a stall."""
 
@@ -233,14 +235,38 @@ class EngineLoop:
         self._recovery.proceed()
 
     def admit(self) -> None:
-        """Let go those that were cancelled or have failed; give slots to queued ones."""
+        """Let go those that were cancelled or have failed; give slots to queued ones, if need be from tenants that have
+        more than their share."""
         for request in self.table.cancelled():
             if not self._in_flight.of_request(request.request_id):
                 cancelled = RequestCancelled(f"request {request.request_id} was cancelled")
                 self._books.end(request, request.error or cancelled)
-        for _ in self.table.admit():
-            self.statistics.admitted(self.executor.now_s())
+        self._give_slots()
+        while (idle := self.table.next_to_set_aside(self._is_at_rest)) is not None and self._can_save(idle):
+            self._set_aside(idle)
+            self._give_slots()
         self._end_overdue()
+
+    def _give_slots(self) -> None:
+        for request in self.table.admit():
+            if request.saved is not None:
+                self.executor.write_saved(request.params, request.slot, request.chunk_index, request.saved)
+                request.saved = None
+            self.statistics.admitted(self.executor.now_s())
+
+    def _is_at_rest(self, request: Request) -> bool:
+        return self._recovery.is_healthy and not self._in_flight.of_request(request.request_id)
+
+    def _can_save(self, request: Request) -> bool:
+        saved = [queued.saved.nbytes for queued in self.table.queued() if queued.saved is not None]
+        return not request.step_index or sum(saved) < MAX_SAVED_BYTES
+
+    def _set_aside(self, request: Request) -> None:
+        """Another's request gets its slot, and it is queued again with the state that it has."""
+        if request.step_index:
+            request.saved = self.executor.read_saved(request.params, request.slot, request.chunk_index)
+        self.table.set_aside(request)
+        self.statistics.ended(self.executor.now_s())
 
     def _end_overdue(self) -> None:
         """Requests that have waited too long without a slot fail."""
@@ -303,6 +329,7 @@ class EngineLoop:
         if is_taken:
             self._refusals.over(members)
             self._recovery.sent(self._books.sent(request, command, members, duration_s))
+            self._snapshots.ran(request, duration_s * len(members))
         else:
             self._books.not_sent(command, members)
             self._ring_full(members)

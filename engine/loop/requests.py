@@ -70,7 +70,7 @@ class Request:
     (None: that was the last). `is_retried`: what was dispatched before came to nothing, so that what comes next must
     not be taken for it. `stage_s`: time on devices. `spent_j`: joules of all that was dispatched
     for it, lost attempts included, as far as the profile knows them. `cancelled`: it ends once nothing is in flight for
-    it, with `error` if there is one.
+    it, with `error` if there is one. `saved`: its state, of a request that has steps behind it and no slot.
 
     `asked` is what the caller asked for, `params` how it is drawn, `cost_key` the text of its `CostKey`.
     """
@@ -95,6 +95,7 @@ class Request:
         "planned_stage",
         "planned_state_id",
         "planned_step_index",
+        "saved",
         "slot",
         "spent_j",
         "stage_s",
@@ -122,6 +123,7 @@ class Request:
         self.step_index = self.planned_step_index = 0
         self.chunk_index = self.planned_chunk_index = 0
         self.is_retried = False
+        self.saved: Any = None
         self.holders: tuple[int, ...] = ()
         self.planned_holders: tuple[int, ...] = ()
         self.planned_stage: Stage | None = STAGES[0]
@@ -337,9 +339,11 @@ class RequestTable:
         return max(could_go)[2] if could_go else None
 
     def set_aside(self, request: Request) -> None:
-        """Take its slot back. It is queued again with its progress, except that it owns no place in a slab any more:
-        `holders` are the caller's to change. Nothing may be in flight for it."""
+        """Take its slot back. It is queued again with its progress, but no device has its state any more. Nothing may be
+        in flight for it."""
         assert not request.cancelled
+        request.holders = ()
+        request.forget_dispatched()
         self._change(request, RequestState.QUEUED)
         self._give_slot_back(request)
         self._set_aside[request.request_id] = request

@@ -15,6 +15,7 @@ import msgspec
 
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executors.base import Executor
+from tetrion.engine.loop.device_shares import DeviceShares
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.requests import Request, RequestTable
 from tetrion.engine.planning.cost.tables import CostTables
@@ -48,6 +49,7 @@ class SnapshotBuilder:
         self.kept_free: int | None = None
         """A device that is given nothing but what `of_one` is asked for."""
         self._tables: DegreeTables | None = None
+        self._shares = DeviceShares(config.tenant_weights)
         self._entries: dict[str, Entry] = {}
         self._current: list[Entry] = []
         self._overdue: list[Entry] = []
@@ -87,6 +89,10 @@ class SnapshotBuilder:
             config=self._config,
         )
 
+    def ran(self, request: Request, device_s: float) -> None:
+        """The request was given so much device time."""
+        self._shares.ran(request.asked.tenant, device_s)
+
     @property
     def usable(self) -> frozenset[int]:
         """Devices that may be given something."""
@@ -125,7 +131,10 @@ class SnapshotBuilder:
     def _refresh(self, now_s: float) -> None:
         """Look again at the requests that have changed, and at those that something is or was in flight for."""
         running = self._in_flight.request_ids()
-        for request_id in self._table.take_changed() | running | self._running:
+        changed = self._table.take_changed() | running | self._running
+        if self._shares.are({request.asked.tenant for request in self._table.admitted()}):
+            changed |= {request.request_id for request in self._table.admitted() if request.deadline_s is None}
+        for request_id in changed:
             request = self._table.get_admitted(request_id)
             entries = self._in_flight.of_request(request_id)
             view = None if request is None else self._view_of_admitted(request, entries, now_s)
@@ -200,6 +209,7 @@ class SnapshotBuilder:
             members=request.planned_holders,
             weight=weight * config.class_weights.get(request.cost_key, 1.0) if config.class_weights else weight,
             priority=asked.priority,
+            tenant_lead_s=self._shares.lead_s(asked.tenant) if request.deadline_s is None else 0.0,
             force_degrees=asked.force_degrees,
             energy_mode=asked.energy.mode or self._energy_mode,
             budget_j=None if budget_j is None else budget_j - request.spent_j,

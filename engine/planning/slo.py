@@ -7,8 +7,11 @@ MARGIN_S = 0.010
 
 
 def due_s(request: RequestView, config: PlannerConfig) -> float:
-    """The deadline; for a request without SLO the soft one, `patience_s` after its arrival."""
-    return request.arrival_s + config.patience_s if request.deadline_s is None else request.deadline_s
+    """The deadline; for a request without SLO the soft one, `patience_s` after its arrival, and as often later as its
+    tenant has had a chunk's device time more than another."""
+    if request.deadline_s is not None:
+        return request.deadline_s
+    return request.arrival_s + config.patience_s * (1 + request.tenant_lead_s / config.chunk_s)
 
 
 def denoise_due_s(due: float, after_s: float) -> float:

@@ -15,7 +15,8 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     it needs next, startable from `ready_s` on (now or earlier: at once; later: when its running command is predicted to
     end, `members` being busy with it until then). `step_index` is the number of steps done by `ready_s`; `members` are
     the devices that hold, or by then will hold, its latents. `deadline_s` is None without an SLO. `weight`: worth of
-    meeting it, all factors multiplied. `budget_j`: joules that it may still take, None: any number. A request whose
+    meeting it, all factors multiplied. `tenant_lead_s`: device seconds by which its tenant is ahead of the tenant that
+    has had least. `budget_j`: joules that it may still take, None: any number. A request whose
     last stage already runs is not in the snapshot."""
 
     request_id: str
@@ -30,6 +31,7 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     members: tuple[int, ...] = ()
     weight: float = 1.0
     priority: int = 0
+    tenant_lead_s: float = 0.0
     force_degrees: tuple[int, ...] = ()
     energy_mode: EnergyMode = "fastest"
     budget_j: float | None = None

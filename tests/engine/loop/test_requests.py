@@ -118,7 +118,7 @@ def test_hogs_give_a_slot_to_a_small_request_of_another_tenant_at_once(slo_ms: f
     assert table.next_to_set_aside(anything_goes) is None
     table.move(small, RequestState.CANCELLED)
     assert table.admit() == [victim], "it has the slot again, before those that have never had one"
-    assert (victim.state, victim.step_index) == (RequestState.READY, 3)
+    assert (victim.state, victim.step_index) == (RequestState.WAITING, 3), "to be encoded again"
 
 
 def test_a_lone_tenant_may_take_all_slots_and_gives_up_what_is_beyond_its_share() -> None:
