@@ -8,24 +8,28 @@ from pathlib import Path
 import click
 
 FULL_MINUTES = 60.0
-"""From here on each command has the figures of its defaults; those that may take longer take what is left."""
+"""So long they take with the figures of their defaults (of `fuzz` a part); of more time `mixed` takes what is left."""
 
 
 def lines_for(minutes: float) -> list[list[str]]:
-    """Command lines that together take about `minutes` on two cores; a start of a server takes 15 s of each."""
+    """Command lines that together take about `minutes` on two idle cores; each server takes 15 s of them to start."""
     part = min(1.0, minutes / FULL_MINUTES)
-    stopped_s = max(5.0, 30 * min(1.0, 2 * part))
-    chosen = [
-        f"chaos --minutes {min(10.0, minutes / 6):.3g} --undisturbed-s {max(10, 60 * part):.3g} --capacity-s {max(5, 25 * part):.3g}",
-        f"stop --stopped-s {stopped_s:.3g} --tail-s {max(5, 20 * part):.3g} --capacity-s {max(5, 25 * part):.3g}",
-        f"stops --minutes {min(5.0, minutes / 15):.3g} --capacity-s {max(5, 25 * part):.3g}",
-        f"resume --repeats {max(1, round(3 * part))}",
-        f"hogs --timeout-s {max(10, 40 * part):.3g}",
-        f"connections --seconds {max(45, 90 * part):.3g} --waiting {round(max(500, 5000 * part))}",
-        f"fuzz --bodies {round(100_000 * part)} --streams {round(10_000 * part)} --lines {round(10_000 * part)}",
-        f"mixed --minutes {max(minutes / 10, minutes - 35):.3g} --capacity-s {max(5, 25 * part):.3g}",
-    ]
-    return [shlex.split(line) for line in chosen]
+
+    def of(full: float, least: float) -> str:
+        return f"{max(least, full * part):.3g}"
+
+    capacity = f"--capacity-s {of(25, 5)}"
+    lines = (
+        f"chaos --minutes {of(10, 0.5)} --undisturbed-s {of(60, 15)} {capacity}",
+        f"stop --stopped-s {of(30, 10)} --tail-s {of(20, 5)} {capacity}",
+        f"stops --minutes {of(5, 0.3)} {capacity}",
+        f"resume --repeats {round(max(1, 3 * part))}",
+        f"hogs --timeout-s {of(40, 10)}",
+        f"connections --seconds {of(90, 45)} --waiting {round(max(500, 5000 * part))}",
+        f"fuzz --bodies {round(20_000 * part)} --streams {round(5_000 * part)} --lines {round(2_000 * part)}",
+        f"mixed --minutes {max(minutes / 10, minutes - 35):.3g} {capacity}",
+    )
+    return [shlex.split(line) for line in lines]
 
 
 def run_all(minutes: float, folder: Path) -> int:

@@ -1,4 +1,5 @@
-"""Faults that come to workers at random while a load runs. Each goes on until it is cancelled; `events` is what it did."""
+"""Faults that come to workers at random while a load runs. Each goes on until it is
+cancelled; `events` is what it did."""
 
 import asyncio
 import math

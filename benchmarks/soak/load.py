@@ -24,8 +24,8 @@ from tetrion.entrypoints.bench.live import HEAD_START_S, open_loop
 from tetrion.entrypoints.bench.workloads import TraceRequest
 
 GENERATIONS = "/v1/images/generations"
-COLOURS = "red orange yellow green cyan blue purple pink brown".split()
-SHAPES = "circle square triangle star heart diamond cross ring".split()
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown")
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 SIZES = ((128, 128), (192, 192), (256, 256), (128, 256), (256, 128))
 
 Body = dict[str, Any]

@@ -1,8 +1,8 @@
 """Load of all kinds with faults of all kinds, for as long as you like: does anything grow, is anything wrong?
 
-Beside pictures that are compared come clients that hang up, bad bodies, scrapes of /metrics, killed and stopped workers.
-What engine, fork server and workers hold is sampled meanwhile. (No picture is fetched by URL: those are kept for an
-hour, which would look like a leak.)
+Beside pictures that are compared come clients that hang up, bad bodies, scrapes of /metrics, killed and stopped
+workers. What engine, fork server and workers hold is sampled meanwhile. (No picture is fetched by URL: those are kept
+for an hour, which would look like a leak.)
 """
 
 import asyncio

@@ -35,7 +35,7 @@ def at_most(name: str, figure: float | None, bound: float, unit: str = "") -> Ch
 
 def finish(name: str, arguments: Sequence[str], rows: Sequence[Row], checks: Sequence[Check], output: Path) -> int:
     """Write the file, print the table. Returns the exit code: 1 if a check fails."""
-    command = shlex.join(PROGRAM.split() + [name, *arguments])
+    command = shlex.join([*PROGRAM.split(), name, *arguments])
     record = make_record(command, list(rows)) | {"checks": [msgspec.to_builtins(check) for check in checks]}
     write_record(record, output)
     for row in rows:

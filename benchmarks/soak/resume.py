@@ -85,7 +85,7 @@ async def measure(*, steps: int, kill_at: int, repeats: int, degrees: Sequence[i
         for degree in degrees:
             for attempt in range(repeats + 1):
                 async with asyncio.timeout(BACK_WITHIN_S):
-                    while engine.stats().num_alive < WORKERS:
+                    while engine.stats().num_alive < WORKERS:  # noqa: ASYNC110 (nobody tells)
                         await asyncio.sleep(0.1)
                 rows.append(await draw(engine, recorder, degree, steps, kill_at if attempt else None))
     true = rows[0].get("sha256")

