@@ -5,7 +5,6 @@ One server, one run: its capacity, a load at a share of it undisturbed, then the
 
 import asyncio
 import random
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,6 +53,6 @@ async def measure(
     return rows, checks
 
 
-def command(arguments: Sequence[str], output: Path, **options: float) -> int:
+def command(command_line: str, output: Path, **options: float) -> int:
     rows, checks = asyncio.run(measure(**options))  # type: ignore[arg-type]
-    return finish("chaos", arguments, rows, checks, output)
+    return finish(command_line, rows, checks, output)

@@ -4,7 +4,6 @@ A command of its own has a line in `COMMANDS` and, if `all` is to run it, one in
 """
 
 import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from tetrion.entrypoints import cli
+from tetrion.entrypoints.bench.slo_commands import spell
 from tetrion.entrypoints.errors import report_errors
 from tetrion.entrypoints.number_range import NumberRange
 
@@ -34,8 +34,8 @@ SEED = option("--seed", int, 1, "Of pictures, arrivals and faults.")
 
 
 def soak_command(module: str, function: str, name: str, *options: Callable[..., Any]) -> Callable[..., click.Command]:
-    """A command whose options go to `benchmarks.soak.MODULE.FUNCTION(arguments, output, **options)`, which returns the
-    exit code. The decorated function lends its docstring."""
+    """A command whose options go to `MODULE.FUNCTION(command_line, output, **options)`, which returns the exit code. The
+    decorated function lends its docstring."""
 
     def decorate(described: Callable[..., Any]) -> click.Command:
         def run(output: Path | None, **given: Any) -> int:
@@ -44,7 +44,8 @@ def soak_command(module: str, function: str, name: str, *options: Callable[..., 
 
                 file = output or OUTPUT / f"{name}.json"
                 check_writable(file, "output")
-                return int(getattr(importlib.import_module(module), function)(sys.argv[2:], file, **given))
+                measured = getattr(importlib.import_module(module), function)
+                return int(measured(spell(name, given, PROGRAM), file, **given))
 
             return report_errors(work)
 
@@ -117,7 +118,7 @@ def stops() -> None:
     option("--steps", MANY, 40, "Of each picture."),
     option("--kill-at", MANY, 30, "Steps that are done when a worker is killed."),
     option("--repeats", MANY, 3, "Losses at each degree."),
-    click.option("--degree", "degrees", type=click.IntRange(1, 3), multiple=True, default=(1, 2, 3), show_default=True),
+    click.option("--degree", type=click.IntRange(1, 3), multiple=True, default=(1, 2, 3), show_default=True),
 )
 def resume() -> None:
     """Kill a member of a picture's group near its end; how many steps are drawn again?"""

@@ -11,7 +11,6 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -219,10 +218,10 @@ async def measure(
     return rows, checks
 
 
-def command(arguments: Sequence[str], output: Path, **options: Any) -> int:
+def command(command_line: str, output: Path, **options: Any) -> int:
     raise_descriptor_limit()
     rows, checks = asyncio.run(measure(**options))
-    return finish("connections", arguments, rows, checks, output)
+    return finish(command_line, rows, checks, output)
 
 
 def raise_descriptor_limit() -> None:

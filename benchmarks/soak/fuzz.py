@@ -181,9 +181,9 @@ def _checks(kind: str, findings: Findings) -> list[Check]:
     ]
 
 
-def command(arguments: Sequence[str], output: Path, **options: Any) -> int:
+def command(command_line: str, output: Path, **options: Any) -> int:
     rows, checks = asyncio.run(measure(**options))
     for row in rows:
         for bad in row.get("bad", ()):
             print(f"{row['kind']}: seed {row['seed']}, number {bad['number']}: {bad['outcome']}")
-    return finish("fuzz", arguments, rows, checks, output)
+    return finish(command_line, rows, checks, output)

@@ -86,6 +86,6 @@ async def measure(*, workers: int, hogs: int, pictures: int, timeout_s: float) -
     return rows, checks
 
 
-def command(arguments: Sequence[str], output: Path, **options: float) -> int:
+def command(command_line: str, output: Path, **options: float) -> int:
     rows, checks = asyncio.run(measure(**options))  # type: ignore[arg-type]
-    return finish("hogs", arguments, rows, checks, output)
+    return finish(command_line, rows, checks, output)

@@ -157,6 +157,6 @@ async def measure(
     return rows, checks
 
 
-def command(arguments: Sequence[str], output: Path, **options: float) -> int:
+def command(command_line: str, output: Path, **options: float) -> int:
     rows, checks = asyncio.run(measure(**options))  # type: ignore[arg-type]
-    return finish("mixed", arguments, rows, checks, output)
+    return finish(command_line, rows, checks, output)

@@ -1,6 +1,5 @@
 """What a run is judged by, its table on the terminal and its JSON file."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import msgspec
 
 from tetrion.entrypoints.record import make_record, write_record
 
-PROGRAM = "python -m benchmarks.soak"
 Row = dict[str, Any]
 
 
@@ -33,10 +31,9 @@ def at_most(name: str, figure: float | None, bound: float, unit: str = "") -> Ch
     return Check(name=name, figure=figure, bound=words, holds=figure is not None and figure <= bound)
 
 
-def finish(name: str, arguments: Sequence[str], rows: Sequence[Row], checks: Sequence[Check], output: Path) -> int:
+def finish(command_line: str, rows: Sequence[Row], checks: Sequence[Check], output: Path) -> int:
     """Write the file, print the table. Returns the exit code: 1 if a check fails."""
-    command = shlex.join([*PROGRAM.split(), name, *arguments])
-    record = make_record(command, list(rows)) | {"checks": [msgspec.to_builtins(check) for check in checks]}
+    record = make_record(command_line, list(rows)) | {"checks": [msgspec.to_builtins(check) for check in checks]}
     write_record(record, output)
     for row in rows:
         click.echo("  ".join(f"{key} {_short(value)}" for key, value in row.items() if not isinstance(value, list)))

@@ -78,16 +78,16 @@ def _recovery(engine: AsyncEngine) -> dict[str, Any]:
     return msgspec.structs.asdict(engine.stats().recovery)
 
 
-async def measure(*, steps: int, kill_at: int, repeats: int, degrees: Sequence[int]) -> tuple[list[Row], list[Check]]:
+async def measure(*, steps: int, kill_at: int, repeats: int, degree: Sequence[int]) -> tuple[list[Row], list[Check]]:
     rows: list[Row] = []
     recorder = Recorder()
     async with AsyncEngine(EngineConfig(devices=f"cpu:{WORKERS}"), instrument=recorder) as engine:
-        for degree in degrees:
+        for forced in degree:
             for attempt in range(repeats + 1):
                 async with asyncio.timeout(BACK_WITHIN_S):
                     while engine.stats().num_alive < WORKERS:  # noqa: ASYNC110 (nobody tells)
                         await asyncio.sleep(0.1)
-                rows.append(await draw(engine, recorder, degree, steps, kill_at if attempt else None))
+                rows.append(await draw(engine, recorder, forced, steps, kill_at if attempt else None))
     true = rows[0].get("sha256")
     killed = [row for row in rows if row["killed_at"] is not None]
     beyond = [row for row in killed if row.get("repeated", steps) > row.get("longest_chunk", 0)]
@@ -98,8 +98,8 @@ async def measure(*, steps: int, kill_at: int, repeats: int, degrees: Sequence[i
         Check(
             name="pictures whose worker was killed",
             figure=len(killed),
-            bound=f"{repeats * len(degrees)}",
-            holds=len(killed) == repeats * len(degrees),
+            bound=f"{repeats * len(degree)}",
+            holds=len(killed) == repeats * len(degree),
         ),
         Check(
             name="steps repeated after a loss, most",
@@ -111,6 +111,6 @@ async def measure(*, steps: int, kill_at: int, repeats: int, degrees: Sequence[i
     return rows, checks
 
 
-def command(arguments: Sequence[str], output: Path, **options: Any) -> int:
+def command(command_line: str, output: Path, **options: Any) -> int:
     rows, checks = asyncio.run(measure(**options))
-    return finish("resume", arguments, rows, checks, output)
+    return finish(command_line, rows, checks, output)

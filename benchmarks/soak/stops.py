@@ -7,7 +7,6 @@ at random moments, every picture compared.
 import asyncio
 import random
 import statistics
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,11 +107,11 @@ async def measure_many(
     return rows, checks
 
 
-def command_one(arguments: Sequence[str], output: Path, **options: float) -> int:
+def command_one(command_line: str, output: Path, **options: float) -> int:
     rows, checks = asyncio.run(measure_one(**options))  # type: ignore[arg-type]
-    return finish("stop", arguments, rows, checks, output)
+    return finish(command_line, rows, checks, output)
 
 
-def command_many(arguments: Sequence[str], output: Path, **options: float) -> int:
+def command_many(command_line: str, output: Path, **options: float) -> int:
     rows, checks = asyncio.run(measure_many(**options))  # type: ignore[arg-type]
-    return finish("stops", arguments, rows, checks, output)
+    return finish(command_line, rows, checks, output)
