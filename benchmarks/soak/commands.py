@@ -34,8 +34,8 @@ SEED = option("--seed", int, 1, "Of pictures, arrivals and faults.")
 
 
 def soak_command(module: str, function: str, name: str, *options: Callable[..., Any]) -> Callable[..., click.Command]:
-    """A command that calls `MODULE.FUNCTION(command_line, output, **options)`, which returns the exit code. The decorated
-    function lends its docstring."""
+    """A command that calls `MODULE.FUNCTION(command_line, output, **options)`, which returns the exit code. The
+    decorated function lends its docstring."""
 
     def decorate(described: Callable[..., Any]) -> click.Command:
         def run(output: Path | None, **given: Any) -> int:
