@@ -20,7 +20,7 @@ import httpx
 import msgspec
 
 from benchmarks.soak.server import Server
-from tetrion.entrypoints.bench.live import HEAD_START_S, open_loop
+from tetrion.entrypoints.bench.live import HEAD_START_S, open_loop, sleep_until
 from tetrion.entrypoints.bench.workloads import TraceRequest
 
 GENERATIONS = "/v1/images/generations"
@@ -49,8 +49,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
-    """When which of the pictures is asked for: the same again for the same arguments."""
+    """When which of the pictures is asked for, within `seconds`: the same again for the same arguments."""
 
+    seconds: float
     trace: tuple[TraceRequest, ...]
     choices: tuple[int, ...]
 
@@ -122,11 +123,11 @@ def poisson(pictures: Sequence[Picture], rate_per_s: float, seconds: float, seed
         steps = body["num_inference_steps"]
         trace.append(TraceRequest(arrival_s=at_s, width=width, height=height, num_steps=steps))
         choices.append(choice)
-    return Arrivals(trace=tuple(trace), choices=tuple(choices))
+    return Arrivals(seconds=seconds, trace=tuple(trace), choices=tuple(choices))
 
 
 async def run_load(server: Server, pictures: Sequence[Picture], arrivals: Arrivals) -> list[Answer]:
-    """In the order of `arrivals`."""
+    """In the order of `arrivals`; when all have been answered and their time is over."""
     answers: dict[int, Answer] = {}
     zero_s = time.monotonic() + HEAD_START_S
 
@@ -138,6 +139,7 @@ async def run_load(server: Server, pictures: Sequence[Picture], arrivals: Arriva
         return ()
 
     await open_loop(arrivals.trace, zero_s, draw)
+    await sleep_until(zero_s + arrivals.seconds)
     return [answers[number] for number in range(len(answers))]
 
 

@@ -32,6 +32,9 @@ MOST_SAMPLES_S, FEWEST_SAMPLES = 5.0, 240
 TOLERANCE = {"private_mb": 5.0, "shared_mb": 5.0, "descriptors": 2.0, "threads": 2.0}
 """Growth an hour that counts as none."""
 
+MACHINE = "machine"
+"""Whose shared memory others use, too: told, not judged."""
+
 Sample = tuple[float, dict[str, list[Figures]], float]
 """Seconds, what processes hold by role, the machine's shared memory in MB."""
 
@@ -93,7 +96,7 @@ def slopes_of(samples: Sequence[Sample], workers: int) -> list[Row]:
         whole = [(at_s, add_up(held[role])) for at_s, held, _ in samples if len(held.get(role, ())) == number]
         for name in Figures.__struct_fields__:
             rows.append(_row(role, name, [(at_s, getattr(sum_of, name)) for at_s, sum_of in whole]))
-    rows.append(_row("machine", "shared_mb", [(at_s, shared) for at_s, _, shared in samples]))
+    rows.append(_row(MACHINE, "shared_mb", [(at_s, shared) for at_s, _, shared in samples]))
     return rows
 
 
@@ -152,7 +155,7 @@ async def measure(
         none_of("tracebacks in the server's log", server.num_tracebacks),
         none_of("faults that ended early", len(died)),
         Check(name="all workers back", figure=came_back, bound="within 90 s", holds=came_back),
-        none_of("figures that grow", sum(row["verdict"] == "grows" for row in slopes)),
+        none_of("figures that grow", sum(row["verdict"] == "grows" for row in slopes if row["of"] != MACHINE)),
     ]
     return rows, checks
 

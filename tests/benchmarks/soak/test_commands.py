@@ -19,12 +19,12 @@ def rows_of(record: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
 def test_chaos_kills_and_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(chaos, "NUM_PICTURES", 2)
     output = tmp_path / "chaos.json"
-    line = "chaos --minutes 0.08 --every-s 1.5 --undisturbed-s 2 --capacity-s 1 --workers 2 --output"
+    line = "chaos --minutes 0.08 --every-s 3.5 --undisturbed-s 2 --capacity-s 1 --workers 2 --output"
     commands.run([*line.split(), str(output)])
     record = json.loads(output.read_bytes())
     rows, checks = rows_of(record, "phase"), {check["name"]: check for check in record["checks"]}
     assert rows["undisturbed"]["right"] == rows["undisturbed"]["sent"]
-    assert rows["kills"]["kills"] >= 2 and rows["kills"]["counters"]["tetrion_worker_deaths_total"] >= 2
+    assert rows["kills"]["kills"] == rows["kills"]["counters"]["tetrion_worker_deaths_total"] >= 1
     assert rows["kills"]["right"] == rows["kills"]["sent"] and rows["after"]["right"] == 2
     assert all(checks[name]["holds"] for name in ("wrong", "lost", "5xx", "all workers back"))
 
