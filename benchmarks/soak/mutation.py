@@ -21,7 +21,7 @@ WHOLE_NUMBERS = (0, -1, 1, 2, 1001, 2**31, 2**53 + 1, 2**63, 2**64, 10**400)
 NUMBERS = (*WHOLE_NUMBERS, 3.0, 2.5, 1e-320, 1e308, float("inf"), float("nan"))
 SIZES = ("1", "128x128", "128X128", "0x0", "-16x16", "129x128", "128x", "99999999999x16")
 TEXTS = ("", " ", "nan", "null", "\0", "\ud800", "\udc00\ud800", "😀" * 300, "é", "../x", LONG, *SIZES)
-DEEP = [[[[[[[[[]]]]]]]]]
+DEEP: Any = [[[[[[[[[]]]]]]]]]
 OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [None], {"a": 1}, {"mode": "fastest"}, {"budget_j": -1}, DEEP)
 FIELDS = (
     *("prompt", "model", "n", "size", "width", "height", "response_format", "output_format", "output_compression"),
