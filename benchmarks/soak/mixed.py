@@ -30,7 +30,7 @@ STOP_S = (0.05, 5.0)
 HANG_UP_EVERY_S, BAD_BODY_EVERY_S, SCRAPE_EVERY_S = 5.0, 1.0, 2.0
 MOST_SAMPLES_S, FEWEST_SAMPLES = 5.0, 240
 TOLERANCE = {"private_mb": 5.0, "shared_mb": 5.0, "descriptors": 2.0, "threads": 2.0}
-"""Growth an hour that counts as none."""
+"""Growth that counts as none: in an hour, or in the run if it is shorter."""
 
 MACHINE = "machine"
 """Whose shared memory others use, too: told, not judged."""

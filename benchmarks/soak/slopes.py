@@ -27,7 +27,8 @@ class Slope(msgspec.Struct, frozen=True, kw_only=True):
 
 def slope_of(times_s: Sequence[float], values: Sequence[float], tolerance: float) -> Slope | None:
     """Least squares through the means of `NUM_BLOCKS` stretches of time, as neighbouring samples say nearly the same
-    and would make the interval too narrow. None: there are too few samples."""
+    and would make the interval too narrow. `tolerance`: growth in an hour that counts as none; in the time that was
+    measured, if that is shorter. None: there are too few samples."""
     begin_s = times_s[0] + WARM_UP * (times_s[-1] - times_s[0]) if times_s else 0.0
     kept = [(time_s, value) for time_s, value in zip(times_s, values, strict=True) if time_s >= begin_s]
     size = -(-len(kept) // NUM_BLOCKS)
@@ -42,6 +43,7 @@ def slope_of(times_s: Sequence[float], values: Sequence[float], tolerance: float
     error = math.sqrt(sum(one * one for one in residuals) / (len(blocks) - 2) / spread)
     half = error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(blocks) - 2))
     low, high = line.slope - half, line.slope + half
+    tolerance /= min(1.0, (kept[-1][0] - begin_s) / 3600)
     verdict = "flat" if high <= tolerance else "grows" if low > tolerance else "unclear"
     return Slope(
         mean=statistics.fmean(means),

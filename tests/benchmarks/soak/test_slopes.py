@@ -14,6 +14,13 @@ def test_a_line_is_judged_by_its_slope(per_hour: float, verdict: str) -> None:
     assert slope.low - 1e-6 <= per_hour <= slope.high + 1e-6
 
 
+@pytest.mark.parametrize(("growth", "verdict"), [(1.0, "flat"), (20.0, "grows")])
+def test_a_short_run_is_judged_by_what_grew_in_it(growth: float, verdict: str) -> None:
+    times_s = [second / 10 for second in range(600)]
+    slope = slope_of(times_s, [100 + growth * time_s / 60 for time_s in times_s], tolerance=5.0)
+    assert slope is not None and slope.verdict == verdict
+
+
 def test_noise_makes_a_verdict_unclear_not_wrong() -> None:
     noise = np.random.default_rng(1).normal(0, 300, len(TIMES_S))
     slope = slope_of(TIMES_S, [100 + value for value in noise.tolist()], tolerance=0.1)
