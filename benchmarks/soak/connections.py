@@ -25,12 +25,16 @@ BODY = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-leng
 HEAD = b"GET /health HTTP/1.1\r\nhost: localhost\r\na: "
 PROBE = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
 PERIOD_S = 0.1
+LEAST_S = 2.0
+"""So long /health is asked for, also where there is no crowd."""
 AT_ONCE = 64
 MOST_P99_MS = 100.0
 KB_EACH = 64
 """Of the engine's memory, for a connection and its request apart from their bytes."""
 SETTLE_S = 3.0
-"""No answer has come and nothing was sent for so long: all that is taken waits."""
+"""No answer has come, nothing was sent and the queue has not changed for so long: all that is taken waits."""
+IDLE_WITHIN_S = 60.0
+"""After all clients have hung up."""
 
 
 class Crowd:
@@ -88,7 +92,7 @@ async def hold_all(address: tuple[str, int], counts: dict[str, int], seconds: fl
     crowds = {kind: Crowd(address, first) for kind, first in firsts.items()}
     gate = asyncio.Semaphore(AT_ONCE)
     held = [asyncio.create_task(crowds[kind].hold(gate)) for kind, count in counts.items() for _ in range(count)]
-    _, pending = await asyncio.wait(held, timeout=seconds)
+    _, pending = await asyncio.wait([*held, asyncio.create_task(asyncio.sleep(LEAST_S))], timeout=seconds)
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
@@ -155,20 +159,25 @@ async def memory_of_waiting(server: Server, count: int, num_bytes: int, settle_s
     before = figures_of(server.process.pid)
     gate, statuses, post = asyncio.Semaphore(AT_ONCE), Counter[str](), big_post(num_bytes)
     sending = [asyncio.create_task(wait_with(server.address, post, gate, statuses)) for _ in range(count)]
-    highest, begun_s = before, time.monotonic()
-    quiet_since_s, sent = begun_s, -1
+    highest, quiet_since_s, last = before, time.monotonic(), (-1, -1)
     while time.monotonic() < quiet_since_s + settle_s:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(PERIOD_S)
         now = figures_of(server.process.pid)
         if now is not None and (highest is None or now.private_mb > highest.private_mb):
             highest = now
-        if statuses.total() != sent or gate.locked():
-            sent, quiet_since_s = statuses.total(), time.monotonic()
+        seen = (statuses.total(), (await _ready(server)).get("num_queued", 0))
+        if seen != last or gate.locked():
+            last, quiet_since_s = seen, time.monotonic()
     waiting = sum(not task.done() for task in sending)
-    is_well, ready = (await server.http.get("/health")).status_code, (await server.http.get("/ready")).json()
+    is_well, ready = (await server.http.get("/health")).status_code, await _ready(server)
     for task in sending:
         task.cancel()
     await asyncio.gather(*sending, return_exceptions=True)
+    gone_s = time.monotonic()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(IDLE_WITHIN_S):
+            while (after := await _ready(server)) and after["num_queued"] + after["num_admitted"]:  # noqa: ASYNC110
+                await asyncio.sleep(PERIOD_S)
     assert before is not None and highest is not None
     return {
         "sent": count,
@@ -179,7 +188,14 @@ async def memory_of_waiting(server: Server, count: int, num_bytes: int, settle_s
         "before_mb": before.private_mb,
         "grown_mb": highest.private_mb - before.private_mb,
         "health": is_well,
+        "idle_after_s": time.monotonic() - gone_s,
     }
+
+
+async def _ready(server: Server) -> dict[str, Any]:
+    """Empty where it is not."""
+    answer = await server.http.get("/ready")
+    return dict(answer.json()) if answer.is_success else {}
 
 
 async def measure(
