@@ -1,6 +1,7 @@
 # Everything runs in its own virtual environment, .venv, which is reused until pyproject.toml changes.
 #   make demo    draw a sheet of pictures from configs/demo_prompts.txt
 #   make test    run the tests        (make test PYTEST_ARGS="-k ring" for some of them)
+#   make soak    faults and odd input against a server of its own, ten minutes (make soak SOAK_ARGS="--minutes 60")
 #   make lint    ruff and mypy
 #   make clean   remove the environment, caches and out/
 
@@ -9,11 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT := out/demo
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
 # mypy cannot follow the mapping of folders to import names (see pyproject.toml); these links show it the same thing.
 LINKS := $(VENV)/links/tetrion
 ROOMS := configs engine entrypoints kernels
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
@@ -22,6 +24,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -P -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.soak all $(SOAK_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -12,22 +12,18 @@ become of those before, and ends the server. A row for each size; `resized`: so 
 """
 
 import argparse
-import re
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.serving import server
 from tetrion.engine.config import EngineConfig, parse_devices
 from tetrion.engine.families.served import read_model
 from tetrion.entrypoints.arguments import parse_size
@@ -36,43 +32,7 @@ from tetrion.entrypoints.bench.outcomes import Outcome
 from tetrion.entrypoints.bench.workloads import Size, Workload, make_trace
 from tetrion.entrypoints.record import make_record, write_record
 
-TETRION = (sys.executable, "-m", "tetrion.entrypoints")
-READY = re.compile(r"serving .* on (?P<url>http://\S+)")
-END_TIMEOUT_S = 60.0
 DEFAULT_SIZES = ("512x512", "1024x1024")
-
-
-@contextmanager
-def server(arguments: Sequence[str], start_timeout_s: float) -> Iterator[str]:
-    """The URL of a server that is ready. Raises RuntimeError if it is not in time, or does not end as it should."""
-    line = (*TETRION, "serve", "--port", "0", *arguments)
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield _ready_url(process, start_timeout_s)
-            process.send_signal(signal.SIGTERM)
-            if code := process.wait(END_TIMEOUT_S):
-                raise RuntimeError(f"the server ended with exit code {code}")
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"the server did not end within {END_TIMEOUT_S:g} s") from None
-        finally:
-            process.kill()
-
-
-def _ready_url(process: "subprocess.Popen[str]", timeout_s: float) -> str:
-    """What the server names once it is ready; what it says is passed on."""
-    said = process.stderr
-    assert said is not None
-    timer = threading.Timer(timeout_s, process.kill)
-    timer.start()
-    try:
-        for text in said:
-            sys.stderr.write(text)
-            if ready := READY.search(text):
-                threading.Thread(target=lambda: sys.stderr.writelines(said), daemon=True).start()
-                return ready["url"]
-    finally:
-        timer.cancel()
-    raise RuntimeError(f"the server ended, or was killed because it was not ready within {timeout_s:g} s")
 
 
 def row_of(size: Size, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -134,7 +94,7 @@ def main() -> None:
         spec = read_model(given.model, given.load_format)
         check_trace(trace, spec, len(parse_devices(given.devices)))
         begun_s = time.monotonic()
-        with server(engine, given.start_timeout_s) as url:
+        with server(engine, given.start_timeout_s) as (url, _):
             ready_s = time.monotonic() - begun_s
             system = HttpSystem(url)
             run, _ = system.run(trace, "horizon", seed=1)
