@@ -339,8 +339,8 @@ class RequestTable:
         return max(could_go)[2] if could_go else None
 
     def set_aside(self, request: Request) -> None:
-        """Take its slot back. It is queued again with its progress, but no device has its state any more. Nothing may be
-        in flight for it."""
+        """Take its slot back. It is queued again with its progress, but no device has its state any more. Nothing may
+        be in flight for it."""
         assert not request.cancelled
         request.holders = ()
         request.forget_dispatched()
