@@ -6,13 +6,11 @@
 Whatever fails on the way (no process, no descriptor), the status socket is closed without `Forked`, and there is no
 worker. `Exited` is sent before the worker is reaped: until then its pid is nobody else's. The server ends with the
 engine, or when the engine has no more use for it; its workers outlast it, and have the environment and the folder that
-it was started with. Linux only. Not for GPU workers: a library that touches CUDA while it is
-imported would spoil CUDA for every fork.
+it was started with. Linux only. Not for GPU workers: see spare.py.
 """
 
 import contextlib
 import errno
-import fcntl
 import gc
 import os
 import selectors
@@ -20,7 +18,6 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
 from typing import NoReturn
 
 import msgspec
@@ -28,11 +25,8 @@ import msgspec
 import tetrion.engine.worker.cpu  # noqa: F401  what a CPU worker imports, but for its model's family
 from tetrion.engine.models.registry import import_families
 from tetrion.engine.worker.entry import run
+from tetrion.engine.worker.handover import move_descriptors, receive
 from tetrion.engine.worker.spec import Exited, Forked, ForkRequest
-
-MAX_REQUEST_BYTES = 1 << 18
-MAX_FDS = 253
-"""What Linux lets one message carry."""
 
 
 class Server:
@@ -53,7 +47,7 @@ class Server:
                     return
 
     def _receive(self) -> bool:
-        data, fds, _, _ = socket.recv_fds(self._engine, MAX_REQUEST_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        data, fds = receive(self._engine)
         try:
             if data:
                 self._fork(msgspec.json.decode(data, type=ForkRequest), fds)
@@ -121,17 +115,6 @@ class Server:
 def kill_and_reap(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-
-
-def move_descriptors(fds: Sequence[int], numbers: Sequence[int]) -> None:
-    """Give the open file of each of `fds` the descriptor of that number, whatever this was; `fds` are closed."""
-    free = max(numbers, default=0) + 1
-    parked = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in fds]
-    for fd in fds:
-        os.close(fd)
-    for fd, number in zip(parked, numbers, strict=True):
-        os.dup2(fd, number)
-        os.close(fd)
 
 
 def main() -> None:

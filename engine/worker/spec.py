@@ -32,8 +32,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ForkRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Asks the fork server for a worker. The descriptors of the worker's status socket and of all `fds` come with it,
-    in this order. `fds`: what each of them is to be called in the worker."""
+    """Asks the fork server for a worker, or a spare to become it. The descriptors of all `fds` come with it, behind
+    that of the worker's status socket if it is to be forked. `fds`: what each of them is to be called in the worker."""
 
     spec: WorkerSpec
     fds: tuple[int, ...]

@@ -37,21 +37,31 @@ class WorkerProcess(Protocol):
         """For people: it computes and stores nothing any more. None while that cannot be said."""
 
 
+def start_interpreter(module: str, argument: str, num_threads: int, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    """In a process group of its own: Ctrl-C in a terminal reaches the engine alone, which then ends its workers. Raises
+    OSError."""
+    threads = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, argument],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | gemm_environment() | threads,
+        process_group=0,
+    )
+
+
 class SpawnedWorker:
-    def __init__(self, spec: WorkerSpec, fds: tuple[int, ...]) -> None:
-        """Start the worker."""
-        num_threads = str(spec.num_threads)
-        threads = {"OMP_NUM_THREADS": num_threads, "MKL_NUM_THREADS": num_threads}
-        # A process group of its own: Ctrl-C in a terminal reaches the engine alone, which then ends its workers.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tetrion.engine.worker", msgspec.json.encode(spec).decode()],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | gemm_environment() | threads,
-            process_group=0,
-        )
+    """In an interpreter of its own; `process` is our child."""
 
     was_refused = False
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @classmethod
+    def start(cls, spec: WorkerSpec, fds: tuple[int, ...]) -> "SpawnedWorker":
+        argument = msgspec.json.encode(spec).decode()
+        return cls(start_interpreter("tetrion.engine.worker", argument, spec.num_threads, fds))
 
     @property
     def pid(self) -> int:
