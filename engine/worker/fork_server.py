@@ -11,6 +11,7 @@ it was started with. Linux only. Not for GPU workers: see spare.py.
 
 import contextlib
 import errno
+import fcntl
 import gc
 import os
 import selectors
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import NoReturn
 
 import msgspec
@@ -25,7 +27,7 @@ import msgspec
 import tetrion.engine.worker.cpu  # noqa: F401  what a CPU worker imports, but for its model's family
 from tetrion.engine.models.registry import import_families
 from tetrion.engine.worker.entry import run
-from tetrion.engine.worker.handover import move_descriptors, receive
+from tetrion.engine.worker.handover import receive
 from tetrion.engine.worker.spec import Exited, Forked, ForkRequest
 
 
@@ -115,6 +117,17 @@ class Server:
 def kill_and_reap(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def move_descriptors(fds: Sequence[int], numbers: Sequence[int]) -> None:
+    """Give the open file of each of `fds` the descriptor of that number, whatever this was; `fds` are closed."""
+    free = max(numbers, default=0) + 1
+    parked = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free) for fd in fds]
+    for fd in fds:
+        os.close(fd)
+    for fd, number in zip(parked, numbers, strict=True):
+        os.dup2(fd, number)
+        os.close(fd)
 
 
 def main() -> None:

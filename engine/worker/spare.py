@@ -2,7 +2,8 @@
 
 Importing them takes longer than loading the weights. GPU workers are not forked (a library that touches CUDA while it
 is imported spoils it for every fork), so one process stands by in the place of the first that dies. It has no context
-on any GPU yet. It ends with the engine. `python -m tetrion.engine.worker.spare FD`: FD is its end of a socket.
+on any GPU yet, but may have its driver open: descriptors are used as they come, since what is under their old numbers
+may be in use. It ends with the engine. `python -m tetrion.engine.worker.spare FD`: FD is its end of a socket.
 """
 
 import signal
@@ -13,7 +14,7 @@ import msgspec
 
 from tetrion.engine.models.registry import import_families
 from tetrion.engine.worker.entry import run
-from tetrion.engine.worker.handover import move_descriptors, receive
+from tetrion.engine.worker.handover import receive
 from tetrion.engine.worker.spec import ForkRequest
 
 
@@ -30,8 +31,7 @@ def main() -> None:
     request = msgspec.json.decode(data, type=ForkRequest)
     if len(fds) != len(request.fds):
         sys.exit(f"{len(fds)} of {len(request.fds)} descriptors came, no more were free")
-    move_descriptors(fds, request.fds)
-    run(request.spec)
+    run(request.spec.renumbered(dict(zip(request.fds, fds, strict=True))))
 
 
 if __name__ == "__main__":

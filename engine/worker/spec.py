@@ -1,6 +1,9 @@
 """What a worker is told when it is started, as JSON, and what is said of its start and end. All `_fd`s are inherited
 descriptors."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
 from tetrion.engine.config import Attention, DeviceSpec, LoadFormat
@@ -30,6 +33,10 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine_life_fd: int
     worker_life_fd: int
 
+    def renumbered(self, numbers: Mapping[int, int]) -> "WorkerSpec":
+        """For a process that has these descriptors under other numbers."""
+        return msgspec.convert(_renumbered(msgspec.to_builtins(self), numbers), WorkerSpec)
+
 
 class ForkRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Asks the fork server for a worker, or a spare to become it. The descriptors of all `fds` come with it, behind
@@ -49,3 +56,14 @@ class Exited(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The last one, sent before the worker is reaped. `code`: the exit status, or minus the signal that ended it."""
 
     code: int
+
+
+def _renumbered(value: Any, numbers: Mapping[int, int], name: str = "") -> Any:
+    match value:
+        case dict():
+            return {key: _renumbered(item, numbers, key) for key, item in value.items()}
+        case list() | tuple():
+            return [_renumbered(item, numbers, name) for item in value]
+        case int() if name.endswith(("_fd", "_fds")):
+            return numbers.get(value, value)
+    return value
