@@ -49,6 +49,10 @@ class Executor(Protocol):
     @property
     def alive(self) -> frozenset[int]: ...
 
+    @property
+    def occupied(self) -> frozenset[int]:
+        """Devices that do something beside their commands, which may take seconds: their commands wait for it."""
+
     def now_s(self) -> float:
         """The engine's clock, in seconds."""
 

@@ -35,7 +35,6 @@ class ProcessExecutor:
         self.devices = devices
         self.device_ids = tuple(device.device_id for device in devices)
         self._specs = specs
-        self._widths = {spec.name: spec.latents.width for spec in specs}
         self.first_time_s = FIRST_TIME_S[devices[0].kind]
         self._config = config
         self._wake = asyncio.Event()
@@ -104,6 +103,10 @@ class ProcessExecutor:
     def alive(self) -> frozenset[int]:
         return frozenset() if self._pool is None else self._pool.alive
 
+    @property
+    def occupied(self) -> frozenset[int]:
+        return frozenset() if self._pool is None else self._pool.occupied
+
     def now_s(self) -> float:
         return time.monotonic()
 
@@ -140,13 +143,10 @@ class ProcessExecutor:
     # Requests' states in host memory -----------------------------------------------------------------------------
 
     def read_saved(self, params: Params, slot: int, chunk_index: int) -> npt.NDArray[np.float32]:
-        return self._saved(params, slot, chunk_index).copy()
+        return self._mapped.saved_state(params, slot, chunk_index).copy()
 
     def write_saved(self, params: Params, slot: int, chunk_index: int, state: npt.NDArray[np.float32]) -> None:
-        self._saved(params, slot, chunk_index)[...] = state
-
-    def _saved(self, params: Params, slot: int, chunk_index: int) -> npt.NDArray[np.float32]:
-        return self._mapped.saved_states.view(slot, chunk_index, (params.shape.image, self._widths[params.model]))
+        self._mapped.saved_state(params, slot, chunk_index)[...] = state
 
     # Pictures ----------------------------------------------------------------------------------------------------
 

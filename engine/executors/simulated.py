@@ -90,6 +90,7 @@ class SimulatedExecutor:
     ) -> None:
         self.device_ids = tuple(range(num_devices))
         self.alive: frozenset[int] = frozenset(self.device_ids)
+        self.occupied: frozenset[int] = frozenset()
         self._respawn_s = respawn_s
         self._answer_gap_s = answer_gap_s
         self._lost_s: dict[int, float] = {}

@@ -33,6 +33,8 @@ class Stalls:
     def __init__(self, executor: Executor, in_flight: InFlightTable, table: RequestTable, books: Bookkeeper) -> None:
         self._executor, self._in_flight, self._table, self._books = executor, in_flight, table, books
         self._overdue: dict[int, Overdue] = {}
+        self._occupied_s: dict[int, float] = {}
+        """Since when devices have been occupied otherwise."""
         self._met: dict[int, set[FirstTime]] = {}
         """What each device has done since it was started: the first time may take it longer."""
 
@@ -51,8 +53,14 @@ class Stalls:
 
     def silent(self, now_s: float) -> list[tuple[int, InFlight]]:
         """Devices with the command that they are at, whose answer is overdue. Not those that wait for a member which
-        has not come to it, or which is dead and about to be reported lost."""
+        has not come to it, or which is dead and about to be reported lost; nor those that are occupied otherwise, and
+        whoever waits for these: their time begins when that is over."""
         alive, silent = self._executor.alive, []
+        occupied = self._executor.occupied & alive
+        self._occupied_s = {device_id: self._occupied_s.get(device_id, now_s) for device_id in occupied}
+        for device_id in occupied:
+            for entry in self._in_flight.of_device(device_id)[:1]:
+                entry.starts_at(now_s)
         for device_id in sorted(self._in_flight.devices & alive):
             for entry in self._in_flight.of_device(device_id)[:1]:
                 if now_s > entry.overdue_s and not entry.num_behind and entry.pending <= alive:
@@ -60,8 +68,9 @@ class Stalls:
         return silent
 
     def for_too_long(self, now_s: float, timeout_s: float) -> list[int]:
-        """Devices that were set aside so long ago."""
-        return [device_id for device_id, overdue in self._overdue.items() if now_s > overdue.since_s + timeout_s]
+        """Devices that were set aside so long ago, or have been occupied otherwise since then."""
+        since_s = {device_id: overdue.since_s for device_id, overdue in self._overdue.items()} | self._occupied_s
+        return [device_id for device_id, time_s in since_s.items() if now_s > time_s + timeout_s]
 
     def set_aside(self, device_id: int, entries: list[InFlight], now_s: float) -> None:
         """The device gets nothing new. `entries`: what it was given alone; their slots are withheld."""
@@ -92,6 +101,7 @@ class Stalls:
         """The engine itself has stood still for so long."""
         for overdue in self._overdue.values():
             overdue.since_s += seconds
+        self._occupied_s = {device_id: since_s + seconds for device_id, since_s in self._occupied_s.items()}
 
     def _release(self, command: StageCommand) -> None:
         self._books.discard(command)

@@ -263,6 +263,10 @@ class _RecordedExecutor:
     def alive(self) -> frozenset[int]:
         return self._executor.alive
 
+    @property
+    def occupied(self) -> frozenset[int]:
+        return self._executor.occupied
+
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
         taken = self._executor.submit(command, members)
         if taken:

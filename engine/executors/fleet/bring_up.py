@@ -47,6 +47,11 @@ class BringUp:
         """UUID of the GPU of each GPU worker that has started, by device id."""
         return self._peers.device_uuids
 
+    @property
+    def mapping(self) -> frozenset[int]:
+        """Workers that are to map or unmap others' slabs, and have not said that they have."""
+        return self._peers.asked
+
     def lost(self, device_id: int) -> None:
         """The worker is gone; what it was to answer it will not."""
         self._started.discard(device_id)

@@ -59,6 +59,12 @@ class PeerMapping:
         """GPU of each device that has a slab."""
         return {device_id: slab.device_uuid for device_id, slab in self._slabs.items()}
 
+    @property
+    def asked(self) -> frozenset[int]:
+        """Workers that owe an answer."""
+        pending = [pending for _, pending in self._unmapping.values()]
+        return frozenset().union(self._round.pending if self._round else (), *pending)
+
     def add(self, newcomers: Collection[int]) -> None:
         """These workers are to reach all others, and to be reached by them."""
         self._waiting |= set(newcomers)

@@ -68,6 +68,11 @@ class WorkerPool:
         """UUID of the GPU of each GPU worker, by device id."""
         return self._bring_up.device_uuids
 
+    @property
+    def occupied(self) -> frozenset[int]:
+        """Workers that do something beside their commands, which may take seconds."""
+        return self._bring_up.mapping
+
     def pids(self) -> dict[int, int]:
         """Process id of each worker that is alive, by device id."""
         return {device_id: self._links[device_id].pid for device_id in sorted(self.alive)}

@@ -7,6 +7,9 @@ import contextlib
 import os
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from tetrion.engine.config import DeviceSpec, EngineConfig, threads_per_worker
 from tetrion.engine.executors.fleet.forks import abandon_in_children, no_fork
 from tetrion.engine.executors.fleet.room import check_room_on_cpu, check_room_on_gpus
@@ -14,6 +17,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.layout import ControlLayout, slab_layout
 from tetrion.engine.parallel.saved_states import SavedStates
 from tetrion.engine.parallel.words import AbortWords
+from tetrion.engine.params import Params
 from tetrion.engine.transport.available_memory import available_memory_bytes
 from tetrion.engine.transport.channel import ChannelSpec
 from tetrion.engine.transport.image_slab import ImageSlab
@@ -51,8 +55,8 @@ class Segments:
             undo.callback(self._control.close)
             self.images = ImageSlab.create(2 * num + 2, max(map(_image_slot_bytes, specs)))
             undo.callback(self.images.close)
-            self.saved_states = SavedStates.create(self._layout)
-            undo.callback(self.saved_states.close)
+            self._saved_states = SavedStates.create(self._layout)
+            undo.callback(self._saved_states.close)
             self._weights_fd = _anonymous_file(undo, "weights")
             self.aborts = AbortWords(self._control.view, num)
             with no_fork():
@@ -86,7 +90,7 @@ class Segments:
             channel=channel,
             slab_fds=tuple(self._slab_fds),
             control_fd=self._control.fd,
-            saved_states_fd=self.saved_states.segment.fd,
+            saved_states_fd=self._saved_states.segment.fd,
             image_slab_fd=self.images.fd,
             num_image_slots=self.images.num_slots,
             image_slot_bytes=self.images.slot_bytes,
@@ -94,6 +98,11 @@ class Segments:
             engine_life_fd=self._life_read_fd,
             worker_life_fd=worker_life_fd,
         )
+
+    def saved_state(self, params: Params, slot: int, chunk_index: int) -> npt.NDArray[np.float32]:
+        """Where a request's state is saved that has so many chunks behind it: [image rows, width]."""
+        width = self._layout.slots[params.model].latents.field.width
+        return self._saved_states.view(slot, chunk_index, (params.shape.image, width))
 
     def close(self) -> None:
         """Give everything back, once; workers that still run see the engine end."""

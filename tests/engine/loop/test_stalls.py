@@ -265,3 +265,21 @@ def test_what_a_device_does_for_the_first_time_may_take_it_longer(first_time_s: 
     check(simulation, executor, 2)
     assert len(executor.killed[0]) == 1 and executor.killed[0][0] > 200.0
     assert simulation.loop.recovery_figures.num_stalls == (1 if first_time_s else 4)
+
+
+@pytest.mark.parametrize("occupied_s", [10.0, 60.0])
+def test_a_device_that_is_occupied_otherwise_is_not_overdue_unless_it_never_ends(occupied_s: float) -> None:
+    """It maps others' memory, for example: its commands wait for that."""
+    simulation, executor = simulation_of(2)
+
+    def occupy(device_id: int) -> None:
+        executor.occupied |= {device_id}
+        executor.stop(device_id, occupied_s)
+        executor.at(executor.now_s() + occupied_s, lambda: setattr(executor, "occupied", frozenset()))
+
+    simulation.request("a", width=512, height=512, num_steps=20, force_degrees=(2,))
+    executor.at(1.0, lambda: occupy(1))
+    simulation.run()
+    check(simulation, executor, 1)
+    figures = simulation.loop.recovery_figures
+    assert (figures.num_stalls, figures.num_deaths) == ((0, 0) if occupied_s < STALL_TIMEOUT_S else (0, 1))
