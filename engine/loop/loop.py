@@ -30,7 +30,7 @@ from tetrion.engine.errors import (
 from tetrion.engine.executors.base import Executor, Happening, PictureReady, WorkerLost, WorkerReady
 from tetrion.engine.loop.dispatch import command_for
 from tetrion.engine.loop.guarded_planner import GuardedPlanner
-from tetrion.engine.loop.in_flight import InFlightTable
+from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.probation import Probation
 from tetrion.engine.loop.progress import Answer, Bookkeeper
 from tetrion.engine.loop.recovery import Recovery, RecoveryFigures
@@ -124,6 +124,8 @@ class EngineLoop:
             stall_timeout_s=config.stall_timeout_s,
             no_worker_timeout_s=config.no_worker_timeout_s,
         )
+        self._done: dict[str, list[tuple[InFlight, Answer | Failed]]] = {}
+        """Commands that all members have answered, of requests whose command before is not answered yet."""
         self._round_id = 0
         self._wake_s: float | None = None
         self._due_s = self._planned_s = -math.inf
@@ -232,6 +234,8 @@ class EngineLoop:
         for event in self.executor.poll():
             self._handle(event)
         self._recovery.check_stalls()
+        for request_id in list(self._done):
+            self._write_down(request_id)
         self._recovery.proceed()
 
     def admit(self) -> None:
@@ -394,12 +398,25 @@ class EngineLoop:
             self._recovery.request_failed(event, entry.command)
         else:
             self._recovery.executed(entry, event.device_id)
-        if entry.pending:
-            return
-        if isinstance(event, Failed) or entry.is_cut_off or not self._recovery.counts(entry.command):
-            self._books.discard(entry.command)
-        else:
-            self._books.executed(entry, event)
+        if not entry.pending:
+            self._done.setdefault(event.request_id, []).append((entry, event))
+        self._write_down(event.request_id)
+
+    def _write_down(self, request_id: str) -> None:
+        """What has come of a request's commands, in the order in which they were given: a member of the first may
+        answer later than those of the second."""
+        while done := self._done.get(request_id):
+            done.sort(key=lambda item: item[0].command.command_id)
+            entry, event = done[0]
+            earlier = self._in_flight.of_request(request_id)[:1]
+            if earlier and earlier[0].command.command_id < entry.command.command_id:
+                return
+            del done[0]
+            if isinstance(event, Failed) or entry.is_cut_off or not self._recovery.counts(entry.command):
+                self._books.discard(entry.command)
+            else:
+                self._books.executed(entry, event)
+        self._done.pop(request_id, None)
 
     def _next_wake_s(self) -> float | None:
         """When to tick without an event: when the plan asked for it, just before a command ends (at once if that has

@@ -124,6 +124,7 @@ class Bookkeeper:
             self.discard(entry.command)
             return
         try:
+            self._enter(request, entry.command)
             match event:
                 case Encoded():
                     self._encoded(request, entry, event)
@@ -202,9 +203,13 @@ class Bookkeeper:
     def _follow(self, request: Request) -> None:
         """If a request's next command is dispatched, its state says so."""
         for entry in self._in_flight.of_request(request.request_id)[:1]:
-            is_ready, is_in_it = STAGE_STATES[entry.command.stage]
-            if request.state is is_ready:
-                self._table.move(request, is_in_it)
+            self._enter(request, entry.command)
+
+    def _enter(self, request: Request, command: StageCommand) -> None:
+        """The request is in this command's stage."""
+        is_ready, is_in_it = STAGE_STATES[command.stage]
+        if request.state is is_ready:
+            self._table.move(request, is_in_it)
 
     # A picture ----------------------------------------------------------------------------------------------------
 

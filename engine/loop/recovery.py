@@ -172,12 +172,10 @@ class Recovery:
         """Whether a command that all of its members have executed takes its request further: not if it builds on one of
         which that cannot be said, or if the request has another slot by now."""
         request = self._table.get(command.request_id)
-        if request is None or not self.is_hit(command.request_id):
-            return True
-        if (command.slot, command.chunk_index) != (request.slot, request.chunk_index):
+        if request is None or (command.slot, command.chunk_index) != (request.slot, request.chunk_index):
             return False
         if isinstance(command, Decode):
-            del self._hit[command.request_id]  # it is about to end, and its id may soon be another's
+            self._hit.pop(command.request_id, None)  # it is about to end, and its id may soon be another's
         return True
 
     # Told by the loop ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ end, what it reads is not.
 import random
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import combinations
 from typing import ClassVar, NamedTuple
 
@@ -28,6 +28,7 @@ from tetrion.engine.messages import (
     Decode,
     Denoise,
     EncodePrompt,
+    Event,
     ResetBarriers,
     StageCommand,
 )
@@ -57,6 +58,9 @@ class CountingExecutor(SimulatedExecutor):
         self.disagreements: list[tuple[int, int]] = []
         self.num_groups = 0
         self.joined: list[int] = []
+        self.late_s = [0.0]
+        """How much later a device's answers may come."""
+        self._answers_s = dict.fromkeys(self.device_ids, 0.0)
         self._waiting: set[int] = set()
         """Commands whose source has not the state that they are about: until they are aborted, or for ever."""
         self.num_steps_done = Counter[str]()
@@ -140,6 +144,12 @@ class CountingExecutor(SimulatedExecutor):
             self._executed(command, members)
         super()._complete(ticket, command, members, start_s)
 
+    def _answer(self, ticket: int, member: int, event: Event) -> None:
+        """Later, but in the order of the device's commands: its answers may be behind those to what came next."""
+        late_s = self._draw.choice(self.late_s) if len(self.late_s) > 1 else self.late_s[0]
+        at_s = self._answers_s[member] = max(self.now_s() + late_s, self._answers_s[member])
+        self.at(at_s, lambda: super(CountingExecutor, self)._answer(ticket, member, event))
+
     def _executed(self, command: StageCommand, members: tuple[int, ...]) -> None:
         if isinstance(command, Decode):
             return
@@ -201,8 +211,15 @@ class CountingExecutor(SimulatedExecutor):
         self.counters[peer, me] = self.counts[me, peer]
 
 
-def simulate(seed: int, num_devices: int, respawn_s: float | None, losses: list[tuple[float, int]]) -> Simulation:
+def simulate(
+    seed: int,
+    num_devices: int,
+    respawn_s: float | None,
+    losses: list[tuple[float, int]],
+    late_s: Sequence[float] = (0.0,),
+) -> Simulation:
     simulation = Simulation(num_devices, executor=CountingExecutor(num_devices, random.Random(seed), respawn_s))
+    counting(simulation).late_s = list(late_s)
     for number in range(12):
         size = (128, 256, 512)[number % 3]
         simulation.request(f"r{number}", at_s=0.7 * number, width=size, height=size, num_steps=12)
@@ -223,7 +240,8 @@ def test_groups_always_agree_on_what_they_have_counted(data: st.DataObject) -> N
     num_devices = data.draw(st.integers(2, 5))
     losses = data.draw(st.lists(st.tuples(st.floats(0, 9), st.integers(0, num_devices - 1)), max_size=8))
     respawn_s = data.draw(st.sampled_from([0.0, 0.003, 0.3, 2.0]))
-    simulation = simulate(data.draw(st.integers(0, 10**6)), num_devices, respawn_s, losses)
+    late_s = data.draw(st.sampled_from([(0.0,), (0.0, 0.01), (0.0, 0.3), (0.001, 0.01, 1.0)]))
+    simulation = simulate(data.draw(st.integers(0, 10**6)), num_devices, respawn_s, losses, late_s)
     assert not counting(simulation).disagreements
     assert len(simulation.results) + len(simulation.failures) == 12
     again = [counting(simulation).num_steps_done[request_id] - 12 for request_id in simulation.results]
