@@ -1,6 +1,6 @@
 """How soon a worker that died is started again. Nobody is given up. Arithmetic only: it is told the time."""
 
-FIRST_PAUSE_S = 1.0
+FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 """Pauses double up to this: what killed the worker (the system's want of memory, say) may need time to pass."""
 LONGEST_REFUSED_PAUSE_S = 4.0

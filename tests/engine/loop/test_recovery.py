@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tests.engine.loop.test_loop import COSTS, Simulation
 from tetrion.engine.errors import EngineEnded
 from tetrion.engine.executors.simulated import SimulatedExecutor, _source
+from tetrion.engine.loop.requests import RequestTable
 from tetrion.engine.messages import (
     BarriersReset,
     Command,
@@ -66,7 +67,8 @@ class CountingExecutor(SimulatedExecutor):
         self.num_steps_done = Counter[str]()
         """Steps that came to something, by request; what is done again counts again."""
         self.num_unanswered = 0
-        """Steps of what devices held when they died: others may have executed it, of which nothing is known then."""
+        """Steps that the engine knew nothing of yet when devices died: some may have been executed."""
+        self.table: RequestTable | None = None
         self._held: dict[tuple[int, int, int], Held] = {}
         """By device, slot and buffer."""
         self._saved: dict[tuple[int, int], tuple[str, int]] = {}
@@ -97,9 +99,8 @@ class CountingExecutor(SimulatedExecutor):
 
     def lose(self, device_id: int) -> None:
         if device_id in self.alive:
-            requests = {command.request_id for command in self._unanswered[device_id].values()}
-            commands = {c.command_id: c for d in self.device_ids for c in self._unanswered[d].values()}.values()
-            self.num_unanswered += sum(getattr(c, "chunk_steps", 0) for c in commands if c.request_id in requests)
+            admitted = () if self.table is None else self.table.admitted()
+            self.num_unanswered += sum(r.planned_step_index - r.step_index for r in admitted)
             self._pass_some_barriers(device_id)
             self._come_to_the_next(device_id)
             super().lose(device_id)
@@ -220,6 +221,7 @@ def simulate(
 ) -> Simulation:
     simulation = Simulation(num_devices, executor=CountingExecutor(num_devices, random.Random(seed), respawn_s))
     counting(simulation).late_s = list(late_s)
+    counting(simulation).table = simulation.loop.table
     for number in range(12):
         size = (128, 256, 512)[number % 3]
         simulation.request(f"r{number}", at_s=0.7 * number, width=size, height=size, num_steps=12)

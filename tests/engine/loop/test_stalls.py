@@ -39,6 +39,7 @@ class StoppingExecutor(SimulatedExecutor):
         self._image_slots: set[int] = set()
         self._made: set[tuple[int, int]] = set()
         self._stopped_holding: dict[int, list[StageCommand]] = {}
+        self._begun_at_stop: dict[int, list[StageCommand]] = {}
 
     def is_stopped(self, device_id: int) -> bool:
         return self.now_s() < self.wakes_s.get(device_id, -math.inf)
@@ -48,9 +49,15 @@ class StoppingExecutor(SimulatedExecutor):
             self.num_stops += 1
             self.wakes_s[device_id] = self.now_s() + for_s
             self._groups_since[device_id] = set()
-            self._stopped_holding[device_id] = list(self._unanswered[device_id].values())
+            held = self._stopped_holding[device_id] = list(self._unanswered[device_id].values())
+            self._begun_at_stop[device_id] = [command for command in held if self._has_begun(command)]
             if for_s < math.inf:
                 self.at(self.wakes_s[device_id], lambda: self._wake_up(device_id))
+
+    def _has_begun(self, command: StageCommand) -> bool:
+        """All members of a group have come to it: before that none writes to another."""
+        members = getattr(command, "members", ())
+        return all(next(iter(self._unanswered[member].values()), None) is command for member in members)
 
     def _wake_up(self, device_id: int) -> None:
         if device_id not in self._stopped_holding:
@@ -66,7 +73,7 @@ class StoppingExecutor(SimulatedExecutor):
             if isinstance(command, Decode) and not is_due and command.image_slot not in self._image_slots:
                 self.used_meanwhile.append(f"image slot {command.image_slot}")
             others = set(getattr(command, "members", ())) - {device_id}
-            if others & self._groups_since[device_id]:
+            if command in self._begun_at_stop[device_id] and others & self._groups_since[device_id]:
                 self.used_meanwhile.append(f"regions of {others}")
 
     def submit(self, command: Command, members: tuple[int, ...]) -> bool:
