@@ -18,7 +18,8 @@ died may be to blame; after `MAX_ATTEMPTS` such deaths it fails.
 A device whose answer is overdue gets nothing new (stalls.py). If all that it holds is its own, its requests go on
 without it, in other slots and from what is saved, and the others notice nothing; it is killed after the stall timeout,
 or if it comes back all is drained and reset, since it was aborted. If it holds a group's command, that is aborted like
-a dead one's, and who does not react to that is killed.
+a dead one's, and who does not react to that is killed. Whoever answers was slow, not silent: nobody is blamed for that,
+and the next time the request is waited for twice as long.
 
 A stage that lasts longer than the stall timeout has a device that does not answer: whoever owes an answer is killed,
 and hit requests fail, with the reason; all that comes later is served once the loss is reported. (A reset that is not
@@ -54,7 +55,7 @@ from tetrion.engine.executors.base import Executor, WorkerLost
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.progress import Answer, Bookkeeper
 from tetrion.engine.loop.requests import Request, RequestTable
-from tetrion.engine.loop.stalls import Stalls
+from tetrion.engine.loop.stalls import Stalls, patience
 from tetrion.engine.messages import BarriersReset, Decode, Denoise, Failed, ResetBarriers, StageCommand
 from tetrion.engine.request import MAX_ATTEMPTS
 
@@ -63,7 +64,7 @@ STALL_CHECK_S = 0.2
 """So often it is looked at whether an answer is overdue: stalls are a matter of seconds."""
 STOOD_STILL_S = 0.5
 """A loop that ticks so much later than it meant to stood still itself."""
-ABORT_S = 0.5
+ABORT_S = 2.0
 """An abort is seen at the next barrier, which comes many times in a step."""
 RESET_S = 5.0
 """A reset is a matter of milliseconds."""
@@ -284,9 +285,22 @@ class Recovery:
             logger.warning("worker %d is overdue in a group: %s", device_id, reason)
             self._num_stalls += 1
             for other in untold:
-                self._hit_command(other, f"worker {device_id}: {reason}", had_begun=other is entry)
-        elif now_s > max(self._hit[other.command.request_id].since_s for other in held) + ABORT_S:
+                hit = self._hit_request(other.command.request_id, f"worker {device_id}: {reason}")
+                if other is entry:
+                    hit.repeat(other.command)
+            self._stalled(entry)
+        elif now_s > max(self._hit[other.command.request_id].since_s for other in held) + self._abort_s(entry):
             self._executor.kill(device_id, f"{reason}, and others wait for what it may write to")
+
+    def _stalled(self, entry: InFlight) -> None:
+        request = self._table.get(entry.command.request_id)
+        if request is not None:
+            request.num_stalls += 1
+
+    def _abort_s(self, entry: InFlight) -> float:
+        """How long a device may take to react to an abort, the request having been overdue once more."""
+        request = self._table.get(entry.command.request_id)
+        return ABORT_S * (1 if request is None else max(1, patience(request) // 2))
 
     def _set_aside(self, device_id: int, reason: str, now_s: float) -> None:
         """What the device holds is its own: its requests go on without it, at once if nothing else waits for it."""
@@ -304,6 +318,7 @@ class Recovery:
                 hit = self._hit.setdefault(request.request_id, Hit(f"worker {device_id}: {reason}", now_s))
                 if number == 0:
                     hit.blame(entry.command)
+        self._stalled(entries[0])
         for request in requests.values():
             self._change_slot(request)
             if self.is_healthy and not self._in_flight.of_request(request.request_id):

@@ -68,9 +68,10 @@ class Request:
     `step_index` and `chunk_index` count finished steps and chunks, `holders` are the devices whose slot has the state
     as it is then, as `state_id`; `planned_…`: the same with all that was dispatched; `planned_stage` comes after it
     (None: that was the last). `is_retried`: what was dispatched before came to nothing, so that what comes next must
-    not be taken for it. `stage_s`: time on devices. `spent_j`: joules of all that was dispatched
-    for it, lost attempts included, as far as the profile knows them. `cancelled`: it ends once nothing is in flight for
-    it, with `error` if there is one. `saved`: its state, of a request that has steps behind it and no slot.
+    not be taken for it. `num_stalls`: how often a device was overdue with it. `stage_s`: time on devices. `spent_j`:
+    joules of all that was dispatched for it, lost attempts included, as far as the profile knows them. `cancelled`: it
+    ends once nothing is in flight for it, with `error` if there is one. `saved`: its state, of a request that has steps
+    behind it and no slot.
 
     `asked` is what the caller asked for, `params` how it is drawn, `cost_key` the text of its `CostKey`.
     """
@@ -88,6 +89,7 @@ class Request:
         "holders",
         "image",
         "is_retried",
+        "num_stalls",
         "num_text_tokens",
         "params",
         "planned_chunk_index",
@@ -114,7 +116,7 @@ class Request:
         self.deadline_s = None if asked.slo_ms is None else arrival_s + asked.slo_ms / 1000
         self.state = RequestState.QUEUED
         self.slot = -1
-        self.attempts = 0
+        self.attempts = self.num_stalls = 0
         self.cancelled = False
         self.error: Exception | None = None
         self.started_s: float | None = None

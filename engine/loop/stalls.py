@@ -15,18 +15,21 @@ import msgspec
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.progress import Answer, Bookkeeper
-from tetrion.engine.loop.requests import RequestTable
+from tetrion.engine.loop.requests import Request, RequestTable
 from tetrion.engine.messages import Failed, StageCommand
 
+MAX_DOUBLINGS = 6
 FirstTime = tuple[str, object, int]
 """Stage, parameters' shape and degree."""
 
 
 class Overdue(msgspec.Struct):
-    """A device that was set aside. `owed`: commands that it has not answered, by id."""
+    """A device that was set aside. `owed`: commands that it has not answered, by id; `blamed`: whose command it was
+    at."""
 
     since_s: float
     owed: dict[int, StageCommand]
+    blamed: Request | None
 
 
 class Stalls:
@@ -44,7 +47,11 @@ class Stalls:
         return frozenset(self._overdue)
 
     def sent(self, entry: InFlight) -> None:
-        """A device may need time to prepare for what it has never done."""
+        """A device may need time to prepare for what it has never done; and what was overdue before is waited for twice
+        as long each time: the machine may be slower than is predicted, and not the device silent."""
+        request = self._table.get(entry.command.request_id)
+        if request is not None and request.num_stalls:
+            entry.grace_s += (patience(request) - 1) * (entry.overdue_s - entry.end_s)
         if any(_first_time(entry) not in self._met.get(member, ()) for member in entry.members):
             entry.grace_s += self._executor.first_time_s
 
@@ -73,8 +80,10 @@ class Stalls:
         return [device_id for device_id, time_s in since_s.items() if now_s > time_s + timeout_s]
 
     def set_aside(self, device_id: int, entries: list[InFlight], now_s: float) -> None:
-        """The device gets nothing new. `entries`: what it was given alone; their slots are withheld."""
-        self._overdue[device_id] = Overdue(now_s, {entry.command.command_id: entry.command for entry in entries})
+        """The device gets nothing new. `entries`: what it was given alone; their slots are withheld. The first one's
+        request is blamed, until the device answers."""
+        owed = {entry.command.command_id: entry.command for entry in entries}
+        self._overdue[device_id] = Overdue(now_s, owed, self._table.get(entries[0].command.request_id))
         for entry in entries:
             self._table.slots.withhold(entry.command.slot)
 
@@ -87,6 +96,8 @@ class Stalls:
         self._release(overdue.owed.pop(event.command_id))
         if not overdue.owed:
             del self._overdue[event.device_id]
+            if overdue.blamed is not None:
+                overdue.blamed.attempts -= 1
         return not overdue.owed
 
     def lost(self, device_id: int) -> None:
@@ -106,6 +117,11 @@ class Stalls:
     def _release(self, command: StageCommand) -> None:
         self._books.discard(command)
         self._table.slots.give_back(command.slot)
+
+
+def patience(request: Request) -> int:
+    """How many times as long as usual is waited for an answer."""
+    return int(2 ** min(request.num_stalls, MAX_DOUBLINGS))
 
 
 def _first_time(entry: InFlight) -> FirstTime:
