@@ -290,3 +290,16 @@ def test_a_device_that_is_occupied_otherwise_is_not_overdue_unless_it_never_ends
     check(simulation, executor, 1)
     figures = simulation.loop.recovery_figures
     assert (figures.num_stalls, figures.num_deaths) == ((0, 0) if occupied_s < STALL_TIMEOUT_S else (0, 1))
+
+
+@pytest.mark.parametrize("times", [5, 20, 60])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_machine_that_is_slower_than_predicted_by_far_fails_nobody(times: int, degree: int) -> None:
+    """It reacts to aborts: it is slow, not silent."""
+    simulation, executor = simulation_of(2)
+    executor._duration = lambda _, seconds: seconds * times
+    for number in range(4):
+        simulation.request(f"{number}", at_s=1.0 * number, num_steps=12, force_degrees=(degree,))
+    simulation.run()
+    check(simulation, executor, 4)
+    assert not simulation.failures and not simulation.loop.recovery_figures.num_deaths
