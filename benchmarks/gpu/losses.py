@@ -1,12 +1,12 @@
 """What two deaths of a worker within a minute cost, on GPUs, with weights from files in the page cache.
 
-    python -m benchmarks.gpu.losses OUTPUT.json --folder /tmp/flux --devices cuda:0,1           34 GB on disk
-    python -m benchmarks.gpu.losses OUTPUT.json --folder /tmp/shapes --model configs/models/shapes --devices cpu:2
-        --size 128 --num-steps 8 --count 30                                                     a rehearsal
+    python -m benchmarks.gpu.losses OUTPUT.json --folder checkpoints/flux --devices cuda:0,1      34 GB on disk
+    python -m benchmarks.gpu.losses OUTPUT.json --folder checkpoints/shapes --model configs/models/shapes \\
+        --devices cpu:2 --size 128 --num-steps 8 --count 20 --kills-s 3 8      a rehearsal
 
 Writes a checkpoint of random weights at the model's own shapes into FOLDER unless it is there. Then the same random
 arrivals twice, in one engine: undisturbed, and with a SIGKILL of worker 0 at each of `--kills-s`. Pictures are compared
-by their bytes. `back_s`: from a death until the worker in its place is given commands.
+by their bytes. `back_s`: from a death until another worker is loaded in its place.
 """
 
 import argparse

@@ -400,7 +400,7 @@ class EngineLoop:
             self._recovery.executed(entry, event.device_id)
         if not entry.pending:
             self._done.setdefault(event.request_id, []).append((entry, event))
-        self._write_down(event.request_id)
+            self._write_down(event.request_id)
 
     def _write_down(self, request_id: str) -> None:
         """What has come of a request's commands, in the order in which they were given: a member of the first may

@@ -232,7 +232,9 @@ class Recovery:
         now_s = self._executor.now_s()
         lost = self._in_flight.drop_device(event.device_id, now_s)
         for number, entry in enumerate(lost):
-            self._hit_command(entry, event.reason, had_begun=number == 0)
+            hit = self._hit_request(entry.command.request_id, event.reason)
+            if number == 0:
+                hit.blame(entry.command)
             self._books.member_failed(entry.command, event.device_id, now_s)
             self._books.discard(entry.command)
         for request in self._table.admitted():
@@ -371,12 +373,6 @@ class Recovery:
         """What is in flight for it will come to nothing."""
         self._enter(RecoveryState.DRAINING)
         return self._hit.setdefault(request_id, Hit(reason, self._executor.now_s()))
-
-    def _hit_command(self, entry: InFlight, reason: str, had_begun: bool) -> None:
-        """`entry` was given to a device that is lost or silent, and not answered by it."""
-        hit = self._hit_request(entry.command.request_id, reason)
-        if had_begun:
-            hit.blame(entry.command)
 
     def _lost_holder(self, request: Request, reason: str) -> None:
         """All that was dispatched for it runs elsewhere, or it rests: it goes on from any holder that is left."""

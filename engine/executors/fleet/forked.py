@@ -6,8 +6,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from typing import ClassVar
@@ -15,8 +13,7 @@ from typing import ClassVar
 import msgspec
 
 from tetrion.engine.executors.fleet.forks import abandon_in_children
-from tetrion.engine.executors.fleet.process import how_it_ended
-from tetrion.engine.executors.fleet.reproducible import gemm_environment
+from tetrion.engine.executors.fleet.process import how_it_ended, start_interpreter
 from tetrion.engine.worker.spec import Exited, Forked, ForkRequest, WorkerSpec
 
 SEND_TIMEOUT_S = 5.0
@@ -38,13 +35,8 @@ class ForkServer:
         self._socket.settimeout(SEND_TIMEOUT_S)
         try:
             with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "tetrion.engine.worker.fork_server", str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env=os.environ | gemm_environment(),
-                    process_group=0,
-                )
+                fd = theirs.fileno()
+                self._process = start_interpreter("tetrion.engine.worker.fork_server", str(fd), (fd,))
         except BaseException:
             self._socket.close()
             raise

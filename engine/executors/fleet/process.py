@@ -37,10 +37,12 @@ class WorkerProcess(Protocol):
         """For people: it computes and stores nothing any more. None while that cannot be said."""
 
 
-def start_interpreter(module: str, argument: str, num_threads: int, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
-    """In a process group of its own: Ctrl-C in a terminal reaches the engine alone, which then ends its workers. Raises
-    OSError."""
-    threads = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+def start_interpreter(
+    module: str, argument: str, fds: tuple[int, ...], num_threads: int | None = None
+) -> subprocess.Popen[bytes]:
+    """In a process group of its own: Ctrl-C in a terminal reaches the engine alone, which then ends its workers.
+    `num_threads`: None leaves them to the process. Raises OSError."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads)) if num_threads else {}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module, argument],
         pass_fds=fds,
@@ -61,7 +63,7 @@ class SpawnedWorker:
     @classmethod
     def start(cls, spec: WorkerSpec, fds: tuple[int, ...]) -> "SpawnedWorker":
         argument = msgspec.json.encode(spec).decode()
-        return cls(start_interpreter("tetrion.engine.worker", argument, spec.num_threads, fds))
+        return cls(start_interpreter("tetrion.engine.worker", argument, fds, spec.num_threads))
 
     @property
     def pid(self) -> int:

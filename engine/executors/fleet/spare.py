@@ -22,7 +22,7 @@ class Spare:
         try:
             with theirs:
                 fd = theirs.fileno()
-                self._process = start_interpreter("tetrion.engine.worker.spare", str(fd), num_threads, (fd,))
+                self._process = start_interpreter("tetrion.engine.worker.spare", str(fd), (fd,), num_threads)
         except BaseException:
             self._socket.close()
             raise
