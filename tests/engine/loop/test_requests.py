@@ -195,10 +195,12 @@ def test_slots_are_shared_without_going_to_and_fro(data: st.DataObject) -> None:
         )
         table.add(request)
         living.append(request)
-        before = num_held(table)
+        before, num_patient = num_held(table), sum(r.asked.user == "p" for r in table.queued())
         num_set_aside = settle(table)
         after, waiting = num_held(table), Counter(r.asked.tenant for r in table.queued() if r.asked.user != "p")
-        assert num_set_aside <= 1, "one more request needs one slot at most"
+        assert num_set_aside <= max(1, num_patient + (request.asked.user != "p")), (
+            "one more request needs one slot at most; for it a patient one may go, and so let another patient one in"
+        )
         assert sum(after.values()) <= num_slots and (sum(after.values()) == num_slots or not waiting)
         assert all(after[tenant] >= before[tenant] for tenant in waiting if before[tenant] < num_slots // 3)
         for tenant in waiting:
