@@ -7,9 +7,12 @@ A snapshot costs what has changed since the last one, not the number of requests
 in flight for does not depend on the time, so it is kept until the table says that the request has changed.
 """
 
+import heapq
+import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -22,13 +25,15 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import urgency
-from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
+from tetrion.engine.planning.snapshot import NO_RANKS, DeviceView, Holder, RequestView, Snapshot
 from tetrion.engine.stages import STAGES, Stage
 
 MAX_COMMANDS_PER_REQUEST = 2
 
 Entry = tuple[float, int, str, RequestView]
 """A view behind its `urgency`, which is never the same for two requests: entries sort by it."""
+OverdueEntry = tuple[float, str, RequestView]
+"""A view behind its `arrival_s` and id."""
 
 
 class SnapshotBuilder:
@@ -49,11 +54,14 @@ class SnapshotBuilder:
         self.kept_free: int | None = None
         """A device that is given nothing but what `of_one` is asked for."""
         self._tables: DegreeTables | None = None
-        self._shares = DeviceShares(config.tenant_weights)
+        self._shares = DeviceShares(len(executor.device_ids), config.tenant_weights)
         self._entries: dict[str, Entry] = {}
         self._current: list[Entry] = []
-        self._overdue: list[Entry] = []
+        self._holders: Counter[Holder] = Counter()
+        """How many of the views are whose."""
+        self._overdue: dict[Holder, list[OverdueEntry]] = {}
         self._backlog: tuple[RequestView, ...] | None = ()
+        self._ranks: Mapping[Holder, int] = NO_RANKS
         self._running: frozenset[str] = frozenset()
 
     def snapshot(self, costs: CostTables) -> Snapshot | None:
@@ -91,7 +99,7 @@ class SnapshotBuilder:
 
     def ran(self, request: Request, device_s: float) -> None:
         """The request was given so much device time."""
-        self._shares.ran(request.asked.tenant, device_s)
+        self._shares.ran(_holder(request), device_s, self._executor.now_s())
 
     @property
     def usable(self) -> frozenset[int]:
@@ -111,16 +119,26 @@ class SnapshotBuilder:
         self, now_s: float, free_s: dict[int, float], costs: CostTables, current: Sequence[Entry]
     ) -> Snapshot:
         self._set_aside(now_s)
-        if self._backlog is None:
-            self._backlog = tuple([entry[3] for entry in self._overdue])
+        self._rank(now_s)
         return Snapshot(
             now_s=now_s,
             requests=tuple([entry[3] for entry in current]),
             devices=tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()]),
             tables=self._tables_for(costs, len(free_s)),
             config=self._config,
-            backlog=self._backlog,
+            backlog=self._backlog or (),
+            ranks=self._ranks,
         )
+
+    def _rank(self, now_s: float) -> None:
+        """Whose turn it is, and the backlog in that order."""
+        ranks = self._shares.ranks(self._holders.keys(), now_s)
+        if self._backlog is None or (self._overdue and ranks != self._ranks):
+            order = sorted(self._overdue, key=lambda holder: ranks.get(holder, 0))
+            groups = itertools.groupby(order, key=lambda holder: ranks.get(holder, 0))
+            alike = [heapq.merge(*[self._overdue[holder] for holder in holders]) for _, holders in groups]
+            self._backlog = tuple([entry[2] for entries in alike for entry in entries])
+        self._ranks = ranks
 
     def _tables_for(self, costs: CostTables, num_devices: int) -> DegreeTables:
         tables = self._tables
@@ -132,8 +150,6 @@ class SnapshotBuilder:
         """Look again at the requests that have changed, and at those that something is or was in flight for."""
         running = self._in_flight.request_ids()
         changed = self._table.take_changed() | running | self._running
-        if self._shares.are({request.asked.tenant for request in self._table.admitted()}):
-            changed |= {request.request_id for request in self._table.admitted() if request.deadline_s is None}
         for request_id in changed:
             request = self._table.get_admitted(request_id)
             entries = self._in_flight.of_request(request_id)
@@ -147,22 +163,31 @@ class SnapshotBuilder:
             if view is not None:
                 self._entries[request_id] = (*urgency(view, self._config), view)
                 insort(self._current, self._entries[request_id])
+                self._holders[view.holder] += 1
         self._running = running
 
     def _take_out(self, entry: Entry) -> None:
-        i = bisect_left(self._current, entry)
+        i, view = bisect_left(self._current, entry), entry[3]
         if i < len(self._current) and self._current[i] is entry:
             del self._current[i]
         else:
-            del self._overdue[bisect_left(self._overdue, entry)]
+            entries = self._overdue[view.holder]
+            del entries[bisect_left(entries, _overdue_entry(view))]
+            if not entries:
+                del self._overdue[view.holder]
             self._backlog = None
+        self._holders[view.holder] -= 1
+        if not self._holders[view.holder]:
+            del self._holders[view.holder]
 
     def _set_aside(self, now_s: float) -> None:
-        """Move to the backlog those whose deadline has passed with nothing in flight; the most urgent come first."""
+        """Move to the backlog those whose deadline has passed with nothing in flight."""
         i = 0
         while i < len(self._current) and self._current[i][0] < now_s:
-            if self._is_overdue(self._current[i][3]):
-                insort(self._overdue, self._current.pop(i))
+            view = self._current[i][3]
+            if self._is_overdue(view):
+                del self._current[i]
+                insort(self._overdue.setdefault(view.holder, []), _overdue_entry(view))
                 self._backlog = None
             else:
                 i += 1
@@ -209,8 +234,16 @@ class SnapshotBuilder:
             members=request.planned_holders,
             weight=weight * config.class_weights.get(request.cost_key, 1.0) if config.class_weights else weight,
             priority=asked.priority,
-            tenant_lead_s=self._shares.lead_s(asked.tenant) if request.deadline_s is None else 0.0,
+            holder=_holder(request),
             force_degrees=asked.force_degrees,
             energy_mode=asked.energy.mode or self._energy_mode,
             budget_j=None if budget_j is None else budget_j - request.spent_j,
         )
+
+
+def _holder(request: Request) -> Holder:
+    return request.asked.tenant, request.asked.user
+
+
+def _overdue_entry(view: RequestView) -> OverdueEntry:
+    return view.arrival_s, view.request_id, view

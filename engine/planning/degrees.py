@@ -19,7 +19,8 @@ class DegreeTable:
     faster than every narrower one (CPU workers that share cores often gain nothing).
 
     `degrees` ascending; `step_s[degree]` seconds (0.0 where not useful); `speed[degree]`: steps per time, relative to
-    the narrowest (0.0 where not useful); `largest[n]`: the widest useful degree that fits on n devices (0: none);
+    the narrowest (0.0 where not useful); `efficiency[degree]`: GPU-seconds of a step at the narrowest, as a share of
+    those of a step there; `largest[n]`: the widest useful degree that fits on n devices (0: none);
     `work_s`: GPU-seconds of one step at the narrowest, the measure of size among requests. `step_j[degree]` joules
     (0.0 where not useful), empty if those of any useful degree are not known; `legal`: all degrees that
     the devices can form. `before_s[stage]`: seconds from the beginning of a stage to the first step;
@@ -31,6 +32,7 @@ class DegreeTable:
         "before_s",
         "cost",
         "degrees",
+        "efficiency",
         "fastest_step_s",
         "largest",
         "legal",
@@ -59,6 +61,7 @@ class DegreeTable:
             self.largest[degree:] = [degree] * (num_devices + 1 - degree)
         self.narrowest, self.widest = self.degrees[0], self.degrees[-1]
         self.speed = [self.step_s[self.narrowest] / step_s if step_s else 0.0 for step_s in self.step_s]
+        self.efficiency = [self.narrowest * speed / max(degree, 1) for degree, speed in enumerate(self.speed)]
         self.fastest_step_s = self.step_s[self.widest]
         self.work_s = self.step_s[self.narrowest] * self.narrowest
         known_j = cost.step_by_degree_j

@@ -147,14 +147,6 @@ def fill(
     return [candidates[i] for i in sorted(dropped)]
 
 
-def fill_soft(profile: FreeProfile, works: Sequence[Work]) -> None:
-    """Place requests without SLO, in order, nobody dropped: at the least level that ends by the soft deadline, else at
-    the narrowest whenever that ends."""
-    for work in works:
-        if not place(profile, work, work.due_s):
-            place(profile, work, math.inf)
-
-
 def _largest(loads: Sequence[float], last: int) -> int:
     """Index of the largest of `loads[:last + 1]`, the last of equals."""
     largest = max(loads[: last + 1])

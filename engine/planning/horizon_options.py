@@ -11,14 +11,15 @@ from tetrion.engine.config import EnergyMode, PlannerConfig, PositiveFloat, Posi
 class HorizonOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`drop`: whom to give up first when deadlines cannot all be met: "work", the one with most GPU-seconds left; or
     "fraction", the one with the largest share of its own steps left, whatever its size (each per unit of weight).
-    `rescue`: below saturation the oldest late request may own a device.
+    `late_worth`: what left-over devices are worth to late requests and those without a deadline, where widening what is
+    on time is worth 1: more of it finishes late work sooner, and costs deadlines.
     `max_candidates`: so many of the most urgent requests are weighed against each other; None: 4 a device, at least 48.
     `energy`: the mode of requests that name none (see `energy_mode.py`). `j_per_s`: in mode "balanced", what a second
     earlier may cost. `extra_j`: in mode "least-energy", by what share idle devices may raise a step's joules.
     """
 
     drop: Literal["work", "fraction"] = "work"
-    rescue: bool = True
+    late_worth: Annotated[float, Meta(ge=0, le=100)] = 0.75
     max_candidates: PositiveInt | None = None
     energy: EnergyMode = "fastest"
     j_per_s: PositiveFloat = 200.0

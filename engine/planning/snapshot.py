@@ -1,5 +1,7 @@
 """What a planner sees (`Snapshot`) and what it answers (`RoundPlan`). Values only: no clock, no I/O, no torch."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
@@ -9,15 +11,17 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.stages import Stage
 
+Holder = tuple[str, str]
+"""Tenant and user."""
+
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     """One admitted request. `model` and `cost_key` (the text of a `CostKey`) say what its stages cost. `stage` is what
     it needs next, startable from `ready_s` on (now or earlier: at once; later: when its running command is predicted to
     end, `members` being busy with it until then). `step_index` is the number of steps done by `ready_s`; `members` are
     the devices that hold, or by then will hold, its latents. `deadline_s` is None without an SLO. `weight`: worth of
-    meeting it, all factors multiplied. `tenant_lead_s`: device seconds by which its tenant is ahead of the tenant that
-    has had least. `budget_j`: joules that it may still take, None: any number. A request whose
-    last stage already runs is not in the snapshot."""
+    meeting it, all factors multiplied. `holder`: its tenant and user. `budget_j`: joules that it may still take, None:
+    any number. A request whose last stage already runs is not in the snapshot."""
 
     request_id: str
     stage: Stage
@@ -31,7 +35,7 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     members: tuple[int, ...] = ()
     weight: float = 1.0
     priority: int = 0
-    tenant_lead_s: float = 0.0
+    holder: Holder = ("", "")
     force_degrees: tuple[int, ...] = ()
     energy_mode: EnergyMode = "fastest"
     budget_j: float | None = None
@@ -48,13 +52,20 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
     free_s: float
 
 
+NO_RANKS: Mapping[Holder, int] = MappingProxyType({})
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Times are seconds on one clock. Devices are ordered by id, requests by urgency (see `slo.urgency`). `tables`:
     what a request's stages cost, and at which degrees so many devices may run it.
 
     `backlog`: requests that nothing can bring home in time and nothing is in flight for: their deadline has passed and
     they are ready to denoise. Kept apart since there may be thousands of them in an overload, which a policy
-    need not look through at every decision. `requests` are all others; taken together they are all there are.
+    need not look through at every decision. `requests` are all others; taken together they are all there are. It is
+    ordered by rank and arrival.
+
+    `ranks`: whose turn it is. Those of rank 0 have had less than their share of device time lately, those with higher
+    ones more; who is not there has rank 0. A policy may heed it or not.
     """
 
     now_s: float
@@ -63,6 +74,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     tables: DegreeTables
     config: PlannerConfig
     backlog: tuple[RequestView, ...] = ()
+    ranks: Mapping[Holder, int] = NO_RANKS
+
+    def rank(self, request: RequestView) -> int:
+        return self.ranks.get(request.holder, 0) if self.ranks else 0
 
     @property
     def costs(self) -> CostTables:

@@ -2,51 +2,57 @@
 
 The steps, in the order of `plan`: start decodes and encodes; collect what is left to denoise; fill the free profile in
 order of deadline, dropping (for this decision only) the largest where something does not fit; give each its degree;
-widen with the left-over devices; start what is ready, unless a short wait for its full degree ends no later.
+share out the left-over devices; start what is ready, unless a short wait for its full degree ends no later.
 
-Requests without SLO have a soft deadline. They never displace one with an SLO, nobody is dropped among them, and they
-go in order of that deadline whether or not it has passed, so none starves behind newer ones. A request that can no
-longer meet its SLO is *late*: it is served from left-over devices, and by the rescue rule when it has waited long.
+Deadlines that can be met go before all else. Requests that can no longer meet theirs (*late* ones) and those that have
+none stand in one *pool*, oldest first, so that stating a deadline never makes a request worse off. Left-over devices
+go where they are worth most: to the pool, to the dropped, or to widening those that are on time. What they are worth
+to the pool is the option `late_worth`: more of it finishes late work sooner, and costs deadlines.
 
-Of a long backlog (requests whose deadline has passed, see `Snapshot`) only the most urgent few are looked at, so that a
+Between tenants (and users of one) that have had more device time than their share and those that have not, the latter
+go first: they are placed first, the others' requests are dropped first, and stand behind in the pool.
+
+Of a long backlog (requests whose deadline has passed, see `Snapshot`) only the first few are looked at, so that a
 decision costs the same however far behind the system is.
 
 Energy modes and budgets act where degrees are chosen: on the levels of `forward_fill.place`, and on what left-over
 devices may be used for (see `energy_mode.py`).
 
 A device is left idle beside ready requests only on purpose: it is promised to a request whose chunk or encode ends
-soon, the ready one would rather wait for more devices than take a long step on few, or the ready ones are late and
-their step at that degree would block it for long.
+soon, the ready one would rather wait for more devices than take a long step on few, or the ready ones are in the pool
+and their step at that degree would block it for long.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from tetrion.engine.config import EnergyMode
+from tetrion.engine.config import MAX_DEVICES, EnergyMode
 from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.energy_mode import affordable_steps, apply_budget, set_patient_aside, worth_using
-from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill, fill_soft
+from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill
 from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.policies.leftover import Option, gain, widen
 from tetrion.engine.planning.round_builder import RoundBuilder
-from tetrion.engine.planning.slo import denoise_due_s, due_s, slo_s, urgency
+from tetrion.engine.planning.slo import arrival_order, denoise_due_s, due_s
 from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
 from tetrion.engine.stages import AFTER_STEPS, AUX_STAGES, BEFORE_STEPS
 
 AUX_SOON_S = 0.036
 """Devices whose encode or decode ends within this count as free when degrees are decided."""
-DROPPED_VALUE = 0.25
+DROPPED_WORTH = 0.25
 """Worth of left-over devices to requests that were dropped, relative to those that count on their deadline."""
-LATE_ITEMS = 8
-"""So many late requests compete for left-over devices; more of them mean saturation."""
+REST_WORTH = 0.83
+"""Worth to all but the first of the pool, relative to it: it goes first, but not at the price of throughput."""
+POOL_ITEMS = 8
+"""So many of the pool compete for left-over devices."""
 BACKLOG_LOOKED_AT = 48
 """So many of the backlog may take a device that is still idle after that."""
-LATE_STEP_CHUNKS = 2.0
-"""Late requests run only at degrees whose step takes at most this many chunk lengths (or the widest)."""
-RESCUE_AGE = 10.0
-"""A request this many SLOs (or patiences) old may own a device."""
+LONGEST_STEP_S = 0.4
+"""Requests of the pool run only at degrees whose step takes at most this long (or the widest)."""
+ONES = (1.0,) * (MAX_DEVICES + 1)
 MIN_CANDIDATES = 48
 """At least so many of the most urgent requests (else 4 per device) enter the fill."""
 
@@ -58,23 +64,14 @@ def plan(snapshot: Snapshot) -> RoundPlan:
         return RoundPlan()
     tick.start_aux()
     tick.collect()
-    waiting = set_patient_aside(tick.works, snapshot.now_s)
-    on_time = [work for work in tick.works if not work.is_late and not work.is_soft and work not in waiting]
-    soft = [work for work in tick.works if work.is_soft]
-    bound = tick.options.max_candidates or max(MIN_CANDIDATES, 4 * len(snapshot.devices))
-    rescued = tick.rescued = tick.rescue(soft) or tick.rescue_late(on_time[:bound])
-    profile = tick.free_profile(rescued)
-    dropped = fill(profile, on_time[:bound], DROP_FIRST[tick.options.drop]) + on_time[bound:]
-    fill_soft(profile, [work for work in soft[:bound] if work not in rescued])
-    placed = [*rescued, *(work for work in [*on_time, *soft] if work.level)]
-    left = tick.set_targets(placed)
-    placed = [work for work in placed if work not in tick.holding]
-    lucky = tick.use_left_over(left, placed, dropped)
-    return tick.start_denoise([*placed, *dropped, *soft[bound:], *lucky])
+    tick.fill()
+    tick.set_targets()
+    tick.share_left_over()
+    return tick.start_denoise()
 
 
 class _Tick:
-    """One planning decision."""
+    """One planning decision, step by step."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -86,11 +83,12 @@ class _Tick:
         self.first_step_s: dict[str, float] = {}
         """When the steps of a request that has other stages before it can begin."""
         self.in_chunk = [request for request in snapshot.requests if self._is_in_chunk(request)]
-        self.works: list[Work] = []
-        self.late: list[Work] = []
-        self.rescued: list[Work] = []
-        self.holding: list[Work] = []
-        self.capacity = 0
+        self.on_time: list[Work] = []
+        """Those that can be in time, in the order in which they are placed."""
+        self.pool: list[Work] = []
+        self.placed: list[Work] = []
+        self.dropped: list[Work] = []
+        self.capacity = self.left = 0
 
     def _is_in_chunk(self, request: RequestView) -> bool:
         return request.ready_s > self.builder.limit_s and (request.step_index > 0 or request.stage in AFTER_STEPS)
@@ -99,7 +97,7 @@ class _Tick:
 
     def start_aux(self) -> None:
         """Start every decode, then every encode that finds an idle device, most urgent first."""
-        requests = self.snapshot.requests
+        requests = self._in_turn(self.snapshot.requests)
         aux = [request for stage in reversed(AUX_STAGES) for request in requests if request.stage == stage]
         if not aux:
             return
@@ -116,12 +114,21 @@ class _Tick:
     # 2: what is left to do ----------------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        """Every request with steps left but for the backlog, most urgent first; those that are late, the first of the
-        backlog among them, likewise."""
-        self.works = [self._work(request) for request in self.snapshot.requests if request.stage not in AFTER_STEPS]
-        self.late = [work for work in self.works if work.is_late]
-        if backlog := [self._work(request) for request in self.snapshot.backlog[:LATE_ITEMS]]:
-            self.late = sorted(self.late + backlog, key=lambda work: urgency(work.view, self.config))
+        """Every request with steps left, of the backlog the first few, on time or in the pool."""
+        requests = [request for request in self._in_turn(self.snapshot.requests) if request.stage not in AFTER_STEPS]
+        works = self.works = [self._work(request) for request in requests]
+        aside = set_patient_aside(works, self.now_s)
+        self.on_time = [work for work in works if not (work.is_late or work.is_soft or work in aside)]
+        pool = [work for work in works if work.is_late or work.is_soft]
+        pool += [self._work(request) for request in self.snapshot.backlog[:POOL_ITEMS]]
+        self.pool = sorted(pool, key=self._seniority)
+
+    def _in_turn(self, requests: Sequence[RequestView]) -> Sequence[RequestView]:
+        """By rank, within it in the order given."""
+        return sorted(requests, key=self.snapshot.rank) if self.snapshot.ranks else requests
+
+    def _seniority(self, work: Work) -> tuple[int, float, int, str]:
+        return self.snapshot.rank(work.view), *arrival_order(work.view)
 
     def _work(self, request: RequestView) -> Work:
         table = self.tables[request.model, request.cost_key]
@@ -136,51 +143,41 @@ class _Tick:
             apply_budget(work, self.config)
         return work
 
-    # 6, 7, 10: targets --------------------------------------------------------------------------------------------
+    # 3, 4, 5: who is in time --------------------------------------------------------------------------------------
 
-    def rescue(self, waiting: Sequence[Work]) -> list[Work]:
-        """The oldest request that has waited `RESCUE_AGE` times its SLO or the patience."""
-        old = [w for w in waiting if self.now_s - w.view.arrival_s > RESCUE_AGE * slo_s(w.view, self.config)]
-        return [min(old, key=lambda work: (work.view.arrival_s, work.view.request_id))] if old else []
-
-    def rescue_late(self, on_time: Sequence[Work]) -> list[Work]:
-        """The late request to rescue, if the system is below saturation: few are late, and nobody on time has to be
-        dropped for it."""
-        are_few = max(len(self.snapshot.backlog), len(self.late)) <= LATE_ITEMS
-        if not (self.late and self.options.rescue and are_few):
-            return []
-        rescued = self.rescue(self.late)
-        return rescued if rescued and not fill(self.free_profile(rescued), on_time) else []
-
-    def free_profile(self, rescued: Sequence[Work]) -> FreeProfile:
-        """The devices that are free for all but the rescued."""
+    def fill(self) -> None:
+        """Place the most urgent in the free profile, and drop what does not fit: of a higher rank before a lower."""
+        bound = self.options.max_candidates or max(MIN_CANDIDATES, 4 * len(self.snapshot.devices))
+        candidates, drop_first = self.on_time[:bound], DROP_FIRST[self.options.drop]
         profile = FreeProfile(self.now_s, self.builder.free_s.values())
-        for work in rescued:
-            degree = work.table.narrowest
-            profile.take_devices(degree, self.now_s, work.start_s + work.remaining * work.table.step_s[degree])
-        return profile
+        for _, alike in itertools.groupby(candidates, key=lambda work: self.snapshot.rank(work.view)):
+            self.dropped += fill(profile, list(alike), drop_first)
+        self.dropped += self.on_time[bound:]
+        self.placed = [work for work in candidates if work.level]
 
-    def set_targets(self, placed: Sequence[Work]) -> int:
-        """Give each request its level (the rescued its narrowest degree) while devices last; returns how many are
-        left. Who had better wait for more is set aside in `holding`."""
+    # 6: targets ---------------------------------------------------------------------------------------------------
+
+    def set_targets(self) -> None:
+        """Give each that is placed its level while devices last. Who had better wait for more gets none."""
         busy = {device for request in self.in_chunk for device in request.members}
         builder, soon_s = self.builder, self.now_s + AUX_SOON_S
         self.capacity = sum([d in builder.idle or d in busy or free <= soon_s for d, free in builder.free_s.items()])
         left = self.capacity
         ends: list[tuple[float, int]] = []
-        for work in placed:
-            level = work.level or work.table.narrowest
-            degree = work.table.largest[min(level, left)]
-            if 0 < degree < level and work.is_ready:
-                wait_end_s = _freed_s(ends, level - left)
-                if self._had_better_wait(work.table, degree, level, wait_end_s):
-                    self.holding.append(work)
+        holding: list[Work] = []
+        for work in self.placed:
+            degree = work.table.largest[min(work.level, left)]
+            if 0 < degree < work.level and work.is_ready:
+                wait_end_s = _freed_s(ends, work.level - left)
+                if self._had_better_wait(work.table, degree, work.level, wait_end_s):
+                    holding.append(work)
                     continue
             work.target = degree
             left -= degree
             if degree:
                 ends.append((work.start_s + work.remaining * work.table.step_s[degree], degree))
-        return left
+        self.placed = [work for work in self.placed if work not in holding]
+        self.left = left
 
     def _had_better_wait(self, table: DegreeTable, degree: int, wanted: int, wait_end_s: float) -> bool:
         """Whether one step at `degree` would end later than the wait for `wanted` devices and one step on those, steps
@@ -190,47 +187,48 @@ class _Tick:
         self.builder.wake_at(wait_end_s - self.config.lead_s)
         return True
 
-    def use_left_over(self, left: int, placed: Sequence[Work], dropped: Sequence[Work]) -> list[Work]:
-        """With the devices that are left, widen requests and give some of the others a target; late ones come last.
-        Returns those of them that got one."""
-        if left <= 0:
-            return []
-        items = [*self._options(placed, left, 1.0), *self._options(dropped[:MIN_CANDIDATES], left, DROPPED_VALUE)]
-        left = widen(items, left)
-        if left <= 0:
-            return []
-        late = [work for work in self.late if work not in self.rescued][:LATE_ITEMS]
-        widen(list(self._options(_first_of_each_class(late, left), left, 1.0)), left)
-        return [work for work in late if work.target]
+    # 7: left-over devices -----------------------------------------------------------------------------------------
 
-    def _options(self, works: Sequence[Work], left: int, value: float) -> Iterator[tuple[Work, list[Option]]]:
+    def share_left_over(self) -> None:
+        """Widen requests and give others a target, as it is worth most."""
+        if self.left <= 0:
+            return
+        worth, rest = self.options.late_worth, _first_of_each_class(self.pool[1:POOL_ITEMS], self.left)
+        items = [
+            *self._options(self.placed, False, 1.0),
+            *self._options(self.dropped[:MIN_CANDIDATES], False, DROPPED_WORTH),
+            *self._options(self.pool[:1], True, worth),
+            *self._options(rest, True, worth * REST_WORTH),
+        ]
+        widen(items, self.left)
+
+    def _options(self, works: Sequence[Work], are_in_pool: bool, worth: float) -> Iterator[tuple[Work, list[Option]]]:
         """What could be done for each with so many more devices."""
         for work in works:
-            target, most = work.target, work.target + left
-            degrees = self._left_over_degrees(work.view, work.table, work.is_late, target)
-            options = [(d, value * gain(work, d)) for d in degrees if target < d <= most]
+            target, most = work.target, work.target + self.left
+            degrees = self._left_over_degrees(work.view, work.table, are_in_pool, target)
+            scale = ONES if are_in_pool else work.table.efficiency
+            options = [(d, worth * scale[d] * gain(work, d)) for d in degrees if target < d <= most]
             if options:
                 yield work, options
 
-    def _left_over_degrees(self, view: RequestView, table: DegreeTable, is_late: bool, target: int) -> Sequence[int]:
+    def _left_over_degrees(self, view: RequestView, table: DegreeTable, is_in_pool: bool, target: int) -> Sequence[int]:
         """Degrees at which left-over devices may run a request that has `target`."""
-        degrees = self._late_degrees(table) if is_late else table.degrees
+        degrees = self._pool_degrees(table) if is_in_pool else table.degrees
         return worth_using(view, table, target, degrees, self.config, self.now_s)
 
-    def _late_degrees(self, table: DegreeTable) -> Sequence[int]:
-        """Degrees at which left-over devices may run a late request: none that blocks them for long, but always one
-        that can come free."""
-        widest, longest_s = table.largest[self.capacity], LATE_STEP_CHUNKS * self.config.chunk_s
-        return [degree for degree in table.degrees if degree == widest or table.step_s[degree] <= longest_s]
+    def _pool_degrees(self, table: DegreeTable) -> Sequence[int]:
+        """None that blocks devices for long, but always one that can come free."""
+        widest = table.largest[self.capacity]
+        return [degree for degree in table.degrees if degree == widest or table.step_s[degree] <= LONGEST_STEP_S]
 
     # 8, 9: start --------------------------------------------------------------------------------------------------
 
-    def start_denoise(self, works: Sequence[Work]) -> RoundPlan:
-        """Start what is ready: first those of `works` with a target, then whatever can use devices that are promised
-        to nobody."""
+    def start_denoise(self) -> RoundPlan:
+        """Start what is ready: first those with a target, then whatever can use devices that are promised to nobody."""
         starting: list[tuple[RequestView, int]] = []
         room, promised = len(self.builder.idle), self._promised()
-        for work in works:
+        for work in itertools.chain(self.placed, self.dropped, self.pool):
             if work.is_ready and work.target:
                 degree = work.target if work.target <= room else self._degree_now(work, room)
                 if degree:
@@ -239,7 +237,7 @@ class _Tick:
                 else:
                     promised += work.target
         if room > promised:
-            starting += self._start_others(works, room - promised)
+            starting += self._start_others(room - promised)
         wanted = [set(view.members[:degree]) for view, degree in starting]
         for i, (view, degree) in enumerate(starting):
             steps = None if view.budget_j is None else self._affordable_steps(view, degree)
@@ -252,14 +250,14 @@ class _Tick:
         table, start_s = self.tables[view.model, view.cost_key], max(self.now_s, view.ready_s)
         return max(1, affordable_steps(view, table, degree, self.config, start_s))
 
-    def _start_others(self, works: Sequence[Work], room: int) -> Iterator[tuple[RequestView, int]]:
+    def _start_others(self, room: int) -> Iterator[tuple[RequestView, int]]:
         """What else is started, and at which degree."""
         widest: dict[tuple[DegreeTable, bool, EnergyMode, float | None], int] = {}
-        for view, table, is_late in self._without_target(works):
-            alike = table, is_late, view.energy_mode, view.budget_j
+        for view, table, is_in_pool in self._without_target():
+            alike = table, is_in_pool, view.energy_mode, view.budget_j
             degree = widest.get(alike)
             if degree is None:
-                degrees = self._left_over_degrees(view, table, is_late, target=0)
+                degrees = self._left_over_degrees(view, table, is_in_pool, target=0)
                 degree = widest[alike] = max([d for d in degrees if d <= room], default=0)
             if degree:
                 yield view, degree
@@ -268,15 +266,13 @@ class _Tick:
                     return
                 widest.clear()
 
-    def _without_target(self, works: Sequence[Work]) -> Iterator[tuple[RequestView, DegreeTable, bool]]:
-        """What else could start, and whether it is late: those of `works`, then late ones."""
-        for work in works:
-            if work.is_ready and not work.target and not work.is_late:
-                yield work.view, work.table, False
-        for work in self.late:
-            if work.is_ready and not work.target:
-                yield work.view, work.table, True
-        for view in self.snapshot.backlog[LATE_ITEMS:BACKLOG_LOOKED_AT]:
+    def _without_target(self) -> Iterator[tuple[RequestView, DegreeTable, bool]]:
+        """What else could start, and whether it is of the pool."""
+        for works, is_in_pool in ((self.placed, False), (self.dropped, False), (self.pool, True)):
+            for work in works:
+                if work.is_ready and not work.target:
+                    yield work.view, work.table, is_in_pool
+        for view in self.snapshot.backlog[POOL_ITEMS:BACKLOG_LOOKED_AT]:
             yield view, self.tables[view.model, view.cost_key], True
 
     def _promised(self) -> int:
