@@ -1,7 +1,7 @@
-"""The `edf` policy: earliest deadline first, each at the narrowest degree in time, and no device left that helps anyone.
+"""The `edf` policy: earliest deadline first, each at the narrowest degree in time, and left-over devices used.
 
-As `edf-best-fit`, and then what is left widens whoever gains most by it, late ones too. It neither looks ahead nor gives
-anything up: a request that is late keeps its place in the order, so none waits long, and under overload all are late.
+As `edf-best-fit`, and then what is left widens whoever gains most by it, late ones too. It neither looks ahead nor
+gives anything up: a late request keeps its place in the order, so none waits long, and under overload all are late.
 """
 
 from tetrion.engine.planning.forward_fill import Work
@@ -29,7 +29,8 @@ def plan(snapshot: Snapshot) -> RoundPlan:
         work = Work(request, table, max(snapshot.now_s, request.ready_s), due, True)
         work.target = table.largest[min(best_fit(snapshot, request, table), left)]
         left -= work.target
-        starting += [work] * bool(work.target)
+        if work.target:
+            starting.append(work)
     wider = [(w, [(d, gain(w, d)) for d in w.table.degrees if w.target < d <= w.target + left]) for w in starting]
     widen([(work, options) for work, options in wider if options], left)
     _start(builder, starting)

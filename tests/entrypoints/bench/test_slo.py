@@ -40,6 +40,8 @@ FIELDS = {
     "attainment",
     "ci95",
     "attainment_by_class",
+    "by_tenant",
+    "refused",
     "mean_s",
     "p50_s",
     "p95_s",

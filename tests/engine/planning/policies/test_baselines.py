@@ -103,7 +103,8 @@ def test_edf_gives_the_narrowest_degree_in_time_where_others_take_the_rest(
     """Ten steps take 2.0, 1.2, 0.8 s. The others, due later and far from late, take a device each."""
     due = request("a", slo_s=16.0 + budget_s + 0.090 + 0.010)
     behind = [request(f"b{i}", slo_s=200.0) for i in range(others)]
-    assert degrees(get_planner("edf")(snapshot([*behind, due], 16.0))) == {"a": degree} | {b.request_id: 1 for b in behind}
+    got = degrees(get_planner("edf")(snapshot([*behind, due], 16.0)))
+    assert got == {"a": degree} | {b.request_id: 1 for b in behind}
 
 
 def test_edf_gives_what_is_left_to_whoever_gains_most() -> None:
