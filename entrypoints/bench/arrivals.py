@@ -117,7 +117,7 @@ def _pictures_s(draw: np.random.Generator, sessions: Sessions, span_s: float) ->
     """Times of all pictures whose session begins within `span_s`."""
     per_s = sessions.requests_per_min / 60 / sessions.requests_per_session
     starts_s = _ramped(draw, draw.poisson(per_s * span_s), span_s, sessions.ramp)
-    num = 1 + np.floor(sessions.size * draw.pareto(sessions.tail, starts_s.size)).astype(int)
+    num = session_sizes(draw, starts_s.size, sessions)
     gaps_s = sessions.gap_median_s * np.exp(sessions.gap_sigma * draw.standard_normal(int(num.sum())))
     gaps_s = np.minimum(gaps_s, sessions.longest_gap_s)
     first = np.cumsum(num) - num
@@ -126,6 +126,11 @@ def _pictures_s(draw: np.random.Generator, sessions: Sessions, span_s: float) ->
     shares = np.array([share for _, share in sessions.pictures])
     many = np.array([n for n, _ in sessions.pictures])
     return np.sort(np.repeat(times_s, draw.choice(many, times_s.size, p=shares / shares.sum())))
+
+
+def session_sizes(draw: np.random.Generator, num: int, sessions: Sessions) -> np.ndarray:
+    """How many requests each of `num` sessions has."""
+    return 1 + np.floor(sessions.size * draw.pareto(sessions.tail, num)).astype(int)
 
 
 def _ramped(draw: np.random.Generator, num: int, span_s: float, ramp: float) -> np.ndarray:
