@@ -2,7 +2,7 @@
 is an option here, with its type, bounds, default and help.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.number_range import NumberRange
 
 Command = Callable[..., Any]
+OPTIONS_PREFIX = "options."
 FIRST_MODELS = "profiles"
 """An option whose KEY= may be left out: it is the first model's then."""
 
@@ -55,7 +56,7 @@ def take_config(options: dict[str, Any]) -> EngineConfig:
             for name in above:
                 target = target.setdefault(name, {})
             if option.is_json:
-                target.setdefault(field, {}).update(_settings(dict(_setting(option.name, text) for text in value)))
+                target.setdefault(field, {}).update(planner_settings(value, option.name))
             else:
                 target[field] = _mapping(option, value, given) if option.is_mapping else value
     try:
@@ -78,21 +79,21 @@ def only_model(config: EngineConfig) -> str:
 # From texts to values ---------------------------------------------------------------------------------------------
 
 
-def _setting(name: str, text: str) -> tuple[str, Any]:
-    """`rescue=false` as ("rescue", False): JSON where the value is JSON, else a string."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"{name}: expected KEY=VALUE such as drop=fraction, got {text!r}")
-    try:
-        return key, msgspec.json.decode(value)
-    except msgspec.DecodeError:
-        return key, value
-
-
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
-    """The planner's own, and under `options` those of its policy."""
-    own = given.keys() & set(PlannerConfig.__struct_fields__)
-    return {name: given.pop(name) for name in own} | {"options": given}
+def planner_settings(texts: Sequence[str], name: str = "planner") -> dict[str, Any]:
+    """`lead_s=0.01`, `rescue=false`, `options.rescue=false` each: the planner's own fields, and under `options` those
+    of its policy. Values are JSON where they are JSON, else strings. Raises InputError."""
+    settings: dict[str, Any] = {"options": {}}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{name}: expected KEY=VALUE such as drop=fraction, got {text!r}")
+        own = key in PlannerConfig.__struct_fields__
+        target = settings if own else settings["options"]
+        try:
+            target[key.removeprefix(OPTIONS_PREFIX)] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            target[key.removeprefix(OPTIONS_PREFIX)] = value
+    return settings
 
 
 def _mapping(option: EngineOption, texts: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, str]:

@@ -180,12 +180,39 @@ def replay(**options: Any) -> int:
     return report_errors(run)
 
 
+@click.command("late")
+@click.option(
+    "--folder", metavar="DIR", type=FILE, default=Path("out/late"), show_default=True, help="Runs are kept there."
+)
+@click.option("--policy", metavar="NAME[:KEY=VALUE…]", multiple=True, help="In place of the usual; NAME@COMMIT too.")
+@click.option("--also", metavar="NAME[:KEY=VALUE…]", multiple=True, help="Besides the usual; may be repeated.")
+@click.option("--only", metavar="GROUP", multiple=True, help="Only points of this group; may be repeated.")
+@click.option("--quick", is_flag=True, help="700 requests a run in place of 2,100.")
+@click.option("--jobs", type=click.IntRange(1, 64), help="Processes at a time. Default: 1.")
+@click.option("--budget-s", type=NumberRange(0, None), help="Begin no run after so many seconds.")
+@click.option("--plots", metavar="DIR", type=FILE, help="Draw the frontier, and ratios by load, into DIR.")
+@click.option("--output", metavar="FILE", type=FILE, help="Write the result there as JSON.")
+def late(**options: Any) -> int:
+    """Attainment and lateness of policies at mixes, bursts, tenants and giants, simulated, beside what is asked.
+
+    The same command again goes on with what is missing."""
+
+    def run() -> int:
+        from benchmarks.research.late.command import command
+
+        given = given_options(options)
+        command(command_line=spell("late", given, PROGRAM), **given)
+        return 0
+
+    return report_errors(run)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def research() -> None:
     """Questions about planning and costs that were asked once, and may be asked again."""
 
 
-for command in (ring, bound, floors, pools, replay, energy_saving):
+for command in (ring, bound, floors, pools, replay, energy_saving, late):
     research.add_command(command)
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rate", nargs="+", type=float, default=[12.0], help="Requests per minute.")
     parser.add_argument("--slo-scale", nargs="+", type=float, default=[1.0])
     parser.add_argument("--seed", nargs="+", type=int, default=[11])
-    parser.add_argument("--arrivals", choices=["poisson", "gamma", "diurnal"], default="poisson")
+    parser.add_argument("--arrivals", choices=["poisson", "gamma", "diurnal", "production"], default="poisson")
     parser.add_argument("--tiers", action="store_true", help="70 % interactive, 30 % batch (SLO ×10, weight 0.25).")
     parser.add_argument("--num-requests", type=int, default=700)
     parser.add_argument("--num-steps", type=int, default=28)

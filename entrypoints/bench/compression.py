@@ -41,7 +41,7 @@ def load_of(
     profile: Profile,
     sizes: Sequence[Size],
     shares: Sequence[float],
-    num_steps: int,
+    num_steps: float,
     num_devices: int,
     num_branches: int = 1,
 ) -> float:

@@ -36,12 +36,13 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one request of the trace. `finished_s`: seconds from the start of the trace, None: it failed.
     `gpu_s`: GPU-seconds spent on it, those of lost attempts included; None where the server does not say. `degrees`: of
-    each step."""
+    each step. `refused`: at once, by admission."""
 
     request: TraceRequest
     finished_s: float | None
     gpu_s: float | None
     degrees: tuple[int, ...]
+    refused: bool = False
 
     @property
     def latency_s(self) -> float | None:

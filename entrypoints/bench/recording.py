@@ -5,7 +5,7 @@ seconds from the start of the trace. A file has one `Recording` a line.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,16 +148,17 @@ class Recorder:
         end_s: float,
         max_lag_s: float = 0.0,
         loop: LoopFigures,
+        refused: Collection[int] = (),
     ) -> Run:
         """What was recorded, as the run of `trace`. `finished`: of each request its time (None: it failed) and the
-        degrees of its steps."""
+        degrees of its steps. `refused`: the numbers of those that admission refused."""
         spent_s = [0.0] * len(trace)
         for chunk in self.chunks:
             spent_s[chunk.request] += chunk.busy_s
         return Run(
             outcomes=tuple(
-                Outcome(request=request, finished_s=time_s, gpu_s=gpu_s, degrees=degrees)
-                for request, (time_s, degrees), gpu_s in zip(trace, finished, spent_s, strict=True)
+                Outcome(request=request, finished_s=time_s, gpu_s=gpu_s, degrees=degrees, refused=number in refused)
+                for number, (request, (time_s, degrees), gpu_s) in enumerate(zip(trace, finished, spent_s, strict=True))
             ),
             num_devices=num_devices,
             end_s=end_s,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from tetrion.engine.config import EngineConfig, PlannerConfig
-from tetrion.engine.errors import EngineEnded
+from tetrion.engine.errors import EngineEnded, EngineOverloaded
 from tetrion.engine.executors.simulated import Disturbance, SimulatedExecutor
 from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.messages import Command
@@ -20,7 +20,7 @@ from tetrion.engine.params import Params
 from tetrion.engine.planning.cost.correction import CostModels
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
-from tetrion.engine.planning.policies.registry import get_planner
+from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, ResolvedRequest
 from tetrion.engine.shape import StepShape
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
@@ -43,7 +43,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
 
 class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
     """What `tetrion bench slo` runs traces on in virtual time. `noise`, `bias`, `step_overhead_s`, `regroup_s`: see
-    `Disturbance`; `losses`: devices that die in every run."""
+    `Disturbance`; `losses`: devices that die in every run. `planner`: its settings, with the options of each policy by
+    its name in `options`; `max_inflight`: see `simulate`."""
 
     tables: CostTables
     num_devices: int
@@ -52,6 +53,9 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
     step_overhead_s: float = 0.0
     regroup_s: float = 0.0
     losses: tuple[Loss, ...] = ()
+    planner: PlannerConfig = PlannerConfig()
+    options: Mapping[str, Mapping[str, object]] = {}
+    max_inflight: int = MAX_INFLIGHT
     mode: Mode = "sim"
 
     def check(self) -> None:
@@ -61,6 +65,8 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
         for loss in self.losses:
             if not 0 <= loss.device_id < self.num_devices:
                 raise ValueError(f"lose: device must be from 0 to {self.num_devices - 1}, got {loss.device_id}")
+        if not 1 <= self.max_inflight <= MAX_INFLIGHT:
+            raise ValueError(f"max_inflight: must be from 1 to {MAX_INFLIGHT}, got {self.max_inflight}")
         self._disturbance(seed=0)
 
     def run(self, trace: Sequence[TraceRequest], policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
@@ -73,6 +79,8 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
             num_devices=self.num_devices,
             duration=self._disturbance(seed),
             losses=self.losses,
+            max_inflight=self.max_inflight,
+            planner_config=msgspec.structs.replace(self.planner, options=self.options.get(policy, {})),
             recorder=recorder,
         )
         return run, tuple(recorder.chunks)
@@ -104,7 +112,8 @@ def simulate(
     `profile`: the model's cost table; of several models by the name that requests have in `TraceRequest.model`.
     `duration(command, seconds)` may change what a command costs (see `Disturbance`). `max_inflight`: requests that the
     policy sees at once (a server's default is 64; here nearly all, so that policies are compared and not admission).
-    `recorder` is given every command.
+    `planner_config`: settings besides the policy; what its admission refuses is not run. `recorder` is given every
+    command.
     Raises ValueError for an unknown policy, too few devices, too long a trace, a model without a table or a loss of a
     device that is not there.
     """
@@ -118,7 +127,7 @@ def simulate(
     config = EngineConfig(
         max_inflight=max_inflight,
         max_queued=MAX_QUEUED,
-        planner=msgspec.structs.replace(planner_config or PlannerConfig(), policy=policy),
+        planner=with_options(msgspec.structs.replace(planner_config or PlannerConfig(), policy=policy)),
     )
     costs = CostTables(profiles={"": profile} if isinstance(profile, Profile) else dict(profile))
     if unknown := {request.model for request in trace} - set(costs.profiles):
@@ -139,6 +148,7 @@ class _Simulation:
     ) -> None:
         self.trace = trace
         self.finished: list[tuple[float | None, tuple[int, ...]]] = [(None, ())] * len(trace)
+        self.refused: set[int] = set()
         self.num_alive = len(trace)
         self.recorder = recorder
         self.executor = SimulatedExecutor(costs, num_devices, duration)
@@ -163,12 +173,16 @@ class _Simulation:
             num_devices=len(self.executor.device_ids),
             end_s=self.executor.now_s(),
             loop=self.loop.statistics.figures(self.executor.now_s()),
+            refused=self.refused,
         )
 
     def _arrive(self, number: int) -> None:
-        if self.executor.alive:
+        if not self.executor.alive:
+            return self._ended()
+        try:
             self.loop.submit(_resolved(self.trace[number], number))
-        else:
+        except EngineOverloaded:
+            self.refused.add(number)
             self._ended()
 
     def _lose(self, device_id: int) -> None:
@@ -216,6 +230,7 @@ def as_image_request(request: TraceRequest, number: int, run: int = 0) -> ImageR
         seed=number,
         slo_ms=None if request.slo_s is None else request.slo_s * 1e3,
         weight=request.weight,
+        tenant=request.tenant,
         request_id=f"{number:06d}",
     )
 

@@ -6,35 +6,39 @@ Run in virtual time on a profile (the real loop, simulated devices), on an engin
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from tetrion.engine.config import EngineConfig
+from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.cost.tables import CostTables
-from tetrion.engine.planning.policies.registry import get_planner
+from tetrion.engine.planning.policies.registry import OPTIONS, NoOptions, get_planner, with_options
 from tetrion.entrypoints.arguments import parse_size
+from tetrion.entrypoints.bench.arrivals import SESSIONS
 from tetrion.entrypoints.bench.attainment_plots import draw_attainment
 from tetrion.entrypoints.bench.compression import offered_load
 from tetrion.entrypoints.bench.extrapolation import extrapolated, read_floors
 from tetrion.entrypoints.bench.live import EmbeddedSystem, HttpSystem
 from tetrion.entrypoints.bench.recording import write_recordings
-from tetrion.entrypoints.bench.simulation import Loss, SimulatedSystem
+from tetrion.entrypoints.bench.simulation import MAX_INFLIGHT, Loss, SimulatedSystem
 from tetrion.entrypoints.bench.slo_points import Grid, models_of, points, samples
 from tetrion.entrypoints.bench.slo_run import Results, SloOptions, System, run, tables_of
 from tetrion.entrypoints.bench.slo_table import table
-from tetrion.entrypoints.bench.workloads import ONE_MODEL, read_trace
+from tetrion.entrypoints.bench.workloads import ONE_MODEL, Stream, read_trace
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.options import planner_settings
 from tetrion.entrypoints.plotting import import_matplotlib
 from tetrion.entrypoints.record import as_text, check_writable, make_record, write_record
 
 DEFAULT_SIMULATED_DEVICES = 8
 NO_FILES: Mapping[str, Path] = MappingProxyType({})
 NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
+DEFAULT_PLANNER = PlannerConfig()
+NO_OPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
 
 def command(
@@ -55,6 +59,7 @@ def command(
     as_json: bool = False,
     command_line: str = "tetrion bench slo",
     simulation: dict[str, Any] | None = None,
+    planner: Sequence[str] = (),
     **workload: Any,
 ) -> dict[str, Any]:
     """What `tetrion bench slo` does: run, print the table (or one JSON object), write `output`, recordings and plots.
@@ -62,7 +67,8 @@ def command(
     `devices`: simulated ones. `profile`: cost tables by model; an only one's name may be empty. `floors`: of degrees to
     extrapolate (see `extrapolation.py`). `share`: of requests, see `models_of`. `engine`: how `live` starts one; a live
     run writes its files after every row, so that an interrupted one is not lost. The table is printed even
-    where files cannot be written. `simulation`: noise, bias, … of `simulated_system`. `workload`: see `grid`.
+    where files cannot be written. `simulation`: noise, bias, … of `simulated_system`, whose planner has the settings
+    `planner` (see `policy_settings`). `workload`: see `grid`.
     `command_line` goes into the record. Raises InputError for what the caller can put right.
     """
     if (simulate, live, url is not None).count(True) != 1:
@@ -75,6 +81,8 @@ def command(
         raise InputError("profile: models are named only with --simulate; an engine and a server here have one each")
     if any(profile) and record is not None:
         raise InputError("record: not with named models, which replay does not know (--profile FILE alone)")
+    if planner and not simulate:
+        raise InputError("planner: a server has its own settings; an engine here is given them by `engine`")
     if share and (not simulate or workload.get("trace")):
         raise InputError("share: only with --simulate and without a trace, which names the models itself")
     check_writable(output, "output")
@@ -96,7 +104,8 @@ def command(
             )
             system: System
             if simulate:
-                system = simulated_system(options, devices, **simulation or {})
+                settings = policy_settings(planner, options.policies)
+                system = simulated_system(options, devices, **simulation or {}, **settings)
             elif url is not None:
                 system = HttpSystem(url)
             else:
@@ -135,12 +144,17 @@ def grid(
     seed: Sequence[int] = (11, 12, 13),
     size: Sequence[str] = (),
     base_slo: Sequence[float] = (),
+    step_share: Sequence[str] = (),
+    beside: Sequence[str] = (),
     tiers: bool = False,
     **fields: Any,
 ) -> Grid:
     """The grid that options of the command line describe; `fields`: its other fields by their names."""
     if size:
         fields["sizes"] = tuple(parse_size(text) for text in size)
+    for name, value in {"step_share": step_share, "beside": beside, **fields}.items():
+        if trace and value not in (None, ()) and name in DRAWN_ONLY:
+            raise InputError(f"{name}: not with a trace, whose requests are what they are")
     return Grid(
         traces=tuple((path.stem, read_trace(path)) for path in trace),
         mixes=tuple(mix),
@@ -149,6 +163,8 @@ def grid(
         slo_scales=tuple(slo_scale),
         seeds=tuple(seed),
         base_slo_s=tuple(base_slo),
+        step_shares=tuple(parse_step_share(text) for text in step_share),
+        beside=tuple(parse_stream(text) for text in beside),
         with_tiers=tiers,
         **fields,
     )
@@ -163,8 +179,12 @@ def simulated_system(
     step_overhead_ms: float = 0.3,
     regroup_ms: float = 0.2,
     lose: Sequence[str] = (),
+    max_inflight: int | None = None,
+    planner: PlannerConfig = DEFAULT_PLANNER,
+    policy_options: Mapping[str, Mapping[str, object]] = NO_OPTIONS,
 ) -> SimulatedSystem:
-    """Checked simulated devices (None: the default number). `lose`: "SECONDS:DEVICE" each. Raises ValueError."""
+    """Checked simulated devices (None: the default number). `lose`: "SECONDS:DEVICE" each; `planner`, `policy_options`:
+    see `policy_settings`. Raises ValueError."""
     if options.tables is None:
         raise InputError("profile: a simulation needs a cost table (--profile)")
     if options.bound and noise:
@@ -177,9 +197,72 @@ def simulated_system(
         step_overhead_s=step_overhead_ms / 1e3,
         regroup_s=regroup_ms / 1e3,
         losses=tuple(parse_loss(text) for text in lose),
+        planner=planner,
+        options=policy_options,
+        max_inflight=MAX_INFLIGHT if max_inflight is None else max_inflight,
     )
     system.check()
     return system
+
+
+def policy_settings(texts: Sequence[str], policies: Sequence[str]) -> dict[str, Any]:
+    """`planner` and `policy_options` of `simulated_system` from "KEY=VALUE" each: the settings of every planner, and of
+    each policy those options that it has. Raises ValueError for one that none of them has, and for bad values."""
+    settings = planner_settings(texts)
+    if "policy" in settings:
+        raise InputError("planner: policy: name it with --policy")
+    options = settings.pop("options")
+    try:
+        planner = msgspec.convert(settings, PlannerConfig)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        raise InputError(f"planner{path.rstrip('`')}: {message}") from None
+    known = {name: OPTIONS.get(name, NoOptions).__struct_fields__ for name in policies}
+    nobodys = {key: value for key, value in options.items() if not any(key in own for own in known.values())}
+    by_policy = {name: {key: options[key] for key in options if key in own} | nobodys for name, own in known.items()}
+    for name, own_options in by_policy.items():
+        with_options(msgspec.structs.replace(planner, policy=name, options=own_options))
+    return {"planner": planner, "policy_options": by_policy}
+
+
+def parse_step_share(text: str) -> tuple[int, float]:
+    """`50=0.3`: 50 steps for that share of the requests, in proportion to the others'. Raises ValueError."""
+    steps_text, _, share_text = text.partition("=")
+    try:
+        steps, share = int(steps_text), float(share_text)
+    except ValueError:
+        raise ValueError(f"step_share: expected STEPS=SHARE such as 50=0.3, got {text!r}") from None
+    return steps, share
+
+
+DRAWN_ONLY = ("slo_share", "step_share", "tenant", "beside", "burstiness")
+STREAM_FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "rate": ("rate_per_min", float),
+    "number": ("num_requests", int),
+    "steps": ("num_steps", int),
+    "slo": ("slo_s", float),
+    "weight": ("weight", float),
+    "tenant": ("tenant", str),
+    "size": ("size", parse_size),
+}
+"""Key of `parse_stream` -> field of a `Stream`, and what reads it."""
+
+
+def parse_stream(text: str) -> Stream:
+    """`size=2048x2048,rate=1.5,steps=50,slo=12,tenant=B`. Raises ValueError naming the key."""
+    fields: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or key not in STREAM_FIELDS:
+            raise ValueError(f"beside: expected KEY=VALUE,… with keys {', '.join(STREAM_FIELDS)}, got {part!r}")
+        field, read = STREAM_FIELDS[key]
+        try:
+            fields[field] = read(value)
+        except ValueError as error:
+            raise ValueError(f"beside.{key}: got {value!r}: {error}") from None
+    if "size" not in fields:
+        raise ValueError(f"beside: size is missing in {text!r}")
+    return Stream(**fields)
 
 
 def parse_loss(text: str) -> Loss:
@@ -254,11 +337,29 @@ def beside_rows(options: SloOptions, system: System, results: Results) -> dict[s
             "base_slo_s": results.base_slo_s,
             "loads": workload.loads or None,
             "arrivals": workload.arrivals,
+            "burstiness": workload.burstiness if workload.arrivals == "gamma" else None,
+            "sessions": msgspec.structs.asdict(SESSIONS) if workload.arrivals == "production" else None,
+            "slo_share": workload.slo_share,
+            "step_shares": workload.step_shares or None,
+            "tenant": workload.tenant or None,
+            "beside": list(map(msgspec.structs.asdict, workload.beside)) or None,
             "tiers": workload.with_tiers,
             "models": None if workload.models == ONE_MODEL else list(map(msgspec.structs.asdict, workload.models)),
         },
         "system": getattr(system, "facts", {}),
         "profile": about_profiles(options.tables or getattr(system, "tables", None)),
+        "planner": _about_planner(system),
+    }
+
+
+def _about_planner(system: System) -> dict[str, Any] | None:
+    """The settings of simulated planners that are not the defaults."""
+    if not isinstance(system, SimulatedSystem):
+        return None
+    options = {name: dict(own) for name, own in system.options.items() if own}
+    return msgspec.to_builtins(system.planner, builtin_types=()) | {
+        "options": options,
+        "max_inflight": system.max_inflight,
     }
 
 

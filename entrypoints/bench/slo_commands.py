@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from tetrion.entrypoints.errors import report_errors
+from tetrion.entrypoints.number_range import NumberRange
 from tetrion.entrypoints.options import some_engine_options, take_config
 
 FILE = click.Path(path_type=Path)
@@ -41,7 +42,27 @@ WORKLOAD_OPTIONS = (
     click.option(
         "--calibrate-slo", is_flag=True, help="Fit base SLOs: largest size alone, at the widest degree = SLO / 1.1."
     ),
-    click.option("--arrivals", type=click.Choice(["poisson", "gamma", "diurnal"]), help="Default: poisson."),
+    click.option(
+        "--arrivals",
+        type=click.Choice(["poisson", "gamma", "diurnal", "production"]),
+        help="Default: poisson. production: sessions as a commercial service had them.",
+    ),
+    click.option(
+        "--burstiness",
+        type=NumberRange(0, 100, min_open=True),
+        help="Of gamma arrivals: standard deviation over mean of what lies between two. Default: 2.",
+    ),
+    click.option("--slo-share", type=NumberRange(0, 1), help="Share of the requests that state an SLO. Default: 1."),
+    click.option(
+        "--step-share", metavar="STEPS=N", multiple=True, help="Instead of --num-steps: requests of so many steps."
+    ),
+    click.option("--tenant", metavar="NAME", help="Of all requests but those beside."),
+    click.option(
+        "--beside",
+        metavar="KEY=VALUE,…",
+        multiple=True,
+        help="Further requests, all alike: size, rate (a minute) or number, steps, slo (s), weight, tenant.",
+    ),
     click.option("--tiers", is_flag=True, help="70 % interactive, 30 % batch (SLO ×10, weight 0.25)."),
     click.option("--first", type=POSITIVE, metavar="N", help="Only the first N requests of each trace."),
     click.option(
@@ -54,7 +75,11 @@ SIMULATION_OPTIONS = (
     click.option("--step-overhead-ms", type=float, help="Simulated: added to each step. Default: 0.3."),
     click.option("--regroup-ms", type=float, help="Simulated: added when members change. Default: 0.2."),
     click.option("--lose", metavar="S:DEVICE", multiple=True, help="Simulated: this device dies after S seconds."),
+    click.option(
+        "--max-inflight", type=click.IntRange(1, 4096), help="Simulated: requests the policy sees. Default: 4096."
+    ),
 )
+PLANNER_OPTIONS = (some_engine_options("planner"),)
 ENGINE_OPTIONS = (some_engine_options("models", "load_format", "num_threads"),)
 """Of the engine that runs live."""
 LIVE = ("model", "load_format", "num_threads")
@@ -78,7 +103,7 @@ TABLE_OPTIONS = (
         help="Simulated: requests of this model, in proportion. Default: 1.",
     ),
 )
-SIMULATION = ("noise", "bias", "step_overhead_ms", "regroup_ms", "lose")
+SIMULATION = ("noise", "bias", "step_overhead_ms", "regroup_ms", "lose", "max_inflight")
 RESULT_OPTIONS = (
     click.option("--output", metavar="FILE", type=FILE, help="Write the result there as JSON."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
@@ -109,7 +134,7 @@ def with_options(*groups: tuple[Command, ...]) -> Callable[[Command], Command]:
 )
 @click.option("--record", metavar="FILE", type=FILE, help="Write every run there, for replay and timeline.")
 @click.option("--plots", metavar="DIR", type=FILE, help="Draw attainment against SLO scale and rate into DIR.")
-@with_options(SIMULATION_OPTIONS, ENGINE_OPTIONS, RESULT_OPTIONS)
+@with_options(SIMULATION_OPTIONS, PLANNER_OPTIONS, ENGINE_OPTIONS, RESULT_OPTIONS)
 def slo(**options: Any) -> int:
     """Attainment of deadlines and latency of planners on the same arrivals, simulated or live.
 
@@ -124,7 +149,8 @@ def slo(**options: Any) -> int:
         given["command_line"] = spell("slo", given)
         given |= by_model(given)
         devices = given.pop("devices", None)
-        engine = take_config({name: given.pop(name) for name in LIVE if name in given} | {"devices": devices})
+        live = LIVE if options["simulate"] or options["url"] else (*LIVE, "planner")
+        engine = take_config({name: given.pop(name) for name in live if name in given} | {"devices": devices})
         simulation = {name: given.pop(name) for name in SIMULATION if name in given}
         if options["simulate"] and devices is not None:
             given["devices"] = number_of_devices(devices)

@@ -7,15 +7,16 @@ import msgspec
 
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.shape import parse_cost_key
+from tetrion.entrypoints.bench.arrivals import Arrivals
 from tetrion.entrypoints.bench.compression import calibration, compress, load_of
 from tetrion.entrypoints.bench.simulation import MAX_QUEUED
 from tetrion.entrypoints.bench.workloads import (
     INTERACTIVE_AND_BATCH,
     ONE_MODEL,
     SIZES,
-    Arrivals,
     ModelShare,
     Size,
+    Stream,
     Trace,
     TraceRequest,
     Workload,
@@ -23,6 +24,7 @@ from tetrion.entrypoints.bench.workloads import (
     class_name,
     class_shares,
     make_trace,
+    mean_steps,
 )
 
 
@@ -32,7 +34,8 @@ class Grid(msgspec.Struct, frozen=True, kw_only=True):
 
     `loads` given: rates follow from them (see `load_of`). `base_slo_s`: seconds for each of `sizes`; empty: those
     published for the number of devices, whatever the model. `calibrate_slo`: fit those of each model to the machine
-    (see `calibration`). `first`: only so many requests of each trace. `compress`: see there.
+    (see `calibration`). `first`: only so many requests of each trace. `compress`: see there. The other fields are those
+    of `Workload`.
     """
 
     traces: tuple[tuple[str, Trace], ...] = ()
@@ -47,6 +50,11 @@ class Grid(msgspec.Struct, frozen=True, kw_only=True):
     base_slo_s: tuple[float, ...] = ()
     calibrate_slo: bool = False
     arrivals: Arrivals = "poisson"
+    burstiness: float = 2.0
+    slo_share: float = 1.0
+    step_shares: tuple[tuple[int, float], ...] = ()
+    tenant: str = ""
+    beside: tuple[Stream, ...] = ()
     with_tiers: bool = False
     first: int | None = None
     compress: int = 1
@@ -107,6 +115,11 @@ def points(grid: Grid, num_devices: int, tables: Callable[[], CostTables]) -> It
                     slo_scale=slo_scale,
                     base_slo_s=_base_slo_s(grid, num_devices),
                     arrivals=grid.arrivals,
+                    burstiness=grid.burstiness,
+                    slo_share=grid.slo_share,
+                    step_shares=grid.step_shares,
+                    tenant=grid.tenant,
+                    beside=grid.beside,
                     tiers=INTERACTIVE_AND_BATCH if grid.with_tiers else (),
                     models=models,
                 )
@@ -152,7 +165,7 @@ def _rates(grid: Grid, mix: str, num_devices: int, tables: Callable[[], CostTabl
 
 
 def loads_of(rate_per_min: float, grid: Grid, mix: str, num_devices: int, tables: CostTables) -> dict[str, float]:
-    """What the requests of each model add to the load (see `load_of`)."""
+    """What the requests of each model add to the load (see `load_of`), without streams beside."""
     shares, total = class_shares(mix, grid.sizes).tolist(), sum(model.share for model in grid.models)
     return {
         model.name: load_of(
@@ -160,7 +173,7 @@ def loads_of(rate_per_min: float, grid: Grid, mix: str, num_devices: int, tables
             tables.profiles[model.name],
             grid.sizes,
             shares,
-            grid.num_steps,
+            mean_steps(grid.num_steps, grid.step_shares),
             num_devices,
             model.num_branches,
         )

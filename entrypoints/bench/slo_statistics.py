@@ -31,6 +31,8 @@ def summarise(runs: Sequence[Run]) -> tuple[Row, Row]:
         "attainment": attainment(outcomes),
         "ci95": attainment_interval([run.outcomes for run in runs]),
         "attainment_by_class": attainment_by_class(outcomes),
+        "by_tenant": by_tenant(outcomes),
+        "refused": sum(outcome.refused for outcome in outcomes),
         "mean_s": float(latencies_s.mean()) if latencies_s.size else None,
         "p50_s": _percentile(latencies_s, 50),
         "p95_s": _percentile(latencies_s, 95),
@@ -40,7 +42,7 @@ def summarise(runs: Sequence[Run]) -> tuple[Row, Row]:
     diagnostics: Row = {
         "attainment_by_seed": [attainment(run.outcomes) for run in runs],
         "weighted_attainment": attainment(outcomes, weighted=True),
-        "num_failed": len(outcomes) - latencies_s.size,
+        "num_failed": len(outcomes) - latencies_s.size - row["refused"],
         "worst_lateness_s": worst_lateness_s(outcomes),
         "utilisation": _mean([run.utilisation for run in runs]),
         "idle_while_runnable": _mean([loop.lost_share for loop in loops]),
@@ -76,10 +78,31 @@ def attainment_by_class(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     return {class_name(*one): attainment(found[one]) for one in classes}
 
 
+def by_tenant(outcomes: Sequence[Outcome]) -> dict[str, Row]:
+    """What each tenant's requests got; empty if none of them has a tenant. `device_s`: None where not known."""
+    names = sorted({outcome.request.tenant for outcome in outcomes})
+    if names in ([], [""]):
+        return {}
+    return {name: _of_tenant([outcome for outcome in outcomes if outcome.request.tenant == name]) for name in names}
+
+
+def _of_tenant(outcomes: Sequence[Outcome]) -> Row:
+    latencies_s = np.array([outcome.latency_s for outcome in outcomes if outcome.latency_s is not None])
+    spent_s = [outcome.gpu_s for outcome in outcomes]
+    return {
+        "requests": len(outcomes),
+        "attainment": attainment(outcomes),
+        "refused": sum(outcome.refused for outcome in outcomes),
+        "mean_s": float(latencies_s.mean()) if latencies_s.size else None,
+        "p99_s": _percentile(latencies_s, 99),
+        "device_s": None if None in spent_s else sum(filter(None, spent_s)),
+    }
+
+
 def worst_lateness_s(outcomes: Sequence[Outcome]) -> float | None:
-    """Seconds by which the latest request missed its deadline; 0 if none did; None if a request never finished or
-    there is no SLO."""
-    late = [(o.latency_s, o.request.slo_s) for o in outcomes if o.request.slo_s is not None]
+    """Seconds by which the latest request that was not refused missed its deadline; 0 if none did; None if one of them
+    never finished or none has an SLO."""
+    late = [(o.latency_s, o.request.slo_s) for o in outcomes if o.request.slo_s is not None and not o.refused]
     if not late or any(latency_s is None for latency_s, _ in late):
         return None
     return max(0.0, *(latency_s - slo_s for latency_s, slo_s in late if latency_s is not None))

@@ -14,6 +14,7 @@ HEADINGS = (
     ("to first", 22),
     ("possible", 16),
     ("worst class", 28),
+    ("refused", 9),
     ("mean s", 9),
     ("p95 s", 9),
     ("p99 s", 9),
@@ -32,14 +33,15 @@ def table(rows: Sequence[Row], diagnostics: Sequence[Row]) -> str:
     possible: the bound, and what share of it the policy attained; late s: by how much the worst request missed its
     deadline; GPU-s: GPU-seconds per image; busy: utilisation; plan ms: mean and p99 time of a decision; CPU ms: the
     engine's for each command; lost: share of device time idle beside a request that could have run, deliberate waits
-    apart. Without bounds, or with one policy only, their column is left out."""
+    apart. Without bounds, refusals, or with one policy only, their column is left out. Below each row with tenants is
+    a line for each of them: its attainment, latencies, and its share of the device time that requests took."""
     shown = {"possible": any(row["bound"] is not None for row in rows)}
+    shown["refused"] = any(row["refused"] for row in rows)
     shown["to first"] = any(beside["difference"] is not None for beside in diagnostics)
     keep = [i for i, (name, _) in enumerate(HEADINGS) if shown.get(name, True)]
-    lines = [
-        [name for name, _ in HEADINGS],
-        *(_cells(row, beside) for row, beside in zip(rows, diagnostics, strict=True)),
-    ]
+    lines = [[name for name, _ in HEADINGS]]
+    for row, beside in zip(rows, diagnostics, strict=True):
+        lines += [_cells(row, beside), *_tenants(row)]
     return "\n".join("".join(f"{cells[i]:<{HEADINGS[i][1]}}" for i in keep).rstrip() for cells in lines)
 
 
@@ -55,6 +57,7 @@ def _cells(row: Row, beside: Row) -> list[str]:
         _difference(beside["difference"]),
         _possible(row["bound"], beside["share_of_the_possible"]),
         _worst_class(row["attainment_by_class"]),
+        f"{row['refused'] / row['requests']:.1%}",
         _number(row["mean_s"], ".2f"),
         _number(row["p95_s"], ".2f"),
         _number(row["p99_s"], ".2f"),
@@ -66,6 +69,25 @@ def _cells(row: Row, beside: Row) -> list[str]:
         _number(beside["engine_cpu_ms_per_command"], ".2f"),
         _number(beside["idle_while_runnable"], ".2%"),
     ]
+
+
+def _tenants(row: Row) -> list[list[str]]:
+    """A line for each tenant, in the columns of a row."""
+    spent_s = [tenant["device_s"] for tenant in row["by_tenant"].values()]
+    total_s = None if None in spent_s else sum(spent_s)
+    lines = []
+    for name, tenant in row["by_tenant"].items():
+        share = tenant["device_s"] / total_s if total_s else None
+        known = {
+            "policy": f"  tenant {name}"[:23],
+            "attained": _number(tenant["attainment"], ".3f"),
+            "refused": f"{tenant['refused'] / tenant['requests']:.1%}",
+            "mean s": _number(tenant["mean_s"], ".2f"),
+            "p99 s": _number(tenant["p99_s"], ".2f"),
+            "busy": _number(share, ".0%"),
+        }
+        lines.append([known.get(heading, "") + " " for heading, _ in HEADINGS])
+    return lines
 
 
 def _difference(compared: Row | None) -> str:

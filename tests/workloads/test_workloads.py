@@ -11,6 +11,7 @@ from tetrion.entrypoints.bench.workloads import (
     INTERACTIVE_AND_BATCH,
     SIZES,
     ModelShare,
+    Stream,
     TraceRequest,
     Workload,
     base_slo_s,
@@ -42,7 +43,7 @@ def test_the_recipe_of_the_planner_points_is_reproduced_draw_by_draw(mix: str) -
     assert {request.num_steps for request in trace} == {28} and {request.weight for request in trace} == {1.0}
 
 
-@pytest.mark.parametrize("arrivals", ["poisson", "gamma", "diurnal"])
+@pytest.mark.parametrize("arrivals", ["poisson", "gamma", "diurnal", "production"])
 def test_arrivals_keep_their_rate_ascend_and_repeat(arrivals: str) -> None:
     asked = workload(arrivals=arrivals, num_requests=20_000, rate_per_min=60.0)
     trace = make_trace(asked, 3)
@@ -92,6 +93,10 @@ def test_skewed_prefers_large_pictures() -> None:
         ("swing", 1.5),
         ("mix", "even"),
         ("base_slo_s", (1.0,)),
+        ("slo_share", 1.5),
+        ("step_shares", ((0, 1.0),)),
+        ("step_shares", ((4, 0.0),)),
+        ("tenant", "t" * 257),
     ],
 )
 def test_a_bad_workload_names_the_field(field: str, value: object) -> None:
@@ -110,6 +115,7 @@ def test_a_bad_workload_names_the_field(field: str, value: object) -> None:
             num_steps=st.integers(1, 1000),
             slo_s=st.one_of(st.none(), st.floats(1e-3, 86_400)),
             weight=st.floats(1e-3, 1e6),
+            tenant=st.text(max_size=8),
         ),
         min_size=1,
         max_size=8,
@@ -168,3 +174,47 @@ def test_models_change_neither_arrivals_nor_sizes() -> None:
     of_b = [(one, other) for one, other in zip(shared, alone, strict=True) if one.model == "b"]
     assert 50 < len(of_b) < 100 and all(r.model == "a" for r in shared if r.num_branches == 1)
     assert all(one.slo_s == 2 * (other.slo_s or 0) and one.num_branches == 2 for one, other in of_b)
+
+
+def test_who_states_an_slo_and_steps_change_neither_arrivals_nor_sizes() -> None:
+    shares = ((4, 1.0), (28, 1.0), (50, 2.0))
+    plain, mixed = make_trace(workload(), 5), make_trace(workload(slo_share=0.5, step_shares=shares), 5)
+    assert [(r.arrival_s, r.width) for r in plain] == [(r.arrival_s, r.width) for r in mixed]
+    assert np.mean([request.slo_s is None for request in mixed]) == pytest.approx(0.5, abs=0.06)
+    steps = [request.num_steps for request in mixed]
+    assert [steps.count(n) / 700 for n in (4, 28, 50)] == pytest.approx([0.25, 0.25, 0.5], abs=0.06)
+    pairs = [(a.slo_s, b) for a, b in zip(plain, mixed, strict=True)]
+    factors = {(b.num_steps, round(b.slo_s / slo_s, 9)) for slo_s, b in pairs if slo_s and b.slo_s}
+    assert factors == {(4, 0.25), (28, 1.0), (50, round(50 / 28, 9))}
+    assert workload(step_shares=shares).mean_steps == pytest.approx(33)
+
+
+def test_streams_beside_come_until_the_others_end_and_leave_them_as_they_are() -> None:
+    giants = Stream(size=(2048, 2048), rate_per_min=6.0, num_steps=50, slo_s=12.0, tenant="B")
+    one = Stream(size=(4096, 4096), num_requests=1)
+    alone, asked = make_trace(workload(), 5), workload(tenant="A", beside=(giants, one))
+    trace = make_trace(asked, 5)
+    assert trace == make_trace(asked, 5) and [r.arrival_s for r in trace] == sorted(r.arrival_s for r in trace)
+    of_a = [request for request in trace if request.tenant == "A"]
+    assert [(r.arrival_s, r.width, r.slo_s) for r in of_a] == [(r.arrival_s, r.width, r.slo_s) for r in alone]
+    of_b = [request for request in trace if request.tenant == "B"]
+    assert len(of_b) == pytest.approx(alone[-1].arrival_s / 10, rel=0.3)
+    assert {(r.width, r.num_steps, r.slo_s) for r in of_b} == {(2048, 50, 12.0)}
+    (middle,) = [request for request in trace if request.width == 4096]
+    assert middle.arrival_s == pytest.approx(alone[-1].arrival_s / 2) and middle.slo_s is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({}, "beside.rate_per_min: must be given, or num_requests, but not both"),
+        ({"rate_per_min": 1.0, "num_requests": 1}, "beside.rate_per_min: must be given"),
+        ({"rate_per_min": 0.0}, "beside.rate_per_min: must be from 0.001"),
+        ({"num_requests": 0}, "beside.num_requests: must be from 1"),
+        ({"rate_per_min": 1.0, "slo_s": 0.0}, "beside.slo_s: must be above 0"),
+        ({"rate_per_min": 1.0, "num_steps": 0}, "beside.num_steps: must be from 1"),
+    ],
+)
+def test_a_bad_stream_names_the_field(fields: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValueError, match=f"^{complaint}"):
+        Stream(size=(256, 256), **fields)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import msgspec
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.errors import shown
 from tetrion.engine.planning.horizon_options import HorizonOptions
-from tetrion.engine.planning.policies import best_fit, horizon, rssp, tetriserve
+from tetrion.engine.planning.policies import best_fit, edf, horizon, rssp, tetriserve
 from tetrion.engine.planning.policies.fixed import fixed_planner
 from tetrion.engine.planning.policies.forced import serve_forced
 from tetrion.engine.planning.snapshot import Planner
@@ -19,6 +19,7 @@ POLICIES: dict[str, Planner] = {
     "rssp": rssp.plan,
     "tetriserve": tetriserve.rounds_planner(tetriserve.PUBLISHED_STEPS),
     "tetriserve-continuous": tetriserve.plan_continuously,
+    "edf": edf.plan,
     "edf-best-fit": best_fit.plan,
 }
 FAMILIES: dict[str, Callable[[int], Planner]] = {
@@ -27,7 +28,7 @@ FAMILIES: dict[str, Callable[[int], Planner]] = {
 }
 """Names that end in a number: `fixed-2`, `tetriserve-g2`."""
 OPTIONS: dict[str, type[msgspec.Struct]] = {"horizon": HorizonOptions}
-WORK_CONSERVING = frozenset({"tetriserve-continuous", "edf-best-fit"})
+WORK_CONSERVING = frozenset({"tetriserve-continuous", "edf", "edf-best-fit"})
 """Policies that leave no device idle beside a ready request that could use it."""
 POLICY_NAMES = ("horizon", "fixed-K (fixed-1, fixed-2, …)", *sorted(POLICIES.keys() - {"horizon"}), "tetriserve-gN")
 

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executors.simulated import Disturbance
 from tetrion.engine.planning.cost.profile import Profile
 from tetrion.entrypoints.bench.outcomes import Run
@@ -19,7 +20,7 @@ PROFILE = msgspec.convert(
     },
     Profile,
 )
-POLICIES = ("horizon", "fixed-2", "rssp", "tetriserve-g2", "tetriserve-continuous", "edf-best-fit")
+POLICIES = ("horizon", "fixed-2", "rssp", "tetriserve-g2", "tetriserve-continuous", "edf", "edf-best-fit")
 
 
 def trace(num_requests: int = 40, rate_per_min: float = 60.0) -> Trace:
@@ -106,3 +107,38 @@ def test_bad_arguments_are_named(changes: dict[str, object], complaint: str) -> 
     requests = arguments.pop("trace")
     with pytest.raises(ValueError, match=complaint):
         simulate(requests, **arguments)  # type: ignore[arg-type]
+
+
+def test_what_admission_refuses_is_not_met_and_takes_no_device_time() -> None:
+    """Four at once on one device, of which each takes 0.16 s: the third and fourth cannot be in time."""
+    four = one(slo_s=0.4) * 4
+    config = PlannerConfig(admission="reject-hopeless")
+    run = simulate(four, profile=PROFILE, policy="horizon", num_devices=1, planner_config=config)
+    refused = [outcome for outcome in run.outcomes if outcome.refused]
+    assert len(refused) == 2
+    assert all(o.is_met is False and o.finished_s is None and o.gpu_s == 0 for o in refused)
+    assert all(o.is_met for o in run.outcomes if not o.refused)
+    every = simulate(four, profile=PROFILE, policy="horizon", num_devices=1)
+    assert not any(outcome.refused for outcome in every.outcomes)
+    assert all(outcome.finished_s is not None for outcome in every.outcomes)
+
+
+def test_a_run_of_which_everything_is_refused_ends() -> None:
+    config = PlannerConfig(admission="reject-hopeless")
+    run = simulate(one(slo_s=0.01) * 3, profile=PROFILE, policy="horizon", num_devices=1, planner_config=config)
+    assert [outcome.refused for outcome in run.outcomes] == [True] * 3
+
+
+def test_fewer_in_flight_are_seen_at_once() -> None:
+    """Of an early, a later and a tight request, the tight one gets a device first if the policy sees all of them."""
+    size = {"width": 2048, "height": 2048, "num_steps": 28}
+    three = (*one(arrival_s=0.0, slo_s=None, **size), *one(arrival_s=0.1, slo_s=None, **size), *one(arrival_s=0.2))
+    seen, unseen = (
+        simulate(three, profile=PROFILE, policy="edf", num_devices=1, max_inflight=num).outcomes[2] for num in (3, 1)
+    )
+    assert (seen.finished_s or 0) < (unseen.finished_s or 0)
+
+
+def test_options_that_nobody_reads_are_refused() -> None:
+    with pytest.raises(ValueError, match="planner: there is no option 'nix'; policy edf has none"):
+        simulate(one(), profile=PROFILE, policy="edf", num_devices=1, planner_config=PlannerConfig(options={"nix": 1}))

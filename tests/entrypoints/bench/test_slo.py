@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.entrypoints.bench.conftest import small_disk
@@ -17,6 +18,7 @@ from tetrion.entrypoints.bench.slo_statistics import (
     attainment,
     attainment_by_class,
     attainment_interval,
+    by_tenant,
     wilson_interval,
     worst_lateness_s,
 )
@@ -40,6 +42,8 @@ FIELDS = {
     "attainment",
     "ci95",
     "attainment_by_class",
+    "by_tenant",
+    "refused",
     "mean_s",
     "p50_s",
     "p95_s",
@@ -274,6 +278,43 @@ def test_attainment_counts_failures_as_missed_and_skips_requests_without_slo() -
     assert worst_lateness_s([outcome(0.5), outcome(3.5)]) == pytest.approx(2.5)
     assert worst_lateness_s([outcome(0.5)]) == 0.0
     assert worst_lateness_s(outcomes) is None
+
+
+def test_tenants_get_what_their_own_requests_got() -> None:
+    def of(tenant: str, latency_s: float | None, *, refused: bool = False) -> Outcome:
+        plain = outcome(latency_s)
+        request = msgspec.structs.replace(plain.request, tenant=tenant)
+        return msgspec.structs.replace(plain, request=request, refused=refused)
+
+    found = by_tenant([of("B", 0.5), of("A", 3.0), of("B", 1.5), of("A", None, refused=True)])
+    assert list(found) == ["A", "B"]
+    assert (found["A"]["requests"], found["A"]["refused"], found["A"]["attainment"]) == (2, 1, 0.0)
+    assert (found["A"]["mean_s"], found["B"]["mean_s"]) == pytest.approx((3.0, 1.0))
+    assert (found["B"]["attainment"], found["B"]["device_s"]) == (0.5, 2.0)
+    assert by_tenant([outcome(0.5)]) == {} == by_tenant([])
+    assert worst_lateness_s([of("A", None, refused=True), of("A", 2.0)]) == pytest.approx(1.0)
+
+
+def test_the_table_has_a_line_for_each_tenant_and_refusals_where_there_are_any(
+    profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = [
+        TraceRequest(arrival_s=i / 10, width=1024, height=1024, num_steps=4, slo_s=slo_s, tenant=tenant)
+        for i, (tenant, slo_s) in enumerate([("A", 0.01), ("A", 9.0), ("B", 9.0)])
+    ]
+    write_trace(tmp_path / "tenants.jsonl", requests)
+    asked = {"simulate": True, "profile": {"": profile}, "trace": [tmp_path / "tenants.jsonl"], "devices": 2}
+    command(**asked, planner=["admission=reject-hopeless"])  # type: ignore[arg-type]
+    heading, row, first, second = capsys.readouterr().out.splitlines()
+    assert "refused" in heading and "33.3%" in row
+    assert first.split()[:4] == ["tenant", "A", "0.500", "50.0%"] and second.split()[:4] == [
+        "tenant",
+        "B",
+        "1.000",
+        "0.0%",
+    ]
+    command(**asked)  # type: ignore[arg-type]
+    assert "refused" not in capsys.readouterr().out
 
 
 def test_wilson_interval_matches_published_values() -> None:

@@ -58,6 +58,25 @@ def test_bound_prints_a_line_for_each_point(profile_file: Path, capsys: pytest.C
         ("bench slo --simulate --profile {p} --devices cpu:2", "devices: a simulation needs their number, got 'cpu:2'"),
         ("bench slo --profile {p}", "mode: give one of --simulate, --live and --url"),
         ("bench slo --live --devices cpu:0", "devices: expected cpu:N"),
+        ("bench slo --simulate --profile {p} --planner lead_s", "planner: expected KEY=VALUE such as"),
+        ("bench slo --simulate --profile {p} --planner lead_s=7", "planner.lead_s: Expected `float` <= 1.0"),
+        ("bench slo --simulate --profile {p} --planner rescue=1", "planner.options.rescue: Expected `bool`, got `int`"),
+        ("bench slo --simulate --profile {p} --planner options.rescue=1", "planner.options.rescue: Expected `bool`"),
+        ("bench slo --simulate --profile {p} --planner nix=1", "planner: there is no option 'nix'; policy horizon has"),
+        (
+            "bench slo --simulate --profile {p} --policy edf --planner rescue=false",
+            "planner: there is no option 'rescue'; policy edf has none",
+        ),
+        ("bench slo --simulate --profile {p} --planner policy=edf", "planner: policy: name it with --policy"),
+        ("bench slo --simulate --profile {p} --planner admission=no", "planner.admission: Invalid enum value 'no'"),
+        ("bench slo --url http://127.0.0.1:1 --planner lead_s=0", "planner: a server has its own settings"),
+        ("bench slo --live --planner lead_s=7", "planner.lead_s: Expected `float` <= 1.0"),
+        ("bench slo --simulate --profile {p} --beside nix=1", "beside: expected KEY=VALUE,… with keys rate, number,"),
+        ("bench slo --simulate --profile {p} --beside rate=1", "beside: size is missing in 'rate=1'"),
+        ("bench slo --simulate --profile {p} --beside size=8x8,rate=x", "beside.rate: got 'x'"),
+        ("bench slo --simulate --profile {p} --step-share 4", "step_share: expected STEPS=SHARE such as 50=0.3"),
+        ("bench slo --simulate --profile {p} --step-share 4=0", "step_shares: must be of shares above 0"),
+        ("bench slo --simulate --profile {p} --trace T --tenant A", "tenant: not with a trace"),
         ("bound --profile missing.json", "missing.json"),
         ("replay missing.jsonl", "missing.jsonl"),
         ("bench timeline {p} --png x.png", "not a recording"),
@@ -82,3 +101,22 @@ def test_the_command_line_is_spelt_as_it_was_given() -> None:
     }
     spelt = "tetrion bench slo --simulate --rate 6.0 --rate 12.0 --profile 'a b.json' --json --bias 0.5"
     assert spell("slo", given) == spelt
+
+
+def test_planner_settings_admission_and_tenants_reach_the_rows(tmp_path: Path, profile_file: Path) -> None:
+    output = tmp_path / "R.json"
+    words = f"bench slo --simulate --profile {profile_file} --devices 4 --seed 1 --num-requests 60 --rate 60"
+    words += " --policy horizon --policy edf --planner admission=reject-hopeless --planner drop=fraction"
+    words += (
+        " --max-inflight 32 --tenant A --beside size=256x256,rate=20,slo=1,tenant=B --step-share 4=1 --step-share 28=1"
+    )
+    assert run([*words.split(), "--arrivals", "production", "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    ours, edf = record["rows"]
+    assert ours["refused"] > 0 and list(ours["by_tenant"]) == ["A", "B"]
+    assert sum(tenant["requests"] for tenant in ours["by_tenant"].values()) == ours["requests"] > 60
+    assert sum(tenant["refused"] for tenant in ours["by_tenant"].values()) == ours["refused"]
+    assert all(tenant["device_s"] > 0 for tenant in edf["by_tenant"].values())
+    assert record["planner"]["admission"] == "reject-hopeless" and record["planner"]["max_inflight"] == 32
+    assert record["planner"]["options"] == {"horizon": {"drop": "fraction"}}
+    assert record["workload"]["sessions"]["tail"] == 2.2 and record["workload"]["beside"][0]["tenant"] == "B"

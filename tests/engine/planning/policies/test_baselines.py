@@ -93,6 +93,44 @@ def test_best_fit_serves_the_earliest_deadline_first_and_the_next_with_what_is_l
     assert degrees(plan) == {"a": 2, "c": 1}
 
 
+# edf -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget_s", "others", "degree"), [(2.02, 3, 1), (1.98, 2, 2), (1.18, 0, 4)])
+def test_edf_gives_the_narrowest_degree_in_time_where_others_take_the_rest(
+    budget_s: float, others: int, degree: int
+) -> None:
+    """Ten steps take 2.0, 1.2, 0.8 s. The others, due later and far from late, take a device each."""
+    due = request("a", slo_s=16.0 + budget_s + 0.090 + 0.010)
+    behind = [request(f"b{i}", slo_s=200.0) for i in range(others)]
+    got = degrees(get_planner("edf")(snapshot([*behind, due], 16.0)))
+    assert got == {"a": degree} | {b.request_id: 1 for b in behind}
+
+
+def test_edf_gives_what_is_left_to_whoever_gains_most() -> None:
+    """From one device to two, 1024x1024 becomes 1.67 times as fast; to four 2.5 times. Four devices are worth most as
+    two and two."""
+    pair = [request("a"), request("b", slo_s=200.0)]
+    assert degrees(get_planner("edf")(snapshot(pair))) == {"a": 2, "b": 2}
+    assert degrees(get_planner("edf")(snapshot(pair[:1]))) == {"a": 4}
+    assert degrees(get_planner("edf-best-fit")(snapshot(pair))) == {"a": 1, "b": 1}
+
+
+def test_edf_serves_late_ones_in_their_turn_and_widens_them_too() -> None:
+    late, on_time = request("a", slo_s=10.0), request("b", slo_s=200.0)
+    assert degrees(get_planner("edf")(snapshot([on_time, late], 16.0))) == {"a": 2, "b": 2}
+    alone = get_planner("edf")(snapshot([late], 16.0))
+    assert degrees(alone) == {"a": 4} and of(alone, "a").chunk_steps == 1
+    one_free = snapshot([on_time, late], 16.0, free_s=(0.0, 99.0, 99.0, 99.0))
+    assert degrees(get_planner("edf")(one_free)) == {"a": 1}
+
+
+def test_edf_keeps_placements() -> None:
+    pair = [request("a", members=(3, 1)), request("b", slo_s=200.0, members=(0, 2))]
+    plan = get_planner("edf")(snapshot(pair))
+    assert of(plan, "a").members == (3, 1) and of(plan, "b").members == (0, 2)
+
+
 # tetriserve ----------------------------------------------------------------------------------------------------------
 
 
