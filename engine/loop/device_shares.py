@@ -1,8 +1,8 @@
 """Whose turn it is, by the device time that tenants, and the users of each, have had lately.
 
-Everybody's *share* is what an equal division by weight among those that have something to do would give. Who has had
-less than the share comes first, whoever has had more comes behind, the more the later; among those that have had about
-as much, deadlines decide. Shares bind nobody while nobody else wants the devices.
+Everybody's *share* of what was used lately is an equal part by weight among those that have something to do. Who has
+had no more than that comes first, whoever has had more comes behind, the more the later; among those that have had
+about as much, deadlines decide. Shares bind nobody while nobody else wants the devices.
 
 What somebody has had fades within `MEMORY_S`, so that using what was idle is paid for briefly if at all; and one that
 comes back after a pause is taken for having had nearly as much as the one that has had least, so that nobody saves up.
@@ -15,8 +15,8 @@ from tetrion.engine.planning.snapshot import Holder
 
 MEMORY_S = 30.0
 """Time constant of what fades."""
-TOLERANCE = 0.08
-"""Of all devices: who has had so much more than another is behind it."""
+BURST_S = 1.0
+"""Who has had so long all devices more than its share, or than another, is behind."""
 CREDIT = 0.2
 """Of all devices: so much less than the least somebody may seem to have had after a pause."""
 MANY = 64
@@ -66,14 +66,15 @@ class _Peers:
             del self._uses[name]
         self._active = active
 
-    def ranks(self, shares: Mapping[str, float], now_s: float) -> dict[str, int]:
-        """Of those with these shares, in devices."""
-        order = sorted((self._uses[name].at(now_s) / share, name) for name, share in shares.items())
-        tolerance = TOLERANCE * len(order)
-        ranks, rank, bound = {}, 0, max(1.0, order[0][0] + tolerance)
-        for part, name in order:
-            if part > bound:
-                rank, bound = rank + 1, part + tolerance
+    def ranks(self, weights: Mapping[str, float], burst: float, now_s: float) -> dict[str, int]:
+        """Of those with these weights. `burst`: devices that make a difference."""
+        mean = sum(weights.values()) / len(weights)
+        order = sorted((self._uses[name].at(now_s) * mean / weight, name) for name, weight in weights.items())
+        share = sum(self._uses[name].at(now_s) for name in weights) / len(weights)
+        ranks, rank, bound = {}, 0, max(share, order[0][0]) + burst
+        for devices, name in order:
+            if devices > bound:
+                rank, bound = rank + 1, devices + burst
             ranks[name] = rank
         return ranks
 
@@ -106,13 +107,11 @@ class DeviceShares:
             self._users = {tenant: peers for tenant, peers in self._users.items() if tenant in users}
         if len(active) < 2:
             return {}
-        weights = {tenant: self._weights.get(tenant, 1.0) for tenant in users}
-        unit = self._num_devices / sum(weights.values())
-        by_tenant = self._tenants.ranks({tenant: weight * unit for tenant, weight in weights.items()}, now_s)
+        burst = self._num_devices * BURST_S / MEMORY_S
+        by_tenant = self._tenants.ranks({t: self._weights.get(t, 1.0) for t in users}, burst, now_s)
         places: dict[Holder, tuple[int, int]] = {}
         for tenant, names in users.items():
-            share = weights[tenant] * unit / len(names)
-            by_user = self._users[tenant].ranks(dict.fromkeys(names, share), now_s)
+            by_user = self._users[tenant].ranks(dict.fromkeys(names, 1.0), burst, now_s)
             places |= {(tenant, user): (by_tenant[tenant], rank) for user, rank in by_user.items()}
         order = {place: i for i, place in enumerate(sorted(set(places.values())))}
         return {holder: order[place] for holder, place in places.items()} if len(order) > 1 else {}

@@ -51,12 +51,12 @@ def error_of(capture: Capture) -> str:
         (["--devices", "cpu:0"], "devices: expected cpu:N with N from 1 to 64"),
         (["--devices", "tpu"], "devices: expected cpu:N"),
         (["--num-threads", "0"], "--num-threads"),
-        (["--planner", "rescue"], "planner: expected KEY=VALUE"),
+        (["--planner", "late_worth"], "planner: expected KEY=VALUE"),
         (["--planner", "drop=largest"], "planner.options.drop: "),
-        (["--planner", "pace=2"], "planner: there is no option 'pace'; policy horizon has drop, rescue"),
+        (["--planner", "pace=2"], "planner: there is no option 'pace'; policy horizon has drop, late_worth"),
         (
-            ["--policy", "fixed-1", "--planner", "rescue=false"],
-            "planner: there is no option 'rescue'; policy fixed-1 has none, every planner lead_s, chunk_s",
+            ["--policy", "fixed-1", "--planner", "late_worth=2"],
+            "planner: there is no option 'late_worth'; policy fixed-1 has none, every planner lead_s, chunk_s",
         ),
         (["--planner", 'tenant_weights={"gold": 0}'], "planner.tenant_weights"),
         (["--carbon", "hours.csv"], "'hours.csv' is not a valid float"),
@@ -177,12 +177,12 @@ def test_ctrl_c_is_130(tetrion: Tetrion, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_planners_settings_reach_the_engine(tetrion: Tetrion, factory: FakeFactory, tmp_path: Path) -> None:
-    settings = ("admission=reject-hopeless", "rescue=false", 'tenant_weights={"gold": 4}', "chunk_s=0.2")
+    settings = ("admission=reject-hopeless", "late_worth=2", 'tenant_weights={"gold": 4}', "chunk_s=0.2")
     arguments = [word for setting in settings for word in ("--planner", setting)]
     assert tetrion("generate", "a red circle", *arguments, "--output", tmp_path) == 0
     planner = factory.last.config.planner
     assert (planner.policy, planner.admission) == ("horizon", "reject-hopeless")
-    assert planner.options == HorizonOptions(rescue=False)
+    assert planner.options == HorizonOptions(late_worth=2.0)
     assert (planner.tenant_weights, planner.chunk_s) == ({"gold": 4.0}, 0.2)
 
 

@@ -39,7 +39,7 @@ def test_every_option_reaches_its_field() -> None:
     values = {
         "model": "a", "model_alias": "x=a", "devices": "cpu:3", "load_format": "dummy", "attention": "triton",
         "profile": "a=p.json", "num_threads": 2, "max_inflight": 3, "max_queued": 4, "queue_timeout_s": 6,
-        "planner": "rescue=false",
+        "planner": "late_worth=2",
         "policy": "horizon", "meter": "model", "carbon": 5,
         "start_timeout_s": 7, "stall_timeout_s": 8, "no_worker_timeout_s": 9,
     }  # fmt: skip
@@ -56,7 +56,7 @@ def test_every_option_reaches_its_field() -> None:
         max_inflight=3,
         max_queued=4,
         queue_timeout_s=6.0,
-        planner=with_options(PlannerConfig(policy="horizon", options={"rescue": False})),
+        planner=with_options(PlannerConfig(policy="horizon", options={"late_worth": 2})),
         metering=MeteringConfig(meter="model", carbon=5.0),
         start_timeout_s=7.0,
         stall_timeout_s=8.0,
@@ -65,9 +65,9 @@ def test_every_option_reaches_its_field() -> None:
 
 
 def test_what_is_repeated_adds_up() -> None:
-    config = configured("--model", "a", "--model", "b", "--planner", "rescue=false", "--planner", 'drop="fraction"')
+    config = configured("--model", "a", "--model", "b", "--planner", "late_worth=2", "--planner", 'drop="fraction"')
     assert config.models == ("a", "b")
-    assert horizon_options(config.planner) == HorizonOptions(rescue=False, drop="fraction")
+    assert horizon_options(config.planner) == HorizonOptions(late_worth=2.0, drop="fraction")
 
 
 def test_a_table_without_a_model_is_the_first_ones(tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_a_table_without_a_model_is_the_first_ones(tmp_path: Path) -> None:
         (["--num-threads", "0"], "x>=1"),
         (["--stall-timeout-s", "nan"], "x>0"),
         (["--load-format", "pickle"], "safetensors"),
-        (["--planner", "rescue"], "planner: expected KEY=VALUE"),
-        (["--planner", "rescue=7"], "planner.options.rescue: Expected `bool`"),
+        (["--planner", "late_worth"], "planner: expected KEY=VALUE"),
+        (["--planner", "late_worth=-1"], "planner.options.late_worth: Expected `float` >= 0"),
         (["--planner", "colour=7"], "planner: there is no option 'colour'; policy horizon has drop, "),
         (["--meter", "gauge"], "metering.meter: "),
         (["--model-alias", "best"], "model_alias: expected MODEL_ALIAS=…, got 'best'"),

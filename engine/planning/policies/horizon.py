@@ -7,7 +7,8 @@ share out the left-over devices; start what is ready, unless a short wait for it
 Deadlines that can be met go before all else. Requests that can no longer meet theirs (*late* ones) and those that have
 none stand in one *pool*, oldest first, so that stating a deadline never makes a request worse off. Left-over devices
 go where they are worth most: to the pool, to the dropped, or to widening those that are on time. What they are worth
-to the pool is the option `late_worth`: more of it finishes late work sooner, and costs deadlines.
+to the pool is the option `late_worth`: more of it finishes late work sooner, and costs deadlines. Where nothing is ever
+left over, the oldest of the pool has a turn now and then, so that everybody's turn comes.
 
 Between tenants (and users of one) that have had more device time than their share and those that have not, the latter
 go first: they are placed first, the others' requests are dropped first, and stand behind in the pool.
@@ -53,6 +54,8 @@ BACKLOG_LOOKED_AT = 48
 LONGEST_STEP_S = 0.4
 """Requests of the pool run only at degrees whose step takes at most this long (or the widest)."""
 ONES = (1.0,) * (MAX_DEVICES + 1)
+TURN_EVERY = 40
+"""In one of so many chunk lengths the oldest of the pool, if it has waited for its patience, goes before all others."""
 MIN_CANDIDATES = 48
 """At least so many of the most urgent requests (else 4 per device) enter the fill."""
 
@@ -68,6 +71,10 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     tick.set_targets()
     tick.share_left_over()
     return tick.start_denoise()
+
+
+import os
+STRETCH = float(os.environ.get("STRETCH", "0"))
 
 
 class _Tick:
@@ -128,7 +135,8 @@ class _Tick:
         return sorted(requests, key=self.snapshot.rank) if self.snapshot.ranks else requests
 
     def _seniority(self, work: Work) -> tuple[int, float, int, str]:
-        return self.snapshot.rank(work.view), *arrival_order(work.view)
+        due_s = work.view.arrival_s + STRETCH * work.remaining * work.table.work_s
+        return self.snapshot.rank(work.view), due_s, -work.view.priority, work.view.request_id
 
     def _work(self, request: RequestView) -> Work:
         table = self.tables[request.model, request.cost_key]
@@ -150,10 +158,27 @@ class _Tick:
         bound = self.options.max_candidates or max(MIN_CANDIDATES, 4 * len(self.snapshot.devices))
         candidates, drop_first = self.on_time[:bound], DROP_FIRST[self.options.drop]
         profile = FreeProfile(self.now_s, self.builder.free_s.values())
+        self.placed = self._whose_turn_it_is()
+        for work in self.placed:
+            profile.take_devices(
+                work.level, self.now_s, self.now_s + max(self.config.chunk_s, work.table.step_s[work.level])
+            )
         for _, alike in itertools.groupby(candidates, key=lambda work: self.snapshot.rank(work.view)):
             self.dropped += fill(profile, list(alike), drop_first)
         self.dropped += self.on_time[bound:]
-        self.placed = [work for work in candidates if work.level]
+        self.placed += [work for work in candidates if work.level]
+
+    def _whose_turn_it_is(self) -> list[Work]:
+        """The oldest of the pool, at its narrowest degree, if it is time."""
+        chunk_s, oldest = self.config.chunk_s, self.pool[:1]
+        if not oldest or self.now_s % (TURN_EVERY * chunk_s) >= chunk_s or not oldest[0].is_ready:
+            return []
+        (work,) = oldest
+        if self.now_s - work.view.arrival_s <= self.config.patience_s:
+            return []
+        del self.pool[0]
+        work.level = work.degrees[0]
+        return oldest
 
     # 6: targets ---------------------------------------------------------------------------------------------------
 

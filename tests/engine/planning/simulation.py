@@ -194,7 +194,9 @@ class Simulation:
 
 def content(snapshot: Snapshot) -> bytes:
     """All that a snapshot says; of its tables the costs."""
-    return msgspec.json.encode(msgspec.structs.asdict(snapshot) | {"tables": snapshot.costs})
+    return msgspec.json.encode(
+        msgspec.structs.asdict(snapshot) | {"tables": snapshot.costs, "ranks": list(snapshot.ranks.items())}
+    )
 
 
 def check_plan(snapshot: Snapshot, plan: RoundPlan) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tetrion.engine.planning.degrees import DegreeTable, useful_degrees
-from tetrion.engine.planning.forward_fill import Work, fill, fill_soft, fraction_left, place
+from tetrion.engine.planning.forward_fill import Work, fill, fraction_left, place
 from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.placement import choose_members
 from tetrion.engine.planning.policies.leftover import gain, widen
@@ -146,12 +146,6 @@ def test_everybody_is_placed_or_dropped_and_the_placed_fit(items: list[tuple[int
     levels = [item.level for item in placed]
     assert fill(again, placed) == [], "the fill of those placed is reproducible"
     assert [item.level for item in placed] == levels
-
-
-def test_requests_without_slo_are_all_placed() -> None:
-    works = [work(f"r{i}", 3, 1.0) for i in range(12)]
-    fill_soft(FreeProfile(0.0, [0.0] * 8), works)
-    assert all(item.level == 1 for item in works)
 
 
 @given(st.integers(0, 7), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=4))

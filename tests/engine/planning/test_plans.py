@@ -72,7 +72,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         patience_s=draw(st.sampled_from((5.0, 60.0))),
         options=HorizonOptions(
             drop=draw(st.sampled_from(("work", "fraction"))),
-            rescue=draw(st.booleans()),
+            late_worth=draw(st.sampled_from((0.0, 0.75, 4.0))),
             max_candidates=draw(st.sampled_from((None, 1, 3))),
         ),
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.engine.planning.simulation import Simulation, check_plan, content
 from tests.engine.planning.test_plans import NOW_S, PROFILE, random_trace, snapshots
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.policies.horizon import LATE_ITEMS
+from tetrion.engine.planning.policies.horizon import POOL_ITEMS
 from tetrion.engine.planning.policies.registry import FAMILIES, POLICIES, WORK_CONSERVING, get_planner
 from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
 
@@ -77,7 +77,7 @@ def test_what_is_kept_apart_is_served_as_if_it_were_not(policy: str, snapshot: S
     apart = with_backlog(snapshot)
     together, split = (get_planner(policy)(each) for each in (snapshot, apart))
     check_plan(snapshot, split)
-    if len(apart.backlog) <= LATE_ITEMS:
+    if len(apart.backlog) <= POOL_ITEMS:
         assert summary(split) == summary(together)
         assert (split.wake_s, split.num_held) == (together.wake_s, together.num_held)
 

@@ -6,9 +6,10 @@ from tests.engine.planning.simulation import SimRequest, Simulation, costs_of, f
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import HorizonOptions
+from tetrion.engine.planning.policies.horizon import TURN_EVERY
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.planning.slo import urgency
-from tetrion.engine.planning.snapshot import Assignment, DeviceView, RequestView, RoundPlan, Snapshot
+from tetrion.engine.planning.snapshot import NO_RANKS, Assignment, DeviceView, RequestView, RoundPlan, Snapshot
 
 NOW_S = 100.0
 
@@ -28,12 +29,15 @@ def request(request_id: str, **fields: object) -> RequestView:
     return RequestView(request_id=request_id, **{**values, **fields})  # type: ignore[arg-type]
 
 
-def plan(requests: list[RequestView], free_in_s: list[float], profile=None, **options: float) -> RoundPlan:
+def plan(
+    requests: list[RequestView], free_in_s: list[float], profile=None, now_s=NOW_S, ranks=NO_RANKS, **options: float
+) -> RoundPlan:
     planner = PlannerConfig(options=HorizonOptions(**options))  # type: ignore[arg-type]
     snapshot = Snapshot(
-        now_s=NOW_S,
+        now_s=now_s,
+        ranks=ranks,
         requests=tuple(sorted(requests, key=lambda r: urgency(r, planner))),
-        devices=tuple(DeviceView(device_id=i, free_s=NOW_S + wait_s) for i, wait_s in enumerate(free_in_s)),
+        devices=tuple(DeviceView(device_id=i, free_s=now_s + wait_s) for i, wait_s in enumerate(free_in_s)),
         tables=DegreeTables(costs_of(profile or flux_profile()), len(free_in_s)),
         config=planner,
     )
@@ -86,11 +90,6 @@ def test_a_request_with_an_slo_goes_before_one_without() -> None:
     assert list(by_id(plan(pair, [0.0]))) == ["b"]
 
 
-def test_a_request_without_slo_goes_first_once_it_is_very_old() -> None:
-    pair = [request("a", deadline_s=None, arrival_s=NOW_S - 601), request("b")]
-    assert list(by_id(plan(pair, [0.0]))) == ["a"]
-
-
 def test_a_late_request_gets_what_is_left() -> None:
     late = request("a", arrival_s=NOW_S - 5, deadline_s=NOW_S - 1)
     tight = request("b", deadline_s=NOW_S + 0.12 + 28 * 0.0598 + 0.05)
@@ -98,18 +97,72 @@ def test_a_late_request_gets_what_is_left() -> None:
     assert by_id(plan([late, tight], [0.0] * 5)).keys() == {"a", "b"}
 
 
-def test_a_late_request_is_rescued_unless_that_costs_somebody_the_deadline() -> None:
-    late = request("a", arrival_s=NOW_S - 60, deadline_s=NOW_S - 55)
-    assert by_id(plan([late, request("b", deadline_s=NOW_S + 30)], [0.0])).keys() == {"a"}
-    assert by_id(plan([late, request("b", deadline_s=NOW_S + 8)], [0.0])).keys() == {"b"}
-    crowd = [request(f"c{i}", arrival_s=NOW_S - 5, deadline_s=NOW_S - 1) for i in range(8)]
-    assert by_id(plan([late, *crowd, request("b", deadline_s=NOW_S + 30)], [0.0])).keys() == {"b"}
+def test_late_requests_and_those_without_a_deadline_stand_in_one_line() -> None:
+    """Oldest first: whether a deadline was stated makes no difference once it has passed."""
+    for deadlines in ((None, NOW_S - 1), (NOW_S - 1, None), (None, None), (NOW_S - 1, NOW_S - 1)):
+        pair = [request(name, arrival_s=NOW_S - age_s, deadline_s=due_s)
+                for name, age_s, due_s in zip("ab", (9, 5), deadlines, strict=True)]  # fmt: skip
+        assert list(by_id(plan(pair, [0.0]))) == ["a"]
 
 
-def test_the_rescue_is_a_switch() -> None:
-    late = request("a", arrival_s=NOW_S - 60, deadline_s=NOW_S - 55)
-    pair = [late, request("b", deadline_s=NOW_S + 30)]
-    assert by_id(plan(pair, [0.0], rescue=False)).keys() == {"b"}
+def test_the_pool_runs_abreast_where_that_draws_more_and_its_oldest_goes_first() -> None:
+    crowd = [request(f"r{i}", deadline_s=None, arrival_s=NOW_S - 10 + i) for i in range(6)]
+    assert {name: len(a.members) for name, a in by_id(plan(crowd, [0.0] * 4)).items()} == dict.fromkeys(
+        ("r0", "r1", "r2", "r3"), 1
+    )
+    giant = request("giant", cost_key="2048x2048", deadline_s=None, arrival_s=NOW_S - 60)
+    assert len(by_id(plan([giant, *crowd], [0.0] * 4))["giant"].members) > 1
+
+
+def test_late_worth_says_whether_late_work_or_widening_gets_what_is_left() -> None:
+    late = request("late", arrival_s=NOW_S - 5, deadline_s=NOW_S - 1)
+    tight = request("tight", deadline_s=NOW_S + 3.0)
+    degrees = [
+        {name: len(a.members) for name, a in by_id(plan([late, tight], [0.0] * 8, late_worth=worth)).items()}
+        for worth in (0.0, 0.75, 100.0)
+    ]
+    assert degrees[0].get("late", 0) < degrees[2]["late"] and degrees[0]["tight"] > degrees[2]["tight"]
+    assert degrees[0].get("late", 0) <= degrees[1]["late"] <= degrees[2]["late"]
+
+
+def test_the_oldest_of_the_pool_has_a_turn_now_and_then() -> None:
+    """Although another one needs the only device all the time."""
+    every_s, alone_s = TURN_EVERY * PlannerConfig().chunk_s, 28 * flux_profile().step_s("1024x1024", 1)
+
+    def num_turns(age_s: float) -> int:
+        late = request("a", arrival_s=NOW_S - age_s, deadline_s=NOW_S - age_s + 5)
+        times = [NOW_S + every_s * i / 200 for i in range(200)]
+        return sum("a" in by_id(plan([late, tight(now_s)], [0.0], now_s=now_s)) for now_s in times)
+
+    def tight(now_s: float) -> RequestView:
+        return request("b", deadline_s=now_s + alone_s + 0.2)
+
+    assert 1 <= num_turns(600) <= 200 / TURN_EVERY + 1
+    assert num_turns(50) == 0
+
+
+# Tenants ----------------------------------------------------------------------------------------------------------
+
+
+def test_who_has_had_less_than_the_share_is_placed_first() -> None:
+    """One device: only one of them can be in time, and the one with the earlier deadline is behind."""
+    due_s = NOW_S + 28 * flux_profile().step_s("1024x1024", 1) + 0.2
+    hog = request("hog", holder=("a", ""), deadline_s=due_s - 0.05)
+    other = request("other", holder=("b", ""), deadline_s=due_s)
+    assert list(by_id(plan([hog, other], [0.0]))) == ["hog"]
+    assert list(by_id(plan([hog, other], [0.0], ranks={("a", ""): 1, ("b", ""): 0}))) == ["other"]
+    assert list(by_id(plan([hog], [0.0], ranks={("a", ""): 1, ("b", ""): 0}))) == ["hog"], "shares bind nobody alone"
+
+
+def test_late_requests_go_by_rank_and_age() -> None:
+    late = [
+        request(f"{tenant}{age_s}", holder=(tenant, ""), arrival_s=NOW_S - age_s, deadline_s=NOW_S - 1)
+        for tenant in "ab"
+        for age_s in (5, 9)
+    ]
+    ranks = {("a", ""): 1, ("b", ""): 0}
+    assert set(by_id(plan(late, [0.0], ranks=ranks))) == {"b9"}
+    assert set(by_id(plan(late, [0.0] * 2, ranks=ranks))) == {"b9", "b5"}
 
 
 def test_weights_decide_who_is_given_up() -> None:
