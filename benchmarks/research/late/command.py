@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.research.late.criteria import by_load, criteria, p99_ratio
-from benchmarks.research.late.figures import Row, figures
+from benchmarks.research.late.figures import COLUMNS, PARTS, Row, figures
 from benchmarks.research.late.plots import draw
 from benchmarks.research.late.points import GIANT, NUM_REQUESTS, QUICK_REQUESTS, SEEDS, Point, points
 from benchmarks.research.late.runs import ROOT, Contender, Runs, parse_contender
@@ -57,6 +57,7 @@ def command(
     judged = criteria(found, asked, OURS, BEFORE)
     loads = list(by_load(found, asked, [contender.name for contender in contenders]))
     made = make_record(command_line, _flat(asked, found)) | {
+        "columns": COLUMNS,
         "criteria": judged,
         "by_load": loads,
         "seeds": SEEDS,
@@ -98,14 +99,23 @@ def _rows(runs: Runs, contenders: Sequence[Contender], point: Point) -> dict[str
 
 
 def _flat(asked: Sequence[Point], found: dict[str, dict[str, Row]]) -> list[Row]:
-    """A row for each point and policy, with the ratio of its p99."""
+    """A row for each point and policy: figures in the order of `COLUMNS`, of all requests and of each part."""
     rows = []
     for point in asked:
         for policy, row in found[point.name].items():
             ratio = p99_ratio(found[point.name], policy)
-            about = {"group": point.group, "point": point.name, "policy": policy}
-            rows.append(about | row | {"p99_ratio": None if ratio is None else float(f"{ratio:.3g}")})
+            made = {"group": point.group, "point": point.name, "policy": policy, "all": _columns(row)}
+            made["p99_ratio"] = None if ratio is None else float(f"{ratio:.3g}")
+            made |= {name: row[name] for name in ("by_seed", "cpu_s", "plan_ms")}
+            for part in PARTS:
+                if of_part := row.get(f"by_{part}"):
+                    made[f"by_{part}"] = {name: _columns(figures) for name, figures in of_part.items()}
+            rows.append(made)
     return rows
+
+
+def _columns(row: Row) -> list[float | None]:
+    return [row[name] for name in COLUMNS]
 
 
 def _load_line(row: Row) -> str:

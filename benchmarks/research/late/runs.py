@@ -28,6 +28,8 @@ from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.options import planner_settings
 
 ROOT = Path(__file__).parents[3]
+KNOWN_BEFORE = ("arrival_s", "width", "height", "num_steps", "slo_s", "weight")
+"""Fields of a trace that every commit knows."""
 PACKAGES = ("engine", "entrypoints")
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -184,9 +186,7 @@ def trace_bytes(trace: Trace, *, with_tenants: bool) -> bytes:
     """JSONL without fields that an older commit does not know, unless they say something."""
     lines = []
     for request in trace:
-        line = {
-            name: getattr(request, name) for name in ("arrival_s", "width", "height", "num_steps", "slo_s", "weight")
-        }
+        line = {name: getattr(request, name) for name in KNOWN_BEFORE}
         if with_tenants and request.tenant:
             line["tenant"] = request.tenant
         lines.append(msgspec.json.encode(line))
