@@ -39,12 +39,13 @@ def command(
     plots: Path | None = None,
     command_line: str = "python -m benchmarks.research late",
 ) -> dict[str, Any]:
-    """`policy`, `also`: see `parse_contender`. `only`: these groups of points. `quick`: a third of the requests. Raises
-    InputError."""
+    """`policy`, `also`: see `parse_contender`; the latter run at the mixes only. `only`: these groups of points.
+    `quick`: a third of the requests. Raises InputError."""
     check_writable(output, "output")
     if plots is not None:
         import_matplotlib()
-    contenders = [parse_contender(text) for text in dict.fromkeys([*policy, *also])]
+    contenders = [parse_contender(text) for text in dict.fromkeys(policy)]
+    variants = [parse_contender(text) for text in dict.fromkeys(also) if text not in policy]
     profile = table()
     asked = points(profile, QUICK_REQUESTS if quick else NUM_REQUESTS)
     groups = {point.group for point in asked}
@@ -52,7 +53,10 @@ def command(
         raise InputError(f"only: expected one of {', '.join(sorted(groups))}, got {min(unknown)!r}")
     asked = tuple(point for point in asked if not only or point.group in only)
     runs = Runs(folder, profile)
-    is_complete = runs.complete(contenders, asked, SEEDS, jobs=jobs, budget_s=budget_s, report=_to_stderr)
+    tasks = [(contender, point) for point in asked for contender in contenders]
+    tasks += [(variant, point) for point in asked for variant in variants if point.group == "mixes"]
+    is_complete = runs.complete(tasks, SEEDS, jobs=jobs, budget_s=budget_s, report=_to_stderr)
+    contenders += variants
     found = {point.name: _rows(runs, contenders, point) for point in asked}
     judged = criteria(found, asked, OURS, BEFORE)
     loads = list(by_load(found, asked, [contender.name for contender in contenders]))

@@ -111,21 +111,19 @@ class Runs:
 
     def complete(
         self,
-        contenders: Sequence[Contender],
-        points: Sequence[Point],
+        tasks: Sequence[tuple[Contender, Point]],
         seeds: Sequence[int],
         *,
         jobs: int,
         budget_s: float,
         report: Callable[[str], object],
     ) -> bool:
-        """Run what is missing, point by point, in `jobs` processes at a time; nothing begins after `budget_s` seconds.
+        """Run what is missing, in `jobs` processes at a time; nothing begins after `budget_s` seconds.
         Returns whether all is there."""
         end_s = time.monotonic() + budget_s
         missing = [
             (contender, point, missing_seeds)
-            for point in points
-            for contender in contenders
+            for contender, point in tasks
             if (missing_seeds := [s for s in seeds if not self.path(contender, point, s).exists()])
         ]
         num = sum(len(seeds) for _, _, seeds in missing)

@@ -10,6 +10,7 @@ from benchmarks.research.late import runs as late_runs
 from benchmarks.research.late.command import table
 from benchmarks.research.late.criteria import by_load, criteria
 from benchmarks.research.late.figures import Row, figures
+from benchmarks.research.late.plots import draw
 from benchmarks.research.late.points import SEEDS, Point, points
 from benchmarks.research.late.runs import RunResult, Runs, parse_contender, trace_bytes
 from tetrion.engine.planning.cost.tables import only_table
@@ -99,7 +100,7 @@ def test_runs_are_kept_and_say_what_a_simulation_here_says(tmp_path: Path) -> No
     runs = Runs(tmp_path, PROFILE)
 
     def complete(seeds: tuple[int, ...], budget_s: float = 60.0) -> bool:
-        return runs.complete([edf], [point], seeds, jobs=1, budget_s=budget_s, report=reports.append)
+        return runs.complete([(edf, point)], seeds, jobs=1, budget_s=budget_s, report=reports.append)
 
     assert not complete((11,), budget_s=0.0) and runs.read(edf, point, 11) is None
     assert complete((11,))
@@ -187,3 +188,14 @@ def test_the_command_goes_on_writes_and_judges(
     assert "giants, 8 devices: time of 2048² over EDF's ≤ 1.3" in capsys.readouterr().out
     assert research(["late", "--only", "nix", "--folder", str(tmp_path / "runs")]) in (1, 2)
     assert "only: expected one of bursts, diurnal" in capsys.readouterr().err
+
+
+def test_the_pictures_show_every_policy_and_the_options_of_ours(tmp_path: Path) -> None:
+    loads = [
+        {"load": load, "policy": policy, "met": 90 - 10 * load - i, "p99_s": 10 * load + i, "p99_ratio": 1 + i * load}
+        for load in (0.4, 0.6, 0.8, 1.0, 1.3)
+        for i, policy in enumerate(("horizon", "horizon:drop=fraction", "edf", "horizon@c151ae8"))
+    ]
+    paths = draw(loads, "horizon", tmp_path)
+    assert [path.name for path in paths] == ["late-frontier.png", "late-by-load.png"]
+    assert all(1_000 < path.stat().st_size < 60_000 for path in paths)
