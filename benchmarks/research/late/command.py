@@ -74,7 +74,8 @@ def command(
         write_whole(output, json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
     print("\n".join([*map(_load_line, loads), "", *map(_criterion_line, judged)]))
     if plots is not None:
-        print("\n".join(map(str, draw(loads, OURS, plots))))
+        tenants = {point.name: found[point.name] for point in asked if point.group == "tenants" and found[point.name]}
+        print("\n".join(map(str, draw(loads, tenants, OURS, plots))))
     if not is_complete:
         print("not complete: the same command goes on", file=sys.stderr)
     return made

@@ -1,11 +1,11 @@
-"""Two pictures: attainment against p99 (the frontier), and the ratio of p99 by load."""
+"""The pictures: attainment against p99 (the frontier), the ratio of p99 by load, and what a flood leaves to tenants."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.research.late.criteria import MOST_AT_LIGHT, MOST_BY_LOAD
 from benchmarks.research.late.figures import Row
-from tetrion.entrypoints.bench.attainment_plots import COLOURS, MARKERS
+from tetrion.entrypoints.bench.attainment_plots import COLOURS, MARKERS, draw_tenants
 from tetrion.entrypoints.plotting import import_matplotlib, save
 
 DPI = 100
@@ -14,15 +14,30 @@ LOADS = (0.6, 0.8, 1.0)
 """Of the frontier, a panel each."""
 
 
-def draw(loads: Sequence[Row], ours: str, folder: Path) -> list[Path]:
-    """`loads`: rows of `criteria.by_load`. Returns the files written."""
+def draw(loads: Sequence[Row], tenants: Mapping[str, Mapping[str, Row]], ours: str, folder: Path) -> list[Path]:
+    """`loads`: rows of `criteria.by_load`; `tenants`: point -> policy -> figures, of points with tenants. Returns the
+    files written."""
     matplotlib = import_matplotlib()
     styles = _styles([row["policy"] for row in loads], ours)
     paths = [folder / "late-frontier.png", folder / "late-by-load.png"]
     with matplotlib.rc_context({"savefig.dpi": DPI}):
         _frontier(loads, ours, styles, paths[0])
         _by_load(loads, styles, paths[1])
+        if tenants:
+            paths.append(folder / "late-tenants.png")
+            draw_tenants({point: _by_tenant(policies) for point, policies in tenants.items()}, paths[-1])
     return paths
+
+
+def _by_tenant(policies: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
+    """In the words of `draw_tenants`."""
+    return {
+        policy: {
+            name: {"attainment": of["met"] and of["met"] / 100, "device_s": of["device_s"]}
+            for name, of in row["by_tenant"].items()
+        }
+        for policy, row in policies.items()
+    }
 
 
 def _styles(policies: Sequence[str], ours: str) -> dict[str, dict[str, object]]:

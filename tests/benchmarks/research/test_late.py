@@ -196,6 +196,9 @@ def test_the_pictures_show_every_policy_and_the_options_of_ours(tmp_path: Path) 
         for load in (0.4, 0.6, 0.8, 1.0, 1.3)
         for i, policy in enumerate(("horizon", "horizon:drop=fraction", "edf", "horizon@c151ae8"))
     ]
-    paths = draw(loads, "horizon", tmp_path)
-    assert [path.name for path in paths] == ["late-frontier.png", "late-by-load.png"]
+    tenants = {
+        "flood": {"edf": {"by_tenant": {"A": {"met": 50.0, "device_s": 9.0}, "B": {"met": None, "device_s": 1}}}}
+    }
+    paths = draw(loads, tenants, "horizon", tmp_path)
+    assert [path.name for path in paths] == ["late-frontier.png", "late-by-load.png", "late-tenants.png"]
     assert all(1_000 < path.stat().st_size < 60_000 for path in paths)
