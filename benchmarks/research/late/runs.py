@@ -86,19 +86,22 @@ class Runs:
         self._profile = folder / f"profile-{self._profile_hash}.json"
         self._profile.write_bytes(text)
         self._codes: dict[str, str] = {}
+        self._traces: dict[tuple[str, int, bool], str] = {}
 
     def path(self, contender: Contender, point: Point, seed: int) -> Path:
         """Where the run is, or will be."""
         if contender.name not in self._codes:
             self._codes[contender.name] = contender.code
-        trace = _hash(trace_bytes(point.trace(seed), with_tenants=contender.commit is None))
+        drawn = point.name, seed, contender.commit is None
+        if drawn not in self._traces:
+            self._traces[drawn] = _hash(trace_bytes(point.trace(seed), with_tenants=contender.commit is None))
         key = [
             contender.policy,
             contender.options,
             self._codes[contender.name],
             point.devices,
             self._profile_hash,
-            trace,
+            self._traces[drawn],
         ]
         return self.folder / "runs" / f"{contender.policy}-{_hash(json.dumps(key, sort_keys=True).encode())}.json"
 
