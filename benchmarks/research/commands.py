@@ -185,7 +185,7 @@ def replay(**options: Any) -> int:
     "--folder", metavar="DIR", type=FILE, default=Path("out/late"), show_default=True, help="Runs are kept there."
 )
 @click.option("--policy", metavar="NAME[:KEY=VALUE…]", multiple=True, help="In place of the usual; NAME@COMMIT too.")
-@click.option("--also", metavar="NAME[:KEY=VALUE…]", multiple=True, help="Besides the usual; may be repeated.")
+@click.option("--also", metavar="NAME[:KEY=VALUE…]", multiple=True, help="Besides the usual, at the mixes.")
 @click.option("--only", metavar="GROUP", multiple=True, help="Only points of this group; may be repeated.")
 @click.option("--quick", is_flag=True, help="700 requests a run in place of 2,100.")
 @click.option("--jobs", type=click.IntRange(1, 64), help="Processes at a time. Default: 1.")

@@ -24,9 +24,9 @@ class Sessions(msgspec.Struct, frozen=True, kw_only=True):
     session, of which none is above `longest_gap_s`. `pictures`: (how many a request asks for at once, share).
     `ramp`: sessions begin at a rate ∝ exp(ramp × cos(2π t / day)). `requests_per_min`: on average, all users together.
 
-    The defaults were fitted to GenTD26, a month of a commercial text-to-image service published by Alibaba
+    The defaults were fitted to GenTD26, 24 days of a commercial text-to-image service published by Alibaba
     (github.com/alibaba/clusterdata, cluster-trace-v2026-GenAI, lora_request_trace.csv): 26,823 requests of 4,247 users.
-    There, a session ending where a user pauses for 30 minutes, sessions have 4.5 requests on average (here 4.6);
+    There, a session ending where a user pauses for 30 minutes, sessions have 4.5 requests on average (here 4.7);
     68, 26, 9.9, 3.2, 0.49 and 0.12 % have at least 2, 5, 10, 20, 50 and 100 (here 67, 27, 10, 3.2, 0.53, 0.13); gaps
     have a median of 67 s and a logarithm of standard deviation 1.1; 58, 8, 19 and 15 % of the requests are for 1, 2, 4
     and 8 pictures. `ramp` makes counts disperse as on single days there (median of 14 days with at least 2,000

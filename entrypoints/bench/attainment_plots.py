@@ -1,4 +1,4 @@
-"""`tetrion bench plot`: attainment against SLO scale and against rate, a line for each policy.
+"""`tetrion bench plot`: attainment against SLO scale and against rate, a line for each policy; what tenants got.
 
 From rows of `tetrion bench slo`.
 """
@@ -16,6 +16,7 @@ OURS = "horizon"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5539", "#6c757d")
 """Okabe and Ito's, told apart by colour-blind readers too. The first is ours."""
 MARKERS = "osD^vP*X"
+MAX_TENANT_POINTS = 4
 AXES = {"slo_scale": "SLO scale (×)", "rate_per_min": "arrivals per minute"}
 """What attainment is drawn against; the other of the two is fixed in a panel."""
 
@@ -30,12 +31,13 @@ def command(results: Sequence[Path], output: Path) -> None:
             raise InputError(f"{path}: not a result of tetrion bench slo") from None
     paths = draw_attainment(rows, output)
     if not paths:
-        raise InputError("plot: no policy has two SLO scales or two rates with deadlines; nothing to draw")
+        raise InputError("plot: no policy has two SLO scales or two rates with deadlines, or tenants; nothing to draw")
     print("\n".join(map(str, paths)))
 
 
 def draw_attainment(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """`attainment-slo-scale.png` and `attainment-rate.png`, as far as there are two values to draw a line through.
+    """`attainment-slo-scale.png` and `attainment-rate.png`, as far as there are two values to draw a line through, and
+    `tenants.png` if there are some (see `draw_tenants`).
 
     A panel for each mix, number of devices, mode and value of the other axis. Returns the files written.
     """
@@ -47,7 +49,50 @@ def draw_attainment(rows: Sequence[Row], folder: Path) -> list[Path]:
         if panels:
             written.append(folder / f"attainment-{axis.removesuffix('_per_min').replace('_', '-')}.png")
             save(_figure(matplotlib, panels, axis), written[-1])
+    points: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        if row.get("by_tenant"):  # results of older versions have none
+            rate = "" if row["rate_per_min"] is None else f", {row['rate_per_min']:.3g}/min"
+            title = f"{row['mix']}{rate}, SLO ×{row['slo_scale']:g}, {row['devices']} devices"
+            points.setdefault(title, {})[row["policy"]] = row["by_tenant"]
+    if points:
+        written.append(folder / "tenants.png")
+        draw_tenants(points, written[-1])
     return written
+
+
+def draw_tenants(points: dict[str, dict[str, dict[str, Row]]], path: Path) -> None:
+    """`points`: title -> policy -> tenant -> its figures, of which `attainment` and its share of the `device_s` of all
+    are drawn: two panels for each of the first `MAX_TENANT_POINTS`, a group of bars for each policy."""
+    import_matplotlib()
+    from matplotlib.figure import Figure
+
+    shown = dict(list(points.items())[:MAX_TENANT_POINTS])
+    figure = Figure(figsize=(4.2 * len(shown) + 0.8, 4.6), layout="constrained")
+    panels = figure.subplots(2, len(shown), squeeze=False, sharey="row", sharex="col")
+    tenants = list(dict.fromkeys(name for policies in shown.values() for of in policies.values() for name in of))
+    for column, (title, policies) in enumerate(shown.items()):
+        for row, share_of in enumerate((_attained, _device_share)):
+            axes, width = panels[row][column], 0.8 / len(tenants)
+            for i, tenant in enumerate(tenants):
+                at = [place + (i - (len(tenants) - 1) / 2) * width for place in range(len(policies))]
+                axes.bar(at, [share_of(of, tenant) for of in policies.values()], width, color=COLOURS[i % len(COLOURS)])
+            axes.set_xticks(range(len(policies)), list(policies), rotation=20, ha="right", fontsize=8)
+            axes.set_ylim(0, 105)
+        panels[0][column].set_title(title, fontsize=9)
+    panels[0][0].set_ylabel("deadlines met (%)")
+    panels[1][0].set_ylabel("device time (%)")
+    figure.legend(panels[0][0].containers, [name or "no tenant" for name in tenants], loc="outside right upper")
+    save(figure, path)
+
+
+def _attained(of: dict[str, Row], tenant: str) -> float:
+    return 100 * (of.get(tenant, {}).get("attainment") or 0.0)
+
+
+def _device_share(of: dict[str, Row], tenant: str) -> float:
+    total_s = sum(figures["device_s"] or 0.0 for figures in of.values())
+    return 100 * (of.get(tenant, {}).get("device_s") or 0.0) / total_s if total_s else 0.0
 
 
 def _panels(rows: Sequence[Row], axis: str, other: str) -> dict[str, list[Row]]:

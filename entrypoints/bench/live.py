@@ -36,6 +36,7 @@ HEAD_START_S = 0.1
 LAST_SLEEP_S = 0.25
 """Linux may end a wait late by 0.1 % of its length, at most by 0.1 s (fs/select.c): this one by 0.25 ms."""
 WARM_STEPS = 4
+TOO_MANY_REQUESTS = 429
 Answer = tuple[int, ...] | None
 """The degrees of a finished request's steps, None if it failed."""
 
@@ -133,6 +134,7 @@ class EmbeddedSystem:
         before, zero_s = self._engine.stats().loop, time.monotonic() + HEAD_START_S
         self.recorder.start(zero_s)
         self.receipts = {}
+        self._refused: set[int] = set()
         self._run_number += 1
         finished, max_lag_s = await open_loop(trace, zero_s, self._draw)
         run = self.recorder.run(
@@ -142,6 +144,7 @@ class EmbeddedSystem:
             end_s=time.monotonic() - zero_s,
             max_lag_s=max_lag_s,
             loop=since(before, self._engine.stats().loop),
+            refused=self._refused,
         )
         joules = tuple(joules_of(receipt.active_j, receipt.idle_share_j) for receipt in self.receipts.values())
         return msgspec.structs.replace(run, joules=joules), tuple(self.recorder.chunks)
@@ -152,7 +155,10 @@ class EmbeddedSystem:
             wanted = msgspec.structs.replace(wanted, energy=EnergyOptions(mode=self.energy_mode))
         try:
             result = await self._engine.generate(wanted)
-        except (EngineOverloaded, GenerationError, RequestCancelled):
+        except EngineOverloaded:
+            self._refused.add(number)
+            return None
+        except (GenerationError, RequestCancelled):
             return None
         self.receipts[number] = result.energy
         return result.degrees
@@ -201,8 +207,12 @@ class HttpSystem:
         except (self._httpx.HTTPError, self._httpx.InvalidURL, ValueError) as error:
             raise InputError(f"url: {self.url} is not a server that is ready: {error}") from None
         self.num_devices = int(ready["num_devices"])
-        weights = "those of the trace are not sent: the API takes none"
-        self.facts: dict[str, Any] = {"model": ", ".join(ready.get("models", ())), "url": self.url, "weights": weights}
+        not_sent = "weights and tenants of the trace: the API takes none, and knows tenants by their keys"
+        self.facts: dict[str, Any] = {
+            "model": ", ".join(ready.get("models", ())),
+            "url": self.url,
+            "not_sent": not_sent,
+        }
 
     def run(self, trace: Trace, policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
         """One trace (`policy` is the server's own)."""
@@ -212,13 +222,20 @@ class HttpSystem:
         limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=64)
         async with self._httpx.AsyncClient(limits=limits, timeout=None) as client:
             self._joules: list[float | None] = []
+            self._refused: set[int] = set()
             self._run_number += 1
             zero_s = time.monotonic() + HEAD_START_S
             finished, max_lag_s = await open_loop(trace, zero_s, lambda r, number: self._draw(client, r, number))
             return Run(
                 outcomes=tuple(
-                    Outcome(request=request, finished_s=finished_s, gpu_s=None, degrees=degrees)
-                    for request, (finished_s, degrees) in zip(trace, finished, strict=True)
+                    Outcome(
+                        request=request,
+                        finished_s=finished_s,
+                        gpu_s=None,
+                        degrees=degrees,
+                        refused=number in self._refused,
+                    )
+                    for number, (request, (finished_s, degrees)) in enumerate(zip(trace, finished, strict=True))
                 ),
                 num_devices=self.num_devices,
                 end_s=time.monotonic() - zero_s,
@@ -240,6 +257,8 @@ class HttpSystem:
             response = await client.post(f"{self.url}/v1/images/generations", json=body)
         except self._httpx.HTTPError:
             return None
+        if response.status_code == TOO_MANY_REQUESTS:
+            self._refused.add(number)
         if not response.is_success:
             return None
         picture = response.json()["data"][0]

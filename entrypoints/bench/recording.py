@@ -4,7 +4,9 @@
 seconds from the start of the trace. A file has one `Recording` a line.
 """
 
+import gzip
 import time
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
 from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
 from tetrion.entrypoints.record import write_whole
 
+GZIP = b"\x1f\x8b"
 Heard = Event | WorkerLost | WorkerReady
 """What a recorder keeps of what an executor reports."""
 
@@ -65,9 +68,14 @@ def write_recordings(path: Path, recordings: Sequence[Recording]) -> None:
 
 
 def read_recordings(path: Path) -> tuple[Recording, ...]:
-    """Raises ValueError naming file and line, or OSError."""
-    recordings = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    """Of a file that may be compressed with gzip. Raises ValueError naming file and line, or OSError."""
+    recordings, data = [], path.read_bytes()
+    if data.startswith(GZIP):
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: not a recording: {error}") from None
+    for number, line in enumerate(data.splitlines(), start=1):
         if line.strip():
             try:
                 recordings.append(msgspec.json.decode(line, type=Recording, strict=False))

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.research.late.criteria import by_load, criteria, p99_ratio
-from benchmarks.research.late.figures import Row, figures
+from benchmarks.research.late.figures import COLUMNS, PARTS, Row, figures
 from benchmarks.research.late.plots import draw
 from benchmarks.research.late.points import GIANT, NUM_REQUESTS, QUICK_REQUESTS, SEEDS, Point, points
 from benchmarks.research.late.runs import ROOT, Contender, Runs, parse_contender
@@ -39,12 +39,13 @@ def command(
     plots: Path | None = None,
     command_line: str = "python -m benchmarks.research late",
 ) -> dict[str, Any]:
-    """`policy`, `also`: see `parse_contender`. `only`: these groups of points. `quick`: a third of the requests. Raises
-    InputError."""
+    """`policy`, `also`: see `parse_contender`; the latter run at the mixes only. `only`: these groups of points.
+    `quick`: a third of the requests. Raises InputError."""
     check_writable(output, "output")
     if plots is not None:
         import_matplotlib()
-    contenders = [parse_contender(text) for text in dict.fromkeys([*policy, *also])]
+    contenders = [parse_contender(text) for text in dict.fromkeys(policy)]
+    variants = [parse_contender(text) for text in dict.fromkeys(also) if text not in policy]
     profile = table()
     asked = points(profile, QUICK_REQUESTS if quick else NUM_REQUESTS)
     groups = {point.group for point in asked}
@@ -52,11 +53,15 @@ def command(
         raise InputError(f"only: expected one of {', '.join(sorted(groups))}, got {min(unknown)!r}")
     asked = tuple(point for point in asked if not only or point.group in only)
     runs = Runs(folder, profile)
-    is_complete = runs.complete(contenders, asked, SEEDS, jobs=jobs, budget_s=budget_s, report=_to_stderr)
+    tasks = [(contender, point) for point in asked for contender in contenders]
+    tasks += [(variant, point) for point in asked for variant in variants if point.group == "mixes"]
+    is_complete = runs.complete(tasks, SEEDS, jobs=jobs, budget_s=budget_s, report=_to_stderr)
+    contenders += variants
     found = {point.name: _rows(runs, contenders, point) for point in asked}
     judged = criteria(found, asked, OURS, BEFORE)
     loads = list(by_load(found, asked, [contender.name for contender in contenders]))
     made = make_record(command_line, _flat(asked, found)) | {
+        "columns": COLUMNS,
         "criteria": judged,
         "by_load": loads,
         "seeds": SEEDS,
@@ -69,7 +74,8 @@ def command(
         write_whole(output, json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
     print("\n".join([*map(_load_line, loads), "", *map(_criterion_line, judged)]))
     if plots is not None:
-        print("\n".join(map(str, draw(loads, OURS, plots))))
+        tenants = {point.name: found[point.name] for point in asked if point.group == "tenants" and found[point.name]}
+        print("\n".join(map(str, draw(loads, tenants, OURS, plots))))
     if not is_complete:
         print("not complete: the same command goes on", file=sys.stderr)
     return made
@@ -98,14 +104,23 @@ def _rows(runs: Runs, contenders: Sequence[Contender], point: Point) -> dict[str
 
 
 def _flat(asked: Sequence[Point], found: dict[str, dict[str, Row]]) -> list[Row]:
-    """A row for each point and policy, with the ratio of its p99."""
+    """A row for each point and policy: figures in the order of `COLUMNS`, of all requests and of each part."""
     rows = []
     for point in asked:
         for policy, row in found[point.name].items():
             ratio = p99_ratio(found[point.name], policy)
-            about = {"group": point.group, "point": point.name, "policy": policy}
-            rows.append(about | row | {"p99_ratio": None if ratio is None else float(f"{ratio:.3g}")})
+            made = {"group": point.group, "point": point.name, "policy": policy, "all": _columns(row)}
+            made["p99_ratio"] = None if ratio is None else float(f"{ratio:.3g}")
+            made |= {name: row[name] for name in ("by_seed", "cpu_s", "plan_ms")}
+            for part in PARTS:
+                if of_part := row.get(f"by_{part}"):
+                    made[f"by_{part}"] = {name: _columns(figures) for name, figures in of_part.items()}
+            rows.append(made)
     return rows
+
+
+def _columns(row: Row) -> list[float | None]:
+    return [row[name] for name in COLUMNS]
 
 
 def _load_line(row: Row) -> str:

@@ -79,6 +79,7 @@ def _judge_special(add: Callable[..., None], point: Point, of: Mapping[str, Row]
         add(asked, max(ratios), lambda value: value <= 2)
     elif point.group == "stated":
         stated, unstated = f"{LARGE} with SLO", f"{LARGE} without SLO"
+        where = f"{point.name.partition(',')[0]}, {where}"
         apart = mean_s(own, stated) / mean_s(own, unstated)
         add(f"2048² at 1.1, {where}: mean with SLO over without ≤ 1.2", apart, lambda value: value <= 1.2)
         for name, most in ((unstated, 1.5), (stated, 2.0)):

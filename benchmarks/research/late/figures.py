@@ -11,6 +11,8 @@ from tetrion.entrypoints.bench.workloads import Trace, TraceRequest
 Row = dict[str, Any]
 RIVALS = ("edf", "tetriserve-continuous")
 """Latencies are compared with the better of these."""
+COLUMNS = ("n", "met", "mean_s", "p50_s", "p99_s", "late_p99_s", "late_worst_s", "device_s", "refused")
+"""The figures of `_of`, as results have them."""
 PARTS: dict[str, Callable[[TraceRequest], str]] = {
     "class": lambda request: f"{request.width}x{request.height}",
     "tenant": lambda request: request.tenant,
@@ -65,7 +67,7 @@ def _of(rows: Sequence[Request]) -> Row:
         "late_p99_s": _percentile(late_s, 99),
         "late_worst_s": _round(late_s.max()) if late_s.size else None,
         "device_s": _round(sum(spent_s for *_, spent_s, _ in rows), 4),
-        **({"refused": refused} if (refused := sum(was_refused for *_, was_refused in rows)) else {}),
+        "refused": sum(was_refused for *_, was_refused in rows),
     }
 
 

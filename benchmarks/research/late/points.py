@@ -83,7 +83,8 @@ def _others(profile: Profile, num_requests: int) -> Iterator[Point]:
         yield at("giants", "2048² in 12 s", load=0.7, sizes=small, beside=(giants,))
         unstated = Stream(size=GIANT, num_requests=1)
         yield at("unstated giant", "4096²", load=0.7, sizes=small, beside=(unstated,), num_requests=900)
-        yield at("stated", "half stated", load=1.1, slo_share=0.5)
+        for share in (0.9, 0.5):
+            yield at("stated", f"{100 * share:g} % stated", load=1.1, slo_share=share)
         yield at("steps", "4, 20, 50 steps", load=0.8, step_shares=MIXED_STEPS)
         yield at("one class", "1024²", load=0.9, sizes=(LARGER,))
 

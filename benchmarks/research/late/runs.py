@@ -28,6 +28,8 @@ from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.options import planner_settings
 
 ROOT = Path(__file__).parents[3]
+KNOWN_BEFORE = ("arrival_s", "width", "height", "num_steps", "slo_s", "weight")
+"""Fields of a trace that every commit knows."""
 PACKAGES = ("engine", "entrypoints")
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -84,19 +86,22 @@ class Runs:
         self._profile = folder / f"profile-{self._profile_hash}.json"
         self._profile.write_bytes(text)
         self._codes: dict[str, str] = {}
+        self._traces: dict[tuple[str, int, bool], str] = {}
 
     def path(self, contender: Contender, point: Point, seed: int) -> Path:
         """Where the run is, or will be."""
         if contender.name not in self._codes:
             self._codes[contender.name] = contender.code
-        trace = _hash(trace_bytes(point.trace(seed), with_tenants=contender.commit is None))
+        drawn = point.name, seed, contender.commit is None
+        if drawn not in self._traces:
+            self._traces[drawn] = _hash(trace_bytes(point.trace(seed), with_tenants=contender.commit is None))
         key = [
             contender.policy,
             contender.options,
             self._codes[contender.name],
             point.devices,
             self._profile_hash,
-            trace,
+            self._traces[drawn],
         ]
         return self.folder / "runs" / f"{contender.policy}-{_hash(json.dumps(key, sort_keys=True).encode())}.json"
 
@@ -109,21 +114,19 @@ class Runs:
 
     def complete(
         self,
-        contenders: Sequence[Contender],
-        points: Sequence[Point],
+        tasks: Sequence[tuple[Contender, Point]],
         seeds: Sequence[int],
         *,
         jobs: int,
         budget_s: float,
         report: Callable[[str], object],
     ) -> bool:
-        """Run what is missing, point by point, in `jobs` processes at a time; nothing begins after `budget_s` seconds.
+        """Run what is missing, in `jobs` processes at a time; nothing begins after `budget_s` seconds.
         Returns whether all is there."""
         end_s = time.monotonic() + budget_s
         missing = [
             (contender, point, missing_seeds)
-            for point in points
-            for contender in contenders
+            for contender, point in tasks
             if (missing_seeds := [s for s in seeds if not self.path(contender, point, s).exists()])
         ]
         num = sum(len(seeds) for _, _, seeds in missing)
@@ -184,9 +187,7 @@ def trace_bytes(trace: Trace, *, with_tenants: bool) -> bytes:
     """JSONL without fields that an older commit does not know, unless they say something."""
     lines = []
     for request in trace:
-        line = {
-            name: getattr(request, name) for name in ("arrival_s", "width", "height", "num_steps", "slo_s", "weight")
-        }
+        line = {name: getattr(request, name) for name in KNOWN_BEFORE}
         if with_tenants and request.tenant:
             line["tenant"] = request.tenant
         lines.append(msgspec.json.encode(line))

@@ -37,6 +37,14 @@ def test_rows_without_deadline_or_rate_are_left_out(tmp_path: Path) -> None:
     assert draw_attainment([row("horizon", None, s, 0.5) for s in (1.0, 2.0)], tmp_path) == []
 
 
+def test_tenants_have_a_picture_of_their_own(tmp_path: Path) -> None:
+    got = {"A": {"attainment": 0.9, "device_s": 9.0}, "B": {"attainment": None, "device_s": None}}
+    rows = [row(policy, None, 1.0, 0.9) | {"by_tenant": got} for policy in ("horizon", "edf")]
+    assert [path.name for path in draw_attainment(rows, tmp_path)] == ["tenants.png"]
+    assert (tmp_path / "tenants.png").stat().st_size > 5_000
+    assert draw_attainment([row("horizon", None, 1.0, 0.9) | {"by_tenant": {}}], tmp_path / "none") == []
+
+
 def test_results_of_several_runs_are_drawn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i, scale in enumerate((1.0, 1.5)):
         (tmp_path / f"{i}.json").write_text(json.dumps({"rows": [row("rssp", 12.0, scale, 0.5)]}))

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import msgspec
 import pytest
 
 from benchmarks.research.replay import command as replay_command
-from tetrion.engine.config import EngineConfig
+from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.messages import Command, Denoise, EncodePrompt
 from tetrion.entrypoints.bench import live
@@ -67,7 +68,7 @@ async def test_an_arrival_after_a_long_silence_is_in_time(monkeypatch: pytest.Mo
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers like ours; refuses every request for 256 pixels."""
+    """Answers like ours; refuses every request for 256 pixels and fails at those for 512."""
 
     bodies: ClassVar[list[dict[str, object]]] = []
 
@@ -77,9 +78,9 @@ class Server(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.bodies.append(body)
-        refused = body["size"] == "256x256"
+        status = {"256x256": 429, "512x512": 503}.get(str(body["size"]), 200)
         picture = {"degrees": [1, 2], "energy": {"active_j": 40.0, "idle_share_j": 2.0}}
-        self._answer(503 if refused else 200, {} if refused else {"data": [picture]})
+        self._answer(status, {"data": [picture]} if status == 200 else {})
 
     def _answer(self, status: int, value: object) -> None:
         data = json.dumps(value).encode()
@@ -105,12 +106,13 @@ def url() -> Iterator[str]:
 
 
 def test_a_server_is_sent_the_trace_and_its_refusals_count_as_missed(url: str) -> None:
-    requests = (*trace([0.0, 0.01]), *trace([0.02], px=256))
+    requests = (*trace([0.0, 0.01]), *trace([0.02], px=256), *trace([0.03], px=512))
     system = HttpSystem(url + "/")
     run, chunks = system.run(requests, "horizon", 0)
     assert system.num_devices == run.num_devices == 3 and chunks == ()
-    assert "are not sent" in system.facts["weights"]
-    assert [outcome.is_met for outcome in run.outcomes] == [True, True, False]
+    assert "weights and tenants" in system.facts["not_sent"]
+    assert [outcome.is_met for outcome in run.outcomes] == [True, True, False, False]
+    assert [outcome.refused for outcome in run.outcomes] == [False, False, True, False]
     assert run.outcomes[0].degrees == (1, 2) and run.gpu_s is None and run.utilisation is None
     body = next(body for body in Server.bodies if body["seed"] == 1)
     assert (body["size"], body["num_inference_steps"], body["slo_ms"]) == ("128x128", 2, 60_000.0)
@@ -157,23 +159,27 @@ def test_an_embedded_engine_runs_every_policy_and_its_record_replays(
 ) -> None:
     watch = Watch()
     monkeypatch.setattr(live, "Recorder", lambda: watch)
-    write_trace(tmp_path / "T.jsonl", trace([0.0, 0.1, 0.2]))
+    (hopeless,) = trace([0.3])
+    hopeless = msgspec.structs.replace(hopeless, slo_s=0.001, tenant="B")
+    write_trace(tmp_path / "T.jsonl", [*trace([0.0, 0.1, 0.2]), hopeless])
     record = command(
         live=True,
-        engine=EngineConfig(devices="cpu:2", num_threads=1),
+        engine=EngineConfig(devices="cpu:2", num_threads=1, planner=PlannerConfig(admission="reject-hopeless")),
         trace=[tmp_path / "T.jsonl"],
         policy=["fixed-1", "fixed-2", "tetriserve-g1"],
         record=tmp_path / "r.jsonl",
     )
     assert watch.warmed == {(degree, device) for degree in (1, 2) for device in (0, 1)}
     assert len(set(watch.prompts)) == len(watch.prompts) == 9, "no policy has its prompts encoded by another's run"
-    assert [(row["mode"], row["devices"], row["attainment"]) for row in record["rows"]] == [("live", 2, 1.0)] * 3
+    assert [(row["mode"], row["devices"], row["attainment"]) for row in record["rows"]] == [("live", 2, 0.75)] * 3
+    assert [(row["refused"], row["by_tenant"]["B"]["refused"]) for row in record["rows"]] == [(1, 1)] * 3
     assert all(row["gpu_s_per_image"] > 0 for row in record["rows"])
     assert all(0 < beside["utilisation"] <= 1 for beside in record["diagnostics"])
     assert all(beside["engine_cpu_ms_per_command"] > 0 for beside in record["diagnostics"])
     assert all(row["joules_per_image"] is None for row in record["rows"]), "CPU workers have no meter"
     narrow, wide, in_rounds = read_recordings(tmp_path / "r.jsonl")
-    assert {o.degrees for o in narrow.run.outcomes} == {(1, 1)} and {o.degrees for o in wide.run.outcomes} == {(2, 2)}
+    assert {o.degrees for o in narrow.run.outcomes} == {(1, 1), ()}
+    assert {o.degrees for o in wide.run.outcomes} == {(2, 2), ()}
     for recording in (narrow, wide, in_rounds):
         assert (loop := recording.run.loop) is not None
         assert loop.num_ticks < 100 * loop.num_commands, "a loop that waits for a round's start does not spin"
@@ -181,7 +187,7 @@ def test_an_embedded_engine_runs_every_policy_and_its_record_replays(
         assert sum(steps) == 6 and recording.facts["model"] == "shapes"
         assert all(chunk.start_s <= chunk.joined_s <= chunk.end_s and chunk.net_s > 0 for chunk in recording.chunks)
     rows = replay_command(recordings=tmp_path / "r.jsonl", as_json=True)["rows"]
-    assert all(row["attainment"] == {"recorded": 1.0, "simulated": 1.0} for row in rows)
+    assert all(row["attainment"] == {"recorded": 0.75, "simulated": 0.75} for row in rows)
 
 
 def test_a_size_that_the_model_does_not_draw_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a recorder writes down of a run, and files of it."""
 
+import gzip
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_a_file_returns_what_was_written(tmp_path: Path) -> None:
     recordings = tuple(recorded(("horizon", "fixed-2")))
     write_recordings(tmp_path / "r.jsonl", recordings)
     assert read_recordings(tmp_path / "r.jsonl") == recordings
+
+
+def test_a_compressed_file_returns_what_was_written_and_a_torn_one_is_named(tmp_path: Path) -> None:
+    recordings = tuple(recorded())
+    plain, packed = tmp_path / "r.jsonl", tmp_path / "r.jsonl.gz"
+    write_recordings(plain, recordings)
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read_recordings(packed) == recordings
+    for torn in (packed.read_bytes()[:-9], packed.read_bytes()[:2], packed.read_bytes()[:200] + bytes(300)):
+        packed.write_bytes(torn)
+        with pytest.raises(ValueError, match=r"r\.jsonl\.gz: not a recording"):
+            read_recordings(packed)
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
