@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import msgspec
 
@@ -24,7 +25,7 @@ from tetrion.engine.loop.requests import Request, RequestTable
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import horizon_options
-from tetrion.engine.planning.slo import urgency
+from tetrion.engine.planning.slo import turn, urgency
 from tetrion.engine.planning.snapshot import NO_RANKS, DeviceView, Holder, RequestView, Snapshot
 from tetrion.engine.stages import STAGES, Stage
 
@@ -32,8 +33,8 @@ MAX_COMMANDS_PER_REQUEST = 2
 
 Entry = tuple[float, int, str, RequestView]
 """A view behind its `urgency`, which is never the same for two requests: entries sort by it."""
-OverdueEntry = tuple[float, str, RequestView]
-"""A view behind its `arrival_s` and id."""
+OverdueEntry = tuple[tuple[float, int, str], RequestView]
+"""A view behind its `slo.turn`."""
 
 
 class SnapshotBuilder:
@@ -118,13 +119,14 @@ class SnapshotBuilder:
     def _snapshot(
         self, now_s: float, free_s: dict[int, float], costs: CostTables, current: Sequence[Entry]
     ) -> Snapshot:
-        self._set_aside(now_s)
+        tables = self._tables_for(costs, len(free_s))
+        self._set_aside(now_s, tables)
         self._rank(now_s)
         return Snapshot(
             now_s=now_s,
             requests=tuple([entry[3] for entry in current]),
             devices=tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()]),
-            tables=self._tables_for(costs, len(free_s)),
+            tables=tables,
             config=self._config,
             backlog=self._backlog or (),
             ranks=self._ranks,
@@ -136,8 +138,10 @@ class SnapshotBuilder:
         if self._backlog is None or (self._overdue and ranks != self._ranks):
             order = sorted(self._overdue, key=lambda holder: ranks.get(holder, 0))
             groups = itertools.groupby(order, key=lambda holder: ranks.get(holder, 0))
-            alike = [heapq.merge(*[self._overdue[holder] for holder in holders]) for _, holders in groups]
-            self._backlog = tuple([entry[2] for entries in alike for entry in entries])
+            alike = [
+                heapq.merge(*[self._overdue[holder] for holder in holders], key=itemgetter(0)) for _, holders in groups
+            ]
+            self._backlog = tuple([view for entries in alike for _, view in entries])
         self._ranks = ranks
 
     def _tables_for(self, costs: CostTables, num_devices: int) -> DegreeTables:
@@ -172,7 +176,7 @@ class SnapshotBuilder:
             del self._current[i]
         else:
             entries = self._overdue[view.holder]
-            del entries[bisect_left(entries, _overdue_entry(view))]
+            del entries[next(i for i, (_, overdue) in enumerate(entries) if overdue is view)]
             if not entries:
                 del self._overdue[view.holder]
             self._backlog = None
@@ -180,14 +184,15 @@ class SnapshotBuilder:
         if not self._holders[view.holder]:
             del self._holders[view.holder]
 
-    def _set_aside(self, now_s: float) -> None:
+    def _set_aside(self, now_s: float, tables: DegreeTables) -> None:
         """Move to the backlog those whose deadline has passed with nothing in flight."""
         i = 0
         while i < len(self._current) and self._current[i][0] < now_s:
             view = self._current[i][3]
             if self._is_overdue(view):
                 del self._current[i]
-                insort(self._overdue.setdefault(view.holder, []), _overdue_entry(view))
+                entry = turn(view, tables[view.model, view.cost_key]), view
+                insort(self._overdue.setdefault(view.holder, []), entry, key=itemgetter(0))
                 self._backlog = None
             else:
                 i += 1
@@ -243,7 +248,3 @@ class SnapshotBuilder:
 
 def _holder(request: Request) -> Holder:
     return request.asked.tenant, request.asked.user
-
-
-def _overdue_entry(view: RequestView) -> OverdueEntry:
-    return view.arrival_s, view.request_id, view

@@ -1,9 +1,12 @@
 """Deadline arithmetic: when a request is due, when its denoising must be done, who is more urgent."""
 
 from tetrion.engine.config import PlannerConfig
+from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.snapshot import RequestView
 
 MARGIN_S = 0.010
+STRETCH = 2.0
+"""Small ones hardly delay large ones, and finish much sooner."""
 
 
 def due_s(request: RequestView, config: PlannerConfig) -> float:
@@ -19,6 +22,13 @@ def denoise_due_s(due: float, after_s: float) -> float:
 def urgency(request: RequestView, config: PlannerConfig) -> tuple[float, int, str]:
     """Sort key: earliest deadline, then larger priority, then request id."""
     return due_s(request, config), -request.priority, request.request_id
+
+
+def turn(request: RequestView, table: DegreeTable) -> tuple[float, int, str]:
+    """Sort key of those that no deadline speaks for: first come first served, but that every device second of work
+    which is left counts like having come `STRETCH` seconds later; then larger priority, then request id."""
+    work_s = (request.num_steps - request.step_index) * table.work_s
+    return request.arrival_s + STRETCH * work_s, -request.priority, request.request_id
 
 
 def arrival_order(request: RequestView) -> tuple[float, int, str]:

@@ -62,7 +62,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     `backlog`: requests that nothing can bring home in time and nothing is in flight for: their deadline has passed and
     they are ready to denoise. Kept apart since there may be thousands of them in an overload, which a policy
     need not look through at every decision. `requests` are all others; taken together they are all there are. It is
-    ordered by rank and arrival.
+    ordered by rank and `slo.turn`.
 
     `ranks`: whose turn it is. Those of rank 0 have had less than their share of device time lately, those with higher
     ones more; who is not there has rank 0. A policy may heed it or not.

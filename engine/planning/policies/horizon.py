@@ -5,7 +5,8 @@ order of deadline, dropping (for this decision only) the largest where something
 share out the left-over devices; start what is ready, unless a short wait for its full degree ends no later.
 
 Deadlines that can be met go before all else. Requests that can no longer meet theirs (*late* ones) and those that have
-none stand in one *pool*, oldest first, so that stating a deadline never makes a request worse off. Left-over devices
+none stand in one *pool*, so that stating a deadline never makes a request worse off: the oldest first, large ones a
+little later than small ones (see `slo.turn`). Left-over devices
 go where they are worth most: to the pool, to the dropped, or to widening those that are on time. What they are worth
 to the pool is the option `late_worth`: more of it finishes late work sooner, and costs deadlines. Where nothing is ever
 left over, the oldest of the pool has a turn now and then, so that everybody's turn comes.
@@ -37,7 +38,7 @@ from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.policies.leftover import Option, gain, widen
 from tetrion.engine.planning.round_builder import RoundBuilder
-from tetrion.engine.planning.slo import arrival_order, denoise_due_s, due_s
+from tetrion.engine.planning.slo import denoise_due_s, due_s, turn
 from tetrion.engine.planning.snapshot import RequestView, RoundPlan, Snapshot
 from tetrion.engine.stages import AFTER_STEPS, AUX_STAGES, BEFORE_STEPS
 
@@ -71,10 +72,6 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     tick.set_targets()
     tick.share_left_over()
     return tick.start_denoise()
-
-
-import os
-STRETCH = float(os.environ.get("STRETCH", "0"))
 
 
 class _Tick:
@@ -135,8 +132,7 @@ class _Tick:
         return sorted(requests, key=self.snapshot.rank) if self.snapshot.ranks else requests
 
     def _seniority(self, work: Work) -> tuple[int, float, int, str]:
-        due_s = work.view.arrival_s + STRETCH * work.remaining * work.table.work_s
-        return self.snapshot.rank(work.view), due_s, -work.view.priority, work.view.request_id
+        return self.snapshot.rank(work.view), *turn(work.view, work.table)
 
     def _work(self, request: RequestView) -> Work:
         table = self.tables[request.model, request.cost_key]

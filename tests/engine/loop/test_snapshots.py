@@ -10,7 +10,7 @@ from tests.engine.loop.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.config import PlannerConfig
 from tetrion.engine.loop.requests import RequestTable
 from tetrion.engine.loop.snapshots import SnapshotBuilder
-from tetrion.engine.planning.slo import urgency
+from tetrion.engine.planning.slo import turn, urgency
 from tetrion.engine.planning.snapshot import RoundPlan, Snapshot
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
@@ -70,7 +70,9 @@ def test_what_was_kept_is_what_a_fresh_look_gives(data: st.DataObject) -> None:
     config = simulation.loop._config
     for snapshot in seen:
         assert list(snapshot.requests) == sorted(snapshot.requests, key=lambda view: urgency(view, config))
-        assert list(snapshot.backlog) == sorted(snapshot.backlog, key=lambda view: (view.arrival_s, view.request_id))
+        assert list(snapshot.backlog) == sorted(
+            snapshot.backlog, key=lambda view: turn(view, snapshot.tables[view.model, view.cost_key])
+        )
         assert all(view.deadline_s < snapshot.now_s and view.stage == "denoise" for view in snapshot.backlog)  # type: ignore[operator]
 
 
