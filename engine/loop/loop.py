@@ -153,7 +153,10 @@ class EngineLoop:
         try:
             self._check(resolved, request)
             self.table.add(request)
-        except (RequestError, EngineOverloaded):
+        except RequestError:
+            raise
+        except EngineOverloaded:
+            self.statistics.tenants.refused(request.asked.tenant)
             raise
         except Exception as error:
             logger.error("request %s failed: its admission", request.request_id, exc_info=error)
