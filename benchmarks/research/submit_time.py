@@ -71,7 +71,9 @@ class Filled:
             prompt="x", request_id=f"{self._num_requests:06d}", slo_ms=None if slo_s is None else slo_s * 1e3
         )
         shape = StepShape(width=width, height=height, image=width * height // 256, text=(512,))
-        return ResolvedRequest(asked=asked, params=Params(model="", shape=shape, num_steps=NUM_STEPS, guidance=0.0, seed=1))
+        return ResolvedRequest(
+            asked=asked, params=Params(model="", shape=shape, num_steps=NUM_STEPS, guidance=0.0, seed=1)
+        )
 
     def submit_us(self, slo_s: float | None) -> float:
         """CPU time of a submit."""
@@ -118,7 +120,9 @@ def main() -> None:
     )
     given = parser.parse_args()
     rows = measure(read_profile(given.profile))
-    write_record(make_record(f"python -m benchmarks.research.submit_time {shlex.join(sys.argv[1:])}", rows), given.output)
+    write_record(
+        make_record(f"python -m benchmarks.research.submit_time {shlex.join(sys.argv[1:])}", rows), given.output
+    )
 
 
 if __name__ == "__main__":

@@ -175,8 +175,7 @@ class EngineLoop:
 
     def _refuse_hopeless(self, request: Request, slo_ms: float) -> None:
         """Raises DeadlineUnmeetable."""
-        forecast = self._snapshots.forecast(self.cost_models.tables, request)
-        earliest_s = earliest_deadline_s(*forecast)
+        earliest_s = earliest_deadline_s(self._snapshots.forecast(self.cost_models.tables, request))
         if earliest_s is not None:
             raise DeadlineUnmeetable(slo_ms, math.ceil((earliest_s - request.arrival_s) * 1e3))
 

@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tetrion.engine.errors import Displaced, EngineOverloaded, RequestError
-from tetrion.engine.loop.feasible import Feasible
-from tetrion.engine.loop.shares import LANES, Claim, Lane, Rank, Shares
+from tetrion.engine.loop.feasible import Feasible, Rank
+from tetrion.engine.loop.shares import LANES, Claim, Lane, Shares
 from tetrion.engine.loop.slots import StateSlots
 from tetrion.engine.planning.remaining import NOTHING, Remaining
 from tetrion.engine.request import MAX_ATTEMPTS, ImageResult, Progress, Receipt, ResolvedRequest
@@ -323,7 +323,7 @@ class RequestTable:
         left = self._remaining(request)
         latest_s = request.deadline_s - left.fastest_s
         if latest_s >= self._now_s:
-            self._feasible.put(_rank(request), request, latest_s, left.device_s)
+            self._feasible.put(_rank(request), request, latest_s, left.device_s, request.asked.weight)
         else:
             self._feasible.remove(_rank(request))
         if request.is_feasible != (latest_s >= self._now_s):
@@ -344,6 +344,12 @@ class RequestTable:
         """In order of deadline, so many that come before the request (which need not be here) and so many that come
         after it; and the device seconds of all that come before those."""
         return self._feasible.around(_rank(request), num_before, num_after)
+
+    def crowded_until_s(self, request: Request, num_after: int, num_devices: int) -> float | None:
+        """Whether the request, which is not here yet, is too much for some that come behind the `num_after` after it:
+        see `Feasible.crowded_until_s`."""
+        work_s, weight = self._remaining(request).device_s, request.asked.weight
+        return self._feasible.crowded_until_s(_rank(request), num_after, work_s, weight, request.arrival_s, num_devices)
 
     # Who comes, waits and goes ------------------------------------------------------------------------------------
 
@@ -546,8 +552,9 @@ class RequestTable:
 
 
 def _rank(request: Request) -> Rank:
-    """Among those with a deadline."""
-    return request.deadline_s, -request.asked.priority, request.request_id
+    """Among those with a deadline; one without is not among them, and has a rank all the same."""
+    due_s = math.inf if request.deadline_s is None else request.deadline_s
+    return due_s, -request.asked.priority, request.request_id
 
 
 def _saved_bytes(request: Request) -> int:

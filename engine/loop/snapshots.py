@@ -18,7 +18,7 @@ from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.device_shares import DeviceShares
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.requests import Request, RequestTable
-from tetrion.engine.planning.admission import num_around
+from tetrion.engine.planning.admission import Forecast, num_around
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import horizon_options
@@ -69,11 +69,10 @@ class SnapshotBuilder:
         self._refresh(now_s)
         return self._snapshot(now_s, free_s, costs) if self._entries else None
 
-    def forecast(self, costs: CostTables, newcomer: Request) -> tuple[Snapshot, RequestView, float]:
-        """What admission is to know of a new request: a snapshot with those that can still meet their deadlines, the
-        ones in the queue as if they were admitted; its own view; and device seconds of work that comes before these. Of
-        very many requests only those nearest to its own deadline are in the snapshot, so that it costs the same however
-        many there are."""
+    def forecast(self, costs: CostTables, newcomer: Request) -> Forecast:
+        """What admission is to know of a new request. The snapshot has those that can still meet their deadlines, the
+        ones in the queue as if they were admitted; of very many those nearest to its own, so that it costs the same
+        however many there are."""
         now_s = self._executor.now_s()
         self._refresh(now_s)
         free_s = self._free_s(now_s)
@@ -87,7 +86,12 @@ class SnapshotBuilder:
             tables=self._tables_for(costs, len(free_s)),
             config=self._config,
         )
-        return snapshot, self.view_of_new(newcomer), work_s
+        return Forecast(
+            snapshot=snapshot,
+            newcomer=self.view_of_new(newcomer),
+            work_before_s=work_s,
+            crowded_until_s=self._table.crowded_until_s(newcomer, num_after, max(1, len(free_s))),
+        )
 
     def _view_in_forecast(self, request: Request) -> RequestView | None:
         if request.slot >= 0:

@@ -30,15 +30,33 @@ def num_around(num_devices: int, config: PlannerConfig) -> tuple[int, int]:
     return bound, bound // 2
 
 
-def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView, work_before_s: float = 0.0) -> float | None:
-    """None if `newcomer` (of which nothing is done yet) can meet its deadline, has none, or nothing is known of the
-    devices; else the earliest deadline that it could meet with nobody displaced for it.
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """What is judged: `newcomer`, of which nothing is done yet, beside the requests of the snapshot. `work_before_s`:
+    device seconds of requests that come before all of these. `crowded_until_s`: where it would be too much for some
+    behind them, and the first to be given up, the time at which their work is done."""
 
-    `work_before_s`: device seconds of requests that come before all of the snapshot's."""
+    snapshot: Snapshot
+    newcomer: RequestView
+    work_before_s: float = 0.0
+    crowded_until_s: float | None = None
+
+
+def earliest_deadline_s(forecast: Forecast) -> float | None:
+    """None if the newcomer can meet its deadline, has none, or nothing is known of the devices; else the earliest
+    deadline that it could meet with nobody displaced for it, as far as the forecast shows them."""
+    snapshot, newcomer = forecast.snapshot, forecast.newcomer
     if newcomer.deadline_s is None or not snapshot.devices:
         return None
-    if work_before_s:
-        snapshot = _later(snapshot, work_before_s / len(snapshot.devices))
+    if forecast.work_before_s:
+        snapshot = _later(snapshot, forecast.work_before_s / len(snapshot.devices))
+    earliest_s, is_in_time = _judge(snapshot, newcomer, newcomer.deadline_s)
+    if forecast.crowded_until_s is not None:
+        return max(earliest_s, forecast.crowded_until_s)
+    return None if is_in_time else earliest_s
+
+
+def _judge(snapshot: Snapshot, newcomer: RequestView, deadline_s: float) -> tuple[float, bool]:
+    """The earliest deadline that it could meet with nobody displaced for it, and whether it can meet its own."""
     tables = snapshot.tables
     others = [view for view in snapshot.requests if view.deadline_s is not None]
     to_denoise = [view for view in others if view.stage not in AFTER_STEPS]
@@ -48,14 +66,14 @@ def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView, work_before_s
     fill(profile, works, drop_first)
     end_s = profile.finish_s(new.table, new.table.widest, new.start_s, new.remaining, math.inf)
     earliest_s = end_s + _aux_s(snapshot, tables, others) + new.table.after_s + MARGIN_S
-    if earliest_s <= newcomer.deadline_s:
-        return None
+    if earliest_s <= deadline_s:
+        return earliest_s, True
     place = sum(work.due_s <= new.due_s for work in works)
-    before = [view for view in others if due_s(view, snapshot.config) <= newcomer.deadline_s]
+    before = [view for view in others if due_s(view, snapshot.config) <= deadline_s]
     new = _work(snapshot, tables, newcomer, _aux_s(snapshot, tables, before))
     if not new.is_late:
         fill(_free_profile(snapshot), [*works[:place], new, *works[place:]], drop_first)
-    return None if new.level else earliest_s
+    return earliest_s, new.level > 0
 
 
 def _later(snapshot: Snapshot, seconds: float) -> Snapshot:

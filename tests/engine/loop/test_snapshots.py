@@ -107,9 +107,9 @@ def test_a_forecast_shows_those_with_a_deadline_that_can_be_met_in_the_queue_too
     seen: list[list[str]] = []
 
     def look() -> None:
-        snapshot, view, work_s = simulation.loop._snapshots.forecast(COSTS, new_request("new", slo_ms=1e6))
-        seen.append([request.request_id for request in snapshot.requests])
-        assert view.request_id == "new" and work_s == 0.0
+        forecast = simulation.loop._snapshots.forecast(COSTS, new_request("new", slo_ms=1e6))
+        seen.append([request.request_id for request in forecast.snapshot.requests])
+        assert (forecast.newcomer.request_id, forecast.work_before_s, forecast.crowded_until_s) == ("new", 0.0, None)
 
     for number, slo_ms in enumerate((None, 60_000.0, 30_000.0, 10.0)):
         simulation.request(f"r{number}", at_s=0.0, width=512, height=512, slo_ms=slo_ms)
@@ -133,11 +133,11 @@ def test_of_many_a_forecast_shows_the_nearest_and_adds_up_those_before(data: st.
     )
     simulation.executor.at(0.003, simulation.loop.stop)
     simulation.run()
-    ((snapshot, _, work_s),) = seen
+    (forecast,) = seen
     order = sorted((1e3 * slo_ms, f"r{number:02d}") for number, slo_ms in enumerate(slos_ms))
     before = [name for ms, name in order if ms <= new_slo_ms]
     after = [name for ms, name in order if ms > new_slo_ms]
     started = "r" + str(order[0][1])[1:]
-    assert [view.request_id for view in snapshot.requests] == before[-4:] + after[:2]
+    assert [view.request_id for view in forecast.snapshot.requests] == before[-4:] + after[:2]
     each_s, hidden = 10 * 0.2 + 0.005 + 0.08, before[:-4]
-    assert work_s == pytest.approx(len(hidden) * each_s - 0.005 * (started in hidden))
+    assert forecast.work_before_s == pytest.approx(len(hidden) * each_s - 0.005 * (started in hidden))
