@@ -45,9 +45,10 @@ logger = logging.getLogger(__name__)
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. By model: `profiles`, the cost tables in use; `inexact_degrees`, those that failed the
-    start-up self-test. `tenants`: what each has had (tenant_statistics.py). `loop`: what the loop has cost since the start; `recovery`: what was lost and started again;
-    `energy`: sums of joules; `metering_cost`: what sampling costs; `meter_age_s`: since it last told joules, None if it
-    is not read. `policy`: the one in use, which is not the configured one once that has failed again and again."""
+    start-up self-test. `tenants`: what each has had (tenant_statistics.py). `loop`: what the loop has cost since the
+    start; `recovery`: what was lost and started again; `energy`: sums of joules; `metering_cost`: what sampling costs;
+    `meter_age_s`: since it last told joules, None if it is not read. `policy`: the one in use, which is not the
+    configured one once that has failed again and again."""
 
     num_devices: int
     num_alive: int

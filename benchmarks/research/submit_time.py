@@ -1,6 +1,6 @@
 """CPU time of one submit beside so many queued requests, with and without a deadline; a JSON file.
 
-    python -m benchmarks.research.submit_time benchmarks/results/submit-time.json
+    python -m benchmarks.research.submit_time out/submit-time.json
 
 A loop on simulated devices, whose slots are full, under `admission=reject-hopeless`. What is queued has no deadline, or
 one that can be met; the newcomers have none, one that is met before all of these, or one in the midst of them. Every
@@ -36,7 +36,7 @@ MAX_INFLIGHT = 64
 NUM_SUBMITS = 400
 NUM_STEPS = 28
 SLOWEST_S = 60.0
-"""More than a picture takes on one device; every queued one with a deadline has so much time, and more behind others."""
+"""More than a picture takes on one device; so much time has the first in the queue, and more those behind it."""
 NEWCOMERS: dict[str, float | None] = {"none": None, "short": 20.0, "long": 0.5}
 """Deadlines in seconds; that of "long" is a share of the last one of all."""
 

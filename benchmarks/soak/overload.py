@@ -1,10 +1,9 @@
 """Several times the load that can be sustained, with a deadline on every request: how many are met, is everybody
 answered?
 
-Servers with their defaults; with `--baseline` in the same run one of another checkout under
-`admission=reject-hopeless`, which takes the same arrivals: for each load one after the other, `--rounds` times, in turns
-of who is first, while the other one is idle. The rate is a multiple of what the servers sustain, both measured at the
-start.
+A server with its defaults; with `--baseline` in the same run one of another checkout under `admission=reject-hopeless`,
+which takes the same arrivals: for each load one after the other, `--rounds` times, in turns of who is first, while the
+other one is idle. The rate is a multiple of what the servers sustain, which is measured at the start.
 """
 
 import asyncio

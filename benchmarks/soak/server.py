@@ -76,7 +76,7 @@ class Server:
 async def served(
     *arguments: str, headers: dict[str, str] | None = None, environment: dict[str, str] | None = None
 ) -> AsyncIterator[Server]:
-    """`environment`: what it has beside this process's. Raises RuntimeError if it does not start or end as it should."""
+    """`environment`: beside this process's own. Raises RuntimeError if it does not start or end as it should."""
     mark, log = secrets.token_hex(8), list[str]()
     opened = server(arguments, environment=os.environ | (environment or {}) | {MARK: mark}, said=log.append)
     try:

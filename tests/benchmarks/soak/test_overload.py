@@ -50,5 +50,5 @@ def test_the_package_of_a_checkout_can_be_imported(tmp_path: Path) -> None:
         line = [sys.executable, "-P", "-m", "tetrion.engine.which"]
         done = subprocess.run(line, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
     assert done.stdout == "the other one\n"
-    with pytest.raises(InputError, match="baseline: .* is no checkout, it has no configs"), importable(tmp_path / "x"):
+    with pytest.raises(InputError, match="is no checkout, it has no configs"), importable(tmp_path / "x"):
         pass
