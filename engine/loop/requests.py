@@ -318,10 +318,11 @@ class RequestTable:
 
     def _judge(self, request: Request) -> None:
         """Whether it can meet its deadline."""
-        if request.deadline_s is None or request.cancelled:
+        deadline_s = _deadline_s(request)
+        if deadline_s is None or request.cancelled:
             return
         left = self._remaining(request)
-        latest_s = request.deadline_s - left.fastest_s
+        latest_s = deadline_s - left.fastest_s
         if latest_s >= self._now_s:
             self._feasible.put(_rank(request), request, latest_s, left.device_s, request.asked.weight)
         else:
@@ -541,7 +542,7 @@ class RequestTable:
         return self._shares.num_held(request.asked.tenant, request.asked.user)
 
     def _claim(self, request: Request) -> Claim:
-        due_s = request.deadline_s if request.is_feasible else request.arrival_s + self._patience_s
+        due_s = _deadline_s(request) if request.is_feasible else request.arrival_s + self._patience_s
         return Claim(
             request_id=request.request_id,
             tenant=request.asked.tenant,
@@ -551,9 +552,15 @@ class RequestTable:
         )
 
 
+def _deadline_s(request: Request) -> float | None:
+    """The one that slots are given by."""
+    return request.deadline_s
+
+
 def _rank(request: Request) -> Rank:
     """Among those with a deadline; one without is not among them, and has a rank all the same."""
-    due_s = math.inf if request.deadline_s is None else request.deadline_s
+    deadline_s = _deadline_s(request)
+    due_s = math.inf if deadline_s is None else deadline_s
     return due_s, -request.asked.priority, request.request_id
 
 
