@@ -346,6 +346,10 @@ class RequestTable:
         after it; and the device seconds of all that come before those."""
         return self._feasible.around(_rank(request), num_before, num_after)
 
+    def late(self) -> Iterator[Request]:
+        """Those that own a slot and have a deadline that they cannot meet."""
+        return (request for request in self._others.values() if request.deadline_s is not None)
+
     def crowded_until_s(self, request: Request, num_after: int, num_devices: int) -> float | None:
         """Whether the request, which is not here yet, is too much for some that come behind the `num_after` after it:
         see `Feasible.crowded_until_s`."""
