@@ -2,8 +2,8 @@
 
 Judged as `horizon` plans: a forward fill in order of deadline, in which the new request may displace others just as it
 would once it was admitted. Only those count that can still meet their own deadlines: requests without one give way, as
-do late ones but for their encodes and decodes, which nobody goes before. Of very many the fill has those nearest to the newcomer's deadline; what comes before these counts as work
-that keeps every device busy. Pure arithmetic.
+do late ones but for their encodes and decodes, which nobody goes before. Of very many the fill has those nearest to the
+newcomer's deadline; what comes before these counts as work that keeps every device busy. Pure arithmetic.
 """
 
 import math
