@@ -22,6 +22,7 @@ from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.device_shares import DeviceShares
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.planning.admission import Forecast, num_around
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import horizon_options
@@ -64,6 +65,8 @@ class SnapshotBuilder:
         self._backlog: tuple[RequestView, ...] | None = ()
         self._ranks: Mapping[Holder, int] = NO_RANKS
         self._running: frozenset[str] = frozenset()
+        self._queued: dict[str, RequestView] = {}
+        """Views of requests that wait in the queue, as far as somebody has asked for them."""
 
     def snapshot(self, costs: CostTables) -> Snapshot | None:
         """Everything as it is now; None if nothing can be started: there is no request, or no device that can be given
@@ -73,15 +76,47 @@ class SnapshotBuilder:
         if min(free_s.values(), default=math.inf) > now_s + self._config.lead_s:
             return None
         self._refresh(now_s)
-        return self._snapshot(now_s, free_s, costs, self._current) if self._entries else None
+        return self._snapshot(now_s, free_s, costs) if self._entries else None
 
-    def forecast(self, costs: CostTables) -> Snapshot:
-        """Everything as it is now, with the requests that wait in the queue as if they were admitted."""
+    def forecast(self, costs: CostTables, newcomer: Request) -> Forecast:
+        """What admission is to know of a new request. The snapshot has those that can still meet their deadlines, the
+        ones in the queue as if they were admitted; of very many those nearest to its own, so that it costs the same
+        however many there are. Its backlog are late ones that own a slot and
+        are not only waiting for left-over devices."""
         now_s = self._executor.now_s()
         self._refresh(now_s)
-        queued = [self.view_of_new(request) for request in self._table.queued()]
-        entries: list[Entry] = [(*urgency(view, self._config), view) for view in queued]
-        return self._snapshot(now_s, self._free_s(now_s), costs, sorted(self._current + entries))
+        free_s = self._free_s(now_s)
+        num_before, num_after = num_around(len(free_s), self._config)
+        others, work_s = self._table.feasible_around(newcomer, num_before, num_after)
+        ranks = self._shares.ranks(self._holders.keys() | {_holder(newcomer)}, now_s)
+        own, last = ranks.get(_holder(newcomer), 0), max(ranks.values(), default=0)
+        views = [
+            view
+            for request in others
+            if ranks.get(_holder(request), 0) <= own and (view := self._view_in_forecast(request)) is not None
+        ]
+        late = [entry for request in self._table.late() if (entry := self._entries.get(request.request_id)) is not None]
+        snapshot = Snapshot(
+            now_s=now_s,
+            requests=tuple(views),
+            devices=_devices(free_s),
+            tables=self._tables_for(costs, len(free_s)),
+            config=self._config,
+            backlog=tuple([entry[3] for entry in late if entry[0] >= now_s or not self._is_overdue(entry[3])]),
+        )
+        forecast = Forecast(snapshot=snapshot, newcomer=self.view_of_new(newcomer))
+        if own < last:
+            return forecast
+        crowded_until_s = self._table.crowded_until_s(newcomer, num_after, max(1, len(free_s)))
+        return msgspec.structs.replace(forecast, work_before_s=work_s, crowded_until_s=crowded_until_s)
+
+    def _view_in_forecast(self, request: Request) -> RequestView | None:
+        if request.slot >= 0:
+            return self.view_of(request.request_id)
+        view = self._queued.get(request.request_id)
+        if view is None:
+            view = self._queued[request.request_id] = self.view_of_new(request)
+        return view
 
     def of_one(self, request: Request, device_id: int, costs: CostTables) -> Snapshot | None:
         """As if there were nothing but this request and this idle device; None if something is in flight for it. Pinned
@@ -116,21 +151,23 @@ class SnapshotBuilder:
         """A request of which nothing is done or in flight."""
         return self._view(request, STAGES[0], request.arrival_s)
 
-    def _snapshot(
-        self, now_s: float, free_s: dict[int, float], costs: CostTables, current: Sequence[Entry]
-    ) -> Snapshot:
+    def _snapshot(self, now_s: float, free_s: dict[int, float], costs: CostTables) -> Snapshot:
         tables = self._tables_for(costs, len(free_s))
         self._set_aside(now_s, tables)
         self._rank(now_s)
         return Snapshot(
             now_s=now_s,
-            requests=tuple([entry[3] for entry in current]),
-            devices=tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()]),
+            requests=tuple([entry[3] for entry in self._current]),
+            devices=_devices(free_s),
             tables=tables,
             config=self._config,
             backlog=self._backlog or (),
             ranks=self._ranks,
         )
+
+    def tables(self, costs: CostTables) -> DegreeTables:
+        """For the devices that there are."""
+        return self._tables_for(costs, max(1, len(self.usable - {self.kept_free})))
 
     def _rank(self, now_s: float) -> None:
         """Whose turn it is, and the backlog in that order."""
@@ -155,6 +192,7 @@ class SnapshotBuilder:
         running = self._in_flight.request_ids()
         changed = self._table.take_changed() | running | self._running
         for request_id in changed:
+            self._queued.pop(request_id, None)
             request = self._table.get_admitted(request_id)
             entries = self._in_flight.of_request(request_id)
             view = None if request is None else self._view_of_admitted(request, entries, now_s)
@@ -248,3 +286,7 @@ class SnapshotBuilder:
 
 def _holder(request: Request) -> Holder:
     return request.asked.tenant, request.asked.user
+
+
+def _devices(free_s: Mapping[int, float]) -> tuple[DeviceView, ...]:
+    return tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()])

@@ -28,6 +28,7 @@ from tetrion.engine.errors import (
 from tetrion.engine.families.served import ServedModels
 from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
+from tetrion.engine.loop.tenant_statistics import TenantFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import ImageRequest, ImageResult, Progress
 from tetrion.engine.resolve import resolve_request
@@ -60,6 +61,7 @@ class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     meter_age_s: float | None = None
     loop: LoopFigures = NO_LOOP
     recovery: RecoveryFigures = RecoveryFigures()
+    tenants: dict[str, TenantFigures] = {}
 
 
 class FakeHandle:
@@ -157,6 +159,7 @@ class FakeEngine:
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
         self.recovery = RecoveryFigures()
+        self.tenants: dict[str, TenantFigures] = {}
         self.num_alive = len(self.devices)
         self.death: GenerationError | None = None
         self._ended = asyncio.Event()
@@ -221,6 +224,7 @@ class FakeEngine:
             meter_age_s=self.meter_age_s,
             loop=self.loop,
             recovery=self.recovery,
+            tenants=self.tenants,
         )
 
 
