@@ -73,7 +73,8 @@ class Request:
     ends once nothing is in flight for it, with `error` if there is one. `saved`: its state, of a request that has steps
     behind it and no slot.
 
-    `asked` is what the caller asked for, `params` how it is drawn, `cost_key` the text of its `CostKey`.
+    `asked` is what the caller asked for, `params` how it is drawn, `cost_key` the text of its `CostKey`. `deadline_s`
+    is the caller's; `engine_deadline_s`, which the engine must keep, leaves `deliver_s` for the delivery.
     """
 
     __slots__ = (
@@ -85,6 +86,8 @@ class Request:
         "cost_key",
         "deadline_s",
         "degrees",
+        "deliver_s",
+        "engine_deadline_s",
         "error",
         "holders",
         "image",
@@ -107,13 +110,15 @@ class Request:
         "step_index",
     )
 
-    def __init__(self, resolved: ResolvedRequest, arrival_s: float) -> None:
+    def __init__(self, resolved: ResolvedRequest, arrival_s: float, deliver_s: float = 0.0) -> None:
         asked, params = resolved.asked, resolved.params
         self.asked = asked
         self.params = params
         self.cost_key = params.shape.cost_key
         self.arrival_s = arrival_s
         self.deadline_s = None if asked.slo_ms is None else arrival_s + asked.slo_ms / 1000
+        self.deliver_s = deliver_s
+        self.engine_deadline_s = None if self.deadline_s is None else self.deadline_s - deliver_s
         self.state = RequestState.QUEUED
         self.slot = -1
         self.attempts = self.num_stalls = 0
@@ -164,6 +169,11 @@ class Request:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.params.shape.size
+
+    @property
+    def pixels(self) -> int:
+        width, height = self.size
+        return width * height * self.params.shape.frames
 
     def progress(self) -> Progress:
         return Progress(
@@ -393,7 +403,8 @@ class RequestTable:
         return self._shares.num_held(request.asked.tenant, request.asked.user)
 
     def _claim(self, request: Request) -> Claim:
-        due_s = request.arrival_s + self._patience_s if request.deadline_s is None else request.deadline_s
+        deadline_s = request.engine_deadline_s
+        due_s = request.arrival_s + self._patience_s if deadline_s is None else deadline_s
         return Claim(
             request_id=request.request_id,
             tenant=request.asked.tenant,
