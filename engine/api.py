@@ -91,6 +91,8 @@ class RequestHandle:
         self._loop = loop
         self._result: asyncio.Future[ImageResult] = asyncio.get_running_loop().create_future()
         self._updates: asyncio.Queue[Progress | None] = asyncio.Queue()
+        self.is_given_up = False
+        """Before it had ended."""
 
     @property
     def request_id(self) -> str:
@@ -114,6 +116,7 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Give the request up; takes effect at its next chunk boundary."""
+        self.is_given_up = self.is_given_up or not self.done
         self._loop.cancel(self.request_id)
 
     def receive(self, output: Output) -> None:
@@ -345,6 +348,8 @@ class AsyncEngine:
         handle = self._handles.get(output.request_id)
         if handle is not None:
             handle.receive(output)
+            if handle.is_given_up and isinstance(output, ImageResult):
+                self.not_delivered(output.request_id)
             if handle.done:
                 del self._handles[output.request_id]
 

@@ -8,6 +8,7 @@ import asyncio
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from tetrion.engine.hardware.control_groups import available_cpus
 from tetrion.entrypoints.png import Each
 
 MAX_THREADS = 32
+SOFT_DUE_S = 5.0
+"""What has no deadline is due so long after it has come."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,10 +35,11 @@ class Encoders:
         self._lock = threading.Lock()
         self._waiting: list[tuple[float, int, Callable[[], None]]] = []
 
-    async def run(self, work: Callable[[Each], T], due_s: float) -> T:
-        """What `work` returns, done in these threads. What is due earlier goes first, on any one clock. Being cancelled
-        takes back what has not begun."""
+    async def run(self, work: Callable[[Each], T], due_s: float | None = None) -> T:
+        """What `work` returns, done in these threads. What is due earlier goes first, by `time.monotonic`; None: in
+        `SOFT_DUE_S`. Being cancelled takes back what has not begun."""
         future: Future[T] = Future()
+        due_s = time.monotonic() + SOFT_DUE_S if due_s is None else due_s
 
         def job() -> None:
             if future.set_running_or_notify_cancel():

@@ -26,10 +26,11 @@ from tetrion.engine.errors import (
     RequestCancelled,
 )
 from tetrion.engine.families.served import ServedModels
+from tetrion.engine.loop.deliveries import DeliveryFigures
 from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.request import ImageRequest, ImageResult, Progress
+from tetrion.engine.request import Delivered, ImageRequest, ImageResult, Progress
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.cli import run
 
@@ -60,6 +61,7 @@ class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     meter_age_s: float | None = None
     loop: LoopFigures = NO_LOOP
     recovery: RecoveryFigures = RecoveryFigures()
+    delivery: DeliveryFigures = DeliveryFigures()
 
 
 class FakeHandle:
@@ -153,6 +155,9 @@ class FakeEngine:
         self.is_running = False
         self.num_starts = 0
         self.handles: list[FakeHandle] = []
+        self.delivered_ids: list[str] = []
+        self.dropped_ids: list[str] = []
+        self.delivery = DeliveryFigures()
         self.energy = NO_ENERGY
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
@@ -221,7 +226,20 @@ class FakeEngine:
             meter_age_s=self.meter_age_s,
             loop=self.loop,
             recovery=self.recovery,
+            delivery=self.delivery,
         )
+
+    def delivered(self, request_id: str, took_s: float) -> Delivered:
+        """After no time at all."""
+        assert took_s > 0
+        self.delivered_ids.append(request_id)
+        result = draw(self.handles[int(request_id.removeprefix("r"))].request)
+        return Delivered(
+            request_id=request_id, tenant="", latency_s=result.latency_s, deliver_s=0.0, slo_met=result.slo_met
+        )
+
+    def not_delivered(self, request_id: str) -> None:
+        self.dropped_ids.append(request_id)
 
 
 class FakeFactory:
