@@ -162,7 +162,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
-        self.transport.set_write_buffer_limits(high=0)  # so that whoever may write again knows that all is sent
+        self.transport.set_write_buffer_limits(high=1, low=0)  # whoever may write again knows that all is sent
 
     def pause_writing(self) -> None:
         self._has_unsent = True

@@ -1,4 +1,5 @@
-"""A test double of the engine: same surface, no workers. It draws a flat colour made from the seed.
+"""A test double of the engine: same surface, no workers. It draws a flat colour made from the seed, or noise if it is
+told so.
 
 Prompts steer it: one with `fail` ends in GenerationError, with `crash` in a defect, with `slow` it never ends unless
 cancelled, with `full` it is refused as overload, with `dear` for its energy budget. The real engine is tested in
@@ -117,6 +118,8 @@ def draw(request: ImageRequest) -> ImageResult:
     assert request.width and request.height and request.num_steps and request.seed is not None
     colour = (request.seed % 256, request.seed // 256 % 256, 128)
     image = np.full((request.height, request.width, 3), colour, dtype=np.uint8)
+    if "noise" in request.prompt:
+        image = np.random.default_rng(request.seed).integers(0, 256, image.shape, dtype=np.uint8)
     return ImageResult(
         request_id=request.request_id,
         model=request.model or "",
