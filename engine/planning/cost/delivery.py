@@ -10,7 +10,7 @@ from tetrion.engine.planning.cost.correction import Mean, moved_mean
 from tetrion.engine.request import Delivery
 
 BASE_S = 0.001
-S_PER_MEGAPIXEL: dict[Delivery, float] = {"png": 0.040, "jpeg": 0.015, "webp": 0.400}
+S_PER_MEGAPIXEL: dict[Delivery, float] = {"png": 0.040, "jpeg": 0.010, "webp": 0.150}
 """One core of a server with photographs of 1024² (`benchmarks/results/delivery-cpu.json`): where a prediction starts
 that a few pictures correct."""
 
