@@ -28,6 +28,7 @@ from tetrion.engine.loop.deliveries import DeliveryFigures
 from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
+from tetrion.engine.loop.tenant_statistics import TenantFigures
 from tetrion.engine.measure.calibration import calibrate
 from tetrion.engine.measure.profile_files import chosen_profiles
 from tetrion.engine.model_spec import ModelSpec
@@ -45,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. By model: `profiles`, the cost tables in use; `inexact_degrees`, those that failed the
-    start-up self-test. `loop`: what the loop has cost since the start; `recovery`: what was lost and started again;
-    `delivery`: pictures handed on, and deadlines by then;
-    `energy`: sums of joules; `metering_cost`: what sampling costs; `meter_age_s`: since it last told joules, None if it
-    is not read. `policy`: the one in use, which is not the configured one once that has failed again and again."""
+    start-up self-test. `tenants`: what each has had (tenant_statistics.py). `loop`: what the loop has cost since the
+    start; `recovery`: what was lost and started again; `delivery`: pictures handed on, and deadlines by then; `energy`:
+    sums of joules; `metering_cost`: what sampling costs; `meter_age_s`: since it last told joules, None if it is not
+    read. `policy`: the one in use, which is not the configured one once that has failed again and again."""
 
     num_devices: int
     num_alive: int
@@ -64,6 +65,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     metering_cost: SamplerCost
     meter_age_s: float | None
     policy: str
+    tenants: dict[str, TenantFigures] = {}
 
 
 class Instrument(Protocol):
@@ -331,6 +333,7 @@ class AsyncEngine:
             metering_cost=self._metering.cost,
             meter_age_s=self._metering.age_s,
             policy=self._loop.policy,
+            tenants=self._loop.statistics.tenants.figures(),
         )
 
     @property

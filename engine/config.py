@@ -52,7 +52,7 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     `class_weights` (of a `CostKey`: "1024x1024") and `tenant_weights` multiply the weight that a request carries (not
     named: by 1). Shares of slots are equal, whatever the weights.
-    `admission`: "reject-hopeless" refuses at once what would miss its deadline.
+    `admission`: "reject-hopeless" refuses at once what would miss its deadline; who has none is never refused for that.
     `options`: the policy's own, by name or as its struct (`planning/policies/registry.py`; of `horizon`:
     `planning/horizon_options.py`).
     """
@@ -150,7 +150,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 4096
     queue_timeout_s: Annotated[
         PositiveFloat | None,
-        option("A request that has waited so long without getting a state slot fails. Default: it waits on."),
+        option(
+            "A request for which no device has done anything for so long fails: one that waits in the queue, and one"
+            " that others always go before. What runs is not cut. Default: 600 for serve, else it waits on."
+        ),
     ] = None
     planner: Annotated[
         PlannerConfig,

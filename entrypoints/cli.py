@@ -17,7 +17,7 @@ from tetrion.entrypoints.errors import EXIT_INTERRUPTED, report_errors
 from tetrion.entrypoints.number_range import NumberRange
 from tetrion.entrypoints.options import engine_options, take_config
 from tetrion.entrypoints.recommend.command import recommend
-from tetrion.entrypoints.serve_options import guard_options
+from tetrion.entrypoints.serve_options import guard_options, with_server_defaults
 from tetrion.entrypoints.terminal import EXIT_BROKEN_PIPE, flushed, hold_standard_streams, is_reader_gone, say
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def serve(ctx: click.Context, **options: Any) -> int:
         from tetrion.entrypoints.http.server import serve as serve_http
         from tetrion.entrypoints.session import open_engine, run_async
 
-        opened = open_engine(take_config(options), ctx.obj)
+        opened = open_engine(take_config(with_server_defaults(options)), ctx.obj)
         return run_async(serve_http(ServeOptions(**options), opened))
 
     return report_errors(run)

@@ -1,4 +1,4 @@
-"""The options of `tetrion serve` that guard the server: limits, keys, hosts, TLS, stopping.
+"""The options of `tetrion serve` that guard the server: admission, limits, keys, hosts, TLS, stopping.
 
 Imports nothing but click, so that `--help` is quick. Their defaults are those of `http/server.py: ServeOptions`.
 """
@@ -13,8 +13,18 @@ from tetrion.entrypoints.number_range import NumberRange
 
 Command = Callable[..., Any]
 
+ADMISSION = "reject-hopeless"
+QUEUE_TIMEOUT_S = 600.0
+"""What a server does where nothing else is asked of it; an embedded engine takes all, and lets them wait."""
+
 _COUNT, _SECONDS, _FILE = click.IntRange(min=1), NumberRange(0, 86_400, min_open=True), click.Path(path_type=Path)
 _GUARDS = (
+    click.option(
+        "--admission",
+        type=click.Choice(["reject-hopeless", "all"]),
+        help="What becomes of a request whose deadline cannot be met: 429 at once, with the earliest one that can"
+        f" (reject-hopeless), or a late picture (all). Default: {ADMISSION}.",
+    ),
     click.option("--max-n", type=click.IntRange(1, 10), help="Most pictures a request. Default: 10."),
     click.option("--max-steps", type=_COUNT, help="Most denoising steps a picture. Default: 1000."),
     click.option("--max-pixels", type=_COUNT, help="Most pixels a picture. Default: what the model draws."),
@@ -92,3 +102,13 @@ def guard_options(command: Command) -> Command:
     for option in reversed(_GUARDS):
         command = option(command)
     return command
+
+
+def with_server_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with a server's own defaults in place of an engine's, and `--admission` among the planner's settings,
+    of which it counts most; changes them."""
+    own = options.pop("admission")
+    asked = () if own is None else (f"admission={own}",)
+    options["planner"] = (f"admission={ADMISSION}", *options["planner"], *asked)
+    options["queue_timeout_s"] = options["queue_timeout_s"] or QUEUE_TIMEOUT_S
+    return options

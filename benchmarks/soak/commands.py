@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from tetrion.entrypoints import cli
-from tetrion.entrypoints.bench.slo_commands import spell
+from tetrion.entrypoints.bench.slo_commands import given_options, spell
 from tetrion.entrypoints.errors import report_errors
 from tetrion.entrypoints.number_range import NumberRange
 
@@ -45,7 +45,7 @@ def soak_command(module: str, function: str, name: str, *options: Callable[..., 
                 file = output or OUTPUT / f"{name}.json"
                 check_writable(file, "output")
                 measured = getattr(importlib.import_module(module), function)
-                return int(measured(spell(name, given, PROGRAM), file, **given))
+                return int(measured(spell(name, given_options(given), PROGRAM), file, **given))
 
             return report_errors(work)
 
@@ -138,6 +138,35 @@ def hogs() -> None:
 
 
 @soak_command(
+    "benchmarks.soak.overload",
+    "command",
+    "overload",
+    click.option(
+        "--load",
+        type=NumberRange(0, 1000, min_open=True),
+        multiple=True,
+        default=(3.0, 10.0),
+        show_default=True,
+        help="Times the measured capacity; may be repeated.",
+    ),
+    option("--seconds", TIME, 60.0, "Of each load."),
+    option("--slo-ms", NumberRange(0, 3.6e6, min_open=True), 4000.0, "Deadline of every request."),
+    option("--rounds", MANY, 1, "How often all of it is done."),
+    option("--workers", MANY, 2, WORKERS),
+    CAPACITY,
+    SEED,
+    click.option(
+        "--baseline",
+        metavar="FOLDER",
+        type=click.Path(path_type=Path),
+        help="A checkout whose server takes the same load, under admission=reject-hopeless.",
+    ),
+)
+def overload() -> None:
+    """Far more requests with a deadline than can be served: who is in time, is everybody answered?"""
+
+
+@soak_command(
     "benchmarks.soak.connections",
     "command",
     "connections",
@@ -203,7 +232,7 @@ def soak() -> None:
     """Faults and odd input against a server of its own; exit code 1 if one of the checks fails."""
 
 
-COMMANDS = (chaos, stop, stops, resume, hogs, connections, fuzz, mixed, everything)
+COMMANDS = (chaos, stop, stops, resume, hogs, overload, connections, fuzz, mixed, everything)
 for command in COMMANDS:
     soak.add_command(command)
 

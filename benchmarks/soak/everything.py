@@ -25,6 +25,7 @@ def lines_for(minutes: float) -> list[list[str]]:
         f"stops --minutes {of(5, 0.3)} {capacity}",
         f"resume --repeats {round(max(1, 3 * part))}",
         f"hogs --timeout-s {of(40, 10)}",
+        f"overload --seconds {of(60, 5)} {capacity}",
         f"connections --seconds {of(90, 45)} --waiting {round(max(500, 5000 * part))}",
         f"fuzz --bodies {round(20_000 * part)} --streams {round(5_000 * part)} --lines {round(2_000 * part)}",
         f"mixed --minutes {max(minutes / 10, minutes - 35):.3g} {capacity}",

@@ -126,13 +126,13 @@ def poisson(pictures: Sequence[Picture], rate_per_s: float, seconds: float, seed
     return Arrivals(seconds=seconds, trace=tuple(trace), choices=tuple(choices))
 
 
-async def run_load(server: Server, pictures: Sequence[Picture], arrivals: Arrivals) -> list[Answer]:
-    """In the order of `arrivals`; when all have been answered and their time is over."""
+async def run_load(server: Server, pictures: Sequence[Picture], arrivals: Arrivals, **more: Any) -> list[Answer]:
+    """In the order of `arrivals`; when all have been answered and their time is over. `more`: of the bodies."""
     answers: dict[int, Answer] = {}
     zero_s = time.monotonic() + HEAD_START_S
 
     async def draw(request: TraceRequest, number: int) -> tuple[int, ...]:
-        outcome = await ask_for(server, pictures[arrivals.choices[number]])
+        outcome = await ask_for(server, pictures[arrivals.choices[number]], **more)
         due_s = request.arrival_s
         latency_s = time.monotonic() - zero_s - due_s
         answers[number] = Answer(number=number, due_s=due_s, latency_s=latency_s, outcome=outcome)

@@ -73,10 +73,12 @@ class Server:
 
 
 @asynccontextmanager
-async def served(*arguments: str, headers: dict[str, str] | None = None) -> AsyncIterator[Server]:
-    """Raises RuntimeError if it does not start or end as it should."""
+async def served(
+    *arguments: str, headers: dict[str, str] | None = None, environment: dict[str, str] | None = None
+) -> AsyncIterator[Server]:
+    """`environment`: beside this process's own. Raises RuntimeError if it does not start or end as it should."""
     mark, log = secrets.token_hex(8), list[str]()
-    opened = server(arguments, environment=os.environ | {MARK: mark}, said=log.append)
+    opened = server(arguments, environment=os.environ | (environment or {}) | {MARK: mark}, said=log.append)
     try:
         url, process = await asyncio.to_thread(opened.__enter__)
     except RuntimeError:

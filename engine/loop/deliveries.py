@@ -4,6 +4,8 @@ A request that is handed over in this process has kept its deadline, or not, whe
 `delivery` when its caller says that the last byte has left. A picture that nobody took any more counts for neither.
 """
 
+from collections.abc import Callable
+
 import msgspec
 
 from tetrion.engine.loop.requests import Request
@@ -28,7 +30,9 @@ class DeliveryFigures(msgspec.Struct, frozen=True, kw_only=True):
 class Deliveries:
     """Times are seconds on the executor's clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[str, bool], None] = lambda tenant, is_met: None) -> None:
+        """`ended` is told whether a tenant's deadline was met."""
+        self._ended = ended
         self.model = DeliveryModel()
         self._on_the_way: dict[str, tuple[Request, float]] = {}
         """With when they were finished."""
@@ -63,6 +67,8 @@ class Deliveries:
         self._deliver_s += now_s - finished_s
         self._num_met += slo_met is True
         self._num_missed += slo_met is False
+        if slo_met is not None:
+            self._ended(request.asked.tenant, slo_met)
         return Delivered(
             request_id=request.request_id,
             tenant=request.asked.tenant,

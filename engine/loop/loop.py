@@ -58,6 +58,7 @@ from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.energy_admission import check_wish
 from tetrion.engine.planning.energy_mode import may_be_patient
 from tetrion.engine.planning.policies.registry import with_options
+from tetrion.engine.planning.remaining import Remaining, remaining
 from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
 from tetrion.engine.request import Delivered, Output, ResolvedRequest
 
@@ -97,9 +98,10 @@ class EngineLoop:
             config.max_queued,
             self._config.patience_s,
             is_patient=lambda request: may_be_patient(request.asked, self._config),
+            remaining=self._remaining,
         )
-        self.deliveries = Deliveries()
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
+        self.deliveries = Deliveries(self.statistics.tenants.ended)
         self._in_flight = InFlightTable(executor.device_ids)
         self._snapshots = SnapshotBuilder(executor, self.table, self._in_flight, self._config)
         self._probation = Probation(self.table, self._in_flight, self._snapshots)
@@ -129,6 +131,7 @@ class EngineLoop:
         )
         self._done: dict[str, list[tuple[InFlight, Answer | Failed]]] = {}
         """Commands that all members have answered, of requests whose command before is not answered yet."""
+        self._num_usable = len(executor.device_ids)
         self._round_id = 0
         self._wake_s: float | None = None
         self._due_s = self._planned_s = -math.inf
@@ -152,12 +155,15 @@ class EngineLoop:
         request = Request(resolved, self.executor.now_s(), self._predicted_deliver_s(resolved))
         try:
             self._check(resolved, request)
-        except (RequestError, EngineOverloaded):
+            self.table.add(request)
+        except RequestError:
+            raise
+        except EngineOverloaded:
+            self.statistics.tenants.refused(request.asked.tenant)
             raise
         except Exception as error:
             logger.error("request %s failed: its admission", request.request_id, exc_info=error)
             raise GenerationError(f"its admission failed: {shown(error)}") from error
-        self.table.add(request)
         self._wake()
         return request
 
@@ -168,19 +174,21 @@ class EngineLoop:
     def _check(self, resolved: ResolvedRequest, request: Request) -> None:
         """Raises RequestError or DeadlineUnmeetable."""
         check_wish(resolved, self._degree_tables(), self._config, request.deliver_s)
-        if self._config.admission == "reject-hopeless":
-            self._refuse_hopeless(request)
+        if self._config.admission == "reject-hopeless" and request.asked.slo_ms is not None:
+            self._refuse_hopeless(request, request.asked.slo_ms)
 
     def _degree_tables(self) -> DegreeTables:
         return DegreeTables(self.cost_models.tables, len(self.executor.device_ids))
 
-    def _refuse_hopeless(self, request: Request) -> None:
+    def _refuse_hopeless(self, request: Request, slo_ms: float) -> None:
         """Raises DeadlineUnmeetable."""
-        snapshot = self._snapshots.forecast(self.cost_models.tables)
-        earliest_s = earliest_deadline_s(snapshot, self._snapshots.view_of_new(request))
-        if earliest_s is not None and request.asked.slo_ms is not None:
-            earliest_slo_ms = math.ceil((earliest_s + request.deliver_s - request.arrival_s) * 1e3)
-            raise DeadlineUnmeetable(request.asked.slo_ms, earliest_slo_ms)
+        earliest_s = earliest_deadline_s(self._snapshots.forecast(self.cost_models.tables, request))
+        if earliest_s is not None:
+            raise DeadlineUnmeetable(slo_ms, math.ceil((earliest_s + request.deliver_s - request.arrival_s) * 1e3))
+
+    def _remaining(self, request: Request) -> Remaining:
+        table = self._snapshots.tables(self.cost_models.tables)[request.params.model, request.cost_key]
+        return remaining(table, request.planned_stage, request.num_steps - request.planned_step_index)
 
     def cancel(self, request_id: str) -> None:
         """Cancel at the next chunk boundary; unknown or finished requests are left alone."""
@@ -234,6 +242,7 @@ class EngineLoop:
 
     def tick(self) -> None:
         begun = self.statistics.begin_tick()
+        self.table.at(self.executor.now_s())
         self.collect()
         self.admit()
         if self._must_plan():
@@ -250,20 +259,23 @@ class EngineLoop:
         self._recovery.proceed()
 
     def admit(self) -> None:
-        """Let go those that were cancelled or have failed; give slots to queued ones, if need be from tenants that have
-        more than their share."""
+        """Let go those that were cancelled or have failed; give slots to queued ones, if need be from others (see
+        `RequestTable.next_exchange`)."""
         for request in self.table.cancelled():
             if not self._in_flight.of_request(request.request_id):
                 cancelled = RequestCancelled(f"request {request.request_id} was cancelled")
                 self._books.end(request, request.error or cancelled)
+        if self._num_usable != len(self._snapshots.usable):
+            self._num_usable = len(self._snapshots.usable)
+            self.table.judge_all()
         self._give_slots()
-        while (idle := self.table.next_to_set_aside(self._is_at_rest)) is not None and self._can_save(idle):
-            self._set_aside(idle)
-            self._give_slots()
-        self._end_overdue()
+        while (exchange := self.table.next_exchange(self._is_at_rest)) is not None and self._can_save(exchange[0]):
+            self._set_aside(exchange[0])
+            self._give_slots(exchange[1])
+        self._end_silent()
 
-    def _give_slots(self) -> None:
-        for request in self.table.admit():
+    def _give_slots(self, first: Request | None = None) -> None:
+        for request in self.table.admit(first):
             if request.saved is not None:
                 self.executor.write_saved(request.params, request.slot, request.chunk_index, request.saved)
                 request.saved = None
@@ -273,8 +285,7 @@ class EngineLoop:
         return self._recovery.is_healthy and not self._in_flight.of_request(request.request_id)
 
     def _can_save(self, request: Request) -> bool:
-        saved = [queued.saved.nbytes for queued in self.table.queued() if queued.saved is not None]
-        return not request.step_index or sum(saved) < MAX_SAVED_BYTES
+        return not request.step_index or self.table.saved_bytes < MAX_SAVED_BYTES
 
     def _set_aside(self, request: Request) -> None:
         """Another's request gets its slot, and it is queued again with the state that it has."""
@@ -283,11 +294,22 @@ class EngineLoop:
         self.table.set_aside(request)
         self.statistics.ended(self.executor.now_s())
 
-    def _end_overdue(self) -> None:
-        """Requests that have waited too long without a slot fail."""
-        now_s, timeout_s = self.executor.now_s(), self._queue_timeout_s
-        while (oldest := self.table.oldest_queued()) is not None and now_s >= oldest.arrival_s + timeout_s:
-            self._books.end(oldest, QueueTimeout(f"it waited for {timeout_s:g} s, and no state slot became free"))
+    def _end_silent(self) -> None:
+        """Requests for which nothing has happened for too long fail: those without a slot, and those that own one and
+        are given nothing. One that a device is at goes on; so does one that owns a slot while there is no device."""
+        timeout_s = self._queue_timeout_s
+        if timeout_s == math.inf:
+            return
+        now_s = self.executor.now_s()
+        if not self._snapshots.usable:
+            for request in self.table.admitted():
+                self.table.heard_of(request)
+        while (silent := self.table.longest_silent()) is not None and now_s >= silent[1] + timeout_s:
+            request = silent[0]
+            if self._in_flight.of_request(request.request_id) or self._recovery.is_hit(request.request_id):
+                self.table.heard_of(request)
+            else:
+                self._books.end(request, QueueTimeout(f"it has waited for {timeout_s:g} s, and no device had time"))
 
     def _must_plan(self) -> bool:
         """Whether something has happened since the last plan, or it is time. (Between the first and the last answer of
@@ -439,6 +461,6 @@ class EngineLoop:
             times.append(max(self._wake_s, self._planned_s + SHORTEST_WAIT_S))
         if self._recovery.is_waiting:
             times.append(now_s + OVERDUE_WAIT_S)
-        if (oldest := self.table.oldest_queued()) is not None and self._queue_timeout_s < math.inf:
-            times.append(oldest.arrival_s + self._queue_timeout_s)
+        if (silent := self.table.longest_silent()) is not None and self._queue_timeout_s < math.inf:
+            times.append(silent[1] + self._queue_timeout_s)
         return min(times, default=None)

@@ -100,6 +100,9 @@ class Bookkeeper:
             self.member_failed(entry.command, event.device_id, now_s)
         else:
             self._guarded(event.request_id, self._member_executed, event, now_s)
+            request = self._table.get(event.request_id)
+            if request is not None:
+                self._statistics.tenants.ran(request.asked.tenant, event.ended_s - event.started_s)
         return entry
 
     def member_failed(self, command: StageCommand, device_id: int, now_s: float) -> None:
@@ -252,6 +255,8 @@ class Bookkeeper:
             self._table.move(request, RequestState.CANCELLED if cancelled else RequestState.FAILED)
             if not was_queued:
                 self._logged(request, self._statistics.ended, self._executor.now_s())
+            if request.deadline_s is not None and not (cancelled and self._executor.now_s() < request.deadline_s):
+                self._statistics.tenants.ended(request.asked.tenant, is_met=False)
             self._logged(request, self._ended, request)
         self._logged(request, self._outputs, Failure(request_id=request.request_id, error=error))
 

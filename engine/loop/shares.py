@@ -7,28 +7,40 @@ several none gets a slot that one with fewer waits for, and a long queue is not 
 A tenant's *share* is what it would hold if all slots were dealt out one at a time in that way, each tenant stopping at
 what it wants (max-min fairness), without what does not come out even, and at least one.
 
+Requests wait in lanes (`Lane`), of which who asks for the next one names those that may have a slot. A request may
+change its lane; its rank changes with it.
+
 Every operation costs O(log n) of what waits, but `share`: it looks at all tenants where they are fewer than the slots.
 """
 
 from bisect import bisect_left, insort
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import msgspec
 
 Rank = tuple[Any, ...]
-LANES = (0, 1)
-"""Requests that may be kept waiting for long stand in the second: at times none of them may have a slot."""
+
+
+class Lane(NamedTuple):
+    """`is_feasible`: it can still meet its deadline. `is_patient`: it may be kept waiting for long."""
+
+    is_feasible: bool
+    is_patient: bool
+
+
+LANES = tuple(Lane(feasible, patient) for feasible in (True, False) for patient in (False, True))
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """A request to those that share: whose it is, and its rank within its user, which is like that of no other.
-    `is_patient`: it may be kept waiting for long."""
+    """A request to those that share: whose it is, its lane, and its rank within its user, which is like that of no
+    other."""
 
     request_id: str
     tenant: str
     user: str
     rank: Rank
-    is_patient: bool
+    lane: Lane
 
 
 class Ranking:
@@ -63,7 +75,7 @@ class Ranking:
 class _User:
     def __init__(self) -> None:
         self.num_held = self.turn = 0
-        self.lanes = (Ranking(), Ranking())
+        self.lanes = {lane: Ranking() for lane in LANES}
         """Requests by their own rank."""
 
 
@@ -72,7 +84,7 @@ class _Tenant:
         self.num_held = self.turn = 0
         self.num_waiting = 0
         self.users: dict[str, _User] = {}
-        self.lanes = (Ranking(), Ranking())
+        self.lanes = {lane: Ranking() for lane in LANES}
         """Users with a request that waits, by (slots held, turn, rank of the first one)."""
         self.new: dict[str, None] = {}
         """Those that wait and have never held a slot, in order of arrival."""
@@ -84,7 +96,7 @@ class Shares:
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
         self._tenants: dict[str, _Tenant] = {}
-        self._lanes = (Ranking(), Ranking())
+        self._lanes = {lane: Ranking() for lane in LANES}
         """Tenants with a request that waits, by (slots held, turn, rank of the first user)."""
         self._sizes = Ranking()
         """Tenants by how many of their requests wait."""
@@ -101,7 +113,7 @@ class Shares:
         """It waits for a slot. `is_new`: it has not held one before."""
         tenant, user = self._tenant_and_user(claim)
         self._waiting.add(claim.request_id)
-        user.lanes[claim.is_patient].put(claim.request_id, claim.rank)
+        user.lanes[claim.lane].put(claim.request_id, claim.rank)
         tenant.num_waiting += 1
         if is_new:
             tenant.new[claim.request_id] = None
@@ -112,9 +124,17 @@ class Shares:
         if claim.request_id in self._waiting:
             self._waiting.remove(claim.request_id)
             tenant, user = self._tenant_and_user(claim)
-            user.lanes[claim.is_patient].put(claim.request_id, None)
+            user.lanes[claim.lane].put(claim.request_id, None)
             tenant.num_waiting -= 1
             tenant.new.pop(claim.request_id, None)
+            self._update(claim, tenant, user)
+
+    def change(self, before: Claim, claim: Claim) -> None:
+        """It waits with another claim, if it waits; its tenant and user stay."""
+        if claim.request_id in self._waiting:
+            tenant, user = self._tenant_and_user(claim)
+            user.lanes[before.lane].put(claim.request_id, None)
+            user.lanes[claim.lane].put(claim.request_id, claim.rank)
             self._update(claim, tenant, user)
 
     def hold(self, claim: Claim) -> None:
@@ -131,9 +151,9 @@ class Shares:
 
     # Questions ----------------------------------------------------------------------------------------------------
 
-    def next(self, with_patient: bool) -> str | None:
-        """Who gets the next slot."""
-        tops = [(top, lane) for lane in LANES[: 1 + with_patient] if (top := self._lanes[lane].first()) is not None]
+    def next(self, lanes: Iterable[Lane] = LANES) -> str | None:
+        """Who of these lanes gets the next slot."""
+        tops = [(top, lane) for lane in lanes if (top := self._lanes[lane].first()) is not None]
         if not tops:
             return None
         (_, tenant_name), lane = min(tops)
@@ -184,7 +204,7 @@ class Shares:
             tenant.lanes[lane].put(claim.user, _rank_above(user, user.lanes[lane]))
             self._lanes[lane].put(claim.tenant, _rank_above(tenant, tenant.lanes[lane]))
         self._sizes.put(claim.tenant, (tenant.num_waiting,) if tenant.num_waiting else None)
-        if not (user.num_held or any(user.lanes)):
+        if not (user.num_held or any(user.lanes.values())):
             del tenant.users[claim.user]
         if not tenant.users:
             del self._tenants[claim.tenant]

@@ -9,7 +9,7 @@ in flight for does not depend on the time, so it is kept until the table says th
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -18,6 +18,7 @@ from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.device_shares import DeviceShares
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.planning.admission import Forecast, num_around
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import horizon_options
@@ -55,6 +56,8 @@ class SnapshotBuilder:
         self._overdue: list[Entry] = []
         self._backlog: tuple[RequestView, ...] | None = ()
         self._running: frozenset[str] = frozenset()
+        self._queued: dict[str, RequestView] = {}
+        """Views of requests that wait in the queue, as far as somebody has asked for them."""
 
     def snapshot(self, costs: CostTables) -> Snapshot | None:
         """Everything as it is now; None if nothing can be started: there is no request, or no device that can be given
@@ -64,15 +67,39 @@ class SnapshotBuilder:
         if min(free_s.values(), default=math.inf) > now_s + self._config.lead_s:
             return None
         self._refresh(now_s)
-        return self._snapshot(now_s, free_s, costs, self._current) if self._entries else None
+        return self._snapshot(now_s, free_s, costs) if self._entries else None
 
-    def forecast(self, costs: CostTables) -> Snapshot:
-        """Everything as it is now, with the requests that wait in the queue as if they were admitted."""
+    def forecast(self, costs: CostTables, newcomer: Request) -> Forecast:
+        """What admission is to know of a new request. The snapshot has those that can still meet their deadlines, the
+        ones in the queue as if they were admitted; of very many those nearest to its own, so that it costs the same
+        however many there are."""
         now_s = self._executor.now_s()
         self._refresh(now_s)
-        queued = [self.view_of_new(request) for request in self._table.queued()]
-        entries: list[Entry] = [(*urgency(view, self._config), view) for view in queued]
-        return self._snapshot(now_s, self._free_s(now_s), costs, sorted(self._current + entries))
+        free_s = self._free_s(now_s)
+        num_before, num_after = num_around(len(free_s), self._config)
+        others, work_s = self._table.feasible_around(newcomer, num_before, num_after)
+        views = [view for request in others if (view := self._view_in_forecast(request)) is not None]
+        snapshot = Snapshot(
+            now_s=now_s,
+            requests=tuple(views),
+            devices=_devices(free_s),
+            tables=self._tables_for(costs, len(free_s)),
+            config=self._config,
+        )
+        return Forecast(
+            snapshot=snapshot,
+            newcomer=self.view_of_new(newcomer),
+            work_before_s=work_s,
+            crowded_until_s=self._table.crowded_until_s(newcomer, num_after, max(1, len(free_s))),
+        )
+
+    def _view_in_forecast(self, request: Request) -> RequestView | None:
+        if request.slot >= 0:
+            return self.view_of(request.request_id)
+        view = self._queued.get(request.request_id)
+        if view is None:
+            view = self._queued[request.request_id] = self.view_of_new(request)
+        return view
 
     def of_one(self, request: Request, device_id: int, costs: CostTables) -> Snapshot | None:
         """As if there were nothing but this request and this idle device; None if something is in flight for it. Pinned
@@ -107,20 +134,22 @@ class SnapshotBuilder:
         """A request of which nothing is done or in flight."""
         return self._view(request, STAGES[0], request.arrival_s)
 
-    def _snapshot(
-        self, now_s: float, free_s: dict[int, float], costs: CostTables, current: Sequence[Entry]
-    ) -> Snapshot:
+    def _snapshot(self, now_s: float, free_s: dict[int, float], costs: CostTables) -> Snapshot:
         self._set_aside(now_s)
         if self._backlog is None:
             self._backlog = tuple([entry[3] for entry in self._overdue])
         return Snapshot(
             now_s=now_s,
-            requests=tuple([entry[3] for entry in current]),
-            devices=tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()]),
+            requests=tuple([entry[3] for entry in self._current]),
+            devices=_devices(free_s),
             tables=self._tables_for(costs, len(free_s)),
             config=self._config,
             backlog=self._backlog,
         )
+
+    def tables(self, costs: CostTables) -> DegreeTables:
+        """For the devices that there are."""
+        return self._tables_for(costs, max(1, len(self.usable - {self.kept_free})))
 
     def _tables_for(self, costs: CostTables, num_devices: int) -> DegreeTables:
         tables = self._tables
@@ -135,6 +164,7 @@ class SnapshotBuilder:
         if self._shares.are({request.asked.tenant for request in self._table.admitted()}):
             changed |= {request.request_id for request in self._table.admitted() if request.deadline_s is None}
         for request_id in changed:
+            self._queued.pop(request_id, None)
             request = self._table.get_admitted(request_id)
             entries = self._in_flight.of_request(request_id)
             view = None if request is None else self._view_of_admitted(request, entries, now_s)
@@ -214,3 +244,7 @@ class SnapshotBuilder:
             energy_mode=asked.energy.mode or self._energy_mode,
             budget_j=None if budget_j is None else budget_j - request.spent_j,
         )
+
+
+def _devices(free_s: Mapping[int, float]) -> tuple[DeviceView, ...]:
+    return tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()])

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from tetrion.engine.loop.tenant_statistics import TenantStatistics
+
 SETTLE_AT = 256
 """So many changes are kept before what can be summed up is."""
 
@@ -44,6 +46,7 @@ class LoopStatistics:
 
     def __init__(self, num_devices: int, now_s: float, cpu_clock: Callable[[], float] = time.thread_time) -> None:
         self._cpu_clock = cpu_clock
+        self.tenants = TenantStatistics()
         self._num_ticks = self._num_commands = 0
         self._cpu_s = self._device_s = self._lost_s = self._held_s = 0.0
         self._sent: dict[int, _Sent] = {}

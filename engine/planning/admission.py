@@ -1,12 +1,17 @@
 """Admission: can a new request meet its deadline beside those that are there, and if not, which one could it meet?
 
 Judged as `horizon` plans: a forward fill in order of deadline, in which the new request may displace others just as it
-would once it was admitted. Requests without SLO do not count, since they give way. Pure arithmetic.
+would once it was admitted. Only those count that can still meet their own deadlines: requests without one give way, as
+do late ones. Of very many the fill has those nearest to the newcomer's deadline; what comes before these counts as work
+that keeps every device busy. Pure arithmetic.
 """
 
 import math
 from collections.abc import Sequence
 
+import msgspec
+
+from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill
 from tetrion.engine.planning.free_profile import FreeProfile
@@ -15,12 +20,43 @@ from tetrion.engine.planning.slo import MARGIN_S, denoise_due_s, due_s
 from tetrion.engine.planning.snapshot import RequestView, Snapshot
 from tetrion.engine.stages import AFTER_STEPS, AUX_FROM, BEFORE_STEPS
 
+MIN_BEFORE, BEFORE_A_DEVICE = 48, 4
+"""As `horizon` weighs at least so many against each other."""
 
-def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | None:
-    """None if `newcomer` (of which nothing is done yet) can meet its deadline, has none, or nothing is known of the
-    devices; else the earliest deadline that it could meet with nobody displaced for it."""
+
+def num_around(num_devices: int, config: PlannerConfig) -> tuple[int, int]:
+    """How many requests before and after a newcomer, in order of deadline, are to be in the snapshot."""
+    bound = horizon_options(config).max_candidates or max(MIN_BEFORE, BEFORE_A_DEVICE * num_devices)
+    return bound, bound // 2
+
+
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """What is judged: `newcomer`, of which nothing is done yet, beside the requests of the snapshot. `work_before_s`:
+    device seconds of requests that come before all of these. `crowded_until_s`: where it would be too much for some
+    behind them, and the first to be given up, the time at which their work is done."""
+
+    snapshot: Snapshot
+    newcomer: RequestView
+    work_before_s: float = 0.0
+    crowded_until_s: float | None = None
+
+
+def earliest_deadline_s(forecast: Forecast) -> float | None:
+    """None if the newcomer can meet its deadline, has none, or nothing is known of the devices; else the earliest
+    deadline that it could meet with nobody displaced for it, as far as the forecast shows them."""
+    snapshot, newcomer = forecast.snapshot, forecast.newcomer
     if newcomer.deadline_s is None or not snapshot.devices:
         return None
+    if forecast.work_before_s:
+        snapshot = _later(snapshot, forecast.work_before_s / len(snapshot.devices))
+    earliest_s, is_in_time = _judge(snapshot, newcomer, newcomer.deadline_s)
+    if forecast.crowded_until_s is not None:
+        return max(earliest_s, forecast.crowded_until_s)
+    return None if is_in_time else earliest_s
+
+
+def _judge(snapshot: Snapshot, newcomer: RequestView, deadline_s: float) -> tuple[float, bool]:
+    """The earliest deadline that it could meet with nobody displaced for it, and whether it can meet its own."""
     tables = snapshot.tables
     others = [view for view in snapshot.requests if view.deadline_s is not None]
     to_denoise = [view for view in others if view.stage not in AFTER_STEPS]
@@ -30,14 +66,23 @@ def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView) -> float | No
     fill(profile, works, drop_first)
     end_s = profile.finish_s(new.table, new.table.widest, new.start_s, new.remaining, math.inf)
     earliest_s = end_s + _aux_s(snapshot, tables, others) + new.table.after_s + MARGIN_S
-    if earliest_s <= newcomer.deadline_s:
-        return None
+    if earliest_s <= deadline_s:
+        return earliest_s, True
     place = sum(work.due_s <= new.due_s for work in works)
-    before = [view for view in others if due_s(view, snapshot.config) <= newcomer.deadline_s]
+    before = [view for view in others if due_s(view, snapshot.config) <= deadline_s]
     new = _work(snapshot, tables, newcomer, _aux_s(snapshot, tables, before))
     if not new.is_late:
         fill(_free_profile(snapshot), [*works[:place], new, *works[place:]], drop_first)
-    return None if new.level else earliest_s
+    return earliest_s, new.level > 0
+
+
+def _later(snapshot: Snapshot, seconds: float) -> Snapshot:
+    """Every device is free so much later."""
+    devices = [
+        msgspec.structs.replace(device, free_s=max(device.free_s, snapshot.now_s) + seconds)
+        for device in snapshot.devices
+    ]
+    return msgspec.structs.replace(snapshot, devices=tuple(devices))
 
 
 def _aux_s(snapshot: Snapshot, tables: DegreeTables, views: Sequence[RequestView]) -> float:

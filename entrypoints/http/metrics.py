@@ -1,5 +1,5 @@
 """`GET /metrics` in Prometheus' text form: joules by model, resolution, phase and state, power, the meter's own health,
-and what the engine's loop costs.
+what the engine's loop costs, and what each tenant has had.
 
 Pull only: what the engine counts is read when somebody asks. Histograms are of the pictures that this server has drawn.
 What is not known has no sample; it is never 0. Counters are those of closed windows, so they are up to one behind.
@@ -17,6 +17,7 @@ from tetrion.engine.errors import GenerationError
 from tetrion.engine.request import Delivered, ImageResult
 from tetrion.engine.stages import STAGES
 from tetrion.entrypoints.http.counters import HttpCounters
+from tetrion.entrypoints.http.tenants import public_name
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, EngineStats
@@ -86,6 +87,7 @@ class _EngineCollector(Collector):
         yield from _health(stats)
         yield from _loop(stats)
         yield from _deadlines(stats)
+        yield from _tenants(stats)
         for name, value, says in (
             ("tetrion_devices_overdue", len(stats.recovery.overdue), "Devices whose answer is overdue."),
             ("tetrion_devices_alive", stats.num_alive, "Devices whose worker lives."),
@@ -184,3 +186,23 @@ def _loop(stats: "EngineStats") -> Iterator[Metric]:
         ("tetrion_repeated_steps", recovery.num_repeated_steps, "Steps that these have run again."),
     ):
         yield CounterMetricFamily(name, says, value=value)
+
+
+def _tenants(stats: "EngineStats") -> Iterator[Metric]:
+    """Of the tenants with most device time, the others in one (see engine/loop/tenant_statistics.py)."""
+    requests = CounterMetricFamily(
+        "tetrion_tenant_requests",
+        "Requests with a deadline that was met or missed, and those that were refused.",
+        labels=("tenant", "outcome"),
+    )
+    device_s = CounterMetricFamily(
+        "tetrion_tenant_device_seconds", "Device time of a tenant's commands.", labels=("tenant",)
+    )
+    for tenant, figures in sorted(stats.tenants.items()):
+        name = public_name(tenant)
+        requests.add_metric((name, "met"), figures.num_met)
+        requests.add_metric((name, "missed"), figures.num_missed)
+        requests.add_metric((name, "refused"), figures.num_refused)
+        device_s.add_metric((name,), figures.device_s)
+    yield requests
+    yield device_s

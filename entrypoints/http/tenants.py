@@ -97,6 +97,12 @@ def tenant_of(address: Address | None) -> str:
     return f"ip:{ipaddress.IPv6Network((int(address), IPV6_TENANT_BITS), strict=False)}"
 
 
+def public_name(tenant: str) -> str:
+    """What metrics call it: the name of a key, or what log lines call an address, behind a colon as in its own name."""
+    kind, colon, rest = tenant.partition(":")
+    return f"{kind}:{_hash(tenant)}" if rest else kind + colon
+
+
 def _hash(tenant: str) -> str:
     """The same for the same address as long as the process lives, so that error logs hold none."""
     return hashlib.blake2b(tenant.encode(), digest_size=4, key=_SALT).hexdigest()

@@ -520,7 +520,7 @@ def test_admission_that_fails_refuses_the_newcomer_alone(monkeypatch: pytest.Mon
     def submit_bad() -> None:
         monkeypatch.setattr("tetrion.engine.loop.loop.earliest_deadline_s", broken)
         with pytest.raises(GenerationError, match="admission failed") as caught:
-            simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="bad"), SPEC, 4))
+            simulation.loop.submit(resolve_request(ImageRequest(prompt="x", request_id="bad", slo_ms=9e6), SPEC, 4))
         monkeypatch.undo()
         refused.append(caught.value)
 

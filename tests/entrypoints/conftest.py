@@ -30,6 +30,7 @@ from tetrion.engine.families.served import ServedModels
 from tetrion.engine.loop.deliveries import DeliveryFigures
 from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
+from tetrion.engine.loop.tenant_statistics import TenantFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import Delivered, ImageRequest, ImageResult, Progress
 from tetrion.engine.resolve import resolve_request
@@ -63,6 +64,7 @@ class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     loop: LoopFigures = NO_LOOP
     recovery: RecoveryFigures = RecoveryFigures()
     delivery: DeliveryFigures = DeliveryFigures()
+    tenants: dict[str, TenantFigures] = {}
 
 
 class FakeHandle:
@@ -165,6 +167,7 @@ class FakeEngine:
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
         self.recovery = RecoveryFigures()
+        self.tenants: dict[str, TenantFigures] = {}
         self.num_alive = len(self.devices)
         self.death: GenerationError | None = None
         self._ended = asyncio.Event()
@@ -230,6 +233,7 @@ class FakeEngine:
             loop=self.loop,
             recovery=self.recovery,
             delivery=self.delivery,
+            tenants=self.tenants,
         )
 
     def delivered(self, request_id: str, took_s: float) -> Delivered:

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.entrypoints.conftest import FakeFactory
+from tetrion.engine.config import EngineConfig
 from tetrion.engine.energy.early_check import MeteringError
 from tetrion.engine.energy.meters.base import MeterUnavailable
 from tetrion.engine.errors import DeadlineUnmeetable, GenerationError
@@ -184,6 +186,28 @@ def test_the_planners_settings_reach_the_engine(tetrion: Tetrion, factory: FakeF
     assert (planner.policy, planner.admission) == ("horizon", "reject-hopeless")
     assert planner.options == HorizonOptions(rescue=False)
     assert (planner.tenant_weights, planner.chunk_s) == ({"gold": 4.0}, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "admission", "timeout_s"),
+    [
+        ([], "reject-hopeless", 600.0),
+        (["--admission", "all", "--queue-timeout-s", "7"], "all", 7.0),
+        (["--planner", "admission=all", "--planner", "rescue=false"], "all", 600.0),
+        (["--planner", "admission=all", "--admission", "reject-hopeless"], "reject-hopeless", 600.0),
+    ],
+)
+def test_a_server_refuses_what_is_hopeless_and_lets_nobody_wait_for_ever(
+    arguments: list[str], admission: str, timeout_s: float
+) -> None:
+    seen: list[EngineConfig] = []
+
+    def make(config: EngineConfig) -> Any:
+        seen.append(config)
+        raise CheckpointError("none is needed")
+
+    assert run(["serve", "--port", "0", *arguments], make) == 2
+    assert (seen[0].planner.admission, seen[0].queue_timeout_s) == (admission, timeout_s)
 
 
 def test_the_options_of_metering_reach_the_engine(tetrion: Tetrion, factory: FakeFactory, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -475,9 +476,63 @@ def test_a_request_that_gets_no_slot_in_time_fails_alone() -> None:
     assert simulation.loop.table.num_queued == 0
 
 
-def test_a_request_that_owns_a_slot_is_not_hurried() -> None:
-    simulation = Simulation(num_devices=1, max_inflight=2, queue_timeout_s=0.1)
-    for name in ("a", "b"):
-        simulation.request(name, width=512, height=512)
+def test_a_request_that_owns_a_slot_and_is_given_nothing_fails_alone() -> None:
+    """What runs is never cut: that the second one could run is all that the first one owes it."""
+    simulation = Simulation(num_devices=1, max_inflight=2, queue_timeout_s=0.5)
+    simulation.request("runs", width=512, height=512)
+    simulation.request("starves", at_s=0.1, width=512, height=512)
     simulation.run()
-    assert set(simulation.results) == {"a", "b"}
+    assert set(simulation.results) == {"runs"} and simulation.results["runs"].latency_s > 2.0
+    assert isinstance(simulation.failures["starves"], QueueTimeout)
+
+
+def test_what_runs_and_what_waits_for_a_lost_worker_is_not_cut() -> None:
+    executor = SimulatedExecutor(COSTS, 1, lambda _, seconds: 5 * seconds, respawn_s=3.0)
+    simulation = Simulation(executor=executor, queue_timeout_s=0.2)
+    simulation.request("a", width=512, height=512, num_steps=3)
+    executor.at(1.5, lambda: executor.lose(0))
+    simulation.run()
+    assert set(simulation.results) == {"a"} and simulation.results["a"].latency_s > 4.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_every_admitted_request_is_answered_or_fails_within_the_timeout_of_its_last_sign(data: st.DataObject) -> None:
+    """Overload without end: feasible ones keep coming."""
+    timeout_s = data.draw(st.sampled_from((1.0, 3.0)))
+    simulation = Simulation(
+        num_devices=data.draw(st.integers(1, 2)),
+        max_inflight=data.draw(st.sampled_from((1, 2, 8, 16))),
+        queue_timeout_s=timeout_s,
+        planner={"admission": data.draw(st.sampled_from(("all", "reject-hopeless")))},
+    )
+    arrivals: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    refused: set[str] = set()
+    receive = simulation.loop._books._outputs
+
+    def note(output: Output) -> None:
+        ended[output.request_id] = simulation.executor.now_s()
+        receive(output)
+
+    def submit(name: str, **fields: Any) -> None:
+        asked = ImageRequest(prompt="x", seed=1, request_id=name, **fields)
+        try:
+            simulation.loop.submit(resolve_request(asked, SPEC, 1))
+            arrivals[name] = simulation.executor.now_s()
+        except DeadlineUnmeetable:
+            refused.add(name)
+
+    simulation.loop._books._outputs = note
+    slo_ms = data.draw(st.sampled_from((400.0, 1500.0)))
+    for number in range(40):
+        fields = {"width": 128, "height": 128, "slo_ms": None if number % 7 == 0 else slo_ms}
+        simulation.executor.at(0.1 * number, lambda name=f"{number}", fields=fields: submit(name, **fields))
+    simulation._due = 41
+    simulation.executor.at(60.0, simulation.loop.stop)
+    simulation.run()
+    assert arrivals.keys() == ended.keys() and len(arrivals) + len(refused) == 40
+    assert not refused & {name for name in arrivals}
+    silent_s = max(ended[name] - arrivals[name] for name in arrivals)
+    assert silent_s < timeout_s + 3.0, "a picture takes less than 0.3 s of devices, and has few chunks"
+    assert len(simulation.loop.table) == 0

@@ -1,4 +1,7 @@
+import math
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from tests.engine.specs import make_spec
 from tetrion.engine.errors import Displaced, EngineOverloaded, QueueTimeout, RequestError
 from tetrion.engine.loop.requests import LEGAL_TRANSITIONS, TERMINAL_STATES, Request, RequestState, RequestTable
+from tetrion.engine.planning.remaining import Remaining
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
 
@@ -20,16 +24,19 @@ def make_request(request_id: str, arrival_s: float = 0.0, **fields: object) -> R
     return Request(resolve_request(asked, SPEC, 4), arrival_s)
 
 
-def test_slots_go_to_the_earliest_deadline_and_patience_counts_as_one() -> None:
-    table = RequestTable(num_slots=2, max_queued=10, patience_s=60)
-    patient = make_request("patient", arrival_s=0.0)
-    relaxed = make_request("relaxed", arrival_s=1.0, slo_ms=100_000)
-    urgent = make_request("urgent", arrival_s=2.0, slo_ms=1000)
-    for request in (relaxed, patient, urgent):
+def test_slots_go_to_the_earliest_deadline_and_one_to_those_without() -> None:
+    table = RequestTable(num_slots=3, max_queued=10, patience_s=60)
+    for request in (
+        make_request("relaxed", arrival_s=1.0, slo_ms=100_000),
+        make_request("younger", arrival_s=1.0),
+        make_request("older", arrival_s=0.0),
+        make_request("calm", arrival_s=0.0, slo_ms=90_000),
+        make_request("urgent", arrival_s=2.0, slo_ms=1000),
+    ):
         table.add(request)
     table.admit()
-    assert [request.request_id for request in table.admitted()] == ["urgent", "patient"]
-    assert relaxed.state is RequestState.QUEUED and table.num_queued == 1
+    assert [request.request_id for request in table.admitted()] == ["older", "urgent", "calm"]
+    assert {request.request_id for request in table.queued()} == {"relaxed", "younger"}
 
 
 def test_a_full_queue_and_a_used_id_are_refused() -> None:
@@ -74,15 +81,19 @@ def anything_goes(request: Request) -> bool:
     return True
 
 
-def settle(table: RequestTable) -> int:
-    """As the loop does: set aside and admit until nothing is left to do. Returns how many were set aside."""
-    num_set_aside = 0
-    table.admit()
-    while (request := table.next_to_set_aside(anything_goes)) is not None:
-        table.set_aside(request)
-        assert [admitted.asked.tenant for admitted in table.admit()] != [request.asked.tenant]
-        num_set_aside += 1
-    return num_set_aside
+def giver(table: RequestTable, is_at_rest: Callable[[Request], bool] = anything_goes) -> Request | None:
+    exchange = table.next_exchange(is_at_rest)
+    return None if exchange is None else exchange[0]
+
+
+def set_aside_next(table: RequestTable) -> Request | None:
+    """As the loop does once. Returns whose slot was taken back."""
+    exchange = table.next_exchange(anything_goes)
+    if exchange is None:
+        return None
+    table.set_aside(exchange[0])
+    assert table.admit(exchange[1]) == [exchange[1]]
+    return exchange[0]
 
 
 def num_held(table: RequestTable) -> Counter[str]:
@@ -110,12 +121,11 @@ def test_hogs_give_a_slot_to_a_small_request_of_another_tenant_at_once(slo_ms: f
     small = make_request("small", arrival_s=100.0, tenant="other", slo_ms=slo_ms)
     table.add(small)
     assert table.admit() == []
-    victim = table.next_to_set_aside(anything_goes)
+    victim = set_aside_next(table)
     assert victim is not None and victim.asked.tenant == "hogs"
-    table.set_aside(victim)
-    assert table.admit() == [small] and small.slot >= 0
+    assert small.slot >= 0
     assert (victim.state, victim.slot, victim.step_index) == (RequestState.QUEUED, -1, 3)
-    assert table.next_to_set_aside(anything_goes) is None
+    assert table.next_exchange(anything_goes) is None
     table.move(small, RequestState.CANCELLED)
     assert table.admit() == [victim], "it has the slot again, before those that have never had one"
     assert (victim.state, victim.step_index) == (RequestState.WAITING, 3), "to be encoded again"
@@ -125,12 +135,12 @@ def test_a_lone_tenant_may_take_all_slots_and_gives_up_what_is_beyond_its_share(
     table = RequestTable(num_slots=8, max_queued=100, patience_s=60)
     for number in range(20):
         table.add(make_request(f"a{number}", arrival_s=number, tenant="a"))
-    assert settle(table) == 0 and num_held(table) == {"a": 8}
+    assert exchange_all(table) == 0 and num_held(table) == {"a": 8}
     for number in range(20):
         table.add(make_request(f"b{number}", arrival_s=100 + number, tenant="b"))
-    assert settle(table) == 4 and num_held(table) == {"a": 4, "b": 4}
+    assert exchange_all(table) == 4 and num_held(table) == {"a": 4, "b": 4}
     table.add(make_request("c", arrival_s=200, tenant="c"))
-    assert settle(table) == 1 and sorted(num_held(table).values()) == [1, 3, 4]
+    assert exchange_all(table) == 1 and sorted(num_held(table).values()) == [1, 3, 4]
 
 
 def test_the_least_urgent_of_those_with_nothing_in_flight_is_set_aside() -> None:
@@ -140,13 +150,13 @@ def test_the_least_urgent_of_those_with_nothing_in_flight_is_set_aside() -> None
     table.admit()
     table.add(make_request("b", arrival_s=100, tenant="b"))
     running = {"a3"}
-    victim = table.next_to_set_aside(lambda request: request.request_id not in running)
+    victim = giver(table, lambda request: request.request_id not in running)
     assert victim is not None and victim.request_id == "a2"
-    assert table.next_to_set_aside(lambda request: False) is None
+    assert table.next_exchange(lambda request: False) is None
     a2 = table.get("a2")
     assert a2 is not None
     table.cancel(a2)
-    victim = table.next_to_set_aside(lambda request: request.request_id not in running)
+    victim = giver(table, lambda request: request.request_id not in running)
     assert victim is not None and victim.request_id == "a1", "one that ends anyway need not be set aside"
 
 
@@ -159,54 +169,89 @@ def test_the_user_with_most_slots_gives_first_and_users_share_what_their_tenant_
     table.admit()
     assert Counter(request.asked.user for request in table.admitted()) == {"u": 4, "v": 2}
     table.add(make_request("b", arrival_s=100, tenant="b"))
-    victim = table.next_to_set_aside(anything_goes)
+    victim = giver(table)
     assert victim is not None and victim.request_id == "u3", "although those of v are less urgent"
 
 
-def test_a_request_that_was_set_aside_has_had_its_slot() -> None:
-    """It does not fail for having waited too long for one."""
+def test_a_request_that_was_set_aside_is_queued_behind_those_that_have_never_had_a_slot() -> None:
     table = RequestTable(num_slots=1, max_queued=100, patience_s=60)
     first, second = make_request("first", tenant="a"), make_request("second", arrival_s=1.0, tenant="a")
     table.add(first)
     table.admit()
     table.add(second)
     table.set_aside(first)
-    assert table.oldest_queued() is second
     assert list(table.queued()) == [second, first] and table.num_queued == 2 and table.all() == [second, first]
     assert table.get("first") is first and "first" in table
     table.move(first, RequestState.CANCELLED)
     assert "first" not in table and table.admit() == [second]
 
 
+class Clocked:
+    """A table whose requests need a given time each, `seconds` on all devices, and a clock."""
+
+    def __init__(self, num_slots: int, **settings: Any) -> None:
+        self.now_s = 0.0
+        self.seconds: dict[str, float] = {}
+        self.table = RequestTable(
+            num_slots,
+            max_queued=1000,
+            patience_s=60,
+            remaining=lambda request: Remaining(self.seconds[request.request_id], 1.0),
+            **settings,
+        )
+
+    def add(self, request_id: str, seconds: float = 1.0, **fields: Any) -> Request:
+        self.seconds[request_id] = seconds
+        request = make_request(request_id, arrival_s=self.now_s, **fields)
+        self.table.add(request)
+        return request
+
+    def at(self, now_s: float) -> None:
+        self.now_s = now_s
+        self.table.at(now_s)
+
+
+def exchange_all(table: RequestTable, may_go: Callable[[Request], bool] = anything_goes) -> int:
+    """As the loop does, checked: slots of tenants come to be more equal, or as equal with fewer others than feasible
+    ones among their owners; so none goes to and fro."""
+    table.admit()
+    count, before = 0, (math.inf, 0)
+    while True:
+        admitted = list(table.admitted())
+        others = sum(not request.is_feasible for request in admitted)
+        now = sum(held * held for held in num_held(table).values()), others
+        assert now < before
+        exchange, before = table.next_exchange(may_go), now
+        if exchange is None:
+            return count
+        table.set_aside(exchange[0])
+        assert table.admit(exchange[1]) == [exchange[1]]
+        count += 1
+
+
 @given(st.data())
 def test_slots_are_shared_without_going_to_and_fro(data: st.DataObject) -> None:
-    num_slots = data.draw(st.integers(1, 8))
-    table = RequestTable(
-        num_slots, max_queued=1000, patience_s=60, is_patient=lambda request: "p" in request.asked.user
-    )
-    living: list[Request] = []
+    num_slots = data.draw(st.integers(1, 10))
+    clocked = Clocked(num_slots, is_patient=lambda request: "p" in request.asked.user)
+    table, living = clocked.table, list[Request]()
     for number in range(data.draw(st.integers(1, 30))):
-        request = make_request(
+        clocked.at(clocked.now_s + data.draw(st.floats(0, 0.5)))
+        request = clocked.add(
             f"r{number}",
-            arrival_s=number,
             tenant=data.draw(st.sampled_from("abc")),
             user=data.draw(st.sampled_from(("", "u", "p"))),
-            slo_ms=data.draw(st.sampled_from((None, 1000.0, 90_000.0))),
+            slo_ms=data.draw(st.sampled_from((None, 500.0, 2000.0, 90_000.0))),
         )
-        table.add(request)
         living.append(request)
-        before, num_patient = num_held(table), sum(r.asked.user == "p" for r in table.queued())
-        num_set_aside = settle(table)
+        before = num_held(table)
+        exchange_all(table)
         after, waiting = num_held(table), Counter(r.asked.tenant for r in table.queued() if r.asked.user != "p")
-        assert num_set_aside <= max(1, num_patient + (request.asked.user != "p")), (
-            "one more request needs one slot at most; for it a patient one may go, and so let another patient one in"
-        )
         assert sum(after.values()) <= num_slots and (sum(after.values()) == num_slots or not waiting)
         assert all(after[tenant] >= before[tenant] for tenant in waiting if before[tenant] < num_slots // 3)
         for tenant in waiting:
             for other in after:
                 assert after[other] - after[tenant] <= 1 or after[tenant] >= num_slots // 3
-        assert settle(table) == 0
+        assert exchange_all(table) == 0
         slots = [request.slot for request in table.admitted()]
         assert len(set(slots)) == len(slots) and set(slots) <= set(range(num_slots))
         patient = [request for request in table.admitted() if request.asked.user == "p"]
@@ -215,6 +260,46 @@ def test_slots_are_shared_without_going_to_and_fro(data: st.DataObject) -> None:
             ended = living.pop(data.draw(st.integers(0, len(living) - 1)))
             table.move(ended, RequestState.CANCELLED)
     assert len(table) == len(living) and all(table.get(request.request_id) is request for request in living)
+
+
+@given(st.data())
+def test_feasible_ones_of_a_lone_user_own_the_slots_and_turn_late_at_their_time(data: st.DataObject) -> None:
+    num_slots = data.draw(st.integers(1, 12))
+    num_for_others = num_slots // 8 or int(num_slots > 1)
+    clocked = Clocked(num_slots)
+    table, running = clocked.table, set[str]()
+    for number in range(data.draw(st.integers(1, 30))):
+        clocked.at(clocked.now_s + data.draw(st.floats(0, 2)))
+        slo_ms = data.draw(st.sampled_from((None, 500.0, 1500.0, 4000.0, 90_000.0)))
+        clocked.add(f"r{number}", seconds=data.draw(st.sampled_from((0.1, 1.0, 3.0))), slo_ms=slo_ms)
+        exchange_all(table, may_go=lambda request: request.request_id not in running)
+        for request in table.all():
+            has_time = (
+                request.deadline_s is not None
+                and request.deadline_s - clocked.seconds[request.request_id] >= clocked.now_s
+            )
+            assert request.is_feasible == has_time or request.cancelled
+        owners = list(table.admitted())
+        others = [request for request in owners if not request.is_feasible]
+        waiting = [request for request in table.queued() if request.is_feasible and not request.cancelled]
+        assert len(owners) == num_slots or all(request.cancelled for request in table.queued())
+        if waiting:
+            could_go = [request for request in others if request.request_id not in running and not request.cancelled]
+            assert len(others) <= num_for_others or not could_go
+        what = data.draw(st.sampled_from(("nothing", "run", "rest", "end", "cancel")))
+        if owners and what != "nothing":
+            request = data.draw(st.sampled_from(owners))
+            if what == "run":
+                running.add(request.request_id)
+            elif what == "rest":
+                running.discard(request.request_id)
+            elif what == "end":
+                table.move(request, RequestState.CANCELLED)
+            else:
+                table.cancel(request)
+    for request in table.all():
+        table.move(request, RequestState.CANCELLED)
+    assert table.slots.num_free == num_slots and not len(table._feasible) and not table._others
 
 
 def test_a_full_queue_is_shared_by_tenants() -> None:

@@ -6,11 +6,11 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tetrion.engine.loop.shares import Claim, Ranking, Shares
+from tetrion.engine.loop.shares import LANES, Claim, Lane, Ranking, Shares
 
 
-def make_claim(number: int, tenant: str = "a", user: str = "", due: int = 0, is_patient: bool = False) -> Claim:
-    return Claim(request_id=f"r{number}", tenant=tenant, user=user, rank=(due, f"r{number}"), is_patient=is_patient)
+def make_claim(number: int, tenant: str = "a", user: str = "", due: int = 0, lane: Lane = LANES[0]) -> Claim:
+    return Claim(request_id=f"r{number}", tenant=tenant, user=user, rank=(due, f"r{number}"), lane=lane)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.none() | st.tuples(st.integers(0, 3)))))
@@ -36,9 +36,9 @@ class Model:
         self.got: list[Claim] = []
         """A slot, in this order, while its user had anything."""
 
-    def next(self, with_patient: bool) -> str | None:
+    def next(self, lanes: tuple[Lane, ...]) -> str | None:
         tenants, users = Counter(c.tenant for c in self.holding), Counter((c.tenant, c.user) for c in self.holding)
-        candidates = [claim for claim in self.waiting if with_patient or not claim.is_patient]
+        candidates = [claim for claim in self.waiting if claim.lane in lanes]
         order = [
             (
                 (tenants[c.tenant], self._turn((c.tenant,))),
@@ -96,14 +96,14 @@ def test_slots_and_places_go_to_who_has_fewest(data: st.DataObject) -> None:
             data.draw(st.sampled_from("abcd")),
             data.draw(st.sampled_from(("", "u", "v"))),
             data.draw(st.integers(0, 3)),
-            data.draw(st.booleans()),
+            data.draw(st.sampled_from(LANES)),
         )
         assert shares.to_displace(claim) == model.to_displace(claim)
         is_new = data.draw(st.booleans())
         shares.wait(claim, is_new)
         model.waiting.append(claim)
         model.new += [claim] * is_new
-        what = data.draw(st.sampled_from(("nothing", "hold", "hold", "leave", "release")))
+        what = data.draw(st.sampled_from(("nothing", "hold", "hold", "leave", "release", "change")))
         if what == "release" and model.holding:
             shares.release(model.holding.pop(data.draw(st.integers(0, len(model.holding) - 1))))
         elif what in ("hold", "leave") and model.waiting and len(model.holding) < num_slots:
@@ -115,9 +115,16 @@ def test_slots_and_places_go_to_who_has_fewest(data: st.DataObject) -> None:
                 shares.hold(moved)
             else:
                 shares.leave(moved)
+        elif what == "change" and model.waiting:
+            i = data.draw(st.integers(0, len(model.waiting) - 1))
+            before, lane = model.waiting[i], data.draw(st.sampled_from(LANES))
+            after = msgspec.structs.replace(before, lane=lane, rank=(data.draw(st.integers(0, 3)), before.request_id))
+            shares.change(before, after)
+            model.waiting[i] = after
+            model.new = [after if claim == before else claim for claim in model.new]
         model.forget()
-        for with_patient in (True, False):
-            assert shares.next(with_patient) == model.next(with_patient)
+        for lanes in (LANES, LANES[:2], LANES[2:], LANES[::2]):
+            assert shares.next(lanes) == model.next(lanes)
         assert shares.num_waiting == len(model.waiting)
         most = max(Counter(claim.tenant for claim in model.waiting + model.holding).values(), default=1)
         assert min(shares.share(), most) == model.share(num_slots)
@@ -132,7 +139,7 @@ def test_tenants_with_equally_many_slots_go_by_the_requests_own_rank() -> None:
     shares = Shares(4)
     for claim in (make_claim(0, "a", due=2), make_claim(1, "b", due=1), make_claim(2, "c", due=3)):
         shares.wait(claim, is_new=True)
-    assert shares.next(with_patient=True) == "r1"
+    assert shares.next() == "r1"
 
 
 def test_tenants_with_equally_many_slots_take_turns_whatever_is_in_their_queues() -> None:
@@ -143,7 +150,7 @@ def test_tenants_with_equally_many_slots_take_turns_whatever_is_in_their_queues(
     order = []
     for number in range(4, 7):
         claims[f"r{number}"] = make_claim(number, "other", due=9)
-    while (name := shares.next(with_patient=True)) is not None:
+    while (name := shares.next()) is not None:
         shares.hold(claims[name])
         if name == "r0":
             for number in range(4, 7):

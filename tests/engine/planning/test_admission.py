@@ -1,13 +1,19 @@
 """What admission says of a new request: yes, or the earliest deadline that it could meet."""
 
+import random
+
 import msgspec
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.planning.admission import earliest_deadline_s
+from tetrion.engine.loop.feasible import Feasible
+from tetrion.engine.planning import admission
+from tetrion.engine.planning.admission import Forecast, num_around
 from tetrion.engine.planning.degrees import DegreeTables
+from tetrion.engine.planning.remaining import remaining
+from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import DeviceView, RequestView, Snapshot
 
 from .simulation import costs_of, flux_profile
@@ -16,6 +22,11 @@ from .test_plans import NOW_S, snapshots
 PROFILE = flux_profile()
 ENCODE_S, DECODE_S, MARGIN_S = 0.025, 0.12, 0.01
 """Of 1024x1024; the margin is the planner's."""
+
+
+def earliest_deadline_s(snapshot: Snapshot, newcomer: RequestView, work_before_s: float = 0.0) -> float | None:
+    forecast = Forecast(snapshot=snapshot, newcomer=newcomer, work_before_s=work_before_s)
+    return admission.earliest_deadline_s(forecast)
 
 
 def newcomer(slo_s: float | None, request_id: str = "new", px: int = 1024) -> RequestView:
@@ -76,3 +87,49 @@ def test_the_deadline_it_names_is_one_that_it_admits(snapshot: Snapshot, slo_s: 
     assert earliest_s is not None and earliest_s > NOW_S + slo_s
     admitted = msgspec.structs.replace(refused, deadline_s=earliest_s + 1e-6)
     assert earliest_deadline_s(snapshot, admitted) is None
+
+
+def as_all_would(num_devices: int, load: float, draw: random.Random) -> tuple[bool, bool]:
+    """Whether a newcomer is refused beside 100 to 300 requests by a look at those nearest to its deadline, the rest
+    being work, and whether by a look at all. `load`: their work over what devices can do until their deadlines."""
+    config, tables = PlannerConfig(), DegreeTables(costs_of(PROFILE), num_devices)
+    feasible, views = Feasible[RequestView](), []
+    num_queued, new = draw.randrange(100, 300), newcomer(None, px=draw.choice((256, 1024, 2048)))
+    drawn = [(draw.choice((256, 512, 1024)), draw.randint(4, 28)) for _ in range(num_queued)]
+    left = [remaining(tables["", f"{px}x{px}"], "encode", num_steps) for px, num_steps in drawn]
+    span_s = sum(one.device_s for one in left) / num_devices / load
+    for number, ((px, num_steps), one) in enumerate(zip(drawn, left, strict=True)):
+        view = newcomer(draw.uniform(5, span_s), f"r{number:03d}", px)
+        views.append(msgspec.structs.replace(view, num_steps=num_steps))
+        assert view.deadline_s is not None
+        feasible.put((view.deadline_s, 0, view.request_id), views[-1], 0.0, one.device_s)
+    due_s = NOW_S + draw.uniform(5, span_s)
+    new, rank = msgspec.structs.replace(new, deadline_s=due_s), (due_s, 0, "new")
+    num_before, num_after = num_around(num_devices, config)
+    shown, work_s = feasible.around(rank, num_before, num_after)
+    assert len(shown) <= num_before + num_after
+    own_s = remaining(tables["", new.cost_key], "encode", new.num_steps).device_s
+    forecast = Forecast(
+        snapshot=busy(tuple(shown), num_devices),
+        newcomer=new,
+        work_before_s=work_s,
+        crowded_until_s=feasible.crowded_until_s(rank, num_after, own_s, 1.0, NOW_S, num_devices),
+    )
+    every = busy(tuple(sorted(views, key=lambda view: urgency(view, config))), num_devices)
+    return admission.earliest_deadline_s(forecast) is not None, earliest_deadline_s(every, new) is not None
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_of_many_those_nearest_to_its_deadline_decide_as_all_would(num_devices: int) -> None:
+    draw = random.Random(num_devices)
+    judged = [as_all_would(num_devices, load, draw) for load in (0.8, 1.0, 1.1, 1.3) for _ in range(15)]
+    num_different = sum(of_some is not of_all for of_some, of_all in judged)
+    num_refused = sum(of_all for _, of_all in judged)
+    assert num_different <= 6 and 15 <= num_refused <= 45, (num_different, num_refused)
+
+
+def test_work_before_keeps_every_device_busy() -> None:
+    fastest_s = ENCODE_S + 28 * PROFILE.step_s("1024x1024", 8) + DECODE_S + MARGIN_S
+    assert earliest_deadline_s(busy(), newcomer(10 + fastest_s + 0.001), 80.0) is None
+    refused = earliest_deadline_s(busy(), newcomer(10 + fastest_s - 0.001), 80.0)
+    assert refused == pytest.approx(NOW_S + 10 + fastest_s)

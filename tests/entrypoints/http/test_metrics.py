@@ -12,8 +12,10 @@ from tetrion.engine.energy.figures import EnergyFigures, MeterErrors
 from tetrion.engine.errors import GenerationError
 from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
+from tetrion.engine.loop.tenant_statistics import OTHERS, TenantFigures
 from tetrion.engine.request import ImageRequest, PhaseJoules, Receipt
 from tetrion.entrypoints.http.metrics import BUCKETS_J, Metrics
+from tetrion.entrypoints.http.tenants import public_name
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 METERED = EnergyFigures(
@@ -135,3 +137,20 @@ async def test_losses_and_devices_that_return_are_counted(served: Served) -> Non
     assert [found[f"tetrion_{name}", ()] for name in names] == [3, 2, 5, 1]
     ready = (await served.http.get("/ready")).json()
     assert (ready["num_alive"], ready["num_returning"]) == (1, 1)
+
+
+async def test_what_tenants_have_had_is_told_without_their_addresses(served: Served) -> None:
+    address = "ip:192.0.2.7"
+    served.engine.tenants = {
+        "alice": TenantFigures(num_met=7, num_missed=2, num_refused=1, device_s=12.5),
+        address: TenantFigures(num_met=1),
+        OTHERS: TenantFigures(device_s=3.0),
+    }
+    text = (await served.http.get("/metrics")).text
+    found = parse(text)
+    name = "tetrion_tenant_requests_total"
+    counts = [found[name, labels(tenant="alice", outcome=outcome)] for outcome in ("met", "missed", "refused")]
+    assert counts == [7, 2, 1]
+    assert found["tetrion_tenant_device_seconds_total", labels(tenant="alice")] == 12.5
+    assert found["tetrion_tenant_device_seconds_total", labels(tenant=OTHERS)] == 3.0
+    assert "192.0.2.7" not in text and found[name, labels(tenant=public_name(address), outcome="met")] == 1
