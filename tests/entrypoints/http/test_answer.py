@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -38,6 +38,7 @@ async def sample(served: Live, name: str, **labels: str) -> float:
     return found[0] if found else 0.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=50), max_size=4), st.text(max_size=60), st.booleans())
 def test_parts_make_up_the_body(pictures: list[bytes], text: str, is_mean: bool) -> None:
     base64s = [base64.b64encode(picture) for picture in pictures]

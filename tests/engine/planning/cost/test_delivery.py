@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.planning.cost.delivery import DeliveryModel
@@ -37,6 +37,7 @@ def test_one_stalled_delivery_moves_a_settled_prediction_by_at_most_a_tenth() ->
     assert 0.05 < model.predict_s("png", MEGAPIXEL) <= 0.05 * 1.101
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=50))
 def test_any_times_leave_a_prediction_that_can_be_planned_with(times_s: list[float]) -> None:
     model, fresh = DeliveryModel(), DeliveryModel()
