@@ -219,7 +219,8 @@ def main() -> None:
         if given.baseline is not None:
             rows += measure_served(model, "baseline", given.pictures, given.baseline.resolve())
         rows += measure_served(model, "this", given.pictures, None)
-    record = make_record(f"python -m benchmarks.delivery {shlex.join(sys.argv[1:])}", rows)
+    arguments = ["FOLDER" if one == str(given.baseline) else one for one in sys.argv[1:]]
+    record = make_record(f"python -m benchmarks.delivery {shlex.join(arguments)}", rows)
     print(write_record(record, given.output))
 
 

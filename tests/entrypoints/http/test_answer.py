@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.entrypoints.conftest import draw
 from tests.entrypoints.http.live import GENERATIONS, Live, head, live, until
 from tetrion.engine.request import ImageRequest
+from tetrion.entrypoints import pictures
 from tetrion.entrypoints.http import connections, schema
 from tetrion.entrypoints.http.answer import NO_PICTURE, body_parts
 
@@ -40,11 +41,11 @@ async def sample(served: Live, name: str, **labels: str) -> float:
 
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=50), max_size=4), st.text(max_size=60), st.booleans())
-def test_parts_make_up_the_body(pictures: list[bytes], text: str, is_mean: bool) -> None:
-    base64s = [base64.b64encode(picture) for picture in pictures]
+def test_parts_make_up_the_body(images: list[bytes], text: str, is_mean: bool) -> None:
+    base64s = [base64.b64encode(picture) for picture in images]
     text = f'"b64_json":""{text}' if is_mean else text
     result = draw(ImageRequest(prompt="x", model=text, width=16, height=16, num_steps=1, seed=1))
-    entries = [schema.describe_picture(result, 100.0, 0.25, b64_json=NO_PICTURE) for _ in pictures]
+    entries = [schema.describe_picture(result, 100.0, 0.25, b64_json=NO_PICTURE) for _ in images]
     entries.insert(1, schema.describe_picture(result, None, 0.25, url=f"http://h/{text}"))
     response = schema.GenerationResponse(
         created=1,
@@ -76,6 +77,26 @@ async def test_several_pictures_are_in_order_and_each_is_delivered_once() -> Non
         await until(lambda: served.engine.delivered_ids == ["r0", "r1", "r2", "r3"])
         assert not served.engine.dropped_ids
         assert await sample(served, "tetrion_picture_deliver_seconds_count", format="png") == 4
+
+
+async def test_each_of_several_pictures_is_encoded_as_it_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, encoded = pictures.encode, list[int]()
+
+    def noted(image: np.ndarray, *arguments: Any) -> bytes:
+        encoded.append(int(image[0, 0, 0]))
+        return encode(image, *arguments)
+
+    monkeypatch.setattr(pictures, "encode", noted)
+    async with live() as served:
+        posting = asyncio.create_task(served.post(prompt="slow", n=2, seed=5))
+        await until(lambda: len(served.engine.handles) == 2)
+        first, second = served.engine.handles
+        second.finish()
+        await until(lambda: encoded == [6])
+        assert not posting.done()
+        first.finish()
+        assert [item["seed"] for item in (await posting).json()["data"]] == [5, 6]
+        assert encoded == [6, 5]
 
 
 @pytest.mark.parametrize("picture_format", ["png", "jpeg", "webp"])
