@@ -328,10 +328,11 @@ class RequestTable:
 
     def _judge(self, request: Request) -> None:
         """Whether it can meet its deadline."""
-        if request.engine_deadline_s is None or request.cancelled:
+        deadline_s = _deadline_s(request)
+        if deadline_s is None or request.cancelled:
             return
         left = self._remaining(request)
-        latest_s = request.engine_deadline_s - left.fastest_s
+        latest_s = deadline_s - left.fastest_s
         if latest_s >= self._now_s:
             self._feasible.put(_rank(request), request, latest_s, left.device_s, request.asked.weight)
         else:
@@ -354,6 +355,10 @@ class RequestTable:
         """In order of deadline, so many that come before the request (which need not be here) and so many that come
         after it; and the device seconds of all that come before those."""
         return self._feasible.around(_rank(request), num_before, num_after)
+
+    def late(self) -> Iterator[Request]:
+        """Those that own a slot and have a deadline that they cannot meet."""
+        return (request for request in self._others.values() if request.deadline_s is not None)
 
     def crowded_until_s(self, request: Request, num_after: int, num_devices: int) -> float | None:
         """Whether the request, which is not here yet, is too much for some that come behind the `num_after` after it:
@@ -551,7 +556,7 @@ class RequestTable:
         return self._shares.num_held(request.asked.tenant, request.asked.user)
 
     def _claim(self, request: Request) -> Claim:
-        due_s = request.engine_deadline_s if request.is_feasible else request.arrival_s + self._patience_s
+        due_s = _deadline_s(request) if request.is_feasible else request.arrival_s + self._patience_s
         return Claim(
             request_id=request.request_id,
             tenant=request.asked.tenant,
@@ -561,9 +566,15 @@ class RequestTable:
         )
 
 
+def _deadline_s(request: Request) -> float | None:
+    """The one that slots are given by."""
+    return request.engine_deadline_s
+
+
 def _rank(request: Request) -> Rank:
     """Among those with a deadline; one without is not among them, and has a rank all the same."""
-    due_s = math.inf if request.engine_deadline_s is None else request.engine_deadline_s
+    deadline_s = _deadline_s(request)
+    due_s = math.inf if deadline_s is None else deadline_s
     return due_s, -request.asked.priority, request.request_id
 
 

@@ -72,19 +72,22 @@ class SnapshotBuilder:
     def forecast(self, costs: CostTables, newcomer: Request) -> Forecast:
         """What admission is to know of a new request. The snapshot has those that can still meet their deadlines, the
         ones in the queue as if they were admitted; of very many those nearest to its own, so that it costs the same
-        however many there are."""
+        however many there are. Its backlog are late ones that own a slot and
+        are not only waiting for left-over devices."""
         now_s = self._executor.now_s()
         self._refresh(now_s)
         free_s = self._free_s(now_s)
         num_before, num_after = num_around(len(free_s), self._config)
         others, work_s = self._table.feasible_around(newcomer, num_before, num_after)
         views = [view for request in others if (view := self._view_in_forecast(request)) is not None]
+        late = [entry for request in self._table.late() if (entry := self._entries.get(request.request_id)) is not None]
         snapshot = Snapshot(
             now_s=now_s,
             requests=tuple(views),
             devices=_devices(free_s),
             tables=self._tables_for(costs, len(free_s)),
             config=self._config,
+            backlog=tuple([entry[3] for entry in late if entry[0] >= now_s or not self._is_overdue(entry[3])]),
         )
         return Forecast(
             snapshot=snapshot,

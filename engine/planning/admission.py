@@ -2,8 +2,8 @@
 
 Judged as `horizon` plans: a forward fill in order of deadline, in which the new request may displace others just as it
 would once it was admitted. Only those count that can still meet their own deadlines: requests without one give way, as
-do late ones. Of very many the fill has those nearest to the newcomer's deadline; what comes before these counts as work
-that keeps every device busy. Pure arithmetic.
+do late ones but for their encodes and decodes, which nobody goes before. Of very many the fill has those nearest to the
+newcomer's deadline; what comes before these counts as work that keeps every device busy. Pure arithmetic.
 """
 
 import math
@@ -65,12 +65,13 @@ def _judge(snapshot: Snapshot, newcomer: RequestView, deadline_s: float) -> tupl
     profile, new = _free_profile(snapshot), _work(snapshot, tables, newcomer)
     fill(profile, works, drop_first)
     end_s = profile.finish_s(new.table, new.table.widest, new.start_s, new.remaining, math.inf)
-    earliest_s = end_s + _aux_s(snapshot, tables, others) + new.table.after_s + MARGIN_S
+    late_s = _aux_s(snapshot, tables, snapshot.backlog)
+    earliest_s = end_s + late_s + _aux_s(snapshot, tables, others) + new.table.after_s + MARGIN_S
     if earliest_s <= deadline_s:
         return earliest_s, True
     place = sum(work.due_s <= new.due_s for work in works)
     before = [view for view in others if due_s(view, snapshot.config) <= deadline_s]
-    new = _work(snapshot, tables, newcomer, _aux_s(snapshot, tables, before))
+    new = _work(snapshot, tables, newcomer, late_s + _aux_s(snapshot, tables, before))
     if not new.is_late:
         fill(_free_profile(snapshot), [*works[:place], new, *works[place:]], drop_first)
     return earliest_s, new.level > 0

@@ -1,7 +1,7 @@
 """Those that can still meet their deadline, against a model that knows nothing but a dictionary."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.loop.feasible import MAX_STALE, Feasible, Rank
@@ -9,6 +9,7 @@ from tetrion.engine.loop.feasible import MAX_STALE, Feasible, Rank
 TIMES = st.integers(0, 20).map(float)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_order_work_and_who_turns_late_follow_from_what_was_put(data: st.DataObject) -> None:
     feasible, model, now_s = Feasible[str](), dict[Rank, tuple[float, float]](), 0.0

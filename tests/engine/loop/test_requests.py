@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
@@ -48,6 +48,7 @@ def test_a_full_queue_and_a_used_id_are_refused() -> None:
         table.add(make_request("b"))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_slots_are_neither_lost_nor_given_twice(data: st.DataObject) -> None:
     table = RequestTable(num_slots=3, max_queued=100, patience_s=60)
@@ -229,6 +230,7 @@ def exchange_all(table: RequestTable, may_go: Callable[[Request], bool] = anythi
         count += 1
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_slots_are_shared_without_going_to_and_fro(data: st.DataObject) -> None:
     num_slots = data.draw(st.integers(1, 10))
@@ -262,6 +264,7 @@ def test_slots_are_shared_without_going_to_and_fro(data: st.DataObject) -> None:
     assert len(table) == len(living) and all(table.get(request.request_id) is request for request in living)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_feasible_ones_of_a_lone_user_own_the_slots_and_turn_late_at_their_time(data: st.DataObject) -> None:
     num_slots = data.draw(st.integers(1, 12))

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.loop.shares import LANES, Claim, Lane, Ranking, Shares
@@ -13,6 +13,7 @@ def make_claim(number: int, tenant: str = "a", user: str = "", due: int = 0, lan
     return Claim(request_id=f"r{number}", tenant=tenant, user=user, rank=(due, f"r{number}"), lane=lane)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.none() | st.tuples(st.integers(0, 3)))))
 def test_a_ranking_is_in_order_whatever_changes(changes: list[tuple[str, tuple[int] | None]]) -> None:
     ranking, model = Ranking(), {}
@@ -86,6 +87,7 @@ class Model:
         return displaceable[-1].request_id if can_be else None
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_slots_and_places_go_to_who_has_fewest(data: st.DataObject) -> None:
     num_slots = data.draw(st.integers(1, 12))

@@ -1,6 +1,6 @@
 """Sums by tenant: bounded, and none is lost."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.loop.test_loop import Simulation
@@ -9,6 +9,7 @@ from tetrion.engine.loop.tenant_statistics import OTHERS, TenantFigures, TenantS
 EVENTS = st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(("met", "missed", "refused", "ran")))
 
 
+@settings(deadline=None)
 @given(st.lists(EVENTS), st.integers(1, 4))
 def test_few_are_told_apart_and_sums_are_kept(events: list[tuple[str, str]], max_tenants: int) -> None:
     statistics, others = TenantStatistics(max_tenants), TenantFigures()

@@ -128,6 +128,15 @@ def test_of_many_those_nearest_to_its_deadline_decide_as_all_would(num_devices: 
     assert num_different <= 6 and 15 <= num_refused <= 45, (num_different, num_refused)
 
 
+def test_encodes_and_decodes_of_late_ones_count() -> None:
+    fastest_s = ENCODE_S + 28 * PROFILE.step_s("1024x1024", 8) + DECODE_S + MARGIN_S
+    late = tuple(newcomer(0.001, f"r{number}") for number in range(16))
+    snapshot, more_s = msgspec.structs.replace(busy(), backlog=late), 16 * (ENCODE_S + DECODE_S) / 8
+    assert earliest_deadline_s(snapshot, newcomer(fastest_s + more_s + 0.001)) is None
+    refused = earliest_deadline_s(snapshot, newcomer(fastest_s + more_s - 0.001))
+    assert refused == pytest.approx(NOW_S + fastest_s + more_s)
+
+
 def test_work_before_keeps_every_device_busy() -> None:
     fastest_s = ENCODE_S + 28 * PROFILE.step_s("1024x1024", 8) + DECODE_S + MARGIN_S
     assert earliest_deadline_s(busy(), newcomer(10 + fastest_s + 0.001), 80.0) is None
