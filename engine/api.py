@@ -24,6 +24,7 @@ from tetrion.engine.errors import EngineEnded, GenerationError, RequestError
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.served import ServedModels, read_served_models
+from tetrion.engine.loop.deliveries import DeliveryFigures
 from tetrion.engine.loop.loop import EngineLoop
 from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
@@ -37,7 +38,7 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.energy_admission import check_default, check_early
 from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.planning.snapshot import Planner
-from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, Progress
+from tetrion.engine.request import Delivered, Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import resolve_request
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ logger = logging.getLogger(__name__)
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A moment's counts. By model: `profiles`, the cost tables in use; `inexact_degrees`, those that failed the
     start-up self-test. `tenants`: what each has had (tenant_statistics.py). `loop`: what the loop has cost since the
-    start; `recovery`: what was lost and started again; `energy`: sums of joules; `metering_cost`: what sampling costs;
-    `meter_age_s`: since it last told joules, None if it is not read. `policy`: the one in use, which is not the
-    configured one once that has failed again and again."""
+    start; `recovery`: what was lost and started again; `delivery`: pictures handed on, and deadlines by then; `energy`:
+    sums of joules; `metering_cost`: what sampling costs; `meter_age_s`: since it last told joules, None if it is not
+    read. `policy`: the one in use, which is not the configured one once that has failed again and again."""
 
     num_devices: int
     num_alive: int
@@ -59,6 +60,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     profiles: dict[str, Profile]
     loop: LoopFigures
     recovery: RecoveryFigures
+    delivery: DeliveryFigures
     energy: EnergyFigures
     metering_cost: SamplerCost
     meter_age_s: float | None
@@ -91,6 +93,8 @@ class RequestHandle:
         self._loop = loop
         self._result: asyncio.Future[ImageResult] = asyncio.get_running_loop().create_future()
         self._updates: asyncio.Queue[Progress | None] = asyncio.Queue()
+        self.is_given_up = False
+        """Before it had ended."""
 
     @property
     def request_id(self) -> str:
@@ -114,6 +118,7 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Give the request up; takes effect at its next chunk boundary."""
+        self.is_given_up = self.is_given_up or not self.done
         self._loop.cancel(self.request_id)
 
     def receive(self, output: Output) -> None:
@@ -296,6 +301,17 @@ class AsyncEngine:
             if not handle.done:
                 handle.cancel()
 
+    def delivered(self, request_id: str, took_s: float) -> Delivered | None:
+        """The caller has handed on the last byte of the picture of a request with a `delivery`, which ends it: by now
+        its deadline is met or not. `took_s`: what of the time since the picture was ready was the caller's own work,
+        which later pictures' deliveries are predicted from. None if there is no such picture."""
+        return None if self._loop is None else self._loop.delivered(request_id, took_s)
+
+    def not_delivered(self, request_id: str) -> None:
+        """Nobody takes the picture any more. Of requests without one it changes nothing."""
+        if self._loop is not None:
+            self._loop.deliveries.dropped(request_id)
+
     def stats(self) -> EngineStats:
         """Raises GenerationError if the engine was not started, or its loop died."""
         check_process(self._owner)
@@ -312,6 +328,7 @@ class AsyncEngine:
             profiles=self._loop.cost_models.tables.profiles,
             loop=self._loop.statistics.figures(self._executor.now_s()),
             recovery=self._loop.recovery_figures,
+            delivery=self._loop.deliveries.figures,
             energy=self._metering.account.figures(),
             metering_cost=self._metering.cost,
             meter_age_s=self._metering.age_s,
@@ -334,6 +351,8 @@ class AsyncEngine:
         handle = self._handles.get(output.request_id)
         if handle is not None:
             handle.receive(output)
+            if handle.is_given_up and isinstance(output, ImageResult):
+                self.not_delivered(output.request_id)
             if handle.done:
                 del self._handles[output.request_id]
 

@@ -3,7 +3,7 @@
 One request is one picture. What a caller may put into one, and what bounds there are, is `resolve.py`'s.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,6 +15,9 @@ MAX_ATTEMPTS = 3
 
 
 JOULES_PER_WH = 3600.0
+
+Delivery = Literal["png", "jpeg", "webp"]
+"""What a caller makes of a picture before he hands it on: a file or an answer of this format."""
 
 
 class PhaseJoules(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +87,8 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     this deadline relative to others; `tenant`: on whose behalf, for weights that the operator gives and for shares of
     the slots (`loop/shares.py`); `user`: within the tenant, which its users share likewise. `force_degrees`: the degree
     of each step, for tests and experiments; its last entry holds for the remaining steps. `energy`: see
-    `EnergyOptions`.
+    `EnergyOptions`. `delivery`: what will be done with the picture before the deadline counts as met, which is planned
+    for and which the caller reports (`AsyncEngine.delivered`); None: nothing, it is handed over in this process.
     """
 
     prompt: str
@@ -103,6 +107,7 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     user: str = ""
     force_degrees: tuple[int, ...] = ()
     energy: EnergyOptions = EnergyOptions()
+    delivery: Delivery | None = None
     request_id: str = ""
 
 
@@ -119,7 +124,7 @@ class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
     """A finished picture. `image`: numpy uint8 RGB [height, width, 3]. `model`: the name of the one that drew it.
     `degrees`: the degree used at each step.
     `latency_s` from arrival to finish; `encode_s`, `denoise_s`, `decode_s` are time on devices; `slo_met` is None
-    without an SLO. `energy`: what it cost in joules."""
+    without an SLO, and does not know of a delivery (`Delivered` does). `energy`: what it cost in joules."""
 
     request_id: str
     model: str
@@ -138,6 +143,17 @@ class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float
     slo_met: bool | None
     energy: Receipt = NOT_METERED
+
+
+class Delivered(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture whose last byte the caller has handed on. `latency_s` from arrival until then, `deliver_s` of it after
+    the engine was done; `slo_met` is None without an SLO."""
+
+    request_id: str
+    tenant: str
+    latency_s: float
+    deliver_s: float
+    slo_met: bool | None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

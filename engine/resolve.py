@@ -23,7 +23,7 @@ from tetrion.engine.families.registry import family_of
 from tetrion.engine.families.served import ServedModels, serving
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.params import NO_CFG, Params
-from tetrion.engine.request import EnergyOptions, ImageRequest, ResolvedRequest
+from tetrion.engine.request import Delivery, EnergyOptions, ImageRequest, ResolvedRequest
 from tetrion.engine.shape import StepShape
 
 MAX_PROMPT_CHARS = 32_000
@@ -98,6 +98,7 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         tenant=tenant,
         user=user,
         energy=energy,
+        delivery=asked.read_optional("delivery", _delivery),
         request_id=asked.read("request_id", _request_id, "") or uuid.uuid4().hex,
     )
     shape = _shape(settled, spec)
@@ -353,8 +354,15 @@ def _energy_of(field: str, given: Mapping[Any, Any]) -> EnergyOptions:
 
 
 def _mode(field: str, value: object) -> EnergyMode:
-    modes = get_args(EnergyMode)
+    return _one_of(get_args(EnergyMode), field, value)  # type: ignore[return-value]
+
+
+def _delivery(field: str, value: object) -> Delivery:
+    return _one_of(get_args(Delivery), field, value)  # type: ignore[return-value]
+
+
+def _one_of(names: tuple[str, ...], field: str, value: object) -> str:
     name = text(field, value, MAX_NAME_CHARS)
-    if name not in modes:
-        raise RequestError(field, f"must be one of {', '.join(modes)}, got {shown(name)}")
-    return name  # type: ignore[return-value]
+    if name not in names:
+        raise RequestError(field, f"must be one of {', '.join(names)}, got {shown(name)}")
+    return name

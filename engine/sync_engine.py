@@ -16,7 +16,7 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.errors import GenerationError, RequestError, shown
 from tetrion.engine.hardware.event_loop import LoopEnded, LoopThread
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.request import Failure, ImageRequest, ImageResult
+from tetrion.engine.request import Delivered, Failure, ImageRequest, ImageResult
 
 T = TypeVar("T")
 CLOSED = "the engine is closed"
@@ -104,6 +104,10 @@ class Engine:
             results.append(outcome)
         return results
 
+    def delivered(self, request_id: str, took_s: float) -> Delivered | None:
+        """As `AsyncEngine.delivered`."""
+        return self._call(self._desk.delivered(request_id, took_s))
+
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Raises GenerationError if the engine is closed, or another process's."""
         try:
@@ -141,6 +145,9 @@ class _Desk:
         self._handles[handle.request_id] = handle
         self._unfinished[handle.request_id] = asyncio.create_task(self._follow(handle))
         return handle.request_id
+
+    async def delivered(self, request_id: str, took_s: float) -> Delivered | None:
+        return self._engine.delivered(request_id, took_s)
 
     def cancel(self, request_id: str) -> None:
         if request_id in self._handles:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tetrion.engine.request import ImageRequest, ImageResult, Progress
+from tetrion.engine.request import Delivered, ImageRequest, ImageResult, Progress
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 MAX_IN_FLIGHT = 64
 
 ProgressCallback = Callable[[Progress], None]
+T = TypeVar("T")
 
 
 async def draw(engine: AsyncEngine, request: ImageRequest, on_progress: ProgressCallback) -> ImageResult:
@@ -26,6 +28,20 @@ async def draw(engine: AsyncEngine, request: ImageRequest, on_progress: Progress
     except asyncio.CancelledError:
         handle.cancel()
         raise
+
+
+async def deliver(engine: AsyncEngine, result: ImageResult, work: Awaitable[T]) -> tuple[T, Delivered]:
+    """What `work` comes to, which writes the picture's file, and what came of the picture by then. The engine is told
+    of both outcomes."""
+    begun_s = time.monotonic()
+    try:
+        done = await work
+    except BaseException:
+        engine.not_delivered(result.request_id)
+        raise
+    delivered = engine.delivered(result.request_id, time.monotonic() - begun_s)
+    assert delivered is not None, "the request had a delivery, and only now is it over"
+    return done, delivered
 
 
 async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:

@@ -18,10 +18,12 @@ from rich.progress import Progress as ProgressBar
 
 from tetrion.engine.errors import one_line
 from tetrion.engine.families.words import unknown_words
-from tetrion.engine.request import EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
+from tetrion.engine.request import Delivered, EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
 from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import parse_wished_size
+from tetrion.entrypoints.encoders import Encoders
 from tetrion.entrypoints.errors import InputError
+from tetrion.entrypoints.png import Each
 from tetrion.entrypoints.terminal import progress_console, say
 from tetrion.entrypoints.unicode import as_utf8
 
@@ -51,7 +53,8 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Drawn(msgspec.Struct, frozen=True, kw_only=True):
-    """One finished picture as `--json` reports it (times in seconds); `file` is relative as the output folder was."""
+    """One finished picture as `--json` reports it (times in seconds); `file` is relative as the output folder was.
+    `latency_s`, `deliver_s` of it and `slo_met` are until the file was written."""
 
     prompt: str
     file: str
@@ -65,6 +68,7 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
     encode_s: float
     denoise_s: float
     decode_s: float
+    deliver_s: float
     degrees: tuple[int, ...]
     degrees_compact: str
     slo_met: bool | None
@@ -119,6 +123,7 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
             slo_ms=options.slo_ms,
             force_degrees=options.force_degrees,
             energy=options.energy,
+            delivery="png",
         )
         for prompt in options.prompts
         for i in range(options.num_per_prompt)
@@ -167,6 +172,7 @@ class _Job:
         self._options = options
         self._engine = engine
         self._show = show
+        self._encoders = Encoders()
         self._steps = [0] * len(requests)
         longest_side_px = max(max(request.width or 0, request.height or 0) for request in requests)
         self._cell = contact_sheet.cell_px(len(requests), longest_side_px)
@@ -181,15 +187,19 @@ class _Job:
         result = await drawing.draw(self._engine, request, on_progress)
         self._steps[index] = result.num_steps
         self._show(sum(self._steps))
-        await asyncio.to_thread(self._keep, index, result)
+        writing = self._encoders.run(lambda each: self._write(result, each))
+        path, delivered = await drawing.deliver(self._engine, result, writing)
+        self.drawn[index] = _describe(result, path, delivered)
+        await asyncio.to_thread(self._keep_thumbnail, index, result)
 
-    def _keep(self, index: int, result: ImageResult) -> None:
-        data = pictures.encode(result.image, "png", text=pictures.metadata(result))
+    def _write(self, result: ImageResult, each: Each) -> Path:
+        data = pictures.encode(result.image, text=pictures.metadata(result), each=each)
         by = f"-{pictures.slug(result.model)}" if len(self._engine.models.specs) > 1 else ""
         stem = f"{pictures.slug(result.prompt)}-{result.seed}{by}"
-        path = pictures.write_new_file(self._options.output, stem, ".png", data)
+        return pictures.write_new_file(self._options.output, stem, ".png", data)
+
+    def _keep_thumbnail(self, index: int, result: ImageResult) -> None:
         self._thumbnails[index] = contact_sheet.thumbnail(result.image, result.prompt, result.seed, self._cell)
-        self.drawn[index] = _describe(result, path)
 
     def write_sheet(self) -> str | None:
         if len(self._thumbnails) < 2:
@@ -199,7 +209,7 @@ class _Job:
         return str(pictures.write_new_file(self._options.output, "sheet", ".png", data))
 
 
-def _describe(result: ImageResult, path: Path) -> Drawn:
+def _describe(result: ImageResult, path: Path, delivered: Delivered) -> Drawn:
     return Drawn(
         prompt=result.prompt,
         file=str(path),
@@ -208,14 +218,15 @@ def _describe(result: ImageResult, path: Path) -> Drawn:
         width=result.width,
         height=result.height,
         num_steps=result.num_steps,
-        latency_s=round(result.latency_s, 4),
+        latency_s=round(delivered.latency_s, 4),
         queue_s=round(result.queue_s, 4),
         encode_s=round(result.encode_s, 4),
         denoise_s=round(result.denoise_s, 4),
         decode_s=round(result.decode_s, 4),
+        deliver_s=round(delivered.deliver_s, 4),
         degrees=result.degrees,
         degrees_compact=pictures.compact_degrees(result.degrees),
-        slo_met=result.slo_met,
+        slo_met=delivered.slo_met,
         energy=result.energy,
     )
 

@@ -1,9 +1,8 @@
 """Pictures as bytes and files: encoding uint8 RGB arrays, names made from prompts, atomic writes.
 
-Encoding takes milliseconds: async callers use `encode_in_thread`. Knows nothing of engines or servers.
+Encoding takes milliseconds: async callers leave it to `Encoders`. Knows nothing of engines or servers.
 """
 
-import asyncio
 import io
 import os
 import re
@@ -12,17 +11,16 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from tetrion.engine.request import ImageResult
+from tetrion.engine.request import Delivery, ImageResult
+from tetrion.entrypoints import png
 from tetrion.entrypoints.errors import InputError
 
-PictureFormat = Literal["png", "webp", "jpeg"]
-MEDIA_TYPES: dict[str, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+PictureFormat = Delivery
+MEDIA_TYPES: dict[PictureFormat, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 MAX_SLUG_CHARS = 60
 TEMPORARY_PREFIX = ".tetrion-"
 
@@ -32,35 +30,24 @@ def encode(
     picture_format: PictureFormat = "png",
     compression: int | None = None,
     text: Mapping[str, str] | None = None,
+    each: png.Each = map,
 ) -> bytes:
     """Encode `image` (uint8 RGB [H, W, 3]).
 
     `compression` (0–100, webp and jpeg only) is the quality to keep, as in OpenAI's API: 100 keeps most. `text` becomes
-    tEXt chunks of a PNG (iTXt where Latin-1 does not suffice); the other formats carry none.
+    tEXt chunks of a PNG (iTXt where Latin-1 does not suffice); the other formats carry none. `each`: who makes the
+    parts of a PNG, which has the same bytes whoever does.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
-    picture, buffer = Image.fromarray(image), io.BytesIO()
     if picture_format == "png":
-        info = PngInfo()
-        for key, value in (text or {}).items():
-            info.add_text(key, value)
-        picture.save(buffer, "PNG", pnginfo=info)
-    elif picture_format == "webp":
+        return png.encode(image, text, each)
+    picture, buffer = Image.fromarray(image), io.BytesIO()
+    if picture_format == "webp":
         picture.save(buffer, "WEBP", quality=100 if compression is None else compression, method=4)
     else:
         picture.save(buffer, "JPEG", quality=95 if compression is None else compression)
     return buffer.getvalue()
-
-
-async def encode_in_thread(
-    image: np.ndarray,
-    picture_format: PictureFormat = "png",
-    compression: int | None = None,
-    text: Mapping[str, str] | None = None,
-) -> bytes:
-    """`encode`, off the event loop."""
-    return await asyncio.to_thread(encode, image, picture_format, compression, text)
 
 
 def metadata(result: ImageResult) -> dict[str, str]:

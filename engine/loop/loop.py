@@ -28,6 +28,7 @@ from tetrion.engine.errors import (
     shown,
 )
 from tetrion.engine.executors.base import Executor, Happening, PictureReady, WorkerLost, WorkerReady
+from tetrion.engine.loop.deliveries import Deliveries
 from tetrion.engine.loop.dispatch import command_for
 from tetrion.engine.loop.guarded_planner import GuardedPlanner
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
@@ -59,7 +60,7 @@ from tetrion.engine.planning.energy_mode import may_be_patient
 from tetrion.engine.planning.policies.registry import with_options
 from tetrion.engine.planning.remaining import Remaining, remaining
 from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
-from tetrion.engine.request import Output, ResolvedRequest
+from tetrion.engine.request import Delivered, Output, ResolvedRequest
 
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
@@ -100,6 +101,7 @@ class EngineLoop:
             remaining=self._remaining,
         )
         self.statistics = LoopStatistics(len(executor.device_ids), executor.now_s())
+        self.deliveries = Deliveries(self.statistics.tenants.ended)
         self._in_flight = InFlightTable(executor.device_ids)
         self._snapshots = SnapshotBuilder(executor, self.table, self._in_flight, self._config)
         self._probation = Probation(self.table, self._in_flight, self._snapshots)
@@ -116,6 +118,7 @@ class EngineLoop:
             statistics=self.statistics,
             energy=energy or unmetered_account(executor.device_ids),
             outputs=outputs,
+            deliveries=self.deliveries,
         )
         self._recovery = Recovery(
             executor=executor,
@@ -149,7 +152,7 @@ class EngineLoop:
     def submit(self, resolved: ResolvedRequest) -> Request:
         """Queue a resolved request. Raises RequestError for what its energy asks for (BudgetUnmeetable),
         EngineOverloaded (DeadlineUnmeetable where admission says so), or GenerationError if admission itself fails."""
-        request = Request(resolved, self.executor.now_s())
+        request = Request(resolved, self.executor.now_s(), self._predicted_deliver_s(resolved))
         try:
             self._check(resolved, request)
             self.table.add(request)
@@ -164,9 +167,13 @@ class EngineLoop:
         self._wake()
         return request
 
+    def _predicted_deliver_s(self, resolved: ResolvedRequest) -> float:
+        width, height = resolved.params.shape.size
+        return self.deliveries.model.predict_s(resolved.asked.delivery, width * height)
+
     def _check(self, resolved: ResolvedRequest, request: Request) -> None:
         """Raises RequestError or DeadlineUnmeetable."""
-        check_wish(resolved, self._degree_tables(), self._config)
+        check_wish(resolved, self._degree_tables(), self._config, request.deliver_s)
         if self._config.admission == "reject-hopeless" and request.asked.slo_ms is not None:
             self._refuse_hopeless(request, request.asked.slo_ms)
 
@@ -177,7 +184,7 @@ class EngineLoop:
         """Raises DeadlineUnmeetable."""
         earliest_s = earliest_deadline_s(self._snapshots.forecast(self.cost_models.tables, request))
         if earliest_s is not None:
-            raise DeadlineUnmeetable(slo_ms, math.ceil((earliest_s - request.arrival_s) * 1e3))
+            raise DeadlineUnmeetable(slo_ms, math.ceil((earliest_s + request.deliver_s - request.arrival_s) * 1e3))
 
     def _remaining(self, request: Request) -> Remaining:
         table = self._snapshots.tables(self.cost_models.tables)[request.params.model, request.cost_key]
@@ -189,6 +196,10 @@ class EngineLoop:
         if request is not None:
             self.table.cancel(request)
             self._wake()
+
+    def delivered(self, request_id: str, took_s: float) -> Delivered | None:
+        """See `Deliveries.delivered`."""
+        return self.deliveries.delivered(request_id, self.executor.now_s(), took_s)
 
     def _wake(self) -> None:
         self._has_news = True

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from tetrion.engine.energy.account import EnergyAccount, RequestFacts
 from tetrion.engine.errors import GenerationError, RequestCancelled, shown
 from tetrion.engine.executors.base import Executor, PictureReady
+from tetrion.engine.loop.deliveries import Deliveries
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.requests import STAGE_STATES, TERMINAL_STATES, Request, RequestState, RequestTable
 from tetrion.engine.loop.statistics import LoopStatistics
@@ -41,6 +42,7 @@ class Bookkeeper:
         statistics: LoopStatistics,
         energy: EnergyAccount,
         outputs: Callable[[Output], None],
+        deliveries: Deliveries,
     ) -> None:
         self._executor = executor
         self._table = table
@@ -49,6 +51,7 @@ class Bookkeeper:
         self._statistics = statistics
         self._energy = energy
         self._outputs = outputs
+        self._deliveries = deliveries
         self._being_copied: dict[int, Request] = {}
         """Requests that have ended but for their picture, by the id of the command that decoded it."""
 
@@ -228,10 +231,8 @@ class Bookkeeper:
             self.fail(request, "the picture could not be copied, or its receipt not made", event.error)
             return
         try:
-            result = request.result(event.image, event.ready_s, event.receipt)
-            if result.slo_met is not None:
-                self._statistics.tenants.ended(request.asked.tenant, result.slo_met)
-            self._outputs(result)
+            self._deliveries.finished(request, event.ready_s)
+            self._outputs(request.result(event.image, event.ready_s, event.receipt))
         except Exception as error:
             self.fail(request, "its result could not be handed out", error)
 

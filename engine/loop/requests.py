@@ -87,7 +87,8 @@ class Request:
     ends once nothing is in flight for it, with `error` if there is one. `saved`: its state, of a request that has steps
     behind it and no slot. `is_feasible`: it has a deadline and can still meet it, as far as `RequestTable` knows.
 
-    `asked` is what the caller asked for, `params` how it is drawn, `cost_key` the text of its `CostKey`.
+    `asked` is what the caller asked for, `params` how it is drawn, `cost_key` the text of its `CostKey`. `deadline_s`
+    is the caller's; `engine_deadline_s`, which the engine must keep, leaves `deliver_s` for the delivery.
     """
 
     __slots__ = (
@@ -99,6 +100,8 @@ class Request:
         "cost_key",
         "deadline_s",
         "degrees",
+        "deliver_s",
+        "engine_deadline_s",
         "error",
         "holders",
         "image",
@@ -122,13 +125,15 @@ class Request:
         "step_index",
     )
 
-    def __init__(self, resolved: ResolvedRequest, arrival_s: float) -> None:
+    def __init__(self, resolved: ResolvedRequest, arrival_s: float, deliver_s: float = 0.0) -> None:
         asked, params = resolved.asked, resolved.params
         self.asked = asked
         self.params = params
         self.cost_key = params.shape.cost_key
         self.arrival_s = arrival_s
         self.deadline_s = None if asked.slo_ms is None else arrival_s + asked.slo_ms / 1000
+        self.deliver_s = deliver_s
+        self.engine_deadline_s = None if self.deadline_s is None else self.deadline_s - deliver_s
         self.state = RequestState.QUEUED
         self.is_feasible = False
         self.slot = -1
@@ -180,6 +185,11 @@ class Request:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.params.shape.size
+
+    @property
+    def pixels(self) -> int:
+        width, height = self.size
+        return width * height * self.params.shape.frames
 
     def progress(self) -> Progress:
         return Progress(
@@ -558,7 +568,7 @@ class RequestTable:
 
 def _deadline_s(request: Request) -> float | None:
     """The one that slots are given by."""
-    return request.deadline_s
+    return request.engine_deadline_s
 
 
 def _rank(request: Request) -> Rank:

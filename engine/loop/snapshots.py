@@ -272,7 +272,7 @@ class SnapshotBuilder:
             step_index=request.planned_step_index,
             num_steps=request.num_steps,
             arrival_s=request.arrival_s,
-            deadline_s=request.deadline_s,
+            deadline_s=request.engine_deadline_s,
             ready_s=ready_s,
             members=request.planned_holders,
             weight=weight * config.class_weights.get(request.cost_key, 1.0) if config.class_weights else weight,

@@ -20,8 +20,9 @@ POLICY = "horizon"
 NO_JOULES = "the cost table measured at the start has no joules (step_j); name one that has with profile"
 
 
-def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerConfig) -> None:
-    """Raises RequestError for a mode or budget that cannot be planned for, BudgetUnmeetable for one too small."""
+def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerConfig, deliver_s: float = 0.0) -> None:
+    """Raises RequestError for a mode or budget that cannot be planned for, BudgetUnmeetable for one too small.
+    `deliver_s` of the time until the deadline are for the delivery."""
     asked, params = resolved.asked, resolved.params
     wish = asked.energy
     if wish == EnergyOptions() or asked.force_degrees:
@@ -31,7 +32,8 @@ def check_wish(resolved: ResolvedRequest, tables: DegreeTables, config: PlannerC
     if needs_joules and (reason := why_not(tables[name], name[1], config)):
         raise RequestError("energy.mode" if wish.budget_j is None else "energy.budget_j", reason)
     if wish.budget_j is not None:
-        cheapest = cheapest_for(tables[name], params.num_steps, None if asked.slo_ms is None else asked.slo_ms / 1e3)
+        slo_s = None if asked.slo_ms is None else asked.slo_ms / 1e3 - deliver_s
+        cheapest = cheapest_for(tables[name], params.num_steps, slo_s)
         if cheapest.joules > wish.budget_j + ROUNDING_J:
             raise BudgetUnmeetable(wish.budget_j, cheapest)
 

@@ -19,9 +19,10 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     """One admitted request. `model` and `cost_key` (the text of a `CostKey`) say what its stages cost. `stage` is what
     it needs next, startable from `ready_s` on (now or earlier: at once; later: when its running command is predicted to
     end, `members` being busy with it until then). `step_index` is the number of steps done by `ready_s`; `members` are
-    the devices that hold, or by then will hold, its latents. `deadline_s` is None without an SLO. `weight`: worth of
-    meeting it, all factors multiplied. `holder`: its tenant and user. `budget_j`: joules that it may still take, None:
-    any number. A request whose last stage already runs is not in the snapshot."""
+    the devices that hold, or by then will hold, its latents. `deadline_s`: by when the picture must be ready, which
+    leaves time for its delivery; None without an SLO. `weight`: worth of meeting it, all factors multiplied. `holder`:
+    its tenant and user. `budget_j`: joules that it may still take, None: any number. A request whose last stage
+    already runs is not in the snapshot."""
 
     request_id: str
     stage: Stage

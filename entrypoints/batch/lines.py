@@ -142,6 +142,7 @@ def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
         slo_ms=line.slo_ms,
         priority=line.priority,
         energy=line.energy,
+        delivery="png",
     )
 
 

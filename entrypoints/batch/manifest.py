@@ -18,8 +18,8 @@ FILE_NAME = "manifest.jsonl"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line. `file` is relative to the output folder; times in seconds. `error` is set exactly if it failed,
-    `energy` (joules) exactly if it did not."""
+    """One line. `file` is relative to the output folder; times in seconds. `latency_s`, `deliver_s` of it and `slo_met`
+    are until the file was written. `error` is set exactly if it failed, `energy` (joules) exactly if it did not."""
 
     id: str | None
     line: int
@@ -34,6 +34,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     height: int | None = None
     num_steps: int | None = None
     latency_s: float | None = None
+    deliver_s: float | None = None
     degrees: tuple[int, ...] | None = None
     slo_met: bool | None = None
     energy: Receipt | None = None

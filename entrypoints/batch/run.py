@@ -25,11 +25,13 @@ from rich.text import Text
 from tetrion.engine.errors import EngineOverloaded, GenerationError, RequestCancelled, RequestError, one_line
 from tetrion.engine.families.words import unknown_words
 from tetrion.engine.measure.checkpoint_identity import checkpoint_identity
-from tetrion.engine.request import ImageRequest, ImageResult
+from tetrion.engine.request import Delivered, ImageRequest, ImageResult
 from tetrion.entrypoints import drawing, pictures
 from tetrion.entrypoints.batch.lines import BadLine, BatchItem, parse_lines, read_lines
 from tetrion.entrypoints.batch.manifest import FILE_NAME, Entry, Manifest
+from tetrion.entrypoints.encoders import Encoders
 from tetrion.entrypoints.errors import EXIT_FAILED, InputError
+from tetrion.entrypoints.png import Each
 from tetrion.entrypoints.session import freeze_gc
 from tetrion.entrypoints.terminal import progress_console, say
 
@@ -113,6 +115,7 @@ class _Run:
     ) -> None:
         self._items, self._output, self._manifest = items, output, manifest
         self._engine, self._bar, self._task = engine, bar, task
+        self._encoders = Encoders()
         self.num_failed = 0
 
     async def draw_one(self, index: int, request: ImageRequest) -> None:
@@ -126,11 +129,12 @@ class _Run:
 
     async def _keep(self, item: BatchItem, result: ImageResult) -> None:
         try:
-            entry = await asyncio.to_thread(self._write_picture, item, result)
+            writing = self._encoders.run(lambda each: self._write_picture(item, result, each))
+            _, delivered = await drawing.deliver(self._engine, result, writing)
         except InputError as error:
             self._fail(item, str(error))
         else:
-            self._record(entry)
+            self._record(_finished(item, result, delivered))
 
     def _fail(self, item: BatchItem, error: str) -> None:
         self.num_failed += 1
@@ -142,29 +146,33 @@ class _Run:
         self._manifest.append(entry)
         self._bar.advance(self._task)
 
-    def _write_picture(self, item: BatchItem, result: ImageResult) -> Entry:
+    def _write_picture(self, item: BatchItem, result: ImageResult, each: Each) -> None:
         """Raises InputError if another file has come to have the picture's name since the start."""
-        data = pictures.encode(result.image, "png", text=pictures.metadata(result) | {ID_KEY: item.id})
+        data = pictures.encode(result.image, text=pictures.metadata(result) | {ID_KEY: item.id}, each=each)
         if _is_taken(item, self._manifest, self._output):
             raise InputError(_complaint(item, self._output))
         pictures.replace_file(self._output / item.file, data)
-        return Entry(
-            id=item.id,
-            line=item.line,
-            status="finished",
-            file=item.file,
-            digest=item.digest,
-            model=result.model,
-            prompt=result.prompt,
-            seed=result.seed,
-            width=result.width,
-            height=result.height,
-            num_steps=result.num_steps,
-            latency_s=round(result.latency_s, 4),
-            degrees=result.degrees,
-            slo_met=result.slo_met,
-            energy=result.energy,
-        )
+
+
+def _finished(item: BatchItem, result: ImageResult, delivered: Delivered) -> Entry:
+    return Entry(
+        id=item.id,
+        line=item.line,
+        status="finished",
+        file=item.file,
+        digest=item.digest,
+        model=result.model,
+        prompt=result.prompt,
+        seed=result.seed,
+        width=result.width,
+        height=result.height,
+        num_steps=result.num_steps,
+        latency_s=round(delivered.latency_s, 4),
+        deliver_s=round(delivered.deliver_s, 4),
+        degrees=result.degrees,
+        slo_met=delivered.slo_met,
+        energy=result.energy,
+    )
 
 
 def _is_done(item: BatchItem, manifest: Manifest, output: Path) -> bool:

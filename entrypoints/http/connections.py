@@ -144,6 +144,8 @@ class Connection(H11Protocol):
         self._since_s = self.loop.time()
         self._is_silent = True
         self._unsent_bytes, self._unsent_since_s = 0, self._since_s
+        self._has_unsent = self._is_lost = False
+        self.app_state = {"is_lost": lambda: self._is_lost}
         connections.entered(self)
 
     @property
@@ -160,8 +162,18 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
+        self.transport.set_write_buffer_limits(high=1, low=0)  # whoever may write again knows that all is sent
+
+    def pause_writing(self) -> None:
+        self._has_unsent = True
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._has_unsent = False
+        super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = exc is not None or self._has_unsent
         self._connections.left(self)
         super().connection_lost(exc)
 

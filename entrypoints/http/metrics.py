@@ -14,7 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from tetrion.engine.errors import GenerationError
-from tetrion.engine.request import ImageResult
+from tetrion.engine.request import Delivered, ImageResult
 from tetrion.engine.stages import STAGES
 from tetrion.entrypoints.http.counters import HttpCounters
 from tetrion.entrypoints.http.tenants import public_name
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 BUCKETS_J = tuple(50.0 * 2**i for i in range(11))
 """50 J to 51.2 kJ."""
+BUCKETS_S = tuple(0.005 * 2**i for i in range(12))
+"""5 ms to 10 s."""
 STALE_S = 15.0
 """A meter whose counters, read every ten seconds or more often, have not been told for so long is down."""
 LABELS = ("model", "resolution", "phase", "state")
@@ -44,6 +46,17 @@ class Metrics:
             registry=self._registry,
             buckets=BUCKETS_J,
         )
+
+        self._deliver_s = Histogram(
+            "tetrion_picture_deliver_seconds",
+            "Seconds from a finished picture to the last byte of its answer.",
+            ("format",),
+            registry=self._registry,
+            buckets=BUCKETS_S,
+        )
+
+    def delivered(self, delivered: Delivered, picture_format: str) -> None:
+        self._deliver_s.labels(picture_format).observe(delivered.deliver_s)
 
     def observe(self, result: ImageResult) -> None:
         receipt, resolution = result.energy, f"{result.width}x{result.height}"
@@ -73,6 +86,7 @@ class _EngineCollector(Collector):
         yield from _power(stats)
         yield from _health(stats)
         yield from _loop(stats)
+        yield from _deadlines(stats)
         yield from _tenants(stats)
         for name, value, says in (
             ("tetrion_devices_overdue", len(stats.recovery.overdue), "Devices whose answer is overdue."),
@@ -145,6 +159,16 @@ def _health(stats: "EngineStats") -> Iterator[Metric]:
     ):
         if value is not None:
             yield GaugeMetricFamily(f"tetrion_energy_{name}", says, value=value)
+
+
+def _deadlines(stats: "EngineStats") -> Iterator[Metric]:
+    """By the last byte of the answer."""
+    delivery = stats.delivery
+    deadlines = CounterMetricFamily("tetrion_deadlines", "Deadlines of finished pictures.", labels=("outcome",))
+    deadlines.add_metric(("met",), delivery.num_met)
+    deadlines.add_metric(("missed",), delivery.num_missed)
+    yield deadlines
+    yield CounterMetricFamily("tetrion_pictures_dropped", "Pictures that nobody took.", value=delivery.num_dropped)
 
 
 def _loop(stats: "EngineStats") -> Iterator[Metric]:

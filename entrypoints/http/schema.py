@@ -64,7 +64,9 @@ class _RawBody(GenerationBody, frozen=True, kw_only=True):
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One entry of `data`: the picture as OpenAI gives it, then how it was drawn (times in seconds)."""
+    """One entry of `data`: the picture as OpenAI gives it, then how it was drawn (times in seconds).
+
+    `latency_s`, `deliver_s` of it and `slo_met` are until this is written: what sending takes nobody knows by then."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -78,6 +80,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     encode_s: float
     denoise_s: float
     decode_s: float
+    deliver_s: float
     slo_met: bool | None = None
     energy: Receipt
 
@@ -173,6 +176,7 @@ def to_requests(
             user=body.user or "",
             request_id=request_id,
             energy=body.energy,
+            delivery=body.output_format or "png",
         )
         for i, request_id in enumerate(ids)
     ]
@@ -196,7 +200,11 @@ def invalid_request(error: RequestError, body: GenerationBody) -> ApiError:
     return ApiError(400, f"{param}: {detail}", param=param, code="invalid_value")
 
 
-def describe_picture(result: ImageResult, *, b64_json: str | None = None, url: str | None = None) -> Picture:
+def describe_picture(
+    result: ImageResult, slo_ms: float | None, deliver_s: float, *, b64_json: str | None = None, url: str | None = None
+) -> Picture:
+    """`deliver_s`: since it was drawn."""
+    latency_s = result.latency_s + deliver_s
     return Picture(
         b64_json=b64_json,
         url=url,
@@ -204,12 +212,13 @@ def describe_picture(result: ImageResult, *, b64_json: str | None = None, url: s
         seed=result.seed,
         num_inference_steps=result.num_steps,
         degrees=result.degrees,
-        latency_s=result.latency_s,
+        latency_s=latency_s,
         queue_s=result.queue_s,
         encode_s=result.encode_s,
         denoise_s=result.denoise_s,
         decode_s=result.decode_s,
-        slo_met=result.slo_met,
+        deliver_s=deliver_s,
+        slo_met=None if slo_ms is None else 1e3 * latency_s <= slo_ms,
         energy=result.energy,
     )
 

@@ -1,14 +1,14 @@
 """The image API's handlers: from a decoded body to pictures, on one engine.
 
 Owns the way of a request through the engine and the picture store; routes and error handlers are in `app.py`, the
-bodies in `schema.py`. A closed connection cancels its requests. Encoding runs in threads, so that the loop that
-drives the engine is not held up.
+bodies in `schema.py`, how they are sent in `answer.py`. A closed connection cancels its requests. Encoding runs in
+threads, so that the loop that drives the engine is not held up, and begins with each picture as it is drawn.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
+import binascii
 import logging
 import math
 import secrets
@@ -35,7 +35,9 @@ from tetrion.engine.errors import (
 from tetrion.engine.families.words import unknown_words
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
+from tetrion.entrypoints.encoders import Encoders
 from tetrion.entrypoints.http import schema
+from tetrion.entrypoints.http.answer import NO_PICTURE, PicturesAnswer, body_parts
 from tetrion.entrypoints.http.body import read_json
 from tetrion.entrypoints.http.draining import draining
 from tetrion.entrypoints.http.errors import ApiError
@@ -43,6 +45,7 @@ from tetrion.entrypoints.http.limits import RequestLimits, Waiting, text_bytes
 from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
 from tetrion.entrypoints.http.request_ids import engine_ids
 from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
+from tetrion.entrypoints.png import Each
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, RequestHandle
@@ -56,6 +59,17 @@ LONG_WAIT_S = 60
 T = TypeVar("T")
 
 log = logging.getLogger("tetrion.http")
+
+
+class _Encoded(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture that is ready to be sent. `result` is without the image. `drawn_s`: when it was drawn, on the clock of
+    `time.monotonic`; `made_s`: what encoding took. `base64` or `url`, whichever was asked for."""
+
+    result: ImageResult
+    drawn_s: float
+    made_s: float
+    base64: bytes | None = None
+    url: str | None = None
 
 
 class ImageService:
@@ -74,6 +88,7 @@ class ImageService:
         self._public_url = public_url.rstrip("/") if public_url else None
         self._created = int(time.time())
         self._metrics = Metrics(engine)
+        self._encoders = Encoders()
         self._limits = limits or RequestLimits()
         self.waiting = waiting or Waiting(MAX_WAITING_BYTES)
         self.counters = self._metrics.http
@@ -94,13 +109,14 @@ class ImageService:
             self._limits.check(handles[0].request, len(handles))
             warnings += self._warn_of_words(handles[0].request)
             with self._reserve(body, handles) as reservation:
-                drawing = self._draw(handles, body, warnings, reservation, self._base_url(request))
-                response = await _unless_disconnected(request, drawing)
-        finally:
+                drawing = self._draw(handles, body, reservation, self._base_url(request))
+                encoded = await _unless_disconnected(request, drawing)
+            return self._answer(encoded, self._response(body, handles[0].request, encoded, warnings))
+        except BaseException:
             for handle in handles:
                 handle.cancel()
-        data = await asyncio.to_thread(msgspec.json.encode, response)
-        return Response(data, media_type="application/json")
+                self._engine.not_delivered(handle.request_id)
+            raise
 
     async def file(self, request: Request) -> Response:
         """`GET /v1/images/files/{name}`: a picture that `response_format: url` pointed to."""
@@ -227,12 +243,13 @@ class ImageService:
         self,
         handles: list[RequestHandle],
         body: schema.GenerationBody,
-        warnings: tuple[str, ...],
         reservation: Reservation,
         base_url: str,
-    ) -> schema.GenerationResponse:
+    ) -> list[_Encoded]:
+        """All pictures, in order. The first failure is raised at once; the caller cancels the rest."""
+        tasks = [asyncio.create_task(self._picture(handle, body, reservation, base_url)) for handle in handles]
         try:
-            results = await _all_results(handles)
+            return await asyncio.gather(*tasks)
         except Displaced as error:
             raise _overloaded(error, has_deadline=body.slo_ms is not None) from None
         except QueueTimeout as error:
@@ -243,37 +260,95 @@ class ImageService:
             raise ApiError(500, f"Generation failed: {error}", code="generation_failed") from None
         except RequestCancelled:
             raise ApiError(503, "The request was cancelled by the server.", code="cancelled") from None
+        finally:
+            await _end(*tasks)
+
+    async def _picture(
+        self, handle: RequestHandle, body: schema.GenerationBody, reservation: Reservation, base_url: str
+    ) -> _Encoded:
+        result = await handle.result()
+        drawn_s = time.monotonic()
+        self._metrics.observe(result)
+        slo_ms, is_url = handle.request.slo_ms, body.response_format == "url"
+        due_s = None if slo_ms is None else drawn_s - result.latency_s + slo_ms / 1e3
+        image, result = result.image, msgspec.structs.replace(result, image=None)
+
+        def encode(each: Each) -> bytes:
+            text = pictures.metadata(result)
+            encoded = pictures.encode(image, body.output_format or "png", body.output_compression, text, each)
+            return encoded if is_url else binascii.b2a_base64(encoded, newline=False)
+
+        data = await self._encoders.run(encode, due_s)
+        made_s = time.monotonic() - drawn_s
+        if not is_url:
+            return _Encoded(result=result, drawn_s=drawn_s, made_s=made_s, base64=data)
         picture_format = body.output_format or "png"
-        data = []
-        for result in results:
-            self._metrics.observe(result)
-            encoded = await pictures.encode_in_thread(
-                result.image, picture_format, body.output_compression, pictures.metadata(result)
-            )
-            if body.response_format == "url":
-                media_type = pictures.MEDIA_TYPES[picture_format]
-                name = self._store.put(reservation, encoded, media_type, picture_format)
-                data.append(schema.describe_picture(result, url=f"{base_url}/v1/images/files/{name}"))
-            else:
-                text = (await asyncio.to_thread(base64.b64encode, encoded)).decode()
-                data.append(schema.describe_picture(result, b64_json=text))
-        first = results[0]
+        name = self._store.put(reservation, data, pictures.MEDIA_TYPES[picture_format], picture_format)
+        url = f"{base_url}/v1/images/files/{name}"
+        return _Encoded(result=result, drawn_s=drawn_s, made_s=made_s, url=url)
+
+    def _answer(self, encoded: list[_Encoded], response: schema.GenerationResponse) -> PicturesAnswer:
+        base64s = [picture.base64 for picture in encoded if picture.base64 is not None]
+        took_s = {picture.result.request_id: picture.made_s for picture in encoded}
+        delivery = _Delivery(self._engine, self._metrics, response.output_format, took_s)
+        return PicturesAnswer(body_parts(response, base64s), delivery)
+
+    def _response(
+        self, body: schema.GenerationBody, asked: ImageRequest, encoded: list[_Encoded], warnings: tuple[str, ...]
+    ) -> schema.GenerationResponse:
+        """Without the pictures themselves. `asked`: one of the requests."""
+        first, now_s = encoded[0].result, time.monotonic()
         sizes = self._engine.models.specs[first.model].sizes
-        num_image_tokens = sizes.num_rows(first.width, first.height) * len(results)
+        num_image_tokens = sizes.num_rows(first.width, first.height) * len(encoded)
         return schema.GenerationResponse(
             created=int(time.time()),
             background="opaque",
-            output_format=picture_format,
+            output_format=body.output_format or "png",
             quality="high",
             size=f"{first.width}x{first.height}",
             model=first.model,
-            data=data,
+            data=[
+                schema.describe_picture(
+                    picture.result,
+                    asked.slo_ms,
+                    now_s - picture.drawn_s,
+                    b64_json=None if picture.base64 is None else NO_PICTURE,
+                    url=picture.url,
+                )
+                for picture in encoded
+            ],
             usage=schema.usage(first.num_text_tokens, num_image_tokens),
             warnings=warnings,
         )
 
     def _base_url(self, request: Request) -> str:
         return self._public_url or str(request.base_url).rstrip("/")
+
+
+class _Delivery:
+    """Says to the engine what came of an answer's pictures, and counts them. It keeps no picture: a client may take
+    long to read."""
+
+    def __init__(
+        self, engine: AsyncEngine, metrics: Metrics, picture_format: pictures.PictureFormat, took_s: dict[str, float]
+    ) -> None:
+        """`took_s`: what making each picture has taken, by request id."""
+        self._engine, self._metrics, self._format, self._took_s = engine, metrics, picture_format, took_s
+
+    def delivered(self, sent_s: float) -> None:
+        """Sending counts as much as making at most: the rest is the client's."""
+        for request_id, made_s in self._took_s.items():
+            own_s = made_s + min(made_s, sent_s / len(self._took_s))
+            delivered = self._engine.delivered(request_id, own_s)
+            if delivered is not None:
+                self._metrics.delivered(delivered, self._format)
+                kept = {None: "no deadline", True: "deadline met", False: "deadline missed"}[delivered.slo_met]
+                latency_s, deliver_s = delivered.latency_s, delivered.deliver_s
+                log.info("%s: last byte after %.3f s, drawn %.3f s before; %s", request_id, latency_s, deliver_s, kept)
+
+    def dropped(self) -> None:
+        for request_id in self._took_s:
+            self._engine.not_delivered(request_id)
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -298,15 +373,6 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _all_results(handles: list[RequestHandle]) -> list[ImageResult]:
-    """All results, in order. The first failure is raised at once; the caller cancels the rest."""
-    tasks = [asyncio.create_task(handle.result()) for handle in handles]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        await _end(*tasks)
 
 
 def _max_encoded_bytes(request: ImageRequest) -> int:

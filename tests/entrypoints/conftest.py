@@ -1,4 +1,5 @@
-"""A test double of the engine: same surface, no workers. It draws a flat colour made from the seed.
+"""A test double of the engine: same surface, no workers. It draws a flat colour made from the seed, or noise if it is
+told so.
 
 Prompts steer it: one with `fail` ends in GenerationError, with `crash` in a defect, with `slow` it never ends unless
 cancelled, with `full` it is refused as overload, with `dear` for its energy budget. The real engine is tested in
@@ -26,11 +27,12 @@ from tetrion.engine.errors import (
     RequestCancelled,
 )
 from tetrion.engine.families.served import ServedModels
+from tetrion.engine.loop.deliveries import DeliveryFigures
 from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.loop.tenant_statistics import TenantFigures
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.request import ImageRequest, ImageResult, Progress
+from tetrion.engine.request import Delivered, ImageRequest, ImageResult, Progress
 from tetrion.engine.resolve import resolve_request
 from tetrion.entrypoints.cli import run
 
@@ -61,6 +63,7 @@ class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     meter_age_s: float | None = None
     loop: LoopFigures = NO_LOOP
     recovery: RecoveryFigures = RecoveryFigures()
+    delivery: DeliveryFigures = DeliveryFigures()
     tenants: dict[str, TenantFigures] = {}
 
 
@@ -99,6 +102,11 @@ class FakeHandle:
             self._outcome.set_exception(error)
             self._outcome.exception()
 
+    def finish(self) -> None:
+        """What is slow is drawn."""
+        self._task.cancel()
+        self._outcome.set_result(draw(self.request))
+
     async def _run(self) -> None:
         if "slow" in self.request.prompt:
             await asyncio.sleep(3600)
@@ -117,6 +125,8 @@ def draw(request: ImageRequest) -> ImageResult:
     assert request.width and request.height and request.num_steps and request.seed is not None
     colour = (request.seed % 256, request.seed // 256 % 256, 128)
     image = np.full((request.height, request.width, 3), colour, dtype=np.uint8)
+    if "noise" in request.prompt:
+        image = np.random.default_rng(request.seed).integers(0, 256, image.shape, dtype=np.uint8)
     return ImageResult(
         request_id=request.request_id,
         model=request.model or "",
@@ -155,6 +165,9 @@ class FakeEngine:
         self.is_running = False
         self.num_starts = 0
         self.handles: list[FakeHandle] = []
+        self.delivered_ids: list[str] = []
+        self.dropped_ids: list[str] = []
+        self.delivery = DeliveryFigures()
         self.energy = NO_ENERGY
         self.meter_age_s: float | None = None
         self.loop = NO_LOOP
@@ -224,8 +237,21 @@ class FakeEngine:
             meter_age_s=self.meter_age_s,
             loop=self.loop,
             recovery=self.recovery,
+            delivery=self.delivery,
             tenants=self.tenants,
         )
+
+    def delivered(self, request_id: str, took_s: float) -> Delivered:
+        """After no time at all."""
+        assert took_s > 0
+        self.delivered_ids.append(request_id)
+        result = draw(self.handles[int(request_id.removeprefix("r"))].request)
+        return Delivered(
+            request_id=request_id, tenant="", latency_s=result.latency_s, deliver_s=0.0, slo_met=result.slo_met
+        )
+
+    def not_delivered(self, request_id: str) -> None:
+        self.dropped_ids.append(request_id)
 
 
 class FakeFactory:

@@ -20,16 +20,25 @@ TOLERANCE = 0.02
 """Steps take a few percent more or less each time, and a mean of ten or so wavers with them: below this, plans would
 follow noise, and what is worked out of a cost would be worked out anew with every other answer."""
 
+Mean = tuple[float, int]
+"""Of ratios observed / predicted, and how many it is of, the prediction itself being the first."""
+
 _What = int | Stage
 """What a time was observed of: a step at this degree, or another stage."""
 
 
-class CostModel:
-    """A profile and what running with it has taught.
+def moved_mean(mean: float, count: int, ratio: float, smoothing: float = SMOOTHING) -> Mean:
+    """A mean with one more observation. It counts `1 / (count + 1)` at first and never less than `smoothing`; it is
+    clipped to within a factor of `CLIP` of the mean so far, so that one stalled step moves a cost by at most
+    `smoothing`, while a prediction that is wrong by a large factor is still corrected in some dozen observations."""
+    clipped = min(max(ratio, mean / CLIP), mean * CLIP)
+    moved = mean + max(smoothing, 1 / (count + 1)) * (clipped - mean)
+    return min(max(moved, 1 / MAX_RATIO), MAX_RATIO), count + 1
 
-    One observation counts `1 / (n + 1)` at first (the table itself counts as the first) and never less than
-    `smoothing`; it is clipped to within a factor of `CLIP` of the mean so far, so that one stalled step moves a cost by
-    at most `smoothing`, while a table that is wrong by a large factor is still corrected in some dozen observations.
+
+class CostModel:
+    """A profile and what running with it has taught (`moved_mean`).
+
     Observed keys that the table lacks become classes of their own (at most `MAX_KEYS` of them). Where it has none with
     as many guidance branches, they come with an estimated class of that kind for each that it has.
     """
@@ -39,7 +48,7 @@ class CostModel:
             raise ValueError(f"smoothing: must be above 0 and at most 1, got {smoothing}")
         self._base = profile
         self._smoothing = smoothing
-        self._means: dict[str, dict[_What, tuple[float, int]]] = {}
+        self._means: dict[str, dict[_What, Mean]] = {}
         self._profile = profile
         self._shown: dict[str, dict[_What, float]] = {}
         self._stale: set[str] = set()
@@ -75,12 +84,8 @@ class CostModel:
                 return
             self._know_branches(parse_cost_key(key).num_branches)
             means = self._means[key] = {}
-        mean, count = means.get(what, (1.0, 1))
         ratio = MAX_RATIO if predicted_s <= 0 else observed_s / predicted_s
-        ratio = min(max(ratio, mean / CLIP), mean * CLIP)
-        moved = mean + max(self._smoothing, 1 / (count + 1)) * (ratio - mean)
-        moved = min(max(moved, 1 / MAX_RATIO), MAX_RATIO)
-        means[what] = (moved, count + 1)
+        means[what] = moved, _ = moved_mean(*means.get(what, (1.0, 1)), ratio, self._smoothing)
         shown = self._shown.get(key, {}).get(what, 1.0)
         if abs(moved / shown - 1) > TOLERANCE:
             self._stale.add(key)
@@ -91,7 +96,7 @@ class CostModel:
         if base is not self._base:
             self._base, self._profile = base, self._profile.with_branches(num_branches)
 
-    def _corrected_class(self, key: str, means: dict[_What, tuple[float, int]]) -> ClassCost:
+    def _corrected_class(self, key: str, means: dict[_What, Mean]) -> ClassCost:
         def ratio(what: _What) -> float:
             return means[what][0] if what in means else 1.0
 

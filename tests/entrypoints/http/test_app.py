@@ -130,12 +130,13 @@ async def test_each_picture_has_a_receipt(served: Served) -> None:
     assert picture.pop("b64_json")
     energy = picture.pop("energy")
     assert energy["active_j"] is None and energy["method"] == "none" and energy["reasons"]["active_j"]
+    deliver_s = picture.pop("deliver_s")
+    assert deliver_s > 0 and picture.pop("latency_s") == 0.5 + deliver_s
     assert picture == {
         "request_id": "r0",
         "seed": 5,
         "num_inference_steps": 3,
         "degrees": [1, 2, 2],
-        "latency_s": 0.5,
         "queue_s": 0.1,
         "encode_s": 0.1,
         "denoise_s": 0.2,
