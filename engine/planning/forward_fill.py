@@ -77,28 +77,26 @@ def place(profile: FreeProfile, work: Work, due_s: float) -> bool:
         low += 1
         if low > high:
             return False
-    end_s = profile.finish_s(table, degrees[low], start_s, remaining, due_s)
-    if end_s == math.inf:
-        if low == high:
-            return False
-        end_s = profile.finish_s(table, degrees[high], start_s, remaining, due_s)
-        if end_s == math.inf:
-            return False
-        while high - low > 1:
-            middle = (low + high) // 2
-            middle_end_s = profile.finish_s(table, degrees[middle], start_s, remaining, due_s)
-            if middle_end_s == math.inf:
-                low = middle
-            else:
-                high, end_s = middle, middle_end_s
-        low = high
-    work.level = degrees[low]
-    if work.view.energy_mode != "fastest" and table.step_j:
-        work.level = min(degrees[low:], key=table.step_j.__getitem__)
-        if work.level != degrees[low]:
-            end_s = profile.finish_s(table, work.level, start_s, remaining, due_s)
-    profile.take(table, work.level, start_s, end_s)
-    return True
+    saves_energy = work.view.energy_mode != "fastest" and bool(table.step_j)
+    if not saves_energy and profile.take(table, degrees[low], start_s, remaining, due_s):
+        work.level = degrees[low]
+        return True
+
+    def is_in_time(i: int) -> bool:
+        return profile.finish_s(table, degrees[i], start_s, remaining, due_s) < math.inf
+
+    if saves_energy and is_in_time(low):
+        high = low
+    elif low == high or not is_in_time(high):
+        return False
+    while high - low > 1:
+        middle = (low + high) // 2
+        if is_in_time(middle):
+            high = middle
+        else:
+            low = middle
+    work.level = min(degrees[high:], key=table.step_j.__getitem__) if saves_energy else degrees[high]
+    return profile.take(table, work.level, start_s, remaining, due_s)
 
 
 def place_early(profile: FreeProfile, work: Work) -> bool:

@@ -61,14 +61,40 @@ class FreeProfile:
             if time_s > due_s:
                 return math.inf
 
-    def take(self, table: DegreeTable, level: int, start_s: float, end_s: float) -> None:
-        """Subtract what `finish_s` walked through, which ended at `end_s`."""
-        first, last = self._cut(start_s), self._cut(end_s)
-        free, largest = self.free, table.largest
-        for i in range(first, last):
+    def take(self, table: DegreeTable, level: int, start_s: float, num_steps: float, due_s: float) -> bool:
+        """Subtract what such a request uses (see `finish_s`). False, with nothing changed, if it ends after `due_s`."""
+        times, free, largest, step_s = self.times, self.free, table.largest, table.step_s
+        first = i = max(bisect_right(times, start_s) - 1, 0)
+        last = len(times) - 1
+        time_s = start_s if start_s > times[i] else times[i]
+        left: list[int] = []
+        while True:
             available = free[i]
-            free[i] = available - largest[available if available < level else level]
-        self._merge(first, last)
+            degree = largest[available if available < level else level]
+            left.append(available - degree)
+            if degree:
+                end_s = time_s + num_steps * step_s[degree]
+                if i == last or end_s <= times[i + 1]:
+                    break
+                num_steps -= (times[i + 1] - time_s) / step_s[degree]
+            elif i == last:
+                return False
+            i += 1
+            time_s = times[i]
+            if time_s > due_s:
+                return False
+        if end_s > due_s:
+            return False
+        if i == last or end_s < times[i + 1]:
+            times.insert(i + 1, end_s)
+            free.insert(i + 1, free[i])
+        if start_s > times[first]:
+            times.insert(first + 1, start_s)
+            free.insert(first + 1, free[first])
+            first, i = first + 1, i + 1
+        free[first : i + 1] = left
+        self._merge(first, i + 1)
+        return True
 
     def take_devices(self, count: int, start_s: float, end_s: float) -> None:
         """Subtract up to `count` devices in [start_s, end_s)."""

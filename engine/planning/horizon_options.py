@@ -13,7 +13,8 @@ class HorizonOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     "fraction", the one with the largest share of its own steps left, whatever its size (each per unit of weight).
     `late_worth`: what left-over devices are worth to late requests and those without a deadline, where widening what is
     on time is worth 1: more of it finishes late work sooner, and costs deadlines.
-    `max_candidates`: so many of the most urgent requests are weighed against each other; None: 4 a device, at least 48.
+    `max_candidates`: so many of the most urgent requests are weighed against each other; None: one a device, at least
+    48.
     `energy`: the mode of requests that name none (see `energy_mode.py`). `j_per_s`: in mode "balanced", what a second
     earlier may cost. `extra_j`: in mode "least-energy", by what share idle devices may raise a step's joules.
     """

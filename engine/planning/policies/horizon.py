@@ -6,10 +6,10 @@ share out the left-over devices; start what is ready, unless a short wait for it
 
 Deadlines that can be met go before all else. Requests that can no longer meet theirs (*late* ones) and those that have
 none stand in one *pool*, so that stating a deadline never makes a request worse off: the oldest first, large ones a
-little later than small ones (see `slo.turn`). Left-over devices
-go where they are worth most: to the pool, to the dropped, or to widening those that are on time. What they are worth
-to the pool is the option `late_worth`: more of it finishes late work sooner, and costs deadlines. Where nothing is ever
-left over, the oldest of the pool has a turn now and then, so that everybody's turn comes.
+little later than small ones (see `slo.turn`). Left-over devices go where they are worth most: to the pool, to the
+dropped, or to widening those that are on time. What they are worth to the pool is the option `late_worth`: more of it
+finishes late work sooner, and costs deadlines. Where nothing is ever left over, the first of the pool has a turn now
+and then, so that everybody's turn comes.
 
 Between tenants (and users of one) that have had more device time than their share and those that have not, the latter
 go first: they are placed first, the others' requests are dropped first, and stand behind in the pool.
@@ -58,7 +58,7 @@ ONES = (1.0,) * (MAX_DEVICES + 1)
 TURN_EVERY = 40
 """In one of so many chunk lengths the oldest of the pool, if it has waited for its patience, goes before all others."""
 MIN_CANDIDATES = 48
-"""At least so many of the most urgent requests (else 4 per device) enter the fill."""
+"""At least so many of the most urgent requests (else one per device) enter the fill."""
 
 
 def plan(snapshot: Snapshot) -> RoundPlan:
@@ -90,6 +90,7 @@ class _Tick:
         self.on_time: list[Work] = []
         """Those that can be in time, in the order in which they are placed."""
         self.pool: list[Work] = []
+        self.beyond: list[RequestView] = []
         self.placed: list[Work] = []
         self.dropped: list[Work] = []
         self.capacity = self.left = 0
@@ -118,9 +119,21 @@ class _Tick:
     # 2: what is left to do ----------------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        """Every request with steps left, of the backlog the first few, on time or in the pool."""
-        requests = [request for request in self._in_turn(self.snapshot.requests) if request.stage not in AFTER_STEPS]
-        works = self.works = [self._work(request) for request in requests]
+        """Every request with steps left, of the backlog the first few: on time, in the pool, or not urgent enough to be
+        looked at."""
+        bound = self.options.max_candidates or max(MIN_CANDIDATES, len(self.snapshot.devices))
+        works: list[Work] = []
+        num_on_time = 0
+        for request in self._in_turn(self.snapshot.requests):
+            if request.stage in AFTER_STEPS:
+                continue
+            if num_on_time >= bound and request.deadline_s is not None and request.energy_mode == "fastest":
+                self.beyond.append(request)
+                continue
+            work = self._work(request)
+            num_on_time += not (work.is_late or work.is_soft)
+            works.append(work)
+        self.works = works
         aside = set_patient_aside(works, self.now_s)
         self.on_time = [work for work in works if not (work.is_late or work.is_soft or work in aside)]
         pool = [work for work in works if work.is_late or work.is_soft]
@@ -151,18 +164,16 @@ class _Tick:
 
     def fill(self) -> None:
         """Place the most urgent in the free profile, and drop what does not fit: of a higher rank before a lower."""
-        bound = self.options.max_candidates or max(MIN_CANDIDATES, 4 * len(self.snapshot.devices))
-        candidates, drop_first = self.on_time[:bound], DROP_FIRST[self.options.drop]
+        drop_first = DROP_FIRST[self.options.drop]
         profile = FreeProfile(self.now_s, self.builder.free_s.values())
         self.placed = self._whose_turn_it_is()
         for work in self.placed:
             profile.take_devices(
                 work.level, self.now_s, self.now_s + max(self.config.chunk_s, work.table.step_s[work.level])
             )
-        for _, alike in itertools.groupby(candidates, key=lambda work: self.snapshot.rank(work.view)):
+        for _, alike in itertools.groupby(self.on_time, key=lambda work: self.snapshot.rank(work.view)):
             self.dropped += fill(profile, list(alike), drop_first)
-        self.dropped += self.on_time[bound:]
-        self.placed += [work for work in candidates if work.level]
+        self.placed += [work for work in self.on_time if work.level]
 
     def _whose_turn_it_is(self) -> list[Work]:
         """The oldest of the pool, at its narrowest degree, if it is time."""
@@ -264,6 +275,7 @@ class _Tick:
             steps = None if view.budget_j is None else self._affordable_steps(view, degree)
             self.builder.start(view, degree, claimed=set().union(*wanted[i + 1 :]), num_steps=steps)
         num_ready = sum([work.is_ready for work in self.works]) + len(self.snapshot.backlog)
+        num_ready += sum(map(self._may_start, self.beyond))
         return self.builder.build(num_held=len(self.builder.idle) if num_ready > len(starting) else 0)
 
     def _affordable_steps(self, view: RequestView, degree: int) -> int:
@@ -289,12 +301,20 @@ class _Tick:
 
     def _without_target(self) -> Iterator[tuple[RequestView, DegreeTable, bool]]:
         """What else could start, and whether it is of the pool."""
-        for works, is_in_pool in ((self.placed, False), (self.dropped, False), (self.pool, True)):
-            for work in works:
-                if work.is_ready and not work.target:
-                    yield work.view, work.table, is_in_pool
+        for work in itertools.chain(self.placed, self.dropped):
+            if work.is_ready and not work.target:
+                yield work.view, work.table, False
+        for view in self.beyond:
+            if self._may_start(view):
+                yield view, self.tables[view.model, view.cost_key], False
+        for work in self.pool:
+            if work.is_ready and not work.target:
+                yield work.view, work.table, True
         for view in self.snapshot.backlog[POOL_ITEMS:BACKLOG_LOOKED_AT]:
             yield view, self.tables[view.model, view.cost_key], True
+
+    def _may_start(self, view: RequestView) -> bool:
+        return view.stage not in BEFORE_STEPS and self.builder.is_ready(view)
 
     def _promised(self) -> int:
         """Devices that requests whose chunk or encode still runs will take in addition to those they have."""
@@ -308,7 +328,7 @@ class _Tick:
         targets = {work.view.request_id: work.target for work in self.works}
         times: list[float] = []
         for request in self.in_chunk:
-            kept = 1 if request.stage in AFTER_STEPS else targets[request.request_id]
+            kept = 1 if request.stage in AFTER_STEPS else targets.get(request.request_id, 0)
             times += [request.ready_s] * (len(request.members) - kept)
         in_chunk = {device for request in self.in_chunk for device in request.members}
         soon_s, idle = self.now_s + AUX_SOON_S, self.builder.idle

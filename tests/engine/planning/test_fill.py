@@ -63,9 +63,12 @@ def test_what_is_taken_is_what_was_walked(free_s: list[float], takes: list[tuple
         before = FreeProfile(0.0, ())
         before.restore(profile.save())
         end_s = profile.finish_s(degrees, level, start_s, steps, math.inf)
+        earlier_s = math.nextafter(end_s, 0)
+        assert not profile.take(degrees, level, start_s, steps, earlier_s if end_s < math.inf else math.inf)
+        assert profile.save() == before.save()
         if end_s == math.inf:
             continue
-        profile.take(degrees, level, start_s, end_s)
+        assert profile.take(degrees, level, start_s, steps, end_s)
         assert min(profile.free) >= 0
         assert profile.times == sorted(set(profile.times))
         assert all(left != right for left, right in itertools.pairwise(profile.free))
