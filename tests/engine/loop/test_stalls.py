@@ -91,7 +91,10 @@ class StoppingExecutor(SimulatedExecutor):
 
     def _complete(self, ticket: int, command: StageCommand, members: tuple[int, ...], start_s: float) -> None:
         stopped = [member for member in members if self.is_stopped(member)]
-        if not stopped and not isinstance(command, EncodePrompt) and _source(command) not in self._made:
+        queues = [list(self._unanswered[member].values()) for member in members]
+        waits = any(command in queue[1:] for queue in queues)
+        waits |= not isinstance(command, EncodePrompt) and _source(command) not in self._made
+        if not stopped and waits:
             self.at(self.now_s() + 0.05, lambda: self._complete(ticket, command, members, start_s))
         elif not stopped:
             self._made.add(_result(command))
