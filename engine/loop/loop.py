@@ -36,7 +36,8 @@ from tetrion.engine.loop.probation import Probation
 from tetrion.engine.loop.progress import Answer, Bookkeeper
 from tetrion.engine.loop.recovery import Recovery, RecoveryFigures
 from tetrion.engine.loop.refusals import Refusals
-from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.loop.request_table import RequestTable
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.loop.snapshots import SnapshotBuilder
 from tetrion.engine.loop.statistics import LoopStatistics
 from tetrion.engine.messages import (

@@ -5,7 +5,8 @@ pays if that device dies too, and nobody else is blamed for it.
 """
 
 from tetrion.engine.loop.in_flight import InFlightTable
-from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.loop.request_table import RequestTable
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.loop.snapshots import SnapshotBuilder
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.policies.registry import get_planner

@@ -16,7 +16,8 @@ from tetrion.engine.errors import GenerationError, RequestCancelled, shown
 from tetrion.engine.executors.base import Executor, PictureReady
 from tetrion.engine.loop.deliveries import Deliveries
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
-from tetrion.engine.loop.requests import STAGE_STATES, TERMINAL_STATES, Request, RequestState, RequestTable
+from tetrion.engine.loop.request_table import RequestTable
+from tetrion.engine.loop.requests import STAGE_STATES, TERMINAL_STATES, Request, RequestState
 from tetrion.engine.loop.statistics import LoopStatistics
 from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, Failed, StageCommand
 from tetrion.engine.planning.cost.correction import CostModel, CostModels

@@ -54,7 +54,8 @@ from tetrion.engine.errors import EngineEnded, GenerationError
 from tetrion.engine.executors.base import Executor, WorkerLost
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.progress import Answer, Bookkeeper
-from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.loop.request_table import RequestTable
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.loop.stalls import Stalls, patience
 from tetrion.engine.messages import BarriersReset, Decode, Denoise, Failed, ResetBarriers, StageCommand
 from tetrion.engine.request import MAX_ATTEMPTS

@@ -21,7 +21,8 @@ from tetrion.engine.config import PlannerConfig
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.device_shares import DeviceShares
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
-from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.loop.request_table import RequestTable
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.planning.admission import Forecast, num_around
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables

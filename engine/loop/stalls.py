@@ -15,7 +15,8 @@ import msgspec
 from tetrion.engine.executors.base import Executor
 from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.progress import Answer, Bookkeeper
-from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.loop.request_table import RequestTable
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.messages import Failed, StageCommand
 
 MAX_DOUBLINGS = 6

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tests.engine.loop.test_loop import COSTS, Simulation
 from tetrion.engine.errors import EngineEnded
 from tetrion.engine.executors.simulated import SimulatedExecutor, _source
-from tetrion.engine.loop.requests import RequestTable
+from tetrion.engine.loop.request_table import RequestTable
 from tetrion.engine.messages import (
     BarriersReset,
     Command,

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tests.engine.loop.test_loop import COSTS, SPEC, Simulation
 from tetrion.engine.config import PlannerConfig
-from tetrion.engine.loop.requests import Request, RequestTable
+from tetrion.engine.loop.request_table import RequestTable
+from tetrion.engine.loop.requests import Request
 from tetrion.engine.loop.snapshots import SnapshotBuilder
 from tetrion.engine.planning.slo import turn, urgency
 from tetrion.engine.planning.snapshot import RoundPlan, Snapshot

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.engine.specs import make_spec
 from tetrion.engine.errors import Displaced, EngineOverloaded, QueueTimeout, RequestError
-from tetrion.engine.loop.requests import LEGAL_TRANSITIONS, TERMINAL_STATES, Request, RequestState, RequestTable
+from tetrion.engine.loop.request_table import RequestTable
+from tetrion.engine.loop.requests import LEGAL_TRANSITIONS, TERMINAL_STATES, Request, RequestState
 from tetrion.engine.planning.remaining import Remaining
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
