@@ -98,8 +98,9 @@ class StoppingExecutor(SimulatedExecutor):
             self.at(self.now_s() + 0.05, lambda: self._complete(ticket, command, members, start_s))
         elif not stopped:
             self._made.add(_result(command))
+            is_done = all(command in queue for queue in queues)  # it was not aborted
             for device_id in self._groups_since.keys() - set(members):
-                self._groups_since[device_id] |= set(members) if len(members) > 1 else set()
+                self._groups_since[device_id] |= set(members) if len(members) > 1 and is_done else set()
             super()._complete(ticket, command, members, start_s)
         elif (wakes_s := max(self.wakes_s[member] for member in stopped)) < math.inf:
             self.at(wakes_s, lambda: self._complete(ticket, command, members, start_s))
