@@ -142,3 +142,21 @@ def test_fewer_in_flight_are_seen_at_once() -> None:
 def test_options_that_nobody_reads_are_refused() -> None:
     with pytest.raises(ValueError, match="planner: there is no option 'nix'; policy edf has none"):
         simulate(one(), profile=PROFILE, policy="edf", num_devices=1, planner_config=PlannerConfig(options={"nix": 1}))
+
+
+@pytest.mark.parametrize("admission", ["all", "reject-hopeless"])
+def test_a_tenant_that_floods_the_engine_costs_another_no_deadline(admission: str) -> None:
+    """On two devices: A sends a third more than they can do, B one picture every seven seconds."""
+    flood = [
+        TraceRequest(arrival_s=0.33 * i, width=256, height=256, num_steps=28, slo_s=1.5, tenant="A") for i in range(300)
+    ]
+    others = [
+        TraceRequest(arrival_s=3.0 + 7.0 * i, width=256, height=256, num_steps=28, slo_s=1.2, tenant="B")
+        for i in range(13)
+    ]
+    both = tuple(sorted(flood + others, key=lambda request: request.arrival_s))
+    config = PlannerConfig(admission=admission)  # type: ignore[arg-type]
+    run = simulate(both, profile=PROFILE, policy="horizon", num_devices=2, max_inflight=16, planner_config=config)
+    met = [outcome.is_met for outcome in run.outcomes if outcome.request.tenant == "B"]
+    assert all(met)
+    assert not all(outcome.is_met for outcome in run.outcomes)
