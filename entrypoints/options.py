@@ -80,7 +80,7 @@ def only_model(config: EngineConfig) -> str:
 
 
 def planner_settings(texts: Sequence[str], name: str = "planner") -> dict[str, Any]:
-    """`lead_s=0.01`, `rescue=false`, `options.rescue=false` each: the planner's own fields, and under `options` those
+    """`lead_s=0.01`, `late_worth=2`, `options.late_worth=2` each: the planner's own fields, and under `options` those
     of its policy. Values are JSON where they are JSON, else strings. Raises InputError."""
     settings: dict[str, Any] = {"options": {}}
     for text in texts:

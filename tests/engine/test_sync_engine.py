@@ -168,9 +168,13 @@ def test_a_request_is_aborted_from_another_thread(engine: Engine) -> None:
 
 
 def test_ctrl_c_gives_the_pictures_up_and_the_engine_goes_on(engine: Engine) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
     threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate([request(num_steps=1000)])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([request(num_steps=1000)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     begun_s = time.monotonic()
     assert len(engine.generate(request())) == 1
     assert time.monotonic() - begun_s < 10

@@ -193,7 +193,7 @@ def test_the_planners_settings_reach_the_engine(tetrion: Tetrion, factory: FakeF
     [
         ([], "reject-hopeless", 600.0),
         (["--admission", "all", "--queue-timeout-s", "7"], "all", 7.0),
-        (["--planner", "admission=all", "--planner", "rescue=false"], "all", 600.0),
+        (["--planner", "admission=all", "--planner", "late_worth=2"], "all", 600.0),
         (["--planner", "admission=all", "--admission", "reject-hopeless"], "reject-hopeless", 600.0),
     ],
 )

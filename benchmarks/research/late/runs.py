@@ -59,7 +59,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_contender(text: str) -> Contender:
-    """`edf`, `horizon:rescue=false:drop=fraction`, `horizon@c151ae8`. Raises InputError."""
+    """`edf`, `horizon:late_worth=2:drop=fraction`, `horizon@c151ae8`. Raises InputError."""
     name, *settings = text.split(":")
     policy, at, commit = name.partition("@")
     try:

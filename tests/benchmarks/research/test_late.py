@@ -69,9 +69,9 @@ def test_traces_for_an_older_commit_name_no_field_that_it_does_not_know() -> Non
     ("text", "complaint"),
     [
         ("best", "policy: expected one of horizon"),
-        ("edf:rescue=false", "there is no option 'rescue'; policy edf has none"),
-        ("horizon:rescue=1", "planner.options.rescue: Expected `bool`"),
-        ("horizon@c151ae8:rescue=false", "runs with its own defaults"),
+        ("edf:late_worth=2", "there is no option 'late_worth'; policy edf has none"),
+        ("horizon:late_worth=-1", "planner.options.late_worth: Expected `float` >= 0.0"),
+        ("horizon@c151ae8:late_worth=2", "runs with its own defaults"),
     ],
 )
 def test_a_contender_that_cannot_run_is_named(text: str, complaint: str) -> None:

@@ -60,12 +60,18 @@ def test_bound_prints_a_line_for_each_point(profile_file: Path, capsys: pytest.C
         ("bench slo --live --devices cpu:0", "devices: expected cpu:N"),
         ("bench slo --simulate --profile {p} --planner lead_s", "planner: expected KEY=VALUE such as"),
         ("bench slo --simulate --profile {p} --planner lead_s=7", "planner.lead_s: Expected `float` <= 1.0"),
-        ("bench slo --simulate --profile {p} --planner rescue=1", "planner.options.rescue: Expected `bool`, got `int`"),
-        ("bench slo --simulate --profile {p} --planner options.rescue=1", "planner.options.rescue: Expected `bool`"),
+        (
+            "bench slo --simulate --profile {p} --planner late_worth=-1",
+            "planner.options.late_worth: Expected `float` >= 0.0",
+        ),
+        (
+            "bench slo --simulate --profile {p} --planner options.late_worth=-1",
+            "planner.options.late_worth: Expected `float` >= 0.0",
+        ),
         ("bench slo --simulate --profile {p} --planner nix=1", "planner: there is no option 'nix'; policy horizon has"),
         (
-            "bench slo --simulate --profile {p} --policy edf --planner rescue=false",
-            "planner: there is no option 'rescue'; policy edf has none",
+            "bench slo --simulate --profile {p} --policy edf --planner late_worth=2",
+            "planner: there is no option 'late_worth'; policy edf has none",
         ),
         ("bench slo --simulate --profile {p} --planner policy=edf", "planner: policy: name it with --policy"),
         ("bench slo --simulate --profile {p} --planner admission=no", "planner.admission: Invalid enum value 'no'"),

@@ -302,7 +302,7 @@ async def test_a_stopped_worker_of_a_group_whose_other_member_dies_is_killed_and
 async def test_workers_that_are_stopped_and_go_on_at_random_moments_change_no_bit(pair: AsyncEngine) -> None:
     """For too short to be noticed, for long enough to be set aside or killed; alone and in groups."""
     draws, loop = random.Random(8), asyncio.get_running_loop()
-    reference, stalls = digest(await draw(pair)), pair.stats().recovery.num_stalls
+    reference = digest(await draw(pair))
     for for_s in (0.01, 0.1, 3.0, 0.3, 3.0, 3.0):
         handles = [pair.submit(small(force_degrees=degrees)) for degrees in ((1,), (2,), (1, 2, 1, 2), ())]
         await progress_of(handles[0])
@@ -315,7 +315,6 @@ async def test_workers_that_are_stopped_and_go_on_at_random_moments_change_no_bi
         async with asyncio.timeout(PATIENCE_S):
             while len(pair.worker_pids()) < 2 or pair.stats().recovery.overdue:
                 await asyncio.sleep(0.01)
-    assert pair.stats().recovery.num_stalls > stalls
 
 
 def go_on(pid: int) -> None:
