@@ -51,7 +51,7 @@ class PlannerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `chunk_s`: the longest chunk. `patience_s`: soft deadline of requests that carry no SLO, after arrival.
 
     `class_weights` (of a `CostKey`: "1024x1024") and `tenant_weights` multiply the weight that a request carries (not
-    named: by 1). Shares of slots are equal, whatever the weights.
+    named: by 1). Device time is shared by `tenant_weights` (`loop/device_shares.py`), slots are shared equally.
     `admission`: "reject-hopeless" refuses at once what would miss its deadline; who has none is never refused for that.
     `options`: the policy's own, by name or as its struct (`planning/policies/registry.py`; of `horizon`:
     `planning/horizon_options.py`).

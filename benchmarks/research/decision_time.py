@@ -28,7 +28,7 @@ from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.policies.registry import get_planner
-from tetrion.engine.planning.slo import urgency
+from tetrion.engine.planning.slo import turn, urgency
 from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, RoundPlan, Snapshot
 from tetrion.engine.shape import cost_key_of_size
 from tetrion.entrypoints.bench.compression import load_of
@@ -93,7 +93,7 @@ def make_snapshot(draw: random.Random, num_requests: int, num_devices: int, tabl
         devices=tuple(DeviceView(device_id=device, free_s=time_s) for device, time_s in free_s.items()),
         tables=tables,
         config=config,
-        backlog=tuple(sorted(backlog, key=lambda view: urgency(view, config))),
+        backlog=tuple(sorted(backlog, key=lambda view: turn(view, tables[view.model, view.cost_key]))),
     )
 
 

@@ -20,7 +20,7 @@ BURST_S = 1.0
 CREDIT = 0.2
 """Of all devices: so much less than the least somebody may seem to have had after a pause."""
 MANY = 64
-"""So many tenants that have nothing to do may be remembered in detail."""
+"""So many that have nothing to do may be remembered, beside as many as there are that have."""
 MIN_USE = 1e-6
 """In devices: somebody who has had less and has nothing to do is forgotten."""
 
@@ -45,6 +45,8 @@ class _Peers:
 
     def __init__(self) -> None:
         self._uses: dict[str, _Use] = {}
+        self._sweep_at = MANY
+        """With more of them those that have had next to nothing are looked for."""
         self._active: Collection[str] = ()
 
     def ran(self, name: str, device_s: float, now_s: float) -> None:
@@ -61,10 +63,10 @@ class _Peers:
             use = self._uses.setdefault(name, _Use())
             if name not in self._active and use.at(now_s) < least:
                 use.set(least, now_s)
-        gone = [n for n, use in self._uses.items() if n not in active and use.at(now_s) < MIN_USE]
-        for name in gone:
-            del self._uses[name]
         self._active = active
+        if len(self._uses) > self._sweep_at:
+            kept = {n: use for n, use in self._uses.items() if n in active or use.at(now_s) >= MIN_USE}
+            self._uses, self._sweep_at = kept, 2 * len(kept) + MANY
 
     def ranks(self, weights: Mapping[str, float], burst: float, now_s: float) -> dict[str, int]:
         """Of those with these weights. `burst`: devices that make a difference."""

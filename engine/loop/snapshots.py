@@ -27,7 +27,7 @@ from tetrion.engine.planning.admission import Forecast, num_around
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
 from tetrion.engine.planning.horizon_options import horizon_options
-from tetrion.engine.planning.slo import turn, urgency
+from tetrion.engine.planning.slo import Turn, turn, urgency
 from tetrion.engine.planning.snapshot import NO_RANKS, DeviceView, Holder, RequestView, Snapshot
 from tetrion.engine.stages import STAGES, Stage
 
@@ -35,7 +35,7 @@ MAX_COMMANDS_PER_REQUEST = 2
 
 Entry = tuple[float, int, str, RequestView]
 """A view behind its `urgency`, which is never the same for two requests: entries sort by it."""
-OverdueEntry = tuple[tuple[float, int, str], RequestView]
+OverdueEntry = tuple[Turn, RequestView]
 """A view behind its `slo.turn`."""
 
 
@@ -63,6 +63,8 @@ class SnapshotBuilder:
         self._holders: Counter[Holder] = Counter()
         """How many of the views are whose."""
         self._overdue: dict[Holder, list[OverdueEntry]] = {}
+        self._turns: dict[str, Turn] = {}
+        """What each of these is behind."""
         self._backlog: tuple[RequestView, ...] | None = ()
         self._ranks: Mapping[Holder, int] = NO_RANKS
         self._running: frozenset[str] = frozenset()
@@ -215,7 +217,7 @@ class SnapshotBuilder:
             del self._current[i]
         else:
             entries = self._overdue[view.holder]
-            del entries[next(i for i, (_, overdue) in enumerate(entries) if overdue is view)]
+            del entries[bisect_left(entries, self._turns.pop(view.request_id), key=itemgetter(0))]
             if not entries:
                 del self._overdue[view.holder]
             self._backlog = None
@@ -230,8 +232,8 @@ class SnapshotBuilder:
             view = self._current[i][3]
             if self._is_overdue(view):
                 del self._current[i]
-                entry = turn(view, tables[view.model, view.cost_key]), view
-                insort(self._overdue.setdefault(view.holder, []), entry, key=itemgetter(0))
+                key = self._turns[view.request_id] = turn(view, tables[view.model, view.cost_key])
+                insort(self._overdue.setdefault(view.holder, []), (key, view), key=itemgetter(0))
                 self._backlog = None
             else:
                 i += 1

@@ -21,7 +21,7 @@ from tetrion.engine.planning.snapshot import RequestView, Snapshot
 from tetrion.engine.stages import AFTER_STEPS, AUX_FROM, BEFORE_STEPS
 
 MIN_BEFORE, BEFORE_A_DEVICE = 48, 4
-"""As `horizon` weighs at least so many against each other."""
+"""More than `horizon` weighs against each other at once: it looks again when those ahead are done."""
 
 
 def num_around(num_devices: int, config: PlannerConfig) -> tuple[int, int]:

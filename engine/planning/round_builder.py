@@ -1,6 +1,6 @@
 """A plan in the making: which devices are idle, when the others become free, what has been assigned so far."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from tetrion.engine.planning.placement import NO_CLAIMS, choose_members
 from tetrion.engine.planning.snapshot import Assignment, RequestView, RoundPlan, Snapshot
@@ -27,6 +27,13 @@ class RoundBuilder:
         for device_id in device_ids:
             self.free_s[device_id] = until_s
             self.idle.discard(device_id)
+
+    def start_all(self, starting: Sequence[tuple[RequestView, int, int | None]]) -> None:
+        """Start the steps of all these, in order: (request, degree, steps or None), keeping placements: devices that a
+        later one holds are taken last."""
+        wanted = [set(request.members[:degree]) for request, degree, _ in starting]
+        for i, (request, degree, num_steps) in enumerate(starting):
+            self.start(request, degree, claimed=set().union(*wanted[i + 1 :]), num_steps=num_steps)
 
     def start(
         self,

@@ -4,6 +4,8 @@ from tetrion.engine.config import PlannerConfig
 from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.snapshot import RequestView
 
+Turn = tuple[float, int, str]
+
 MARGIN_S = 0.010
 STRETCH = 2.0
 """Small ones hardly delay large ones, and finish much sooner."""
@@ -24,7 +26,7 @@ def urgency(request: RequestView, config: PlannerConfig) -> tuple[float, int, st
     return due_s(request, config), -request.priority, request.request_id
 
 
-def turn(request: RequestView, table: DegreeTable) -> tuple[float, int, str]:
+def turn(request: RequestView, table: DegreeTable) -> Turn:
     """Sort key of those that no deadline speaks for: first come first served, but that every device second of work
     which is left counts like having come `STRETCH` seconds later; then larger priority, then request id."""
     work_s = (request.num_steps - request.step_index) * table.work_s

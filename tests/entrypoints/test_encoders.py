@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -9,6 +11,22 @@ import pytest
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.encoders import Encoders
 from tetrion.entrypoints.png import Each
+
+
+@asynccontextmanager
+async def all_busy(encoders: Encoders) -> AsyncIterator[None]:
+    """Meanwhile the only thread does something else."""
+    is_busy, may_end = threading.Event(), threading.Event()
+
+    def hold(each: Each) -> None:
+        is_busy.set()
+        assert may_end.wait(20)
+
+    holding = asyncio.create_task(encoders.run(hold, 0.0))
+    await asyncio.to_thread(is_busy.wait, 20)
+    yield
+    may_end.set()
+    await holding
 
 
 async def test_pictures_have_the_same_bytes_as_without_threads() -> None:
@@ -24,21 +42,13 @@ async def test_pictures_have_the_same_bytes_as_without_threads() -> None:
 
 async def test_the_most_urgent_goes_first() -> None:
     encoders, order = Encoders(1), list[str]()
-    is_busy, may_end = threading.Event(), threading.Event()
-
-    def hold(each: Each) -> None:
-        is_busy.set()
-        assert may_end.wait(20)
-
-    holding = asyncio.create_task(encoders.run(hold, 0.0))
-    await asyncio.to_thread(is_busy.wait, 20)
-    waiting = [
-        asyncio.create_task(encoders.run(lambda each, name=name: order.append(name), due_s))  # type: ignore[misc]
-        for name, due_s in (("patient", None), ("late", 3.0), ("soon", 1.0), ("then", 2.0))
-    ]
-    await asyncio.sleep(0)
-    may_end.set()
-    await asyncio.gather(holding, *waiting)
+    async with all_busy(encoders):
+        waiting = [
+            asyncio.create_task(encoders.run(lambda each, name=name: order.append(name), due_s))  # type: ignore[misc]
+            for name, due_s in (("patient", None), ("late", 3.0), ("soon", 1.0), ("then", 2.0))
+        ]
+        await asyncio.sleep(0)
+    await asyncio.gather(*waiting)
     assert order == ["soon", "then", "late", "patient"]
 
 
@@ -74,20 +84,11 @@ async def test_an_error_in_a_part_is_the_pictures() -> None:
 
 async def test_what_was_cancelled_before_it_began_is_not_done() -> None:
     encoders, done = Encoders(1), list[str]()
-    is_busy, may_end = threading.Event(), threading.Event()
-
-    def hold(each: Each) -> None:
-        is_busy.set()
-        assert may_end.wait(20)
-
-    holding = asyncio.create_task(encoders.run(hold))
-    await asyncio.to_thread(is_busy.wait, 20)
-    cancelled = asyncio.create_task(encoders.run(lambda each: done.append("cancelled")))
-    await asyncio.sleep(0)
-    cancelled.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await cancelled
-    may_end.set()
-    await holding
+    async with all_busy(encoders):
+        cancelled = asyncio.create_task(encoders.run(lambda each: done.append("cancelled")))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
     await encoders.run(lambda each: done.append("another"))
     assert done == ["another"]

@@ -6,7 +6,7 @@ gives anything up: a late request keeps its place in the order, so none waits lo
 
 from tetrion.engine.planning.forward_fill import Work
 from tetrion.engine.planning.policies.best_fit import best_fit
-from tetrion.engine.planning.policies.leftover import gain, widen
+from tetrion.engine.planning.policies.leftover import widen_whoever_gains
 from tetrion.engine.planning.policies.stages import ready_to_denoise, start_aux
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, urgency
@@ -31,14 +31,6 @@ def plan(snapshot: Snapshot) -> RoundPlan:
         left -= work.target
         if work.target:
             starting.append(work)
-    wider = [(w, [(d, gain(w, d)) for d in w.table.degrees if w.target < d <= w.target + left]) for w in starting]
-    widen([(work, options) for work, options in wider if options], left)
-    _start(builder, starting)
+    widen_whoever_gains(starting, left)
+    builder.start_all([(work.view, work.target, None) for work in starting])
     return builder.build()
-
-
-def _start(builder: RoundBuilder, works: list[Work]) -> None:
-    """Start them all, keeping placements: devices that a later one holds are taken last."""
-    wanted = [set(work.view.members[: work.target]) for work in works]
-    for i, work in enumerate(works):
-        builder.start(work.view, work.target, claimed=set().union(*wanted[i + 1 :]))

@@ -30,7 +30,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from tetrion.engine.config import MAX_DEVICES, EnergyMode
+from tetrion.engine.config import EnergyMode
 from tetrion.engine.planning.degrees import DegreeTable
 from tetrion.engine.planning.energy_mode import affordable_steps, apply_budget, set_patient_aside, worth_using
 from tetrion.engine.planning.forward_fill import DROP_FIRST, Work, fill
@@ -54,7 +54,6 @@ BACKLOG_LOOKED_AT = 48
 """So many of the backlog may take a device that is still idle after that."""
 LONGEST_STEP_S = 0.4
 """Requests of the pool run only at degrees whose step takes at most this long (or the widest)."""
-ONES = (1.0,) * (MAX_DEVICES + 1)
 TURN_EVERY = 40
 """In one of so many chunk lengths the oldest of the pool, if it has waited for its patience, goes before all others."""
 MIN_CANDIDATES = 48
@@ -84,9 +83,14 @@ class _Tick:
         self.now_s = snapshot.now_s
         self.builder = RoundBuilder(snapshot)
         self.tables = snapshot.tables
+        self.requests: Sequence[RequestView] = snapshot.requests
+        """By rank, within it by urgency."""
+        if snapshot.ranks:
+            self.requests = sorted(snapshot.requests, key=snapshot.rank)
         self.first_step_s: dict[str, float] = {}
         """When the steps of a request that has other stages before it can begin."""
         self.in_chunk = [request for request in snapshot.requests if self._is_in_chunk(request)]
+        self.works: list[Work] = []
         self.on_time: list[Work] = []
         """Those that can be in time, in the order in which they are placed."""
         self.pool: list[Work] = []
@@ -102,7 +106,7 @@ class _Tick:
 
     def start_aux(self) -> None:
         """Start every decode, then every encode that finds an idle device, most urgent first."""
-        requests = self._in_turn(self.snapshot.requests)
+        requests = self.requests
         aux = [request for stage in reversed(AUX_STAGES) for request in requests if request.stage == stage]
         if not aux:
             return
@@ -122,9 +126,8 @@ class _Tick:
         """Every request with steps left, of the backlog the first few: on time, in the pool, or not urgent enough to be
         looked at."""
         bound = self.options.max_candidates or max(MIN_CANDIDATES, len(self.snapshot.devices))
-        works: list[Work] = []
-        num_on_time = 0
-        for request in self._in_turn(self.snapshot.requests):
+        works, num_on_time = self.works, 0
+        for request in self.requests:
             if request.stage in AFTER_STEPS:
                 continue
             if num_on_time >= bound and request.deadline_s is not None and request.energy_mode == "fastest":
@@ -133,16 +136,11 @@ class _Tick:
             work = self._work(request)
             num_on_time += not (work.is_late or work.is_soft)
             works.append(work)
-        self.works = works
         aside = set_patient_aside(works, self.now_s)
         self.on_time = [work for work in works if not (work.is_late or work.is_soft or work in aside)]
         pool = [work for work in works if work.is_late or work.is_soft]
         pool += [self._work(request) for request in self.snapshot.backlog[:POOL_ITEMS]]
         self.pool = sorted(pool, key=self._seniority)
-
-    def _in_turn(self, requests: Sequence[RequestView]) -> Sequence[RequestView]:
-        """By rank, within it in the order given."""
-        return sorted(requests, key=self.snapshot.rank) if self.snapshot.ranks else requests
 
     def _seniority(self, work: Work) -> tuple[int, float, int, str]:
         return self.snapshot.rank(work.view), *turn(work.view, work.table)
@@ -239,8 +237,8 @@ class _Tick:
         for work in works:
             target, most = work.target, work.target + self.left
             degrees = self._left_over_degrees(work.view, work.table, are_in_pool, target)
-            scale = ONES if are_in_pool else work.table.efficiency
-            options = [(d, worth * scale[d] * gain(work, d)) for d in degrees if target < d <= most]
+            gains = [(d, worth * gain(work, d)) for d in degrees if target < d <= most]
+            options = gains if are_in_pool else [(d, work.table.efficiency[d] * value) for d, value in gains]
             if options:
                 yield work, options
 
@@ -270,16 +268,15 @@ class _Tick:
                     promised += work.target
         if room > promised:
             starting += self._start_others(room - promised)
-        wanted = [set(view.members[:degree]) for view, degree in starting]
-        for i, (view, degree) in enumerate(starting):
-            steps = None if view.budget_j is None else self._affordable_steps(view, degree)
-            self.builder.start(view, degree, claimed=set().union(*wanted[i + 1 :]), num_steps=steps)
+        self.builder.start_all([(view, degree, self._affordable_steps(view, degree)) for view, degree in starting])
         num_ready = sum([work.is_ready for work in self.works]) + len(self.snapshot.backlog)
         num_ready += sum(map(self._may_start, self.beyond))
         return self.builder.build(num_held=len(self.builder.idle) if num_ready > len(starting) else 0)
 
-    def _affordable_steps(self, view: RequestView, degree: int) -> int:
-        """Steps that the budget leaves for a chunk; one where it leaves none."""
+    def _affordable_steps(self, view: RequestView, degree: int) -> int | None:
+        """Steps that the budget leaves for a chunk; one where it leaves none. None: there is no budget."""
+        if view.budget_j is None:
+            return None
         table, start_s = self.tables[view.model, view.cost_key], max(self.now_s, view.ready_s)
         return max(1, affordable_steps(view, table, degree, self.config, start_s))
 

@@ -13,6 +13,15 @@ def gain(work: Work, degree: int) -> float:
     return work.table.speed[degree] - work.table.speed[work.target]
 
 
+def widen_whoever_gains(works: Sequence[Work], num_left: int) -> None:
+    """Raise targets with so many devices as the throughput gained is largest."""
+    wider = [
+        (work, [(d, gain(work, d)) for d in work.table.degrees if work.target < d <= work.target + num_left])
+        for work in works
+    ]
+    widen([(work, options) for work, options in wider if options], num_left)
+
+
 def widen(items: Sequence[tuple[Work, list[Option]]], num_left: int) -> int:
     """Raise targets so that the summed worth is largest within `num_left` devices (ties: earlier items, narrower
     degrees). Returns how many devices are still left."""

@@ -19,7 +19,7 @@ import msgspec
 from tetrion.engine.planning.cost.profile import SizeCost
 from tetrion.engine.planning.degrees import ClassName, DegreeTable
 from tetrion.engine.planning.forward_fill import Work
-from tetrion.engine.planning.policies.leftover import Option, gain, widen
+from tetrion.engine.planning.policies.leftover import Option, widen, widen_whoever_gains
 from tetrion.engine.planning.policies.stages import ready_to_denoise, start_aux
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import denoise_due_s, due_s, urgency
@@ -87,8 +87,7 @@ def decide(works: Sequence[Work], room: int, next_s: float) -> None:
             if not work.target:
                 work.target = work.table.largest[min(wanted(work)[0], left)]
                 left -= work.target
-    wider = [(w, [(d, gain(w, d)) for d in w.table.degrees if w.target < d <= w.target + left]) for w in on_time]
-    widen([(work, options) for work, options in wider if options], left)
+    widen_whoever_gains(on_time, left)
 
 
 def least_gpu_time_mix(work: Work) -> tuple[int, ...]:
@@ -161,9 +160,10 @@ def _begin(builder: RoundBuilder, tables: Tables) -> list[Work]:
 
 def _start(builder: RoundBuilder, works: Sequence[Work], fitting: Callable[[float, float], int]) -> None:
     """Start every request that has a target, keeping placements. `fitting(step_s, from_s)`: steps for its chunk."""
-    starting = [work for work in works if work.target]
-    wanted = [set(work.view.members[: work.target]) for work in starting]
-    for i, work in enumerate(starting):
-        step_s = builder.snapshot.costs.cost(work.view.model, work.view.cost_key).step_s(work.target)
-        num_steps = max(1, min(fitting(step_s, work.start_s), work.remaining))
-        builder.start(work.view, work.target, claimed=set().union(*wanted[i + 1 :]), num_steps=num_steps)
+    starting = []
+    for work in works:
+        if work.target:
+            step_s = builder.snapshot.costs.cost(work.view.model, work.view.cost_key).step_s(work.target)
+            num_steps = max(1, min(fitting(step_s, work.start_s), work.remaining))
+            starting.append((work.view, work.target, num_steps))
+    builder.start_all(starting)

@@ -40,8 +40,8 @@ def flux_profile() -> Profile:
     )
 
 
-def make_profile(classes: dict[str, dict[str, object]]) -> Profile:
-    return msgspec.convert({"heads": HEADS, "classes": classes}, Profile)
+def make_profile(classes: dict[str, dict[str, object]], heads: int = HEADS) -> Profile:
+    return msgspec.convert({"heads": heads, "classes": classes}, Profile)
 
 
 def costs_of(profile: Profile) -> CostTables:

@@ -224,6 +224,14 @@ def test_degrees_the_profile_lacks_are_not_used() -> None:
     assert len(by_id(plan([request("a")], [0.0] * 8, sparse))["a"].members) == 4
 
 
+def test_more_devices_than_an_engine_has_are_no_matter() -> None:
+    """A simulation may have them."""
+    wide = make_profile({"1024x1024": {"step_ms": {1: 96.0, 96: 1.5}, "encode_ms": 5, "decode_ms": 5}}, heads=96)
+    for deadline_s in (None, NOW_S - 1, NOW_S + 100):
+        alone = request("a", arrival_s=NOW_S - 5, deadline_s=deadline_s)
+        assert len(by_id(plan([alone], [0.0] * 96, wide))["a"].members) == 96
+
+
 def test_a_stream_of_newcomers_starves_nobody_without_slo() -> None:
     old = SimRequest("old", 0.0, 2048, 2048, 4, None)
     stream = [SimRequest(f"r{i:04d}", 0.4 * i, 1024, 1024, 4, None) for i in range(200)]
