@@ -33,13 +33,18 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)]
     latent_channels: Size = 4
+    in_channels: Literal[3] = 3
     out_channels: Literal[3] = 3
     layers_per_block: Count = 1
     norm_num_groups: Size = 32
     scaling_factor: _Scale = 0.18215
     shift_factor: _Shift | None = None
+    use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    down_block_types: Annotated[tuple[Literal["DownEncoderBlock2D"], ...], Meta(max_length=10)] = (
+        "DownEncoderBlock2D",
+    )
     up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",)
 
     @property
@@ -48,8 +53,9 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
         return 2 ** (len(self.block_out_channels) - 1)
 
     def __post_init__(self) -> None:
-        if len(self.up_block_types) != len(self.block_out_channels):
-            raise ValueError(f"up_block_types {len(self.up_block_types)} must be as many as block_out_channels")
+        for name, types in (("up_block_types", self.up_block_types), ("down_block_types", self.down_block_types)):
+            if len(types) != len(self.block_out_channels):
+                raise ValueError(f"{name} {len(types)} must be as many as block_out_channels")
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(
                 f"norm_num_groups {self.norm_num_groups} must divide block_out_channels {list(self.block_out_channels)}"

@@ -1,4 +1,4 @@
-"""FLUX.1, for the engine: dev, schnell, and what was trained like them.
+"""FLUX.1, for the engine: dev, schnell, Kontext, and what was trained like them.
 
 Without a preset FLUX.1-dev's own defaults hold, or FLUX.1-schnell's if the model takes no guidance.
 """
@@ -23,6 +23,7 @@ from tetrion.engine.families.checkpoint import (
     check_sizes,
     component_folder,
     model_name,
+    pipeline_name,
     read_preset,
     read_scheduler,
 )
@@ -40,13 +41,15 @@ from tetrion.engine.families.components import (
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import (
     T5_EMBEDDINGS,
+    check_autoencoder,
     check_clip,
-    check_decoder,
     check_t5,
     clip_shapes,
     decoder_shapes,
+    encoder_shapes,
     t5_shapes,
 )
+from tetrion.engine.families.pictures import begins_with_a_picture, kontext_sizes, picture_inputs
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, check_tokenizer, max_prompt_tokens
 from tetrion.engine.families.weights import read_shapes
@@ -58,6 +61,7 @@ WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 CONFIGS = (SCHEDULER_FILE, *(f"{component}/config.json" for component in WITH_WEIGHTS))
 TOKENIZERS = {"tokenizer": CLIP_TOKENIZER, "tokenizer_2": T5_TOKENIZER}
 TRANSFORMER = "FluxTransformer2DModel"
+KONTEXT = "FluxKontextPipeline"
 CLASSES = {
     "transformer": (TRANSFORMER,),
     "vae": ("AutoencoderKL",),
@@ -192,16 +196,25 @@ class Flux:
         )
         check_shifts(folder, scheduler, check_sizes(folder, sizes))
         row = transformer.hidden_size
+        is_kontext = pipeline_name(folder) == KONTEXT
+        pictures = (
+            {"max_pictures": 1, "reference_sizes": kontext_sizes(folder, load_format, sizes)}
+            if is_kontext
+            else begins_with_a_picture(folder, load_format)
+        )
+        inputs = frozenset({"pictures"}) if is_kontext else picture_inputs(folder, load_format)
+        vae_shapes = decoder_shapes(vae) | (encoder_shapes(vae) if "pictures" in inputs else {})
         return ModelSpec(
             name=model_name(folder, preset),
             path=str(folder.resolve()),
             family="flux",
             num_heads=transformer.num_attention_heads,
             head_dim=transformer.attention_head_dim,
-            segments=("text", "image"),
+            segments=("text", "image", "reference") if is_kontext else ("text", "image"),
             fields=(
                 SlotField(name="text", rows="text", width=row, per_branch=True),
                 SlotField(name="pooled", rows="one", width=transformer.pooled_projection_dim, per_branch=True),
+                *([SlotField(name="reference", rows="reference", width=row)] if is_kontext else []),
                 SlotField(name="latents", rows="image", width=transformer.in_channels, fp32=True, changes=True),
             ),
             max_branches=2,
@@ -210,10 +223,11 @@ class Flux:
             guidance=preset.guidance or 0.0,
             max_text_tokens=preset.max_text_tokens,
             sizes=sizes,
-            inputs=frozenset({"negative_prompt", "true_cfg_scale"}),
+            inputs=frozenset({"negative_prompt", "true_cfg_scale"}) | inputs,
+            **pictures,
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
-                ("vae", num_weights(decoder_shapes(vae).values())),
+                ("vae", num_weights(vae_shapes.values())),
                 ("text_encoder", num_weights(clip_shapes(clip, is_projected=False).values())),
                 ("text_encoder_2", num_weights(t5_shapes(t5, T5_EMBEDDINGS[0]).values())),
             ),
@@ -239,7 +253,7 @@ def _check_files(folder: Path, transformer: FluxConfig, vae: VaeConfig, clip: Cl
     check_tokenizer(folders["tokenizer_2"], T5_TOKENIZER, t5.vocab_size)
     shapes = {name: read_shapes(folders[name]) for name in WITH_WEIGHTS}
     check_plan(weights_plan(transformer), shapes["transformer"], folders["transformer"])
-    check_decoder(folders["vae"], vae, shapes["vae"])
+    check_autoencoder(folders["vae"], vae, shapes["vae"])
     check_clip(folders["text_encoder"], clip, shapes["text_encoder"])
     check_t5(folders["text_encoder_2"], t5, shapes["text_encoder_2"])
 

@@ -4,7 +4,7 @@ import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,11 +13,15 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -46,7 +50,8 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Case(abc.ABC):
-    """`options`: of the transformer. `guidance`, `true_cfg_scale`: of the request; `num_branches` follow from them."""
+    """`options`: of the transformer. `guidance`, `true_cfg_scale`: of the request; `num_branches` follow from them.
+    `picture`: size of the one that it brings; `strength`: how far the result goes from it, where it begins with it."""
 
     name: str
     options: Mapping[str, Any]
@@ -57,6 +62,8 @@ class Case(abc.ABC):
     preset: Mapping[str, Any] = field(default_factory=lambda: {"max_text_tokens": T5_ROWS})
     width: int = 56
     height: int = 72
+    picture: tuple[int, int] | None = None
+    strength: float | None = None
     unit: int = 8
     """Pixels of a token's side."""
 
@@ -74,9 +81,27 @@ class Case(abc.ABC):
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         """Arguments of the pipeline that differ by family."""
 
+    img2img: ClassVar[type[DiffusionPipeline]]
+    """The pipeline that begins with a picture."""
+
     @abc.abstractmethod
     def packed(self, latents: Tensor) -> Tensor:
         """What the pipeline has between steps -> [rows, channels]."""
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """What the request brings: waves of colours, of which no two rows are alike."""
+        if self.picture is None:
+            return ()
+        width, height = self.picture
+        x, y, channel = np.arange(width)[None, :, None], np.arange(height)[:, None, None], np.arange(3)
+        waves = np.sin(x / 5.0 + channel) + np.cos(y / (4.0 + channel))
+        return ((waves * 60 + 128).round().astype(np.uint8),)
+
+    @property
+    def image(self) -> Image.Image:
+        (picture,) = self.pictures
+        return Image.fromarray(picture)
 
     def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
         pipeline.save_pretrained(folder, max_shard_size="1MB")
@@ -91,10 +116,14 @@ class Case(abc.ABC):
             kept.update(values)
             return values
 
+        if self.strength is not None:
+            pipeline = self.img2img(**pipeline.components)
+            pipeline.set_progress_bar_config(disable=True)
         (pictures,) = pipeline(
             prompt=PROMPT, negative_prompt=NEGATIVE, height=self.height, width=self.width,
             num_inference_steps=num_steps, generator=torch.Generator().manual_seed(seed), output_type="np",
             max_sequence_length=T5_ROWS, callback_on_step_end=keep, return_dict=False, **self.call(pipeline),
+            **({} if self.strength is None else {"image": self.image, "strength": self.strength}),
         )  # fmt: skip
         return Drawn(self.packed(kept["latents"]), (pictures[0] * 255).round().astype(np.uint8))
 
@@ -108,6 +137,9 @@ class Flux(Case):
     """Its width is such that an odd number of rows ends in a part of what the CPU's loops take at a time, so that
     activations whose bits depend on the number of rows would show."""
 
+    img2img = FluxImg2ImgPipeline
+    kind: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+
     def pipeline(self) -> DiffusionPipeline:
         torch.manual_seed(1)
         transformer = FluxTransformer2DModel(
@@ -116,7 +148,7 @@ class Flux(Case):
             axes_dims_rope=(6, 6, 6), **self.options,
         )  # fmt: skip
         clip = CLIPTextModel(clip_config(width=POOLED))
-        pipeline = FluxPipeline(
+        pipeline = self.kind(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae(), text_encoder=clip,
             tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(), transformer=transformer,
         )  # fmt: skip
@@ -125,10 +157,16 @@ class Flux(Case):
     def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
         text, pooled, text_ids = pipeline.encode_prompt(prompt, None, max_sequence_length=T5_ROWS)
         image_ids = FluxPipeline._prepare_latent_image_ids(1, *self.tokens, latents.device, latents.dtype)
+        reference, reference_ids = self.reference(pipeline)
+        rows, ids = torch.cat([latents, reference])[None], torch.cat([image_ids, reference_ids])
         guidance = torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None
         return pipeline.transformer(
-            latents[None], text, pooled, torch.tensor([time]) / 1000, image_ids, text_ids, guidance, return_dict=False
-        )[0][0]
+            rows, text, pooled, torch.tensor([time]) / 1000, ids, text_ids, guidance, return_dict=False
+        )[0][0, : len(latents)]
+
+    def reference(self, pipeline: DiffusionPipeline) -> tuple[Tensor, Tensor]:
+        """Rows and positions of what steps attend to beside the image."""
+        return torch.empty(0, 4 * LATENT_CHANNELS), torch.empty(0, 3)
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         return {"guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg_scale}
@@ -137,7 +175,28 @@ class Flux(Case):
         return latents[0]
 
 
+class Kontext(Flux):
+    kind = FluxKontextPipeline
+
+    def reference(self, pipeline: DiffusionPipeline) -> tuple[Tensor, Tensor]:
+        if self.picture is None:
+            return super().reference(pipeline)
+        width, height = self.picture
+        picture = pipeline.image_processor.preprocess(self.image, height, width)
+        rows = pack_latents(pipeline._encode_vae_image(picture, torch.Generator())[0])
+        sides = height // self.unit, width // self.unit
+        ids = FluxPipeline._prepare_latent_image_ids(1, *sides, picture.device, picture.dtype)
+        ids[:, 0] = 1
+        return rows, ids
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        image = None if self.picture is None else self.image
+        beside = {"image": image, "max_area": self.width * self.height, "_auto_resize": False}
+        return super().call(pipeline) | beside
+
+
 class SD3(Case):
+    img2img = StableDiffusion3Img2ImgPipeline
     with_t5 = True
     shift = 3.0
 
@@ -182,7 +241,15 @@ CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
     Flux("flux1-true-cfg", {"guidance_embeds": True}, guidance=2.0, true_cfg_scale=4.0, num_branches=2, num_devices=6),
+    Flux("flux1-strength", {"guidance_embeds": True}, guidance=3.5, picture=(56, 72), strength=0.65),
+    Kontext("flux1-kontext", {"guidance_embeds": True}, guidance=2.5, picture=(88, 40)),
+    Kontext(
+        "flux1-kontext-true-cfg", {"guidance_embeds": True}, guidance=2.5, true_cfg_scale=3.0, num_branches=2,
+        picture=(64, 64), num_devices=6,
+    ),
+    Kontext("flux1-kontext-alone", {"guidance_embeds": True}, guidance=2.5),
     SD3("sd3-medium", SIX_HEADS, guidance=7.0, num_branches=2),
+    SD3("sd3-strength", SIX_HEADS, guidance=7.0, num_branches=2, picture=(56, 72), strength=0.4),
     SD3("sd3-unguided", SIX_HEADS, guidance=1.0),
     SD3WithoutT5("sd3-without-t5", SIX_HEADS, guidance=5.0, num_branches=2, width=64, height=64),
     SD3(
