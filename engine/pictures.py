@@ -86,7 +86,7 @@ def read_picture(field: str, value: object) -> Picture:
     if isinstance(value, bytes | bytearray | memoryview):
         return _of_file(field, value)
     if isinstance(value, str | os.PathLike):
-        return _of_file(field, _read(field, value))
+        return _of_file(field, read_file(field, value))
     kinds = f"a PIL image, an array, bytes or the path of a {' or '.join(FORMATS)} file"
     raise RequestError(field, f"must be {kinds}, got {shown(value)}")
 
@@ -114,8 +114,8 @@ def read_mask(field: str, value: object, size: Size) -> Pixels:
 # Reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read(field: str, path: str | os.PathLike[Any]) -> bytes:
-    """A regular file: others may have no end, or wait for ever."""
+def read_file(field: str, path: str | os.PathLike[Any]) -> bytes:
+    """As far as it may be large. A regular file: others may have no end, or wait for ever. Raises RequestError."""
     if len(os.fspath(path)) > MAX_PATH_CHARS:
         raise RequestError(field, f"is a path of more than {MAX_PATH_CHARS} characters")
     try:

@@ -111,8 +111,8 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         request_id=asked.read("request_id", _request_id, "") or uuid.uuid4().hex,
     )
     shape = _shape(settled, spec)
-    skipped_steps = _skipped_steps(settled)
-    num_steps -= skipped_steps
+    skipped = skipped_steps(settled)
+    num_steps -= skipped
     legal = spec.legal_degrees(num_devices, shape.num_branches)
     force_degrees = asked.read("force_degrees", _degrees_of(legal, num_steps), ())
     if force_degrees and energy != EnergyOptions():
@@ -121,7 +121,7 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         model=spec.name,
         shape=shape,
         num_steps=num_steps,
-        skipped_steps=skipped_steps,
+        skipped_steps=skipped,
         guidance=guidance,
         true_cfg_scale=NO_CFG if true_cfg_scale is None else true_cfg_scale,
         seed=seed,
@@ -201,7 +201,7 @@ def _mask_of(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size) -> _Rea
     return read
 
 
-def _skipped_steps(settled: ImageRequest) -> int:
+def skipped_steps(settled: ImageRequest) -> int:
     """Steps of the schedule that lie before the first one: as diffusers counts them. Raises RequestError if none is
     left."""
     num_steps, strength = settled.num_steps, settled.strength

@@ -210,10 +210,11 @@ def step(
     all of it, where `ops` knows the step; reference: [n_ref, C].
     """
     rows = iter(vectors.unbind(-2))
-    image, pictures = ops.linear(latents, weights.image_in), (IMAGE,)
+    pictures: tuple[int, ...] = (IMAGE,)
+    x = ops.linear(latents, weights.image_in)
     if reference is not None and len(reference):
-        image, pictures = torch.cat([image, reference]), (IMAGE, REFERENCE)
-    streams = [Sum(text), Sum(image)]
+        pictures, x = (IMAGE, REFERENCE), torch.cat([x, reference])
+    streams = [Sum(text), Sum(x)]
     for block in weights.double_blocks:
         text_vectors, image_vectors = take(rows, VECTORS_PER_STREAM), take(rows, VECTORS_PER_STREAM)
         streams = _double_block(ops, block, streams, (text_vectors, image_vectors), pictures, attend)

@@ -75,6 +75,7 @@ class Memory:
         self.control = SharedSegment.create("control", control)
         self._slabs = [SharedSegment.create("slab", self.layout.num_bytes) for _ in range(num_devices)]
         self.images = ImageSlab.create(2, 3 * 4 * model.sizes.max**2)
+        self.inputs = ImageSlab.create(2, max(1, model.max_input_bytes), name="inputs")
         self.saved = SavedStates.create(self.layout)
 
     def spec(self, device_id: int) -> WorkerSpec:
@@ -93,6 +94,9 @@ class Memory:
             image_slab_fd=os.dup(self.images.fd),
             num_image_slots=self.images.num_slots,
             image_slot_bytes=self.images.slot_bytes,
+            input_slab_fd=os.dup(self.inputs.fd),
+            num_input_slots=self.inputs.num_slots,
+            input_slot_bytes=self.inputs.slot_bytes,
             weights_fd=os.memfd_create("test-weights"),
             engine_life_fd=-1,
             worker_life_fd=-1,
