@@ -23,7 +23,7 @@ from tetrion.engine.families.registry import family_of
 from tetrion.engine.families.served import ServedModels, serving
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.params import NO_CFG, Params
-from tetrion.engine.pictures import Picture, Pixels, read_mask, read_pictures
+from tetrion.engine.pictures import Picture, Pixels, mask_of, read_mask, read_pictures
 from tetrion.engine.request import Delivery, EnergyOptions, ImageRequest, ResolvedRequest
 from tetrion.engine.shape import Size, StepShape
 
@@ -76,6 +76,8 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
     width = asked.read("width", _side_of(spec), default[0])
     height = asked.read("height", _side_of(spec), default[1])
     mask = asked.read_optional("mask", _mask_of(spec, pictures, (width, height)))
+    if mask is None and pictures and "mask" in spec.inputs:
+        mask = mask_of(pictures[0].resized((width, height)))
     strength = asked.read_optional("strength", _real_above_0(1))
     num_steps = asked.read("num_steps", _whole_from(1, MAX_STEPS), spec.num_steps)
     guidance = asked.read("guidance", _real_from(0, MAX_GUIDANCE), spec.guidance)

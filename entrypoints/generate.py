@@ -21,8 +21,8 @@ from tetrion.engine.errors import one_line
 from tetrion.engine.families.words import unknown_words
 from tetrion.engine.pictures import read_picture
 from tetrion.engine.request import Delivered, EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
-from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.engine.resolve import skipped_steps
+from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import parse_wished_size
 from tetrion.entrypoints.encoders import Encoders
 from tetrion.entrypoints.errors import InputError

@@ -12,6 +12,8 @@ from tetrion.engine.families.weights import read_shapes
 from tetrion.engine.model_spec import Sizes
 from tetrion.engine.shape import Size
 
+AROUND = "around"
+"""The field of what is left of a picture around a hole, and of where that is."""
 STRENGTH = 0.6
 """Of diffusers' image-to-image pipelines."""
 KONTEXT_SIDE = 1024
@@ -38,11 +40,16 @@ def picture_inputs(folder: Path, load_format: LoadFormat) -> frozenset[str]:
     return frozenset({"pictures", "strength"} if takes_pictures(folder, load_format) else ())
 
 
+def check_takes_pictures(folder: Path, load_format: LoadFormat) -> None:
+    """Raises CheckpointError if a model that is made to edit cannot; OSError."""
+    if not takes_pictures(folder, load_format):
+        raise fault(component_folder(folder, "vae"), " has no encoder, which pictures need that are to be edited")
+
+
 def kontext_sizes(folder: Path, load_format: LoadFormat, sizes: Sizes) -> tuple[Size, ...]:
     """What a reference is resized to; a model that draws smaller pictures gets smaller ones. Raises CheckpointError if
     the VAE cannot encode any; OSError."""
-    if not takes_pictures(folder, load_format):
-        raise fault(component_folder(folder, "vae"), " has no encoder, which pictures need that are to be edited")
+    check_takes_pictures(folder, load_format)
     factor = math.sqrt(math.prod(sizes.default)) / KONTEXT_SIDE
     scaled = [tuple(_floored(side * factor, sizes.multiple) for side in size) for size in KONTEXT_SIZES]
     return tuple(dict.fromkeys((width, height) for width, height in scaled))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tetrion.engine.families.components import CONFIG, VaeConfig, read_part
 from tetrion.engine.families.files import read_object
 from tetrion.engine.families.library_shapes import BESIDE_DECODER
+from tetrion.engine.families.pictures import AROUND
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
@@ -61,15 +62,31 @@ class Autoencoder:
         size = (1, self._num_channels, *self._latent_size(shape.size))
         return pack_latents(torch.randn(size, generator=generator, dtype=torch.float32)[0])
 
-    def noised(self, picture: Tensor, seed: int, level: float, to_device: ToDevice) -> Tensor:
+    def noised(self, picture: Tensor, generator: torch.Generator, level: float, to_device: ToDevice) -> Tensor:
         """A picture with so large a share of noise, packed, fp32. As FluxImg2ImgPipeline and
         StableDiffusion3Img2ImgPipeline draw it: first the sample of what the picture may mean, then the noise."""
-        generator = torch.Generator("cpu").manual_seed(seed)
-        height, width, _ = picture.shape
-        size = (1, self._num_channels, *self._latent_size((width, height)))
-        normal, noise = (to_device(torch.randn(size, generator=generator, dtype=torch.float32)[0]) for _ in range(2))
+        normal, noise = (to_device(self._normal(picture, generator)) for _ in range(2))
+        if level == 1.0:
+            return pack_latents(noise)
         latents = self._scaled(self._sampled(self._distribution(picture), normal))
         return pack_latents(level * noise + (1.0 - level) * latents)
+
+    def around_a_hole(self, picture: Tensor, mask: Tensor, generator: torch.Generator, to_device: ToDevice) -> Tensor:
+        """What is left of a picture where its mask (uint8 [height, width, 1], 0 or 255) is 0, and the mask itself: one
+        row a token, fp32. As FluxFillPipeline has it: pixels of the mask are channels of latent pixels."""
+        normal = to_device(self._normal(picture, generator))
+        hole_1HW = (mask > 0).float().permute(2, 0, 1)
+        latents = self._scaled(self._sampled(self._distribution(picture, hole_1HW), normal))
+        _, rows, columns = latents.shape
+        side = mask.shape[0] // rows
+        pixels = hole_1HW.view(rows, side, columns, side).permute(1, 3, 0, 2).reshape(side * side, rows, columns)
+        return torch.cat([pack_latents(latents), pack_latents(pixels)], dim=1)
+
+    def _normal(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        """Normally distributed, of the picture's latents, on the host: [channels, h, w]."""
+        height, width, _ = picture.shape
+        size = (1, self._num_channels, *self._latent_size((width, height)))
+        return torch.randn(size, generator=generator, dtype=torch.float32)[0]
 
     def reference(self, picture: Tensor) -> Tensor:
         """What a picture means by itself: packed, [rows, 4 · channels]."""
@@ -77,10 +94,13 @@ class Autoencoder:
         return pack_latents(self._scaled(mean))
 
     @torch.no_grad()
-    def _distribution(self, picture: Tensor) -> Tensor:
-        """uint8 RGB [height, width, 3] -> mean and logarithm of variance of its latents, fp32 [2 · channels, h, w]."""
+    def _distribution(self, picture: Tensor, hole_1HW: Tensor | None = None) -> Tensor:
+        """uint8 RGB [height, width, 3] -> mean and logarithm of variance of its latents, fp32 [2 · channels, h, w]. It
+        is grey where `hole_1HW` is 1."""
         height, width, _ = picture.shape
         picture_1CHW = picture.permute(2, 0, 1).unsqueeze(0).float() / 255 * 2 - 1
+        if hole_1HW is not None:
+            picture_1CHW = picture_1CHW * (1 - hole_1HW)
         self._vae.use_tiling = height * width > self.whole_pixels
         try:
             distribution: Tensor = self._vae.encode(picture_1CHW.to(self._dtype)).latent_dist.parameters[0].float()
@@ -118,14 +138,19 @@ class Autoencoder:
 
 
 def begins_with_a_picture(codec: Autoencoder, schedule: Callable[[int, StepShape], Schedule]) -> Begin:
-    """Of models whose results begin with a picture, if there is one, else with noise. `schedule`: see `Model`."""
+    """Of models whose results begin with a picture, if there is one, else with noise; where there is a mask, too, they
+    have the field `AROUND`. `schedule`: see `Model`."""
 
     def begin(params: Params, pictures: Sequence[Tensor], to_device: ToDevice) -> Beginning:
         shape, skipped = params.shape, params.skipped_steps
         if not shape.pictures:
             return Beginning(codec.noise(params.seed, shape))
         level = float(schedule(params.num_steps + skipped, shape).levels[skipped])
-        return Beginning(codec.noised(pictures[0], params.seed, level, to_device))
+        generator = torch.Generator("cpu").manual_seed(params.seed)
+        state = codec.noised(pictures[0], generator, level, to_device)
+        if not shape.has_mask:
+            return Beginning(state)
+        return Beginning(state, {AROUND: codec.around_a_hole(*pictures, generator, to_device)})
 
     return begin
 

@@ -27,6 +27,7 @@ from tetrion.engine.families.flux import (
     read_config,
     weights_plan,
 )
+from tetrion.engine.families.pictures import AROUND
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.autoencoders import Autoencoder, begins_with_a_picture, unused_parts
 from tetrion.engine.models.dummy import module_shapes
@@ -203,15 +204,17 @@ def step(
     vectors: Tensor,
     attend: Attend,
     reference: Tensor | None = None,
+    around: Tensor | None = None,
 ) -> Tensor:
     """Velocity [n_img, out_channels] at one step, for this member's tokens.
 
-    latents: [n_img, in_channels]; text: [n_txt, C] from `project_text`; vectors: the step's row of `modulations`, or
-    all of it, where `ops` knows the step; reference: [n_ref, C].
+    latents: [n_img, out_channels]; text: [n_txt, C] from `project_text`; vectors: the step's row of `modulations`, or
+    all of it, where `ops` knows the step; reference: [n_ref, C]; around: [n_img, in_channels - out_channels].
     """
     rows = iter(vectors.unbind(-2))
     pictures: tuple[int, ...] = (IMAGE,)
-    x = ops.linear(latents, weights.image_in)
+    image_in = weights.image_in
+    x = ops.linear(latents, image_in) if around is None else ops.joined_linear(latents, around, image_in)
     if reference is not None and len(reference):
         pictures, x = (IMAGE, REFERENCE), torch.cat([x, reference])
     streams = [Sum(text), Sum(x)]
@@ -282,7 +285,7 @@ class FluxTransformer:
         self.num_vectors, self.hidden_size, self.out_channels = (
             config.num_vectors,
             config.hidden_size,
-            config.in_channels,
+            config.token_width,
         )
 
     def vectors(self, fields: Mapping[str, Tensor], times: Tensor, params: Params) -> Tensor:
@@ -292,6 +295,8 @@ class FluxTransformer:
         constants = {"text": Constant(fields["text"][: shape.text[branch]], TEXT)}
         if "reference" in fields:
             constants["reference"] = Constant(fields["reference"][: shape.reference], REFERENCE)
+        if AROUND in fields:
+            constants[AROUND] = Constant(fields[AROUND][: shape.image], IMAGE)
         return constants
 
     def rope(self, shape: StepShape, branch: int) -> Rope:
@@ -301,8 +306,8 @@ class FluxTransformer:
         return rope(rows, columns, shape.text[branch], self.config.axes_dims_rope, references)
 
     def step(self, latents: Tensor, constants: Mapping[str, Tensor], vectors: Tensor, attend: Attend) -> Tensor:
-        text, reference = constants["text"], constants.get("reference")
-        return step(self.ops, self.weights, latents, text, vectors, attend, reference)
+        text, reference, around = constants["text"], constants.get("reference"), constants.get(AROUND)
+        return step(self.ops, self.weights, latents, text, vectors, attend, reference, around)
 
 
 class FluxText:

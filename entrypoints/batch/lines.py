@@ -4,10 +4,10 @@
 
 Only `prompt` is required. `model` is for engines that serve several (default: the first); `negative_prompt`,
 `true_cfg_scale`, `image`, `mask` and `strength` are for models that take them. `image` is a picture's file or a list of
-them, `mask` one, relative to the folder of the file of lines. `id` names the picture (`<id>.png`; default: the line's number, from 1).
-`priority` and `energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be given too. Without `seed` a
-line gets one made from its id, so that every run draws the same picture. Blank lines are skipped. What a value may be
-is the engine's to say: a table's `3.0` is 3, and its `null` is "not given".
+them, `mask` one, relative to the folder of the file of lines and in it. `id` names the picture (`<id>.png`; default:
+the line's number, from 1). `priority` and `energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be
+given too. Without `seed` a line gets one made from its id, so that every run draws the same picture. Blank lines are
+skipped. What a value may be is the engine's to say: a table's `3.0` is 3, and its `null` is "not given".
 """
 
 import hashlib
@@ -201,7 +201,7 @@ def _digests(request: ImageRequest) -> list[str]:
 
 def _digest(request: ImageRequest, checkpoint: str, files: list[str]) -> str:
     size = (request.width, request.height)
-    pixels = [request.prompt, *size, request.num_steps, request.guidance, request.seed, checkpoint]
+    pixels: list[Any] = [request.prompt, *size, request.num_steps, request.guidance, request.seed, checkpoint]
     if request.negative_prompt is not None:  # others keep the digest that they had before there were any
         pixels += [request.negative_prompt, request.true_cfg_scale]
     if files:

@@ -33,7 +33,7 @@ class Loaded:
         branches = case.num_branches if num_branches is None else num_branches
         references = () if case.picture is None or case.strength is not None else (case.picture,)
         shape = spec.shape(case.width, case.height, branches, references)
-        shape = msgspec.structs.replace(shape, pictures=int(case.strength is not None))
+        shape = msgspec.structs.replace(shape, pictures=int(case.strength is not None), has_mask=case.has_mask)
         skipped = 0 if case.strength is None else int(num_steps - num_steps * case.strength)
         return Params(
             model=spec.name, shape=shape, num_steps=num_steps - skipped, skipped_steps=skipped,
@@ -42,7 +42,7 @@ class Loaded:
 
     def begin(self, params: Params, prompts: Sequence[str] | None = None) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The slot's fields of each branch, and the state before the first step."""
-        pictures = [torch.from_numpy(picture) for picture in self.case.pictures]
+        pictures = [torch.from_numpy(picture) for picture in self.case.inputs]
         beginning = self.ours.model.begin(params, pictures, lambda tensor: tensor)
         texts = self.ours.encode(self.prompts if prompts is None else prompts)
         return [{**fields, **beginning.fields} for fields in texts], beginning.state

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     FluxPipeline,
@@ -81,6 +82,7 @@ class Case(abc.ABC):
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         """Arguments of the pipeline that differ by family."""
 
+    has_mask = False
     img2img: ClassVar[type[DiffusionPipeline]]
     """The pipeline that begins with a picture."""
 
@@ -97,6 +99,11 @@ class Case(abc.ABC):
         x, y, channel = np.arange(width)[None, :, None], np.arange(height)[:, None, None], np.arange(3)
         waves = np.sin(x / 5.0 + channel) + np.cos(y / (4.0 + channel))
         return ((waves * 60 + 128).round().astype(np.uint8),)
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """As a worker finds them."""
+        return self.pictures
 
     @property
     def image(self) -> Image.Image:
@@ -120,7 +127,8 @@ class Case(abc.ABC):
             pipeline = self.img2img(**pipeline.components)
             pipeline.set_progress_bar_config(disable=True)
         (pictures,) = pipeline(
-            prompt=PROMPT, negative_prompt=NEGATIVE, height=self.height, width=self.width,
+            prompt=PROMPT, height=self.height, width=self.width,
+            **({} if self.has_mask else {"negative_prompt": NEGATIVE}),
             num_inference_steps=num_steps, generator=torch.Generator().manual_seed(seed), output_type="np",
             max_sequence_length=T5_ROWS, callback_on_step_end=keep, return_dict=False, **self.call(pipeline),
             **({} if self.strength is None else {"image": self.image, "strength": self.strength}),
@@ -139,12 +147,13 @@ class Flux(Case):
 
     img2img = FluxImg2ImgPipeline
     kind: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    in_channels = 4 * LATENT_CHANNELS
 
     def pipeline(self) -> DiffusionPipeline:
         torch.manual_seed(1)
         transformer = FluxTransformer2DModel(
-            in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=2, attention_head_dim=18,
-            num_attention_heads=7, joint_attention_dim=T5_WIDTH, pooled_projection_dim=POOLED,
+            in_channels=self.in_channels, out_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=2,
+            attention_head_dim=18, num_attention_heads=7, joint_attention_dim=T5_WIDTH, pooled_projection_dim=POOLED,
             axes_dims_rope=(6, 6, 6), **self.options,
         )  # fmt: skip
         clip = CLIPTextModel(clip_config(width=POOLED))
@@ -158,7 +167,8 @@ class Flux(Case):
         text, pooled, text_ids = pipeline.encode_prompt(prompt, None, max_sequence_length=T5_ROWS)
         image_ids = FluxPipeline._prepare_latent_image_ids(1, *self.tokens, latents.device, latents.dtype)
         reference, reference_ids = self.reference(pipeline)
-        rows, ids = torch.cat([latents, reference])[None], torch.cat([image_ids, reference_ids])
+        rows = torch.cat([torch.cat([latents, self.around(pipeline)], dim=1), reference])[None]
+        ids = torch.cat([image_ids, reference_ids])
         guidance = torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None
         return pipeline.transformer(
             rows, text, pooled, torch.tensor([time]) / 1000, ids, text_ids, guidance, return_dict=False
@@ -166,7 +176,12 @@ class Flux(Case):
 
     def reference(self, pipeline: DiffusionPipeline) -> tuple[Tensor, Tensor]:
         """Rows and positions of what steps attend to beside the image."""
-        return torch.empty(0, 4 * LATENT_CHANNELS), torch.empty(0, 3)
+        return torch.empty(0, self.in_channels), torch.empty(0, 3)
+
+    def around(self, pipeline: DiffusionPipeline) -> Tensor:
+        """What is read of each row beside its latents."""
+        rows, columns = self.tokens
+        return torch.empty(rows * columns, 0)
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         return {"guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg_scale}
@@ -193,6 +208,39 @@ class Kontext(Flux):
         image = None if self.picture is None else self.image
         beside = {"image": image, "max_area": self.width * self.height, "_auto_resize": False}
         return super().call(pipeline) | beside
+
+
+class Fill(Flux):
+    """It begins with a picture, too, as far as the strength says."""
+
+    img2img = kind = FluxFillPipeline
+    in_channels = 2 * 4 * LATENT_CHANNELS + 8 * 8
+    has_mask = True
+
+    @property
+    def mask(self) -> np.ndarray:
+        """A corner, and a stripe that no token's edge is at."""
+        mask = np.zeros((self.height, self.width), np.uint8)
+        mask[: self.height // 2, 5 : self.width // 2] = mask[:, -3:-1] = 255
+        return mask
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        return (*self.pictures, self.mask[..., None])
+
+    def around(self, pipeline: DiffusionPipeline) -> Tensor:
+        picture = pipeline.image_processor.preprocess(self.image, self.height, self.width)
+        mask = pipeline.mask_processor.preprocess(Image.fromarray(self.mask), self.height, self.width)
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(2):  # what the pipeline has drawn by then
+            torch.randn(1, LATENT_CHANNELS, *[2 * side for side in self.tokens], generator=generator)
+        mask, latents = pipeline.prepare_mask_latents(
+            mask, picture * (1 - mask), 1, LATENT_CHANNELS, 1, self.height, self.width, torch.float32, "cpu", generator
+        )
+        return torch.cat([latents, mask], dim=-1)[0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "mask_image": Image.fromarray(self.mask)}
 
 
 class SD3(Case):
@@ -248,6 +296,8 @@ CASES: tuple[Case, ...] = (
         picture=(64, 64), num_devices=6,
     ),
     Kontext("flux1-kontext-alone", {"guidance_embeds": True}, guidance=2.5),
+    Fill("flux1-fill", {"guidance_embeds": True}, guidance=30.0, picture=(56, 72), strength=1.0),
+    Fill("flux1-fill-strength", {"guidance_embeds": True}, guidance=30.0, picture=(56, 72), strength=0.7),
     SD3("sd3-medium", SIX_HEADS, guidance=7.0, num_branches=2),
     SD3("sd3-strength", SIX_HEADS, guidance=7.0, num_branches=2, picture=(56, 72), strength=0.4),
     SD3("sd3-unguided", SIX_HEADS, guidance=1.0),
