@@ -121,13 +121,13 @@ def read_file(field: str, path: str | os.PathLike[Any]) -> bytes:
     try:
         with open(Path(os.fsdecode(path)).expanduser(), "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise RequestError(field, f"{shown(path)} is no file")
+                raise RequestError(field, f"{shown(os.fsdecode(path))} is no file")
             return file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, RequestError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise RequestError(field, f"cannot read {shown(path)}: {reason}") from None
+        raise RequestError(field, f"cannot read {shown(os.fsdecode(path))}: {reason}") from None
 
 
 def _without_waiting(path: str, flags: int) -> int:

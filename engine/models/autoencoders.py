@@ -150,7 +150,8 @@ def begins_with_a_picture(codec: Autoencoder, schedule: Callable[[int, StepShape
         state = codec.noised(pictures[0], generator, level, to_device)
         if not shape.has_mask:
             return Beginning(state)
-        return Beginning(state, {AROUND: codec.around_a_hole(*pictures, generator, to_device)})
+        picture, mask = pictures
+        return Beginning(state, {AROUND: codec.around_a_hole(picture, mask, generator, to_device)})
 
     return begin
 

@@ -272,9 +272,10 @@ class FakeFactory:
     def __init__(self) -> None:
         self.engines: list[FakeEngine] = []
         self.start_error: Exception | None = None
+        self.spec: ModelSpec | None = None
 
     def __call__(self, config: EngineConfig) -> Any:
-        self.engines.append(FakeEngine(config, self.start_error))
+        self.engines.append(FakeEngine(config, self.start_error, self.spec))
         return self.engines[-1]
 
     @property

@@ -300,7 +300,8 @@ async def test_unknown_paths_and_methods(served: Served) -> None:
     for method, path, status, code in (
         ("GET", "/", 404, "unknown_url"),
         ("GET", "/v1/models/", 404, "model_not_found"),
-        ("POST", "/v1/images/edits", 404, "unknown_url"),
+        ("POST", "/v1/images/variations", 404, "unknown_url"),
+        ("GET", "/v1/images/edits", 405, "method_not_allowed"),
         ("GET", GENERATIONS, 405, "method_not_allowed"),
         ("DELETE", "/health", 405, "method_not_allowed"),
     ):
