@@ -55,10 +55,19 @@ class Probe:
         self.spec = spec
         self._ids = itertools.count(1000)
 
-    def request(self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int = 0) -> Request:
-        """A fresh request that starts on this device."""
+    def request(
+        self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int = 0, with_picture: bool = False
+    ) -> Request:
+        """A fresh request that starts on this device. `with_picture`: it brings one of its own size."""
+        width, height = size
         asked = ImageRequest(
-            prompt=prompt, width=size[0], height=size[1], num_steps=num_steps, seed=SEED, request_id="measurement"
+            prompt=prompt,
+            width=width,
+            height=height,
+            num_steps=num_steps,
+            seed=SEED,
+            pictures=(np.zeros((height, width, 3), np.uint8),) if with_picture else (),
+            request_id="measurement",
         )
         resolved = resolve_request(asked, self.spec, len(self.executor.device_ids))
         request = Request(resolved, self.executor.now_s())
@@ -88,16 +97,19 @@ class Probe:
             commands += [self._encode(request), self._next_chunk(request, *chunk)]
         return chunk_times(await self._run(commands), [chunk[1]] * count)
 
-    async def rehearse(self, size: Size, groups: Sequence[Members], *, decoding: bool) -> None:
+    async def rehearse(
+        self, size: Size, groups: Sequence[Members], *, decoding: bool, with_picture: bool = False
+    ) -> None:
         """On each group a request of its own: encoded on the first member, one step on all, decoded on the first if
         `decoding`. All are queued at once, so that groups without a common member work side by side."""
         commands: list[tuple[GroupCommand, Members]] = []
-        with ExitStack() as image_slots:
+        with ExitStack() as slots:
             for members in groups:
-                request = self.request(size, 1, device_id=members[0])
-                commands += [self._encode(request), self._next_chunk(request, members, 1)]
+                request = self.request(size, 1, device_id=members[0], with_picture=with_picture)
+                input_slot = slots.enter_context(self._input_slot(request)) if with_picture else None
+                commands += [self._encode(request, input_slot), self._next_chunk(request, members, 1)]
                 if decoding:
-                    image_slot = image_slots.enter_context(self._image_slot())
+                    image_slot = slots.enter_context(self._image_slot())
                     commands.append(self._decode(request, image_slot))
             await self._run(commands)
 
@@ -124,8 +136,8 @@ class Probe:
         assert isinstance(decoded, Decoded)
         return decoded
 
-    def _encode(self, request: Request) -> tuple[GroupCommand, Members]:
-        command = encode_command(request, next(self._ids))
+    def _encode(self, request: Request, input_slot: int | None = None) -> tuple[GroupCommand, Members]:
+        command = encode_command(request, next(self._ids), input_slot)
         request.planned_state_id = command.state_id
         return command, request.planned_holders
 
@@ -140,6 +152,16 @@ class Probe:
         request.planned_step_index += num_steps
         request.planned_chunk_index += 1
         return command, members
+
+    @contextmanager
+    def _input_slot(self, request: Request) -> Iterator[int]:
+        """With what the request brings."""
+        input_slot = self.executor.put_pictures(request.inputs)
+        assert input_slot is not None, "an idle engine has free input slots"
+        try:
+            yield input_slot
+        finally:
+            self.executor.release_input_slot(input_slot)
 
     @contextmanager
     def _image_slot(self) -> Iterator[int]:

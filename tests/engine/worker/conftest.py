@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -57,8 +58,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     """Config files only; 3 heads of 32, a text of 4 tokens, 4 pixels a token side."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    for name, content in CONFIGS.items():
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", CONFIGS)
+
+
+def make_model(folder: Path, configs: dict[str, dict[str, Any]]) -> ModelSpec:
+    for name, content in configs.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(content))
