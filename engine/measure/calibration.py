@@ -115,7 +115,9 @@ class Calibrator:
                     tuple((first + rank) % num_devices for rank in range(degree))
                     for first in range(0, num_devices, degree)
                 ]
-                await self._probe.rehearse(size, groups, decoding=degree == 1, with_picture=with_picture)
+                await self._probe.rehearse(
+                    size, groups, decoding=degree == 1 and not with_picture, with_picture=with_picture
+                )
 
     def _legal_degrees(self, request: Request) -> tuple[int, ...]:
         return self._spec.legal_degrees(len(self._executor.device_ids), request.params.shape.num_branches)
