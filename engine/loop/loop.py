@@ -65,8 +65,8 @@ from tetrion.engine.request import Delivered, Output, ResolvedRequest
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
 """Ids below are the start-up's own."""
-NO_SLOTS = {"encode": "input slot", "decode": "image slot"}
-"""What commands of a stage may have to wait for."""
+PICTURES_OF = {"encode": "the pictures that it brings", "decode": "its picture"}
+"""What commands of a stage may have to wait for room for."""
 MAX_INPUT_BYTES = 1 << 30
 """Of pictures that living requests have brought."""
 SHORTEST_WAIT_S = 0.0005
@@ -356,15 +356,15 @@ class EngineLoop:
         """Give the command to its members, or see to it that this is tried again. Whatever it raises, either nothing
         was sent and everything is given back, or the command is in flight."""
         members, command_id = assignment.members, next(self._command_ids)
-        executor, no_slot = self.executor, NO_SLOTS.get(assignment.stage)
+        executor, pictures = self.executor, PICTURES_OF.get(assignment.stage)
         slots = executor.acquire_image_slot, executor.put_pictures
         command = command_for(assignment, request, command_id, self._round_id, *slots)
         if command is None:
-            assert no_slot is not None
-            self._no_slot(no_slot)
+            assert pictures is not None
+            self._no_room_for(pictures)
             return
-        if no_slot is not None:
-            self._refusals.over([no_slot])
+        if pictures is not None:
+            self._refusals.over([pictures])
         try:
             duration_s = self._books.sending(command, members)
             is_taken = self.executor.submit(command, members)
@@ -379,12 +379,12 @@ class EngineLoop:
             self._books.not_sent(command, members)
             self._ring_full(members)
 
-    def _no_slot(self, kind: str) -> None:
+    def _no_room_for(self, pictures: str) -> None:
         """All are taken, by pictures being encoded, decoded or copied. Raises TimeoutError if none has come back for
         long."""
-        refused_s = self._refusals.refused_s(kind, self.executor.now_s())
+        refused_s = self._refusals.refused_s(pictures, self.executor.now_s())
         if refused_s > self._stall_timeout_s:
-            raise TimeoutError(f"no {kind} for its picture for {refused_s:.0f} s")
+            raise TimeoutError(f"no room for {pictures} for {refused_s:.0f} s")
         self._try_again(refused_s)
 
     def _ring_full(self, members: tuple[int, ...]) -> None:

@@ -98,7 +98,7 @@ def test_a_slot_that_never_comes_fails_the_request_alone() -> None:
     simulation.run()
     assert set(simulation.results) == {"none"}
     assert isinstance(simulation.failures["picture"], GenerationError)
-    assert "no input slot" in str(simulation.failures["picture"])
+    assert "no room for the pictures that it brings" in str(simulation.failures["picture"])
 
 
 @settings(deadline=None)
