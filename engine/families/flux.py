@@ -51,10 +51,10 @@ from tetrion.engine.families.library_shapes import (
 )
 from tetrion.engine.families.pictures import (
     AROUND,
-    begins_with_a_picture,
     check_takes_pictures,
     kontext_sizes,
     picture_inputs,
+    picture_limits,
 )
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, check_tokenizer, max_prompt_tokens
@@ -217,7 +217,7 @@ class Flux:
         )
         check_shifts(folder, scheduler, check_sizes(folder, sizes))
         row = transformer.hidden_size
-        pictures, inputs = begins_with_a_picture(folder, load_format), picture_inputs(folder, load_format)
+        pictures, inputs = picture_limits(folder, load_format), picture_inputs(folder, load_format)
         if is_kontext:
             pictures = {"max_pictures": 1, "reference_sizes": kontext_sizes(folder, load_format, sizes)}
             inputs = frozenset({"pictures"})

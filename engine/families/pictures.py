@@ -30,14 +30,14 @@ def takes_pictures(folder: Path, load_format: LoadFormat) -> bool:
     return load_format == "dummy" or has_encoder(read_shapes(component_folder(folder, "vae")))
 
 
-def begins_with_a_picture(folder: Path, load_format: LoadFormat) -> dict[str, Any]:
-    """Fields of the `ModelSpec`, beside `inputs`, of a model whose results may begin with one."""
-    return {"max_pictures": 1, "strength": STRENGTH} if takes_pictures(folder, load_format) else {}
-
-
 def picture_inputs(folder: Path, load_format: LoadFormat) -> frozenset[str]:
-    """What the same model takes of them."""
+    """What a model takes of pictures whose results may begin with one. Raises CheckpointError; OSError."""
     return frozenset({"pictures", "strength"} if takes_pictures(folder, load_format) else ())
+
+
+def picture_limits(folder: Path, load_format: LoadFormat) -> dict[str, Any]:
+    """Fields of its `ModelSpec` beside `inputs`. Raises CheckpointError; OSError."""
+    return {"max_pictures": 1, "strength": STRENGTH} if takes_pictures(folder, load_format) else {}
 
 
 def check_takes_pictures(folder: Path, load_format: LoadFormat) -> None:

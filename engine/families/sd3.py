@@ -58,7 +58,7 @@ from tetrion.engine.families.library_shapes import (
     encoder_shapes,
     t5_shapes,
 )
-from tetrion.engine.families.pictures import begins_with_a_picture, picture_inputs
+from tetrion.engine.families.pictures import picture_inputs, picture_limits
 from tetrion.engine.families.plan import (
     TIME_CHANNELS,
     Part,
@@ -271,7 +271,7 @@ class Sd3:
             max_text_tokens=_num_clip_rows(folder, clips) + preset.max_text_tokens,
             sizes=sizes,
             inputs=frozenset({"negative_prompt"}) | inputs,
-            **begins_with_a_picture(folder, load_format),
+            **picture_limits(folder, load_format),
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
                 ("vae", num_weights(vae_shapes.values())),

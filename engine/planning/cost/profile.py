@@ -195,7 +195,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             known = min(self._by_branches)
             other = self.cost(msgspec.structs.replace(key, num_branches=known).text)
             return in_branches(other, known, key.num_branches)
-        if exact is None and key.pictures:
+        if exact is None and key.pictures and not curves.have_pictures:
             return _with_pictures(self.cost(msgspec.structs.replace(key, pictures=0).text), key.pictures)
         if exact is None and key.reference:
             plain = self.cost(msgspec.structs.replace(key, reference=0).text)
@@ -221,6 +221,7 @@ class _Curves:
     """The classes with one number of guidance branches, and what lies between them."""
 
     def __init__(self, classes: Mapping[CostKey, ClassCost]) -> None:
+        self.have_pictures = any(key.pictures for key in classes)
         self._by_work = sorted([(_work(key), cost) for key, cost in classes.items()], key=_first)
         self._by_pixels = sorted([(key.pixels, cost) for key, cost in classes.items()], key=_first)
         alone = {key: cost for key, cost in classes.items() if not key.reference} or classes

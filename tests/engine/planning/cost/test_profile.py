@@ -223,3 +223,11 @@ def test_what_was_measured_with_pictures_says_nothing_of_requests_without() -> N
     assert after.cost("1024x1024+p1").aux_s["encode"] == 5.0
     for key in ("1024x1024", "768x768", "1536x1536", "1024x1024+r64"):
         assert after.cost(key).aux_s == before.cost(key).aux_s
+
+
+def test_a_table_of_requests_with_pictures_alone_has_them_in_its_encodes() -> None:
+    """Of a model that draws nothing without."""
+    costs = {f"{n}x{n}+p1": {"step_ms": {1: n / 4}, "encode_ms": n / 8, "decode_ms": n / 4} for n in (64, 256)}
+    profile = make_profile(costs)
+    assert profile.cost("128x128+p1").aux_s == pytest.approx({"encode": 0.016, "decode": 0.032})
+    assert profile.cost("256x256+p1").aux_s["encode"] == 0.032
