@@ -26,7 +26,7 @@ from tetrion.engine.request import ImageRequest, ImageResult
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server")]
 KONTEXT = Kontext("kontext", {"guidance_embeds": True}, guidance=2.5, picture=(64, 64))
 FILL = Fill("fill", {"guidance_embeds": True}, guidance=30.0, picture=(56, 72), strength=1.0)
-SCHEDULES = ((1,), (2,), (3,), (1, 3, 2), (3, 1))
+SCHEDULES = ((1,), (2,), (4,), (1, 4, 2), (4, 1))
 NUM_STEPS, SEED = 6, 7
 
 
@@ -52,7 +52,7 @@ async def editors(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -
             theirs[case.name] = case.pipeline()
             folders.append(str(tmp_path_factory.mktemp(case.name) / case.name))
             case.save(theirs[case.name], Path(folders[-1]))
-    config = EngineConfig(models=(*folders, "shapes"), devices="cpu:3", num_threads=1)
+    config = EngineConfig(models=(*folders, "shapes"), devices="cpu:4", num_threads=1)
     async with AsyncEngine(config) as running:
         yield Editors(running, theirs)
 
@@ -94,7 +94,7 @@ async def test_fill_draws_where_the_mask_says_as_diffusers_does(editors: Editors
 async def test_shapes_begins_with_a_picture_as_diffusers_does(editors: Editors) -> None:
     """The embedded model, whole: encoders, VAE, the later part of its schedule."""
     case = Flux("shapes", {}, guidance=0.0, picture=(144, 128), width=144, height=128)
-    pipeline = FluxImg2ImgPipeline.from_pretrained(embedded_folder() / "shapes", torch_dtype=torch.float32)
+    pipeline = FluxImg2ImgPipeline.from_pretrained(embedded_folder() / "shapes", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         (theirs,) = pipeline(
@@ -130,18 +130,18 @@ async def test_without_a_size_the_result_has_the_picture_s(editors: Editors) -> 
 
 async def test_many_at_once_share_the_slots(editors: Editors) -> None:
     """More than there are input slots, each with a picture of its own."""
-    pictures = [np.roll(KONTEXT.pictures[0], shift, axis=1) for shift in range(0, 60, 5)]
+    pictures = [np.roll(KONTEXT.pictures[0], shift, axis=1) for shift in range(0, 56, 7)]
     alone = [digest(await editors.draw(KONTEXT, pictures=[picture])) for picture in pictures]
-    together = await asyncio.gather(*(editors.draw(KONTEXT, pictures=[picture]) for picture in pictures))
+    together = await asyncio.gather(*(editors.draw(KONTEXT, pictures=[picture], num_steps=2) for picture in pictures))
     assert [digest(result) for result in together] == alone and len(set(alone)) == len(pictures)
     assert editors.engine._loop is not None and editors.engine._loop.table.input_bytes == 0
 
 
 async def test_a_request_whose_only_holder_dies_is_encoded_again_with_its_picture(editors: Editors) -> None:
     """Last, since a worker dies."""
-    expected = digest(await editors.draw(KONTEXT, num_steps=200, force_degrees=(1,)))
+    expected = digest(await editors.draw(KONTEXT, num_steps=80, force_degrees=(1,)))
     asked = ImageRequest(
-        prompt=PROMPT, model="kontext", width=56, height=72, seed=SEED, num_steps=200, guidance=KONTEXT.guidance,
+        prompt=PROMPT, model="kontext", width=56, height=72, seed=SEED, num_steps=80, guidance=KONTEXT.guidance,
         pictures=KONTEXT.pictures, force_degrees=(1,),
     )  # fmt: skip
     handle = editors.engine.submit(asked)
