@@ -213,8 +213,7 @@ def step(
     """
     rows = iter(vectors.unbind(-2))
     pictures: tuple[int, ...] = (IMAGE,)
-    image_in = weights.image_in
-    x = ops.linear(latents, image_in) if around is None else ops.joined_linear(latents, around, image_in)
+    x = ops.linear(latents if around is None else torch.cat([latents, around], dim=1), weights.image_in)
     if reference is not None and len(reference):
         pictures, x = (IMAGE, REFERENCE), torch.cat([x, reference])
     streams = [Sum(text), Sum(x)]
