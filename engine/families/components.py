@@ -15,6 +15,7 @@ from tetrion.engine.families.files import fault, read_object
 
 CONFIG = "config.json"
 QUANTIZATION = ("quantization_config", "compression_config")
+DOWN_BLOCK = "DownEncoderBlock2D"
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
 
@@ -42,9 +43,7 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    down_block_types: Annotated[tuple[Literal["DownEncoderBlock2D"], ...], Meta(max_length=10)] = (
-        "DownEncoderBlock2D",
-    )
+    down_block_types: Annotated[tuple[str, ...], Meta(max_length=10)] = (DOWN_BLOCK,)
     up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",)
 
     @property
@@ -52,10 +51,14 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Pixels a latent pixel's side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether its encoding half is one that is known here."""
+        return self.down_block_types == (DOWN_BLOCK,) * len(self.block_out_channels)
+
     def __post_init__(self) -> None:
-        for name, types in (("up_block_types", self.up_block_types), ("down_block_types", self.down_block_types)):
-            if len(types) != len(self.block_out_channels):
-                raise ValueError(f"{name} {len(types)} must be as many as block_out_channels")
+        if len(self.up_block_types) != len(self.block_out_channels):
+            raise ValueError(f"up_block_types {len(self.up_block_types)} must be as many as block_out_channels")
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(
                 f"norm_num_groups {self.norm_num_groups} must divide block_out_channels {list(self.block_out_channels)}"
