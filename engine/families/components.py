@@ -15,6 +15,7 @@ from tetrion.engine.families.files import fault, read_object
 
 CONFIG = "config.json"
 QUANTIZATION = ("quantization_config", "compression_config")
+DOWN_BLOCK = "DownEncoderBlock2D"
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
 
@@ -33,19 +34,27 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)]
     latent_channels: Size = 4
+    in_channels: Literal[3] = 3
     out_channels: Literal[3] = 3
     layers_per_block: Count = 1
     norm_num_groups: Size = 32
     scaling_factor: _Scale = 0.18215
     shift_factor: _Shift | None = None
+    use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    down_block_types: Annotated[tuple[str, ...], Meta(max_length=10)] = (DOWN_BLOCK,)
     up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",)
 
     @property
     def scale_factor(self) -> int:
         """Pixels a latent pixel's side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether its encoding half is one that is known here."""
+        return self.down_block_types == (DOWN_BLOCK,) * len(self.block_out_channels)
 
     def __post_init__(self) -> None:
         if len(self.up_block_types) != len(self.block_out_channels):

@@ -13,6 +13,8 @@ from tetrion.engine.model_spec import CheckpointError, ModelSpec
 
 FAMILIES = {
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux",
+    "FluxFillPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
 }
 """Pipeline (`_class_name` in model_index.json) -> module in `families/`, and of the same name in `models/`."""

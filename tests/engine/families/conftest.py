@@ -1,11 +1,13 @@
 """Each case's pipeline as diffusers has it, and the same saved and loaded as workers have it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from tests.engine.families.pipelines import CASES, NEGATIVE, PROMPT, Case
 from tests.engine.families.ranks import Ranks
@@ -26,12 +28,24 @@ class Loaded:
         return (PROMPT, NEGATIVE)[: self.case.num_branches]
 
     def params(self, num_steps: int, num_branches: int | None = None) -> Params:
+        """Of a request for `num_steps`, of which some are skipped where a picture is begun with."""
         case, spec = self.case, self.ours.spec
-        shape = spec.shape(case.width, case.height, case.num_branches if num_branches is None else num_branches)
+        branches = case.num_branches if num_branches is None else num_branches
+        references = () if case.picture is None or case.strength is not None else (case.picture,)
+        shape = spec.shape(case.width, case.height, branches, references)
+        shape = msgspec.structs.replace(shape, pictures=int(case.strength is not None), has_mask=case.has_mask)
+        skipped = 0 if case.strength is None else int(num_steps - num_steps * case.strength)
         return Params(
-            model=spec.name, shape=shape, num_steps=num_steps, guidance=case.guidance,
-            true_cfg_scale=case.true_cfg_scale, seed=7,
+            model=spec.name, shape=shape, num_steps=num_steps - skipped, skipped_steps=skipped,
+            guidance=case.guidance, true_cfg_scale=case.true_cfg_scale, seed=7,
         )  # fmt: skip
+
+    def begin(self, params: Params, prompts: Sequence[str] | None = None) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The slot's fields of each branch, and the state before the first step."""
+        pictures = [torch.from_numpy(picture) for picture in self.case.inputs]
+        beginning = self.ours.model.begin(params, pictures, lambda tensor: tensor)
+        texts = self.ours.encode(self.prompts if prompts is None else prompts)
+        return [{**fields, **beginning.fields} for fields in texts], beginning.state
 
 
 @pytest.fixture(autouse=True)
