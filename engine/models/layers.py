@@ -18,7 +18,7 @@ from tetrion.kernels.reference import Branch
 
 
 def linear_of(tensors: Mapping[str, Tensor], name: str) -> Linear:
-    return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+    return Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
 
 
 @dataclass(frozen=True, slots=True)
