@@ -16,6 +16,7 @@ from tetrion.engine.families.files import fault, read_object
 CONFIG = "config.json"
 QUANTIZATION = ("quantization_config", "compression_config")
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+QWEN3S = ("Qwen3ForCausalLM", "Qwen3Model")
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
 
 Count = Annotated[int, Meta(ge=1, le=1000)]
@@ -99,6 +100,36 @@ class T5Config(msgspec.Struct, frozen=True, kw_only=True):
         return self.feed_forward_proj.startswith("gated-")
 
 
+class _Rope(msgspec.Struct, frozen=True, kw_only=True):
+    rope_type: Literal["default"] = "default"
+
+
+class LanguageConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a language model of Qwen3's kind. Defaults are the library's."""
+
+    hidden_size: Size = 4096
+    intermediate_size: Size = 22016
+    num_hidden_layers: Count = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size = 32
+    head_dim: Size = 128
+    vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 151936
+    max_position_embeddings: Size = 32768
+    rms_norm_eps: _Epsilon = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    use_sliding_window: Literal[False] = False
+    rope_scaling: None = None
+    rope_parameters: _Rope | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads"
+                f" {self.num_attention_heads}"
+            )
+
+
 def read_part(folder: Path, kind: type[_T], class_name: str) -> _T:
     """A component's config of diffusers. Raises CheckpointError naming the file and the field; OSError."""
     config = _read_config(folder)
@@ -133,6 +164,18 @@ def read_clip(folder: Path, is_projected: bool = False) -> ClipConfig:
 def read_t5(folder: Path) -> T5Config:
     """T5's encoder, which may be a whole T5's. Raises CheckpointError; OSError."""
     return read_encoder(folder, T5Config, "t5", T5S)
+
+
+def read_qwen3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
+    """Qwen3, of which the first `num_layers` are run on up to `max_tokens`. Raises CheckpointError; OSError."""
+    config = read_encoder(folder, LanguageConfig, "qwen3", QWEN3S)
+    for field, have, needed in (
+        ("num_hidden_layers", config.num_hidden_layers, num_layers),
+        ("max_position_embeddings", config.max_position_embeddings, max_tokens),
+    ):
+        if have < needed:
+            raise fault(folder / CONFIG, f": {field} {have} must be at least {needed}")
+    return config
 
 
 def convert(path: Path, config: Mapping[str, Any], kind: type[_T]) -> _T:

@@ -6,7 +6,7 @@ What the libraries' modules would say, who take seconds to be imported; `tests/e
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tetrion.engine.families.components import ClipConfig, T5Config, VaeConfig
+from tetrion.engine.families.components import ClipConfig, LanguageConfig, T5Config, VaeConfig
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.plan import Shape, check_names
 
@@ -14,9 +14,12 @@ CLIP_PREFIX = "text_model."
 """What names of CLIP's tensors begin with in some checkpoints."""
 T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """One table; checkpoints have either name, or both."""
+LANGUAGE_PREFIX = "model."
+"""What names of a language model's tensors begin with where its head is there too."""
 BESIDE_CLIP = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
 BESIDE_T5 = ("decoder.", "lm_head.", *T5_EMBEDDINGS)
 BESIDE_DECODER = ("encoder.", "quant_conv.")
+BESIDE_LANGUAGE = ("lm_head.", "norm.", "layers.")
 """Parts of whole models that are not used."""
 Named = Iterator[tuple[str, Shape]]
 
@@ -29,6 +32,11 @@ def clip_shapes(config: ClipConfig, is_projected: bool) -> dict[str, Shape]:
 def t5_shapes(config: T5Config, table: str) -> dict[str, Shape]:
     """Of T5's encoder. `table`: which of its two names the table of embeddings has."""
     return dict(_t5(config, table))
+
+
+def language_shapes(config: LanguageConfig, num_layers: int) -> dict[str, Shape]:
+    """Of the first layers of a language model of Qwen3's kind, without the prefix `model.`."""
+    return dict(_language(config, num_layers))
 
 
 def decoder_shapes(config: VaeConfig) -> dict[str, Shape]:
@@ -46,6 +54,12 @@ def check_t5(folder: Path, config: T5Config, shapes: Mapping[str, Shape]) -> Non
     """See `check_clip`."""
     table = next((name for name in T5_EMBEDDINGS if name in shapes), T5_EMBEDDINGS[0])
     _check(folder, t5_shapes(config, table), shapes, BESIDE_T5)
+
+
+def check_language(folder: Path, config: LanguageConfig, num_layers: int, shapes: Mapping[str, Shape]) -> None:
+    """See `check_clip`; further layers are not looked at."""
+    shapes = {name.removeprefix(LANGUAGE_PREFIX): shape for name, shape in shapes.items()}
+    _check(folder, language_shapes(config, num_layers), shapes, BESIDE_LANGUAGE)
 
 
 def check_decoder(folder: Path, config: VaeConfig, shapes: Mapping[str, Shape]) -> None:
@@ -93,6 +107,24 @@ def _t5(config: T5Config, table: str) -> Named:
         yield f"{attention}.layer_norm.weight", (width,)
         yield f"{mlp}.layer_norm.weight", (width,)
     yield "encoder.final_layer_norm.weight", (width,)
+
+
+def _language(config: LanguageConfig, num_layers: int) -> Named:
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    yield "embed_tokens.weight", (config.vocab_size, width)
+    for i in range(num_layers):
+        layer = f"layers.{i}"
+        for projection, num_out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            yield f"{layer}.self_attn.{projection}.weight", (num_out, width)
+        yield f"{layer}.self_attn.o_proj.weight", (width, queries)
+        for norm in ("q_norm", "k_norm"):
+            yield f"{layer}.self_attn.{norm}.weight", (config.head_dim,)
+        for projection in ("gate_proj", "up_proj"):
+            yield f"{layer}.mlp.{projection}.weight", (inner, width)
+        yield f"{layer}.mlp.down_proj.weight", (width, inner)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{layer}.{norm}.weight", (width,)
 
 
 def _decoder(config: VaeConfig) -> Named:

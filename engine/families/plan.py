@@ -68,6 +68,9 @@ class WeightsPlan(dict[str, Part]):
     def vector(self, name: str, source: str, size: int) -> None:
         self[name] = Part((source,), (size,))
 
+    def matrix(self, name: str, source: str, num_rows: int, width: int) -> None:
+        self[name] = Part((source,), (num_rows, width))
+
     def patches_in(self, name: str, source: str, num_out: int, channels: int, side: int) -> None:
         """A convolution over patches of side × side pixels, as a linear layer of tokens (c, p, q)."""
         shape, num_in = (num_out, channels, side, side), channels * side * side

@@ -14,6 +14,7 @@ from tetrion.engine.model_spec import CheckpointError, ModelSpec
 FAMILIES = {
     "FluxPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
+    "ZImagePipeline": "zimage",
 }
 """Pipeline (`_class_name` in model_index.json) -> module in `families/`, and of the same name in `models/`."""
 

@@ -24,7 +24,8 @@ _Id = Annotated[int, Meta(ge=0, le=2**62)]
 
 
 class TokenizerKind(NamedTuple):
-    """`name`: transformers' class. `parts`: what may be there in place of tokenizer.json. `model`: what that is of."""
+    """`name`: transformers' class. `parts`: what may be there in place of tokenizer.json, if anything. `model`: what that
+    is of."""
 
     name: str
     parts: tuple[str, ...]
@@ -38,6 +39,7 @@ class TokenizerKind(NamedTuple):
 
 CLIP_TOKENIZER = TokenizerKind("CLIPTokenizer", ("vocab.json", "merges.txt"), "BPE")
 T5_TOKENIZER = TokenizerKind("T5Tokenizer", (SENTENCEPIECE,), "Unigram")
+QWEN_TOKENIZER = TokenizerKind("Qwen2Tokenizer", (), "BPE")
 
 
 _Token = str | dict[str, Any] | None
@@ -80,7 +82,9 @@ def missing_files(folder: Path, kind: TokenizerKind) -> list[str]:
     """What a tokenizer's folder lacks."""
     missing = [] if (folder / TOKENIZER_CONFIG).is_file() else [TOKENIZER_CONFIG]
     lacking = [name for name in kind.parts if not (folder / name).is_file()]
-    if not (folder / WHOLE).is_file() and lacking:
+    if not (folder / WHOLE).is_file() and not kind.parts:
+        missing.append(WHOLE)
+    elif not (folder / WHOLE).is_file() and lacking:
         found = [name for name in kind.parts if name not in lacking]
         missing.append(" and ".join(lacking) if found else f"{WHOLE} (or {' and '.join(kind.parts)})")
     return missing

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
@@ -55,16 +56,19 @@ class Autoencoder:
         fuse(self._vae.decoder)
 
     def noise(self, seed: int, shape: StepShape) -> Tensor:
-        """As `models.family.LatentCodec`: drawn as latent pixels [channels, height, width], then packed."""
+        """As `models.family.LatentCodec`: drawn as latent pixels [channels, height, width], then packed. Rows that cover
+        nothing are zeros."""
         rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
         generator = torch.Generator("cpu").manual_seed(seed)
         size = (1, self._num_channels, 2 * rows, 2 * columns)
-        return pack_latents(torch.randn(size, generator=generator, dtype=torch.float32)[0])
+        packed = pack_latents(torch.randn(size, generator=generator, dtype=torch.float32)[0])
+        return F.pad(packed, (0, 0, 0, shape.image - len(packed)))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, shape: StepShape) -> Picture:
         """As `models.family.LatentCodec`; without waiting for the device."""
         rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
+        latents = latents[: rows * columns]
         latents_1CHW = unpack_latents(latents, rows, columns).unsqueeze(0)
         latents_1CHW = latents_1CHW / self._scaling_factor + self._shift_factor
         is_whole = shape.width * shape.height <= self.whole_pixels

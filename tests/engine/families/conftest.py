@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tests.engine.families.pipelines import CASES, NEGATIVE, PROMPT, Case
+from tests.engine.families.pipelines import CASES, PROMPT, Case
 from tests.engine.families.ranks import Ranks
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.params import Params
+from tetrion.engine.request import ImageRequest
+from tetrion.engine.resolve import resolve_request
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,23 @@ class Loaded:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        return (PROMPT, NEGATIVE)[: self.case.num_branches]
+        return (PROMPT, self.case.negative)[: self.case.num_branches]
 
-    def params(self, num_steps: int, num_branches: int | None = None) -> Params:
-        case, spec = self.case, self.ours.spec
-        shape = spec.shape(case.width, case.height, case.num_branches if num_branches is None else num_branches)
-        return Params(
-            model=spec.name, shape=shape, num_steps=num_steps, guidance=case.guidance,
-            true_cfg_scale=case.true_cfg_scale, seed=7,
+    def params(self, num_steps: int) -> Params:
+        """As the engine settles a request for `prompts`."""
+        case, (prompt, *negative) = self.case, self.prompts
+        asked = ImageRequest(
+            prompt=prompt, negative_prompt=negative[0] if negative else None, width=case.width, height=case.height,
+            num_steps=num_steps, guidance=case.guidance, seed=7,
+            true_cfg_scale=case.true_cfg_scale if case.true_cfg_scale > 1 else None,
         )  # fmt: skip
+        return resolve_request(asked, self.ours.spec, case.num_devices).params
+
+    def params_of_last(self, num_steps: int) -> Params:
+        """For the last of `prompts` alone."""
+        params = self.params(num_steps)
+        shape = msgspec.structs.replace(params.shape, text=params.shape.text[-1:])
+        return msgspec.structs.replace(params, shape=shape)
 
 
 @pytest.fixture(autouse=True)

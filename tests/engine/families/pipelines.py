@@ -4,7 +4,7 @@ import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,13 +17,19 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -35,6 +41,17 @@ from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
 PROMPT, NEGATIVE = "a red circle above a blue square", "a green star"
 T5_ROWS, T5_WIDTH, POOLED = 19, 96, 40
 LATENT_CHANNELS = 4
+QWEN_WIDTH = 48
+CHAT_TEMPLATE = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+"""What Qwen3's does with one message of a user."""
 
 
 class Drawn(NamedTuple):
@@ -59,6 +76,9 @@ class Case(abc.ABC):
     height: int = 72
     unit: int = 8
     """Pixels of a token's side."""
+    text_rows: ClassVar[int] = T5_ROWS
+    """The most tokens of a prompt."""
+    negative: ClassVar[str] = NEGATIVE
 
     def __str__(self) -> str:
         return self.name
@@ -92,9 +112,9 @@ class Case(abc.ABC):
             return values
 
         (pictures,) = pipeline(
-            prompt=PROMPT, negative_prompt=NEGATIVE, height=self.height, width=self.width,
-            num_inference_steps=num_steps, generator=torch.Generator().manual_seed(seed), output_type="np",
-            max_sequence_length=T5_ROWS, callback_on_step_end=keep, return_dict=False, **self.call(pipeline),
+            prompt=PROMPT, height=self.height, width=self.width, num_inference_steps=num_steps,
+            generator=torch.Generator().manual_seed(seed), output_type="np", max_sequence_length=self.text_rows,
+            callback_on_step_end=keep, return_dict=False, **self.call(pipeline),
         )  # fmt: skip
         return Drawn(self.packed(kept["latents"]), (pictures[0] * 255).round().astype(np.uint8))
 
@@ -131,7 +151,9 @@ class Flux(Case):
         )[0][0]
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        return {"guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg_scale}
+        return {
+            "guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg_scale, "negative_prompt": self.negative
+        }  # fmt: skip
 
     def packed(self, latents: Tensor) -> Tensor:
         return latents[0]
@@ -166,7 +188,7 @@ class SD3(Case):
         return self.packed(velocity)
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        return {"guidance_scale": self.guidance}
+        return {"guidance_scale": self.guidance, "negative_prompt": self.negative}
 
     def packed(self, latents: Tensor) -> Tensor:
         return pack_latents(latents[0])
@@ -175,6 +197,36 @@ class SD3(Case):
 class SD3WithoutT5(SD3):
     with_t5 = False
     shift = 2.0
+
+
+class ZImage(Case):
+    """Prompts of different lengths, neither a multiple of 32; nor is the number of image rows (63)."""
+
+    text_rows = 96
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(3)
+        transformer = ZImageTransformer2DModel(
+            in_channels=LATENT_CHANNELS, n_layers=3, cap_feat_dim=QWEN_WIDTH, axes_lens=[128, 32, 32], **self.options
+        )
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(), transformer=transformer,
+            text_encoder=Qwen3Model(qwen3_config(num_layers=3)), tokenizer=qwen_tokenizer(),
+        )  # fmt: skip
+        return randomized(pipeline)
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        (text,), _ = pipeline.encode_prompt(prompt, None, False, max_sequence_length=self.text_rows)
+        rows, columns = self.tokens
+        pixels = unpack_latents(latents[: rows * columns], rows, columns).unsqueeze(1)
+        times = (1000 - torch.tensor([time])) / 1000
+        return -self.packed(pipeline.transformer([pixels], times, [text], return_dict=False)[0][0][None, :, 0])
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "negative_prompt": self.negative}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return pack_latents(latents[0])
 
 
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
@@ -192,6 +244,14 @@ CASES: tuple[Case, ...] = (
     SD3(
         "sd3.5-large", {"num_attention_heads": 38, "attention_head_dim": 6, "qk_norm": "rms_norm"}, guidance=3.5,
         num_branches=2, num_devices=8, width=32, height=40,
+    ),
+    ZImage(
+        "z-image", {"dim": 60, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [2, 4, 4]}, guidance=4.0, num_branches=2,
+        num_devices=5, preset={"max_text_tokens": 96},
+    ),
+    ZImage(
+        "z-image-turbo", {"dim": 300, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [2, 4, 4]}, guidance=0.0,
+        preset={"max_text_tokens": 96}, width=64, height=64,
     ),
 )  # fmt: skip
 """Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
@@ -225,6 +285,24 @@ def t5() -> T5EncoderModel:
     )  # fmt: skip
 
 
+def qwen3_config(num_layers: int) -> Qwen3Config:
+    tokenizer = qwen_tokenizer()
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=QWEN_WIDTH, intermediate_size=64, num_hidden_layers=num_layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A token for each byte, marks of a chat."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(_shapes("tokenizer"))
 
@@ -243,7 +321,7 @@ def randomized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
             for name, parameter in part.named_parameters():
-                if parameter.ndim == 1:
+                if parameter.ndim == 1 or "pad_token" in name:
                     about = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                     parameter.copy_(torch.randn_like(parameter) * 0.2 + about)
     pipeline.set_progress_bar_config(disable=True)

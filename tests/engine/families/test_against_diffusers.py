@@ -12,13 +12,13 @@ TOLERANCE = 1e-5
 
 def test_one_step_is_the_transformers(loaded: Loaded) -> None:
     case, ours, step = loaded.case, loaded.ours, 1
-    params = loaded.params(NUM_STEPS, num_branches=1)
+    params = loaded.params_of_last(NUM_STEPS)
     latents = ours.model.codec.noise(3, params.shape)
     time = float(ours.model.schedule(NUM_STEPS, params.shape).times[step])
     prompt = loaded.prompts[-1]
     expected = case.velocity(loaded.theirs, latents, time, prompt)
     (text,) = ours.encode([prompt])
-    assert_close(ours.velocity(text, latents, params, step), expected)
+    assert_close(ours.velocity(text, latents, params, step)[: len(expected)], expected)
 
 
 def test_a_run_is_the_pipelines_from_prompt_to_pixels(loaded: Loaded) -> None:
@@ -27,7 +27,7 @@ def test_a_run_is_the_pipelines_from_prompt_to_pixels(loaded: Loaded) -> None:
     expected = loaded.case.draw(loaded.theirs, NUM_STEPS, params.seed)
     noise = ours.model.codec.noise(params.seed, params.shape)
     latents = ours.denoise(ours.encode(loaded.prompts), noise, params, [((0,), NUM_STEPS)])
-    assert_close(latents, expected.latents)
+    assert_close(latents[: len(expected.latents)], expected.latents)
     picture = ours.model.codec.decode(latents, params.shape).pixels.numpy()
     assert np.abs(picture.astype(int) - expected.picture).max() <= 1
 

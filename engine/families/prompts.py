@@ -1,0 +1,82 @@
+"""A prompt as a language model reads it: put into the form of a chat, then cut into tokens, by the checkpoint's own
+tokenizer files. Engine and workers read prompts by the same code, so that the engine knows how many rows a text has.
+
+No torch. The form is the family's: what the checkpoint's own chat template makes of a prompt is compared with it when
+a worker loads the model (`models/language_encoders.py`), so that no template is run for a request.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from tetrion.engine.errors import shown
+from tetrion.engine.families.files import MAX_BYTES, fault, read_object
+from tetrion.engine.families.hash_tokens import HashTokenizer
+from tetrion.engine.families.tokenizers import TOKENIZER_CONFIG, WHOLE, has_vocabulary
+
+CACHED_TOKENIZERS = 8
+
+
+class ChatForm(NamedTuple):
+    """A user's message and what stands around it. `options`: of the chat template, with which it makes that."""
+
+    before: str
+    after: str
+    options: Mapping[str, bool] = {}
+
+    def of(self, prompt: str) -> str:
+        return f"{self.before}{prompt}{self.after}"
+
+
+class Prompt(NamedTuple):
+    """`ids`: at most as many as the encoder takes; `num_tokens`: before it was cut."""
+
+    ids: list[int]
+    num_tokens: int
+
+
+class PromptReader:
+    """Prompts of one model."""
+
+    def __init__(self, tokenizer: Path, form: ChatForm, vocab_size: int, max_tokens: int) -> None:
+        """`tokenizer`: the component's folder; one without a vocabulary (for `dummy`) makes a token of each word.
+        `padding`: the id of what fills a text up. Raises CheckpointError for a vocabulary that cannot be used."""
+        self.form, self.max_tokens = form, max_tokens
+        self._words = None if has_vocabulary(tokenizer) else HashTokenizer(vocab_size, end=vocab_size - 1)
+        self._tokenizer = load_tokenizer(tokenizer) if self._words is None else None
+        self.padding = 0 if self._tokenizer is None else _padding(tokenizer, self._tokenizer)
+
+    def read(self, prompt: str) -> Prompt:
+        if self._tokenizer is not None:
+            ids = self._tokenizer.encode(self.form.of(prompt)).ids
+            return Prompt(ids[: self.max_tokens], len(ids))
+        assert self._words is not None
+        num_tokens = self._words.num_tokens(prompt)
+        return Prompt(self._words.ids(prompt, min(num_tokens, self.max_tokens)), num_tokens)
+
+
+@functools.lru_cache(CACHED_TOKENIZERS)
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Raises CheckpointError if the folder holds none that can be used."""
+    path = folder / WHOLE
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare ones
+        raise fault(path, f" holds no usable tokenizer: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _padding(folder: Path, tokenizer: Tokenizer) -> int:
+    token = read_object(folder / TOKENIZER_CONFIG).get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if found is None:
+        raise fault(folder / TOKENIZER_CONFIG, f": pad_token {shown(token)} is not in the vocabulary")
+    return found

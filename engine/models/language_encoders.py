@@ -1,0 +1,149 @@
+"""Language models as text encoders: hidden states of some layers of a library module, over given weights.
+
+Owns how a prompt's ids become rows, whatever the model: padded to one length, causal, with the prompt's own tokens as
+the only keys. Layers beyond the last one that is asked for are neither loaded nor run. Another model of the same kind
+is another config class and base class (`LanguageKind`). Worker-only: importing it takes seconds.
+
+Shapes: L, the padded length; a prompt's own tokens come first.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tetrion.engine.families.files import fault, read_file, read_object
+from tetrion.engine.families.library_shapes import LANGUAGE_PREFIX
+from tetrion.engine.families.plan import Part
+from tetrion.engine.families.prompts import ChatForm, PromptReader
+from tetrion.engine.families.tokenizers import TOKENIZER_CONFIG, has_vocabulary
+from tetrion.engine.model_spec import CheckpointError
+from tetrion.engine.models.dummy import module_shapes
+from tetrion.engine.models.loading import Component, TensorFiles, build_module
+
+TEMPLATE_FILE = "chat_template.jinja"
+EXAMPLE = "a cat"
+"""A prompt that is put into a template to see what stands around it."""
+
+
+class LanguageKind(NamedTuple):
+    """A language model of transformers: its classes."""
+
+    config: type[PretrainedConfig]
+    model: type[PreTrainedModel]
+    rotary: type[nn.Module]
+
+
+QWEN3 = LanguageKind(Qwen3Config, Qwen3Model, Qwen3RotaryEmbedding)
+
+
+class LanguageIds(NamedTuple):
+    """`ids`: int64 [1, L]; `count`: int64 [1], the prompt's own of them. On the host."""
+
+    ids: Tensor
+    count: Tensor
+    num_tokens: int
+
+
+class LanguageEncoder:
+    """`layers`: whose outputs are put side by side, 1 being the first's."""
+
+    def __init__(
+        self,
+        kind: LanguageKind,
+        folder: Path,
+        tokenizer: Path,
+        tensors: Mapping[str, Tensor],
+        layers: Sequence[int],
+        reader: PromptReader,
+    ) -> None:
+        """Raises CheckpointError if a tensor is missing, or if the checkpoint's chat template makes something else of a
+        prompt than the family does."""
+        if has_vocabulary(tokenizer):
+            check_form(tokenizer, reader.form)
+        config = _load_config(kind, folder, max(layers))
+        self._layers, self._reader = tuple(layers), reader
+        self._model: Any = build_module(_builder(kind, config), tensors, folder)
+        device = next(self._model.parameters()).device
+        self._model.rotary_emb = kind.rotary(config=config).to(device)  # its buffer is in no checkpoint
+
+    def ids(self, prompt: str) -> LanguageIds:
+        own, num_tokens = self._reader.read(prompt)
+        ids = torch.full((1, self._reader.max_tokens), self._reader.padding)
+        ids[0, : len(own)] = torch.tensor(own, dtype=torch.int64)
+        return LanguageIds(ids, torch.tensor([len(own)]), num_tokens)
+
+    def rows(self, ids: Tensor, count: Tensor) -> Tensor:
+        """[L, width of all layers]. Rows of padding look at the prompt's own tokens alone, as in diffusers."""
+        x_1LC = self._model.embed_tokens(ids)
+        position_L = torch.arange(ids.shape[1], device=ids.device)
+        position_1L = position_L.unsqueeze(0)
+        mask_LL = (position_1L <= position_L.unsqueeze(1)) & (position_1L < count)
+        rotations, outputs = self._model.rotary_emb(x_1LC, position_1L), {}
+        for i, layer in enumerate(self._model.layers, start=1):
+            outputs[i] = x_1LC = layer(
+                x_1LC, attention_mask=mask_LL[None, None], position_ids=position_1L, position_embeddings=rotations
+            )
+        return torch.cat([outputs[i][0] for i in self._layers], dim=-1)
+
+
+def language_shapes_of(kind: LanguageKind, num_layers: int) -> Callable[[Path], dict[str, tuple[int, ...]]]:
+    """Of all tensors that a component's config means, without those of further layers."""
+    return lambda folder: module_shapes(_builder(kind, _load_config(kind, folder, num_layers)))
+
+
+def language_component(kind: LanguageKind, folder: Path, files: TensorFiles, num_layers: int) -> Component:
+    """What is loaded of a checkpoint that may hold more: a head, further layers."""
+    prefix = LANGUAGE_PREFIX if any(name.startswith(LANGUAGE_PREFIX) for name in files.names) else ""
+    names = language_shapes_of(kind, num_layers)(folder)
+    return Component(files, {name: Part((f"{prefix}{name}",)) for name in names})
+
+
+def check_form(tokenizer: Path, form: ChatForm) -> None:
+    """Raises CheckpointError unless the checkpoint's own chat template makes `form` of a prompt."""
+    messages = [[{"role": "user", "content": EXAMPLE}]]
+    template = _read_template(tokenizer)
+    try:
+        (found,), _ = render_jinja_template(
+            messages, chat_template=template, add_generation_prompt=True, **dict(form.options)
+        )
+    except Exception as error:  # of a template anything may be wrong
+        raise fault(tokenizer, f": its chat template cannot be used: {error}") from None
+    if found != form.of(EXAMPLE):
+        raise fault(tokenizer, f": its chat template makes {found!r} of {EXAMPLE!r}, expected {form.of(EXAMPLE)!r}")
+
+
+def _read_template(tokenizer: Path) -> str:
+    if (tokenizer / TEMPLATE_FILE).is_file():
+        return read_file(tokenizer / TEMPLATE_FILE).decode(errors="replace")
+    template = read_object(tokenizer / TOKENIZER_CONFIG).get("chat_template")
+    if not isinstance(template, str):
+        raise fault(tokenizer, f" has no chat template (neither {TEMPLATE_FILE} nor chat_template in its config)")
+    return template
+
+
+def _builder(kind: LanguageKind, config: PretrainedConfig) -> Callable[[], PreTrainedModel]:
+    def build() -> PreTrainedModel:
+        model: Any = kind.model(config)
+        model.norm = nn.Identity()  # no layer's output that is taken has been normed
+        return model
+
+    return build
+
+
+def _load_config(kind: LanguageKind, folder: Path, num_layers: int) -> PretrainedConfig:
+    """For the first layers alone."""
+    try:
+        config = kind.config.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"model: {str(folder)!r} holds no usable {kind.config.__name__}: {error}") from None
+    config.num_hidden_layers = num_layers
+    config.layer_types = config.layer_types[:num_layers]
+    config._attn_implementation = "sdpa"
+    return config
