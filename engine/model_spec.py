@@ -127,10 +127,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         most = {"text": self.max_text_tokens, "image": image, "reference": self.max_reference_rows, "one": 1}
         return most[kind]
 
-    def shape(self, width: int, height: int, num_branches: int = 1, text: tuple[int, ...] = ()) -> StepShape:
-        """Of a picture of `width` × `height` pixels. `text`: rows of each branch; as many as there can be if it does not
-        say."""
-        text = text or (self.max_text_tokens,) * num_branches
+    def shape(self, width: int, height: int, num_branches: int = 1) -> StepShape:
+        """Of a picture of `width` × `height` pixels, with as much text as there can be."""
+        text = (self.max_text_tokens,) * num_branches
         return StepShape(width=width, height=height, image=self.sizes.num_rows(width, height), text=text)
 
     def legal_degrees(self, num_devices: int, num_branches: int = 1) -> tuple[int, ...]:

@@ -24,8 +24,8 @@ _Id = Annotated[int, Meta(ge=0, le=2**62)]
 
 
 class TokenizerKind(NamedTuple):
-    """`name`: transformers' class. `parts`: what may be there in place of tokenizer.json, if anything. `model`: what that
-    is of."""
+    """`name`: transformers' class. `parts`: what may be there in place of tokenizer.json, if anything. `model`: what
+    that is of."""
 
     name: str
     parts: tuple[str, ...]

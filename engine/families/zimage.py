@@ -7,7 +7,6 @@ A text has as many rows as its prompt has tokens, filled up to a multiple of 32;
 """
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,7 +94,7 @@ class ZImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     t_scale: Annotated[float, Meta(gt=0, le=1e6)] = 1000.0
     axes_dims: _Axes = (32, 48, 48)
     axes_lens: _Axes = (1024, 512, 512)
-    all_patch_size: Annotated[tuple[Literal[2], ...], Meta(min_length=1, max_length=1)] = (PATCH,)
+    all_patch_size: Annotated[tuple[Literal[2], ...], Meta(min_length=1, max_length=1)] = (2,)
     all_f_patch_size: Annotated[tuple[Literal[1], ...], Meta(min_length=1, max_length=1)] = (1,)
 
     @property
@@ -240,7 +239,7 @@ class ZImage:
         reader = prompt_reader(Path(spec.path))
         prompts = [request.prompt, *([request.negative_prompt or ""] if _is_guided(request) else [])]
         text = tuple(filled(len(reader.read(prompt).ids)) for prompt in prompts)
-        return spec.shape(request.width, request.height, text=text)
+        return msgspec.structs.replace(spec.shape(request.width, request.height), text=text)
 
 
 def filled(num_rows: int) -> int:

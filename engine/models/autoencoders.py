@@ -8,9 +8,9 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
@@ -29,26 +29,36 @@ from tetrion.kernels.reference import silu
 class Autoencoder:
     """The codec of families whose tokens are 2 × 2 latent pixels of an AutoencoderKL: noise, and its decoding half."""
 
-    UNUSED_PREFIXES = ("encoder.", "quant_conv.")
+    KIND: ClassVar[Any] = AutoencoderKL
+    CONFIG: ClassVar[type[VaeConfig]] = VaeConfig
+    UNUSED_PREFIXES: ClassVar[tuple[str, ...]] = ("encoder.", "quant_conv.")
     """Parts of the VAE that only turn pictures into latents."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         """folder: the checkpoint's `vae/`. Raises CheckpointError for missing tensors or an unsupported class."""
-        config = _read_config(folder)
+        config = read_part(folder, self.CONFIG, self.KIND.__name__)
         self.whole_pixels = math.inf
         """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
         self._size_multiple, self._num_channels = spec.sizes.multiple, config.latent_channels
         self._scaling_factor, self._shift_factor = config.scaling_factor, config.shift_factor or 0.0
-        self._vae = build_module(_builder(folder), tensors, folder, unused=self.UNUSED_PREFIXES)
+        self._vae = build_module(self._builder(folder), tensors, folder, unused=self.UNUSED_PREFIXES)
         weight = self._vae.decoder.conv_in.weight
         self._device, self._dtype = weight.device, weight.dtype
         if self._device.type == "cpu":
             _make_thread_exact(self._vae)
 
-    @staticmethod
-    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
         """Of all tensors that the config means."""
-        return module_shapes(_builder(folder))
+        return module_shapes(cls._builder(folder))
+
+    @classmethod
+    def _builder(cls, folder: Path) -> Callable[[], Any]:
+        return functools.partial(cls.KIND.from_config, read_object(folder / CONFIG))
+
+    def _decodable(self, latents: Tensor, rows: int, columns: int) -> Tensor:
+        """Packed latents of rows × columns tokens as the decoder takes them: [channels, height, width]."""
+        return unpack_latents(latents, rows, columns) / self._scaling_factor + self._shift_factor
 
     def fuse(self) -> None:
         from tetrion.engine.models.fused_decoder import fuse  # which needs Triton
@@ -56,35 +66,23 @@ class Autoencoder:
         fuse(self._vae.decoder)
 
     def noise(self, seed: int, shape: StepShape) -> Tensor:
-        """As `models.family.LatentCodec`: drawn as latent pixels [channels, height, width], then packed. Rows that cover
-        nothing are zeros."""
+        """As `models.family.LatentCodec`: drawn as latent pixels [channels, height, width], then packed."""
         rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
         generator = torch.Generator("cpu").manual_seed(seed)
         size = (1, self._num_channels, 2 * rows, 2 * columns)
-        packed = pack_latents(torch.randn(size, generator=generator, dtype=torch.float32)[0])
-        return F.pad(packed, (0, 0, 0, shape.image - len(packed)))
+        return pack_latents(torch.randn(size, generator=generator, dtype=torch.float32)[0])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, shape: StepShape) -> Picture:
         """As `models.family.LatentCodec`; without waiting for the device."""
         rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
-        latents = latents[: rows * columns]
-        latents_1CHW = unpack_latents(latents, rows, columns).unsqueeze(0)
-        latents_1CHW = latents_1CHW / self._scaling_factor + self._shift_factor
+        latents_1CHW = self._decodable(latents, rows, columns).unsqueeze(0)
         is_whole = shape.width * shape.height <= self.whole_pixels
         decode = self._vae.decode if is_whole else self._vae.tiled_decode
         picture_CHW = decode(latents_1CHW.to(self._dtype), return_dict=False)[0][0]
         picture_HWC = (picture_CHW.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
         pixels = (picture_HWC * 255).round().to(torch.uint8).contiguous()
         return Picture(pixels, is_finite(latents) & is_finite(picture_CHW))
-
-
-def _read_config(folder: Path) -> VaeConfig:
-    return read_part(folder, VaeConfig, "AutoencoderKL")
-
-
-def _builder(folder: Path) -> Callable[[], AutoencoderKL]:
-    return functools.partial(AutoencoderKL.from_config, read_object(folder / CONFIG))
 
 
 class PointwiseConv2d(nn.Module):

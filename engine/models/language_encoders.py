@@ -44,10 +44,10 @@ QWEN3 = LanguageKind(Qwen3Config, Qwen3Model, Qwen3RotaryEmbedding)
 
 
 class LanguageIds(NamedTuple):
-    """`ids`: int64 [1, L]; `count`: int64 [1], the prompt's own of them. On the host."""
+    """`ids`: int64 [1, L]; `length`: int64 [1], how many of them are the prompt's own. On the host."""
 
     ids: Tensor
-    count: Tensor
+    length: Tensor
     num_tokens: int
 
 
@@ -79,12 +79,12 @@ class LanguageEncoder:
         ids[0, : len(own)] = torch.tensor(own, dtype=torch.int64)
         return LanguageIds(ids, torch.tensor([len(own)]), num_tokens)
 
-    def rows(self, ids: Tensor, count: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, length: Tensor) -> Tensor:
         """[L, width of all layers]. Rows of padding look at the prompt's own tokens alone, as in diffusers."""
         x_1LC = self._model.embed_tokens(ids)
         position_L = torch.arange(ids.shape[1], device=ids.device)
         position_1L = position_L.unsqueeze(0)
-        mask_LL = (position_1L <= position_L.unsqueeze(1)) & (position_1L < count)
+        mask_LL = (position_1L <= position_L.unsqueeze(1)) & (position_1L < length)
         rotations, outputs = self._model.rotary_emb(x_1LC, position_1L), {}
         for i, layer in enumerate(self._model.layers, start=1):
             outputs[i] = x_1LC = layer(
@@ -107,12 +107,11 @@ def language_component(kind: LanguageKind, folder: Path, files: TensorFiles, num
 
 def check_form(tokenizer: Path, form: ChatForm) -> None:
     """Raises CheckpointError unless the checkpoint's own chat template makes `form` of a prompt."""
-    messages = [[{"role": "user", "content": EXAMPLE}]]
-    template = _read_template(tokenizer)
+    messages, template = [[{"role": "user", "content": EXAMPLE}]], _read_template(tokenizer)
+    options: dict[str, Any] = {"add_generation_prompt": True, **form.options}
     try:
-        (found,), _ = render_jinja_template(
-            messages, chat_template=template, add_generation_prompt=True, **dict(form.options)
-        )
+        rendered: Any = render_jinja_template(messages, chat_template=template, **options)
+        ((found,), _) = rendered
     except Exception as error:  # of a template anything may be wrong
         raise fault(tokenizer, f": its chat template cannot be used: {error}") from None
     if found != form.of(EXAMPLE):

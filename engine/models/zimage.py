@@ -40,7 +40,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
-from tetrion.engine.models.family import Attend, Constant, Model, Tokens
+from tetrion.engine.models.family import Attend, Constant, Model, Picture, Tokens
 from tetrion.engine.models.language_encoders import QWEN3, LanguageEncoder, language_component, language_shapes_of
 from tetrion.engine.models.layers import Embedder, linear_of, take, timestep_embedding
 from tetrion.engine.models.loading import Component, component_tensors
@@ -132,7 +132,9 @@ def build_weights(config: ZImageConfig, tensors: Mapping[str, Tensor]) -> ZImage
     )
 
 
-def modulations(ops: Ops, weights: ZImageWeights, config: ZImageConfig, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+def modulations(
+    ops: Ops, weights: ZImageWeights, config: ZImageConfig, timesteps: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Every block's factors and gates for all steps of a request, with its norms' weights in them: [S, V, C].
 
     timesteps: [S] fp32, as the scheduler gives them (0 … 1000). The network counts from the other end.
@@ -255,9 +257,7 @@ class ZImageText:
         positions = torch.zeros(max_tokens, 3, dtype=torch.float64)
         positions[:, 0] = torch.arange(1, max_tokens + 1)
         device = network.weights.text_norm.device
-        self._rope = tuple(
-            table.repeat_interleave(2, dim=1).to(device) for table in _turns(network.config, positions)
-        )
+        self._rope = tuple(table.repeat_interleave(2, dim=1).to(device) for table in _turns(network.config, positions))
 
     def tokens(self, prompt: str) -> Tokens:
         ids, count, num_tokens = self._encoder.ids(prompt)
@@ -293,6 +293,21 @@ class ZImageText:
         parts = reference.qk_norm_rope(qkv_fp32, block.q_norm.float(), block.k_norm.float(), (cos, sin), QK_EPSILON)
         q, k, v = (part.to(qkv.dtype).transpose(0, 1).unsqueeze(0) for part in parts)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=is_key.view(1, 1, 1, -1))[0].transpose(0, 1).flatten(1)
+
+
+class ZImageCodec(Autoencoder):
+    """Rows that cover nothing begin as zeros; what becomes of them is of no account."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
+        super().__init__(folder, tensors, spec)
+        self._sizes = spec.sizes
+
+    def noise(self, seed: int, shape: StepShape) -> Tensor:
+        packed = super().noise(seed, shape)
+        return F.pad(packed, (0, 0, 0, shape.image - len(packed)))
+
+    def decode(self, latents: Tensor, shape: StepShape) -> Picture:
+        return super().decode(latents[: self._sizes.num_covered(shape.width, shape.height)], shape)
 
 
 def schedule(spec: ModelSpec, num_steps: int, shape: StepShape) -> Schedule:
@@ -335,7 +350,7 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         spec=spec,
         network=transformer,
         text=ZImageText(encoder, transformer, spec.max_text_tokens),
-        codec=Autoencoder(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec),
+        codec=ZImageCodec(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec),
         schedule=functools.partial(schedule, spec),
         guidance_factor=lambda params: 1 + params.guidance,
     )

@@ -1,4 +1,4 @@
-"""x + gate · RMSNorm(y), normed again and scaled, against the fp32 reference; strided, row-exact, vectors from tables."""
+"""x + gate · RMSNorm(y), normed again and scaled, against the fp32 reference; strided, row-exact, from tables."""
 
 import pytest
 import torch
