@@ -48,13 +48,46 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Pixels a latent pixel's side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        """Of the decoder's blocks, the widest last."""
+        return self.block_out_channels
+
+    @property
+    def num_scaled(self) -> int:
+        """Channels of packed latents that are scaled one by one."""
+        return 0
+
     def __post_init__(self) -> None:
         if len(self.up_block_types) != len(self.block_out_channels):
             raise ValueError(f"up_block_types {len(self.up_block_types)} must be as many as block_out_channels")
-        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+        if len(self.decoder_channels) != len(self.block_out_channels):
+            raise ValueError(f"decoder_block_out_channels {len(self.decoder_channels)} must be as many, too")
+        if any(channels % self.norm_num_groups for channels in (*self.block_out_channels, *self.decoder_channels)):
             raise ValueError(
                 f"norm_num_groups {self.norm_num_groups} must divide block_out_channels {list(self.block_out_channels)}"
             )
+
+
+class Flux2VaeConfig(VaeConfig, frozen=True, kw_only=True):
+    """Of an AutoencoderKLFlux2, whose latents are packed 2 × 2 and then scaled channel by channel, by the statistics of
+    a batch norm."""
+
+    block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)] = (128, 256, 512, 512)
+    decoder_block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)] | None = None
+    latent_channels: Size = 32
+    layers_per_block: Count = 2
+    up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",) * 4
+    batch_norm_eps: _Epsilon = 1e-4
+    patch_size: Annotated[tuple[Literal[2], ...], Meta(min_length=2, max_length=2)] = (2, 2)
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        return self.decoder_block_out_channels or self.block_out_channels
+
+    @property
+    def num_scaled(self) -> int:
+        return 4 * self.latent_channels
 
 
 class ClipConfig(msgspec.Struct, frozen=True, kw_only=True):

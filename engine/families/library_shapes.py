@@ -128,7 +128,9 @@ def _language(config: LanguageConfig, num_layers: int) -> Named:
 
 
 def _decoder(config: VaeConfig) -> Named:
-    channels, latent = config.block_out_channels[::-1], config.latent_channels
+    channels, latent = config.decoder_channels[::-1], config.latent_channels
+    for statistic in ("running_mean", "running_var") if config.num_scaled else ():
+        yield f"bn.{statistic}", (config.num_scaled,)
     if config.use_post_quant_conv:
         yield from _conv("post_quant_conv", latent, latent, 1)
     yield from _conv("decoder.conv_in", channels[0], latent, 3)

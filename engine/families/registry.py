@@ -15,6 +15,7 @@ FAMILIES = {
     "FluxPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
     "ZImagePipeline": "zimage",
+    "Flux2KleinPipeline": "flux2",
 }
 """Pipeline (`_class_name` in model_index.json) -> module in `families/`, and of the same name in `models/`."""
 

@@ -40,12 +40,13 @@ class DummyFiles:
         return self._shapes[name]
 
     def read(self, name: str, device: torch.device) -> Tensor:
-        """bf16, normal with deviation 0.02 around 0, for weights of norms around 1."""
+        """bf16, normal with deviation 0.02 around 0, for weights of norms and variances around 1."""
         generator = torch.Generator(device).manual_seed(hashed(f"{self.folder.name}/{name}"))
         shape = self.shape(name)
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)
         values.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-        return values + 1 if len(shape) == 1 and "norm" in name and name.endswith("weight") else values
+        is_factor = name.endswith("running_var") or (len(shape) == 1 and "norm" in name and name.endswith("weight"))
+        return values + 1 if is_factor else values
 
 
 def module_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:

@@ -44,6 +44,18 @@ def timestep_embedding(values: Tensor) -> Tensor:
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
+def rotary_angles(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Tensor:
+    """Angles fp64 [n, head_dim / 2] by which pairs of channels turn (arXiv:2104.09864), those of an axis side by side;
+    positions: [n, axes]."""
+    return torch.cat(
+        [
+            torch.outer(positions[:, i].double(), 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))
+            for i, dim in enumerate(axes_dims)
+        ],
+        dim=1,
+    )
+
+
 class Sum(NamedTuple):
     """A stream's hidden states between two sub-blocks, x + gate · y: the next one adds, in one pass with its norm."""
 

@@ -42,7 +42,7 @@ from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Picture, Tokens
 from tetrion.engine.models.language_encoders import QWEN3, LanguageEncoder, language_component, language_shapes_of
-from tetrion.engine.models.layers import Embedder, linear_of, take, timestep_embedding
+from tetrion.engine.models.layers import Embedder, linear_of, rotary_angles, take, timestep_embedding
 from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
@@ -156,24 +156,18 @@ def rope(config: ZImageConfig, rows: int, columns: int, num_image: int, num_text
     Positions are (1 + i, 0, 0) for text, (1 + T, row, column) for the picture, whose `num_image` rows are filled up
     with some at the origin. Angles are rounded to fp32, as diffusers does.
     """
-    image = torch.zeros(num_image, 3, dtype=torch.float64)
+    image = torch.zeros(num_image, 3)
     grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
     image[: len(grid), 0] = num_text + 1
     image[: len(grid), 1:] = grid
-    text = torch.zeros(num_text, 3, dtype=torch.float64)
+    text = torch.zeros(num_text, 3)
     text[:, 0] = torch.arange(1, num_text + 1)
     return _turns(config, torch.cat([image, text]))
 
 
 def _turns(config: ZImageConfig, positions: Tensor) -> Rope:
-    """cos, sin [n, head_dim / 2] of positions fp64 [n, 3], which are on the host."""
-    angles = torch.cat(
-        [
-            torch.outer(positions[:, i], 1 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))
-            for i, dim in enumerate(config.axes_dims)
-        ],
-        dim=1,
-    ).float()
+    """cos, sin [n, head_dim / 2] of positions [n, 3], which are on the host."""
+    angles = rotary_angles(positions, config.axes_dims, config.rope_theta).float()
     return angles.cos(), angles.sin()
 
 
@@ -254,7 +248,7 @@ class ZImageText:
 
     def __init__(self, encoder: LanguageEncoder, network: ZImageTransformer, max_tokens: int) -> None:
         self._encoder, self._config, self._weights = encoder, network.config, network.weights
-        positions = torch.zeros(max_tokens, 3, dtype=torch.float64)
+        positions = torch.zeros(max_tokens, 3)
         positions[:, 0] = torch.arange(1, max_tokens + 1)
         device = network.weights.text_norm.device
         self._rope = tuple(table.repeat_interleave(2, dim=1).to(device) for table in _turns(network.config, positions))

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -29,6 +32,7 @@ from transformers import (
     CLIPTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -229,7 +233,53 @@ class ZImage(Case):
         return pack_latents(latents[0])
 
 
+class Flux2Klein(Case):
+    """The pipeline's second prompt is empty, whatever is asked."""
+
+    text_rows = 96
+    negative = ""
+    is_distilled = False
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(4)
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=3, joint_attention_dim=3 * QWEN_WIDTH,
+            guidance_embeds=False, **self.options,
+        )  # fmt: skip
+        autoencoder = AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
+            layers_per_block=1, decoder_block_out_channels=(8, 12, 16),
+        )  # fmt: skip
+        autoencoder.bn.running_mean.normal_()
+        autoencoder.bn.running_var.uniform_(0.5, 2)
+        pipeline = Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=autoencoder,
+            text_encoder=Qwen3ForCausalLM(qwen3_config(num_layers=28)), tokenizer=qwen_tokenizer(),
+            transformer=transformer, is_distilled=self.is_distilled,
+        )  # fmt: skip
+        return randomized(pipeline)
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, text_ids = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
+        image_ids = pipeline._prepare_latent_ids(torch.empty(1, 1, *self.tokens))
+        return pipeline.transformer(
+            latents[None], text, torch.tensor([time]) / 1000, image_ids, text_ids, return_dict=False
+        )[0][0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
+class Flux2KleinDistilled(Flux2Klein):
+    is_distilled = True
+
+
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
+FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4)}
 CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
@@ -253,6 +303,10 @@ CASES: tuple[Case, ...] = (
         "z-image-turbo", {"dim": 300, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [2, 4, 4]}, guidance=0.0,
         preset={"max_text_tokens": 96}, width=64, height=64,
     ),
+    Flux2Klein(
+        "flux2-klein-base", FLUX2, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 96}
+    ),
+    Flux2KleinDistilled("flux2-klein", FLUX2, guidance=4.0, preset={"max_text_tokens": 96}),
 )  # fmt: skip
 """Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
 
