@@ -1,7 +1,8 @@
 """Z-Image and Z-Image-Turbo, for the engine.
 
-Both have the same config: without a preset the base model's defaults hold, and what is distilled needs a preset. The
-guidance is how much is added of the difference that the prompt makes: 0 is none, 5 is what others call 6.
+Both have the same networks; without a preset the scheduler tells which it is: Turbo's noise levels are shifted by 3,
+the base model's by 6. The guidance is how much is added of the difference that the prompt makes: 0 is none, 5 is what
+others call 6.
 
 A text has as many rows as its prompt has tokens, filled up to a multiple of 32; so has the picture.
 """
@@ -61,6 +62,8 @@ CLASSES = {
     "scheduler": (SCHEDULER,),
 }
 BASE = Preset(num_steps=50, guidance=5.0, max_text_tokens=512)
+TURBO = Preset(num_steps=8, guidance=None, max_text_tokens=512)
+TURBO_SHIFT = 3.0
 CHAT = ChatForm("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", {"enable_thinking": True})
 ROW_MULTIPLE = 32
 """Both segments' rows are filled up to a multiple of this, with rows that are attended to."""
@@ -186,7 +189,8 @@ class ZImage:
             tokenizers={"tokenizer": QWEN_TOKENIZER},
             with_weights=WITH_WEIGHTS,
         )
-        scheduler, preset = read_scheduler(folder), read_preset(folder, BASE)
+        scheduler = read_scheduler(folder)
+        preset = read_preset(folder, TURBO if scheduler.shift <= TURBO_SHIFT else BASE)
         transformer = read_config(component_folder(folder, "transformer") / "config.json")
         vae = read_part(component_folder(folder, "vae"), VaeConfig, "AutoencoderKL")
         encoder, language = _read_language(folder, preset)

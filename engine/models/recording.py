@@ -64,7 +64,7 @@ def pass_operators(spec: ModelSpec, shape: StepShape, degree: int, branch: int) 
     network = family_module(spec).network(spec, _meta_weights(spec), recorder)
     fields = {field.name: _meta(shape.rows(field.rows, branch), field.width) for field in spec.fields}
     constants = {
-        name: tensor if segment is None else _meta(group.padded[segment], *tensor.shape[1:])
+        name: tensor if segment is None else tensor.new_empty(group.padded[segment], *tensor.shape[1:])
         for name, (tensor, segment) in network.constants(fields, shape, branch).items()
     }
     latents = _meta(group.padded[spec.stepped], network.out_channels)

@@ -207,6 +207,7 @@ class ZImage(Case):
     """Prompts of different lengths, neither a multiple of 32; nor is the number of image rows (63)."""
 
     text_rows = 96
+    shift: ClassVar[float] = 6.0
 
     def pipeline(self) -> DiffusionPipeline:
         torch.manual_seed(3)
@@ -214,7 +215,7 @@ class ZImage(Case):
             in_channels=LATENT_CHANNELS, n_layers=3, cap_feat_dim=QWEN_WIDTH, axes_lens=[128, 32, 32], **self.options
         )
         pipeline = ZImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(), transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.shift), vae=vae(), transformer=transformer,
             text_encoder=Qwen3Model(qwen3_config(num_layers=3)), tokenizer=qwen_tokenizer(),
         )  # fmt: skip
         return randomized(pipeline)
@@ -231,6 +232,10 @@ class ZImage(Case):
 
     def packed(self, latents: Tensor) -> Tensor:
         return pack_latents(latents[0])
+
+
+class ZImageTurbo(ZImage):
+    shift = 3.0
 
 
 class Flux2Klein(Case):
@@ -299,7 +304,7 @@ CASES: tuple[Case, ...] = (
         "z-image", {"dim": 60, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [2, 4, 4]}, guidance=4.0, num_branches=2,
         num_devices=5, preset={"max_text_tokens": 96},
     ),
-    ZImage(
+    ZImageTurbo(
         "z-image-turbo", {"dim": 300, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [2, 4, 4]}, guidance=0.0,
         preset={"max_text_tokens": 96}, width=64, height=64,
     ),
