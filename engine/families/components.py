@@ -152,6 +152,7 @@ class LanguageConfig(msgspec.Struct, frozen=True, kw_only=True):
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
     use_sliding_window: Literal[False] = False
+    layer_types: Annotated[tuple[Literal["full_attention"], ...], Meta(max_length=1000)] | None = None
     rope_scaling: None = None
     rope_parameters: _Rope | None = None
 

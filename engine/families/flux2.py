@@ -241,6 +241,11 @@ def dynamic_shift(num_rows: int, num_steps: int) -> float:
 @functools.lru_cache(maxsize=8)
 def prompt_reader(folder: Path) -> PromptReader:
     """Of the checkpoint in `folder`. Raises CheckpointError; OSError."""
+    return _prompt_reader(folder)
+
+
+def _prompt_reader(folder: Path) -> PromptReader:
+    """As its files are now."""
     preset = read_preset(folder, BASE)
     encoder = component_folder(folder, "text_encoder")
     language = read_qwen3(encoder, max(TEXT_LAYERS), preset.max_text_tokens)
@@ -256,7 +261,7 @@ def _check_files(folder: Path, transformer: Flux2Config, vae: Flux2VaeConfig, la
     """Weights and tokenizer by what their configs mean. Raises CheckpointError; OSError."""
     folders = {name: component_folder(folder, name) for name in WITH_WEIGHTS}
     check_tokenizer(component_folder(folder, "tokenizer"), QWEN_TOKENIZER, language.vocab_size)
-    prompt_reader(folder)
+    _prompt_reader(folder)
     check_plan(weights_plan(transformer), read_shapes(folders["transformer"]), folders["transformer"])
     check_decoder(folders["vae"], vae, read_shapes(folders["vae"]))
     encoder = folders["text_encoder"]

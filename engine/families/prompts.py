@@ -58,15 +58,23 @@ class PromptReader:
         return Prompt(self._words.ids(prompt, min(num_tokens, self.max_tokens)), num_tokens)
 
 
-@functools.lru_cache(CACHED_TOKENIZERS)
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Raises CheckpointError if the folder holds none that can be used."""
+    """Raises CheckpointError if the folder holds none that can be used; OSError."""
     path = folder / WHOLE
+    state = path.stat()
+    if state.st_size > MAX_BYTES:
+        raise fault(path, f" is larger than {MAX_BYTES:,} bytes, which no such file is")
+    return _load(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(CACHED_TOKENIZERS)
+def _load(path: Path, mtime_ns: int, num_bytes: int) -> Tokenizer:
+    """As the file is now."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare ones
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare exceptions, and panics, which are none
         raise fault(path, f" holds no usable tokenizer: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -259,6 +259,11 @@ def num_encoder_layers(language: LanguageConfig) -> int:
 @functools.lru_cache(maxsize=8)
 def prompt_reader(folder: Path) -> PromptReader:
     """Of the checkpoint in `folder`. Raises CheckpointError; OSError."""
+    return _prompt_reader(folder)
+
+
+def _prompt_reader(folder: Path) -> PromptReader:
+    """As its files are now."""
     preset = read_preset(folder, BASE)
     _, language = _read_language(folder, preset)
     return PromptReader(component_folder(folder, "tokenizer"), CHAT, language.vocab_size, preset.max_text_tokens)
@@ -278,7 +283,7 @@ def _check_files(folder: Path, transformer: ZImageConfig, vae: VaeConfig, langua
     """Weights and tokenizer by what their configs mean. Raises CheckpointError; OSError."""
     folders = {name: component_folder(folder, name) for name in WITH_WEIGHTS}
     check_tokenizer(component_folder(folder, "tokenizer"), QWEN_TOKENIZER, language.vocab_size)
-    prompt_reader(folder)
+    _prompt_reader(folder)
     check_plan(weights_plan(transformer), read_shapes(folders["transformer"]), folders["transformer"])
     check_decoder(folders["vae"], vae, read_shapes(folders["vae"]))
     encoder = folders["text_encoder"]
