@@ -88,7 +88,7 @@ class Flux2Config(msgspec.Struct, frozen=True, kw_only=True):
     attention_head_dim: Size = 128
     num_attention_heads: Size = 48
     joint_attention_dim: Size = 15360
-    timestep_guidance_channels: Literal[256] = TIME_CHANNELS
+    timestep_guidance_channels: Literal[256] = 256
     mlp_ratio: Annotated[float, Meta(gt=0, le=100)] = 3.0
     axes_dims_rope: Annotated[tuple[Size, ...], Meta(min_length=4, max_length=4)] = (32, 32, 32, 32)
     rope_theta: Annotated[float, Meta(gt=0, le=1e9)] = 2000
