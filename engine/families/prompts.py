@@ -1,34 +1,40 @@
 """A prompt as a language model reads it: put into the form of a chat, then cut into tokens, by the checkpoint's own
 tokenizer files. Engine and workers read prompts by the same code, so that the engine knows how many rows a text has.
 
-No torch. The form is the family's: what the checkpoint's own chat template makes of a prompt is compared with it when
-a worker loads the model (`models/language_encoders.py`), so that no template is run for a request.
+No torch. The form is the family's, what its pipeline makes of a prompt by the checkpoint's chat template. A template is
+a program, and none of a checkpoint's is run: it only must have all marks of the form.
 """
 
 import functools
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 from tetrion.engine.errors import shown
-from tetrion.engine.families.files import MAX_BYTES, fault, read_object
+from tetrion.engine.families.files import MAX_BYTES, fault, read_file, read_object
 from tetrion.engine.families.hash_tokens import HashTokenizer
+from tetrion.engine.families.plan import some_of
 from tetrion.engine.families.tokenizers import TOKENIZER_CONFIG, WHOLE, has_vocabulary
 
 CACHED_TOKENIZERS = 8
+TEMPLATE_FILE = "chat_template.jinja"
+MARK = re.compile(r"<[^<>]+>")
 
 
 class ChatForm(NamedTuple):
-    """A user's message and what stands around it. `options`: of the chat template, with which it makes that."""
+    """A user's message and what stands around it."""
 
     before: str
     after: str
-    options: Mapping[str, bool] = {}
 
     def of(self, prompt: str) -> str:
         return f"{self.before}{prompt}{self.after}"
+
+    @property
+    def marks(self) -> frozenset[str]:
+        return frozenset(MARK.findall(self.of("")))
 
 
 class Prompt(NamedTuple):
@@ -56,6 +62,19 @@ class PromptReader:
         assert self._words is not None
         num_tokens = self._words.num_tokens(prompt)
         return Prompt(self._words.ids(prompt, min(num_tokens, self.max_tokens)), num_tokens)
+
+
+def check_template(folder: Path, form: ChatForm) -> None:
+    """Raises CheckpointError if the tokenizer's chat template is of another kind; OSError."""
+    if (folder / TEMPLATE_FILE).is_file():
+        path, template = folder / TEMPLATE_FILE, read_file(folder / TEMPLATE_FILE).decode(errors="replace")
+    else:
+        path = folder / TOKENIZER_CONFIG
+        template = read_object(path).get("chat_template")
+    if not isinstance(template, str):
+        raise fault(folder, f" has no chat template: neither {TEMPLATE_FILE}, nor one in {TOKENIZER_CONFIG}")
+    if missing := form.marks - {mark for mark in form.marks if mark in template}:
+        raise fault(path, f": its chat template has no {some_of(missing)}: it is not that of the family")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -45,7 +45,7 @@ from tetrion.engine.families.components import (
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import check_decoder, check_language, decoder_shapes, language_shapes
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
-from tetrion.engine.families.prompts import ChatForm, PromptReader
+from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
 from tetrion.engine.families.tokenizers import QWEN_TOKENIZER, check_tokenizer
 from tetrion.engine.families.weights import read_shapes
 from tetrion.engine.model_spec import ModelSpec, Sizes, SlotField
@@ -64,7 +64,7 @@ CLASSES = {
 BASE = Preset(num_steps=50, guidance=5.0, max_text_tokens=512)
 TURBO = Preset(num_steps=8, guidance=None, max_text_tokens=512)
 TURBO_SHIFT = 3.0
-CHAT = ChatForm("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", {"enable_thinking": True})
+CHAT = ChatForm("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 ROW_MULTIPLE = 32
 """Both segments' rows are filled up to a multiple of this, with rows that are attended to."""
 PATCH = 2
@@ -283,6 +283,7 @@ def _check_files(folder: Path, transformer: ZImageConfig, vae: VaeConfig, langua
     """Weights and tokenizer by what their configs mean. Raises CheckpointError; OSError."""
     folders = {name: component_folder(folder, name) for name in WITH_WEIGHTS}
     check_tokenizer(component_folder(folder, "tokenizer"), QWEN_TOKENIZER, language.vocab_size)
+    check_template(component_folder(folder, "tokenizer"), CHAT)
     _prompt_reader(folder)
     check_plan(weights_plan(transformer), read_shapes(folders["transformer"]), folders["transformer"])
     check_decoder(folders["vae"], vae, read_shapes(folders["vae"]))

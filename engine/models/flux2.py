@@ -325,9 +325,8 @@ def network(spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops) -> Flux2Tr
 def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Model:
     path = Path(spec.path)
     transformer = network(spec, component_tensors(tensors, "transformer"), ops)
-    folder, tokenizer = component_folder(path, "text_encoder"), component_folder(path, "tokenizer")
-    own = component_tensors(tensors, "text_encoder")
-    encoder = LanguageEncoder(QWEN3, folder, tokenizer, own, TEXT_LAYERS, prompt_reader(path))
+    folder, own = component_folder(path, "text_encoder"), component_tensors(tensors, "text_encoder")
+    encoder = LanguageEncoder(QWEN3, folder, own, TEXT_LAYERS, prompt_reader(path))
     return Model(
         spec=spec,
         network=transformer,

@@ -16,20 +16,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from tetrion.engine.families.files import fault, read_file, read_object
 from tetrion.engine.families.library_shapes import LANGUAGE_PREFIX
 from tetrion.engine.families.plan import Part
-from tetrion.engine.families.prompts import ChatForm, PromptReader
-from tetrion.engine.families.tokenizers import TOKENIZER_CONFIG, has_vocabulary
+from tetrion.engine.families.prompts import PromptReader
 from tetrion.engine.model_spec import CheckpointError
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.loading import Component, TensorFiles, build_module
-
-TEMPLATE_FILE = "chat_template.jinja"
-EXAMPLE = "a cat"
-"""A prompt that is put into a template to see what stands around it."""
 
 
 class LanguageKind(NamedTuple):
@@ -58,15 +51,11 @@ class LanguageEncoder:
         self,
         kind: LanguageKind,
         folder: Path,
-        tokenizer: Path,
         tensors: Mapping[str, Tensor],
         layers: Sequence[int],
         reader: PromptReader,
     ) -> None:
-        """Raises CheckpointError if a tensor is missing, or if the checkpoint's chat template makes something else of a
-        prompt than the family does."""
-        if has_vocabulary(tokenizer):
-            check_form(tokenizer, reader.form)
+        """Raises CheckpointError if a tensor is missing."""
         config = _load_config(kind, folder, max(layers))
         self._layers, self._reader = tuple(layers), reader
         self._model: Any = build_module(_builder(kind, config), tensors, folder)
@@ -103,28 +92,6 @@ def language_component(kind: LanguageKind, folder: Path, files: TensorFiles, num
     prefix = LANGUAGE_PREFIX if any(name.startswith(LANGUAGE_PREFIX) for name in files.names) else ""
     names = language_shapes_of(kind, num_layers)(folder)
     return Component(files, {name: Part((f"{prefix}{name}",)) for name in names})
-
-
-def check_form(tokenizer: Path, form: ChatForm) -> None:
-    """Raises CheckpointError unless the checkpoint's own chat template makes `form` of a prompt."""
-    messages, template = [[{"role": "user", "content": EXAMPLE}]], _read_template(tokenizer)
-    options: dict[str, Any] = {"add_generation_prompt": True, **form.options}
-    try:
-        rendered: Any = render_jinja_template(messages, chat_template=template, **options)
-        ((found,), _) = rendered
-    except Exception as error:  # of a template anything may be wrong
-        raise fault(tokenizer, f": its chat template cannot be used: {error}") from None
-    if found != form.of(EXAMPLE):
-        raise fault(tokenizer, f": its chat template makes {found!r} of {EXAMPLE!r}, expected {form.of(EXAMPLE)!r}")
-
-
-def _read_template(tokenizer: Path) -> str:
-    if (tokenizer / TEMPLATE_FILE).is_file():
-        return read_file(tokenizer / TEMPLATE_FILE).decode(errors="replace")
-    template = read_object(tokenizer / TOKENIZER_CONFIG).get("chat_template")
-    if not isinstance(template, str):
-        raise fault(tokenizer, f" has no chat template (neither {TEMPLATE_FILE} nor chat_template in its config)")
-    return template
 
 
 def _builder(kind: LanguageKind, config: PretrainedConfig) -> Callable[[], PreTrainedModel]:

@@ -338,8 +338,8 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
     path = Path(spec.path)
     transformer = network(spec, component_tensors(tensors, "transformer"), ops)
     folder, num_layers = _encoder(spec)
-    tokenizer, own = component_folder(path, "tokenizer"), component_tensors(tensors, "text_encoder")
-    encoder = LanguageEncoder(QWEN3, folder, tokenizer, own, [num_layers], prompt_reader(path))
+    own = component_tensors(tensors, "text_encoder")
+    encoder = LanguageEncoder(QWEN3, folder, own, [num_layers], prompt_reader(path))
     return Model(
         spec=spec,
         network=transformer,

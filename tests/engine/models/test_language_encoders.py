@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from tests.engine.families.pipelines import QWEN_WIDTH, qwen3_config, qwen_tokenizer
-from tetrion.engine.families import flux2, zimage
-from tetrion.engine.families.prompts import ChatForm, PromptReader
+from tetrion.engine.families import zimage
+from tetrion.engine.families.prompts import PromptReader
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.models.language_encoders import QWEN3, LanguageEncoder, check_form, language_component
+from tetrion.engine.models.language_encoders import QWEN3, LanguageEncoder, language_component
 from tetrion.engine.models.loading import ComponentFiles, component_tensors, load_to_device
 
 NUM_LAYERS, LENGTH = 4, 64
@@ -31,7 +31,7 @@ def encoder_of(folder: Path, tokenizer: Path) -> LanguageEncoder:
     loaded = load_to_device({"it": component}, torch.device("cpu"), torch.float32)
     assert not any("layers.3." in name for name in loaded), "layers that are not run"
     reader = PromptReader(tokenizer, zimage.CHAT, 300, LENGTH)
-    return LanguageEncoder(QWEN3, folder, tokenizer, component_tensors(loaded, "it"), LAYERS, reader)
+    return LanguageEncoder(QWEN3, folder, component_tensors(loaded, "it"), LAYERS, reader)
 
 
 def hidden_states(model: Qwen3Model | Qwen3ForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
@@ -71,18 +71,3 @@ def test_a_checkpoint_without_a_layer_that_is_run_is_refused(tokenizer: Path, tm
     qwen3_config(NUM_LAYERS).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no tensor layers\.2\."):
         encoder_of(tmp_path, tokenizer)
-
-
-def test_a_template_that_makes_something_else_of_a_prompt_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    check_form(tokenizer, zimage.CHAT)
-    check_form(tokenizer, flux2.CHAT)
-    with pytest.raises(CheckpointError, match=r"its chat template makes .*assistant.* of 'a cat', expected 'a cat\?'"):
-        check_form(tokenizer, ChatForm("", "?"))
-    for file in tokenizer.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content.__class__.__mro__ }}")
-    with pytest.raises(CheckpointError, match="its chat template"):
-        check_form(tmp_path, zimage.CHAT)
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(CheckpointError, match="has no chat template"):
-        check_form(tmp_path, zimage.CHAT)
