@@ -1,8 +1,6 @@
 """What the engine reads of FLUX.2's checkpoints, what FLUX.2 takes of a request, its weights at real sizes."""
 
-import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from safetensors.torch import save_file
 
-from tests.engine.families.folders import change
+from tests.engine.families.folders import change, copied
 from tetrion.engine.errors import RequestError
 from tetrion.engine.families.checkpoint import embedded_folder
 from tetrion.engine.families.flux2 import CHAT, dynamic_shift, read_config, weights_plan
@@ -26,16 +24,6 @@ from tetrion.engine.resolve import resolve_request
 
 BILLIONS = {"flux2-klein-4b": 3.876, "flux2-klein-9b": 9.079}
 """Parameters of the published transformers."""
-
-
-def copied(name: str, folder: Path) -> Path:
-    """A model's configs, all its own."""
-    shutil.copytree(embedded_folder() / name, folder)
-    preset = json.loads((folder / "preset.json").read_bytes())
-    for component, source in preset.pop("components_from", {}).items():
-        shutil.copytree(embedded_folder() / source, folder / component)
-    (folder / "preset.json").write_text(json.dumps(preset))
-    return folder
 
 
 @pytest.mark.parametrize(

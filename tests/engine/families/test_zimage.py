@@ -1,13 +1,11 @@
 """What the engine reads of Z-Image's checkpoints, what Z-Image takes of a request, its weights at real sizes."""
 
-import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.engine.families.folders import change
+from tests.engine.families.folders import change, copied
 from tetrion.engine.errors import RequestError
 from tetrion.engine.families.checkpoint import embedded_folder
 from tetrion.engine.families.registry import read_model_spec
@@ -20,16 +18,6 @@ from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
 
 TRANSFORMER = embedded_folder() / "z-image" / "transformer"
-
-
-def copied(name: str, folder: Path) -> Path:
-    """A model's configs, all its own."""
-    shutil.copytree(embedded_folder() / name, folder)
-    preset = json.loads((folder / "preset.json").read_bytes())
-    for component, source in preset.pop("components_from").items():
-        shutil.copytree(embedded_folder() / source, folder / component)
-    (folder / "preset.json").write_text(json.dumps(preset))
-    return folder
 
 
 @pytest.fixture
