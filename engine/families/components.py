@@ -17,6 +17,7 @@ CONFIG = "config.json"
 QUANTIZATION = ("quantization_config", "compression_config")
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 QWEN3S = ("Qwen3ForCausalLM", "Qwen3Model")
+MISTRAL3S = ("Mistral3ForConditionalGeneration",)
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
 
 Count = Annotated[int, Meta(ge=1, le=1000)]
@@ -156,12 +157,36 @@ class LanguageConfig(msgspec.Struct, frozen=True, kw_only=True):
     rope_scaling: None = None
     rope_parameters: _Rope | None = None
 
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether q and k are normed by head."""
+        return True
+
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads"
                 f" {self.num_attention_heads}"
             )
+
+
+class MistralConfig(LanguageConfig, frozen=True, kw_only=True):
+    """Of a language model of Mistral's kind, which norms neither q nor k."""
+
+    head_dim: Size
+    num_key_value_heads: Size = 8
+    max_position_embeddings: Size = 131072
+    sliding_window: Annotated[int, Meta(ge=4096)] | None = None
+
+    @property
+    def has_head_norms(self) -> bool:
+        return False
+
+
+class _Mistral3(msgspec.Struct, frozen=True, kw_only=True):
+    """Which also sees pictures, by parts that are not used."""
+
+    text_config: dict[str, Any]
 
 
 def read_part(folder: Path, kind: type[_T], class_name: str) -> _T:
@@ -202,7 +227,18 @@ def read_t5(folder: Path) -> T5Config:
 
 def read_qwen3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
     """Qwen3, of which the first `num_layers` are run on up to `max_tokens`. Raises CheckpointError; OSError."""
-    config = read_encoder(folder, LanguageConfig, "qwen3", QWEN3S)
+    return _deep_enough(folder, read_encoder(folder, LanguageConfig, "qwen3", QWEN3S), num_layers, max_tokens)
+
+
+def read_mistral3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
+    """Mistral3's language model, likewise."""
+    text = read_encoder(folder, _Mistral3, "mistral3", MISTRAL3S).text_config
+    if (found := text.get("model_type", "mistral")) != "mistral":
+        raise fault(folder / CONFIG, f": text_config {shown(found)} is not supported (model_type must be 'mistral')")
+    return _deep_enough(folder, convert(folder / CONFIG, text, MistralConfig), num_layers, max_tokens)
+
+
+def _deep_enough(folder: Path, config: LanguageConfig, num_layers: int, max_tokens: int) -> LanguageConfig:
     for field, have, needed in (
         ("num_hidden_layers", config.num_hidden_layers, num_layers),
         ("max_position_embeddings", config.max_position_embeddings, max_tokens),

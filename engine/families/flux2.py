@@ -1,12 +1,13 @@
-"""FLUX.2 klein, for the engine: 4B and 9B, base and distilled, which `is_distilled` in model_index.json tells.
+"""FLUX.2, for the engine: dev, and klein 4B and 9B, base and distilled, which `is_distilled` in model_index.json tells.
 
-A base model is guided by a second branch, whose prompt is empty unless there is a negative one; distilled ones take no
-guidance. All rows of a text are attended to, those of padding, too.
+klein's base models are guided by a second branch, whose prompt is empty unless there is a negative one; distilled ones
+take no guidance, dev takes it as an input. All rows of a text are attended to, those of padding, too.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -26,10 +27,12 @@ from tetrion.engine.families.checkpoint import (
     check_sizes,
     component_folder,
     model_name,
+    pipeline_name,
     read_preset,
     read_scheduler,
 )
 from tetrion.engine.families.components import (
+    MISTRAL3S,
     QWEN3S,
     Flux2VaeConfig,
     LanguageConfig,
@@ -37,6 +40,7 @@ from tetrion.engine.families.components import (
     check_latents,
     check_width,
     convert,
+    read_mistral3,
     read_part,
     read_qwen3,
 )
@@ -44,7 +48,7 @@ from tetrion.engine.families.files import fault, read_object
 from tetrion.engine.families.library_shapes import check_decoder, check_language, decoder_shapes, language_shapes
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
-from tetrion.engine.families.tokenizers import QWEN_TOKENIZER, check_tokenizer
+from tetrion.engine.families.tokenizers import MISTRAL_TOKENIZER, QWEN_TOKENIZER, TokenizerKind, check_tokenizer
 from tetrion.engine.families.weights import read_shapes
 from tetrion.engine.model_spec import ModelSpec, Sizes, SlotField
 from tetrion.engine.request import ImageRequest
@@ -52,18 +56,54 @@ from tetrion.engine.shape import StepShape
 
 WITH_WEIGHTS = ("transformer", "vae", "text_encoder")
 TRANSFORMER, VAE = "Flux2Transformer2DModel", "AutoencoderKLFlux2"
-CLASSES = {
-    "transformer": (TRANSFORMER,),
-    "vae": (VAE,),
-    "text_encoder": QWEN3S,
-    "tokenizer": QWEN_TOKENIZER.classes,
-    "scheduler": (SCHEDULER,),
-}
+CLASSES = {"transformer": (TRANSFORMER,), "vae": (VAE,), "scheduler": (SCHEDULER,)}
 BASE = Preset(num_steps=50, guidance=4.0, max_text_tokens=512)
 DISTILLED = Preset(num_steps=4, guidance=None, max_text_tokens=512)
-CHAT = ChatForm("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
-TEXT_LAYERS = (9, 18, 27)
-"""Of the text encoder: whose outputs are put side by side."""
+
+
+class TextKind(NamedTuple):
+    """A text encoder with its tokenizer. `layers`: whose outputs are put side by side."""
+
+    encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    tokenizer: TokenizerKind
+    form: ChatForm
+    layers: tuple[int, ...]
+    read: Callable[[Path, int, int], LanguageConfig]
+
+    @property
+    def num_layers(self) -> int:
+        """How many are run."""
+        return max(self.layers)
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        return {"text_encoder": self.encoders, "tokenizer": self.tokenizers}
+
+
+KLEIN = TextKind(
+    encoders=QWEN3S,
+    tokenizers=QWEN_TOKENIZER.classes,
+    tokenizer=QWEN_TOKENIZER,
+    form=ChatForm("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    layers=(9, 18, 27),
+    read=read_qwen3,
+)
+DEV = TextKind(
+    encoders=MISTRAL3S,
+    tokenizers=("PixtralProcessor",),
+    tokenizer=MISTRAL_TOKENIZER,
+    form=ChatForm(
+        "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing"
+        " on object relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]",
+        "[/INST]",
+        left_out="[IMG]",
+        has_ends=True,
+    ),
+    layers=(10, 20, 30),
+    read=read_mistral3,
+)
+TEXT_KINDS = {"Flux2KleinPipeline": KLEIN, "Flux2Pipeline": DEV}
 LATENTS_PER_ROW = 2
 """A row of the image segment covers 2 × 2 latent pixels."""
 VECTORS_PER_STREAM = 6
@@ -163,12 +203,13 @@ def weights_plan(config: Flux2Config) -> WeightsPlan:
 
 class Flux2:
     def read(self, folder: Path, load_format: LoadFormat) -> ModelSpec:
-        check_classes(folder, CLASSES)
+        text = text_kind(folder)
+        check_classes(folder, CLASSES | text.classes)
         check_complete(
             folder,
             load_format,
             configs=(SCHEDULER_FILE, *(f"{component}/config.json" for component in WITH_WEIGHTS)),
-            tokenizers={"tokenizer": QWEN_TOKENIZER},
+            tokenizers={"tokenizer": text.tokenizer},
             with_weights=WITH_WEIGHTS,
         )
         is_distilled = convert(folder / INDEX_FILE, read_object(folder / INDEX_FILE), _Index).is_distilled
@@ -176,11 +217,11 @@ class Flux2:
         transformer = read_config(component_folder(folder, "transformer") / "config.json")
         vae = read_part(component_folder(folder, "vae"), Flux2VaeConfig, VAE)
         encoder = component_folder(folder, "text_encoder")
-        language = read_qwen3(encoder, max(TEXT_LAYERS), preset.max_text_tokens)
+        language = text.read(encoder, text.num_layers, preset.max_text_tokens)
         if load_format != "dummy":
-            _check_files(folder, transformer, vae, language)
+            _check_files(folder, transformer, vae, text, language)
         check_latents(component_folder(folder, "vae"), vae, transformer.in_channels, LATENTS_PER_ROW**2)
-        width = len(TEXT_LAYERS) * language.hidden_size
+        width = len(text.layers) * language.hidden_size
         check_width(encoder, "3 · hidden_size", width, "joint_attention_dim", transformer.joint_attention_dim)
         sizes = Sizes(
             min=preset.min_size,
@@ -189,6 +230,7 @@ class Flux2:
             default=(preset.default_width, preset.default_height),
         )
         _check_shift(folder, check_sizes(folder, sizes))
+        max_branches = 1 if is_distilled or text is DEV else 2
         return ModelSpec(
             name=model_name(folder, preset),
             path=str(folder.resolve()),
@@ -200,17 +242,17 @@ class Flux2:
                 SlotField(name="text", rows="text", width=transformer.hidden_size, per_branch=True),
                 SlotField(name="latents", rows="image", width=transformer.in_channels, fp32=True, changes=True),
             ),
-            max_branches=1 if is_distilled else 2,
+            max_branches=max_branches,
             scheduler=scheduler,
             num_steps=preset.num_steps,
             guidance=preset.guidance or 0.0,
             max_text_tokens=preset.max_text_tokens,
             sizes=sizes,
-            inputs=frozenset() if is_distilled else frozenset({"negative_prompt"}),
+            inputs=frozenset({"negative_prompt"}) if max_branches > 1 else frozenset(),
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
                 ("vae", num_weights(decoder_shapes(vae).values())),
-                ("text_encoder", num_weights(language_shapes(language, max(TEXT_LAYERS)).values())),
+                ("text_encoder", num_weights(language_shapes(language, text.num_layers).values())),
             ),
         )
 
@@ -220,7 +262,8 @@ class Flux2:
             raise RequestError("negative_prompt", "takes a guidance above 1 to go with it")
 
     def shape(self, spec: ModelSpec, request: ImageRequest) -> StepShape:
-        """Guidance up to 1 is none, and any of a distilled model, as in diffusers' Flux2KleinPipeline."""
+        """Guidance up to 1 is no reason for a second branch, nor is any of a distilled model, as in diffusers'
+        Flux2KleinPipeline."""
         assert request.width is not None and request.height is not None
         return spec.shape(request.width, request.height, 2 if _is_guided(spec, request) else 1)
 
@@ -236,6 +279,11 @@ def dynamic_shift(num_rows: int, num_steps: int) -> float:
     return slope * num_steps + (of_200 - 200.0 * slope)
 
 
+def text_kind(folder: Path) -> TextKind:
+    """Of the checkpoint in `folder`. Raises CheckpointError."""
+    return TEXT_KINDS[str(pipeline_name(folder))]
+
+
 @functools.lru_cache(maxsize=8)
 def prompt_reader(folder: Path) -> PromptReader:
     """Of the checkpoint in `folder`. Raises CheckpointError; OSError."""
@@ -245,9 +293,9 @@ def prompt_reader(folder: Path) -> PromptReader:
 def _prompt_reader(folder: Path) -> PromptReader:
     """As its files are now."""
     preset = read_preset(folder, BASE)
-    encoder = component_folder(folder, "text_encoder")
-    language = read_qwen3(encoder, max(TEXT_LAYERS), preset.max_text_tokens)
-    return PromptReader(component_folder(folder, "tokenizer"), CHAT, language.vocab_size, preset.max_text_tokens)
+    text, encoder = text_kind(folder), component_folder(folder, "text_encoder")
+    language = text.read(encoder, text.num_layers, preset.max_text_tokens)
+    return PromptReader(component_folder(folder, "tokenizer"), text.form, language.vocab_size, preset.max_text_tokens)
 
 
 def _is_guided(spec: ModelSpec, request: ImageRequest) -> bool:
@@ -255,16 +303,18 @@ def _is_guided(spec: ModelSpec, request: ImageRequest) -> bool:
     return request.guidance > 1 and spec.max_branches > 1
 
 
-def _check_files(folder: Path, transformer: Flux2Config, vae: Flux2VaeConfig, language: LanguageConfig) -> None:
+def _check_files(
+    folder: Path, transformer: Flux2Config, vae: Flux2VaeConfig, text: TextKind, language: LanguageConfig
+) -> None:
     """Weights and tokenizer by what their configs mean. Raises CheckpointError; OSError."""
     folders = {name: component_folder(folder, name) for name in WITH_WEIGHTS}
-    check_tokenizer(component_folder(folder, "tokenizer"), QWEN_TOKENIZER, language.vocab_size)
-    check_template(component_folder(folder, "tokenizer"), CHAT)
+    check_tokenizer(component_folder(folder, "tokenizer"), text.tokenizer, language.vocab_size)
+    check_template(component_folder(folder, "tokenizer"), text.form)
     _prompt_reader(folder)
     check_plan(weights_plan(transformer), read_shapes(folders["transformer"]), folders["transformer"])
     check_decoder(folders["vae"], vae, read_shapes(folders["vae"]))
     encoder = folders["text_encoder"]
-    check_language(encoder, language, max(TEXT_LAYERS), read_shapes(encoder))
+    check_language(encoder, language, text.num_layers, read_shapes(encoder))
 
 
 def _check_shift(folder: Path, sizes: Sizes) -> None:

@@ -3,7 +3,7 @@
 What the libraries' modules would say, who take seconds to be imported; `tests/engine/families/` holds them together.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tetrion.engine.families.components import ClipConfig, LanguageConfig, T5Config, VaeConfig
@@ -14,12 +14,16 @@ CLIP_PREFIX = "text_model."
 """What names of CLIP's tensors begin with in some checkpoints."""
 T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """One table; checkpoints have either name, or both."""
-LANGUAGE_PREFIX = "model."
-"""What names of a language model's tensors begin with where its head is there too."""
+LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+"""What names of a language model's tensors begin with, where it has a head or is part of one that sees, too."""
+TABLE = "embed_tokens.weight"
 BESIDE_CLIP = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
 BESIDE_T5 = ("decoder.", "lm_head.", *T5_EMBEDDINGS)
 BESIDE_DECODER = ("encoder.", "quant_conv.")
-BESIDE_LANGUAGE = ("lm_head.", "norm.", "layers.")
+BESIDE_LANGUAGE = (
+    *("lm_head.", "norm.", "layers.", "language_model.lm_head."),
+    *(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")),
+)
 """Parts of whole models that are not used."""
 Named = Iterator[tuple[str, Shape]]
 
@@ -58,8 +62,15 @@ def check_t5(folder: Path, config: T5Config, shapes: Mapping[str, Shape]) -> Non
 
 def check_language(folder: Path, config: LanguageConfig, num_layers: int, shapes: Mapping[str, Shape]) -> None:
     """See `check_clip`; further layers are not looked at."""
-    shapes = {name.removeprefix(LANGUAGE_PREFIX): shape for name, shape in shapes.items()}
+    prefix = language_prefix(shapes)
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     _check(folder, language_shapes(config, num_layers), shapes, BESIDE_LANGUAGE)
+
+
+def language_prefix(names: Iterable[str]) -> str:
+    """Of a checkpoint's tensors."""
+    tables = {name for name in names if name.endswith(TABLE)}
+    return next((prefix for prefix in LANGUAGE_PREFIXES if f"{prefix}{TABLE}" in tables), "")
 
 
 def check_decoder(folder: Path, config: VaeConfig, shapes: Mapping[str, Shape]) -> None:
@@ -112,13 +123,13 @@ def _t5(config: T5Config, table: str) -> Named:
 def _language(config: LanguageConfig, num_layers: int) -> Named:
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    yield "embed_tokens.weight", (config.vocab_size, width)
+    yield TABLE, (config.vocab_size, width)
     for i in range(num_layers):
         layer = f"layers.{i}"
         for projection, num_out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             yield f"{layer}.self_attn.{projection}.weight", (num_out, width)
         yield f"{layer}.self_attn.o_proj.weight", (width, queries)
-        for norm in ("q_norm", "k_norm"):
+        for norm in ("q_norm", "k_norm") if config.has_head_norms else ():
             yield f"{layer}.self_attn.{norm}.weight", (config.head_dim,)
         for projection in ("gate_proj", "up_proj"):
             yield f"{layer}.mlp.{projection}.weight", (inner, width)

@@ -20,17 +20,22 @@ from tetrion.engine.families.tokenizers import TOKENIZER_CONFIG, WHOLE, has_voca
 
 CACHED_TOKENIZERS = 8
 TEMPLATE_FILE = "chat_template.jinja"
-MARK = re.compile(r"<[^<>]+>")
+MARK = re.compile(r"<\|[^<>]+\|>|</?think>|\[/?[A-Z_]+\]")
+"""What templates spell out; a text's ends they have as variables."""
 
 
 class ChatForm(NamedTuple):
-    """A user's message and what stands around it."""
+    """A user's message and what stands around it. `left_out`: of a prompt. `has_ends`: what marks a text's beginning
+    and end is part of the form, else the tokenizer adds it."""
 
     before: str
     after: str
+    left_out: str | None = None
+    has_ends: bool = False
 
     def of(self, prompt: str) -> str:
-        return f"{self.before}{prompt}{self.after}"
+        own = prompt if self.left_out is None else prompt.replace(self.left_out, "")
+        return f"{self.before}{own}{self.after}"
 
     @property
     def marks(self) -> frozenset[str]:
@@ -49,15 +54,16 @@ class PromptReader:
 
     def __init__(self, tokenizer: Path, form: ChatForm, vocab_size: int, max_tokens: int) -> None:
         """`tokenizer`: the component's folder; one without a vocabulary (for `dummy`) makes a token of each word.
-        `padding`: the id of what fills a text up. Raises CheckpointError for a vocabulary that cannot be used."""
+        `padding`: the id of what fills a text up, `pads_left`: in front of it, by the config. Raises CheckpointError
+        for a vocabulary that cannot be used."""
         self.form, self.max_tokens = form, max_tokens
         self._words = None if has_vocabulary(tokenizer) else HashTokenizer(vocab_size, end=vocab_size - 1)
         self._tokenizer = load_tokenizer(tokenizer) if self._words is None else None
-        self.padding = 0 if self._tokenizer is None else _padding(tokenizer, self._tokenizer)
+        self.padding, self.pads_left = (0, False) if self._tokenizer is None else _padding(tokenizer, self._tokenizer)
 
     def read(self, prompt: str) -> Prompt:
         if self._tokenizer is not None:
-            ids = self._tokenizer.encode(self.form.of(prompt)).ids
+            ids = self._tokenizer.encode(self.form.of(prompt), add_special_tokens=not self.form.has_ends).ids
             return Prompt(ids[: self.max_tokens], len(ids))
         assert self._words is not None
         num_tokens = self._words.num_tokens(prompt)
@@ -100,10 +106,11 @@ def _load(path: Path, mtime_ns: int, num_bytes: int) -> Tokenizer:
     return tokenizer
 
 
-def _padding(folder: Path, tokenizer: Tokenizer) -> int:
-    token = read_object(folder / TOKENIZER_CONFIG).get("pad_token")
+def _padding(folder: Path, tokenizer: Tokenizer) -> tuple[int, bool]:
+    config = read_object(folder / TOKENIZER_CONFIG)
+    token = config.get("pad_token")
     token = token.get("content") if isinstance(token, dict) else token
     found = tokenizer.token_to_id(token) if isinstance(token, str) else None
     if found is None:
         raise fault(folder / TOKENIZER_CONFIG, f": pad_token {shown(token)} is not in the vocabulary")
-    return found
+    return found, config.get("padding_side") == "left"

@@ -25,21 +25,23 @@ _Id = Annotated[int, Meta(ge=0, le=2**62)]
 
 class TokenizerKind(NamedTuple):
     """`name`: transformers' class. `parts`: what may be there in place of tokenizer.json, if anything. `model`: what
-    that is of."""
+    that is of. `others`: further names that checkpoints have for it."""
 
     name: str
     parts: tuple[str, ...]
     model: Literal["BPE", "Unigram"]
+    others: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
         """What checkpoints call it."""
-        return self.name, f"{self.name}Fast"
+        return self.name, f"{self.name}Fast", *self.others
 
 
 CLIP_TOKENIZER = TokenizerKind("CLIPTokenizer", ("vocab.json", "merges.txt"), "BPE")
 T5_TOKENIZER = TokenizerKind("T5Tokenizer", (SENTENCEPIECE,), "Unigram")
 QWEN_TOKENIZER = TokenizerKind("Qwen2Tokenizer", (), "BPE")
+MISTRAL_TOKENIZER = TokenizerKind("LlamaTokenizer", (), "BPE", ("PreTrainedTokenizerFast", "TokenizersBackend"))
 
 
 _Token = str | dict[str, Any] | None

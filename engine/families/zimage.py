@@ -266,7 +266,9 @@ def _prompt_reader(folder: Path) -> PromptReader:
     """As its files are now."""
     preset = read_preset(folder, BASE)
     _, language = _read_language(folder, preset)
-    return PromptReader(component_folder(folder, "tokenizer"), CHAT, language.vocab_size, preset.max_text_tokens)
+    reader = PromptReader(component_folder(folder, "tokenizer"), CHAT, language.vocab_size, preset.max_text_tokens)
+    reader.pads_left = False  # rows of padding are not looked at, and a prompt's own are to come first
+    return reader
 
 
 def _is_guided(request: ImageRequest) -> bool:

@@ -3,8 +3,8 @@ the same for all blocks of a kind, MLPs are gated, no layer has a bias.
 
 Owns the forward pass, modulations, rotary tables, how prompts become text rows. Knows nothing of devices, groups or
 requests: the operators, and attention over the whole sequence, are arguments.
-Source: black-forest-labs/flux2 `model.py`; diffusers' Flux2Transformer2DModel and Flux2KleinPipeline, whose results it
-reproduces.
+Source: black-forest-labs/flux2 `model.py`; diffusers' Flux2Transformer2DModel, Flux2KleinPipeline and Flux2Pipeline,
+whose results it reproduces.
 
 Shapes: n rows of this member (n_txt + n_img), C hidden size, S steps, V modulation vectors.
 """
@@ -25,8 +25,8 @@ from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import component_folder
 from tetrion.engine.families.components import Flux2VaeConfig
 from tetrion.engine.families.flux2 import (
+    KLEIN,
     NUM_VECTORS,
-    TEXT_LAYERS,
     VECTORS_AT_END,
     VECTORS_PER_SINGLE,
     VECTORS_PER_STREAM,
@@ -34,6 +34,7 @@ from tetrion.engine.families.flux2 import (
     dynamic_shift,
     prompt_reader,
     read_config,
+    text_kind,
     weights_plan,
 )
 from tetrion.engine.model_spec import ModelSpec
@@ -41,7 +42,14 @@ from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Tokens
-from tetrion.engine.models.language_encoders import QWEN3, LanguageEncoder, language_component, language_shapes_of
+from tetrion.engine.models.language_encoders import (
+    MISTRAL3,
+    QWEN3,
+    LanguageEncoder,
+    LanguageKind,
+    language_component,
+    language_shapes_of,
+)
 from tetrion.engine.models.layers import Embedder, Sum, linear_of, normed, rotary_angles, take, timestep_embedding
 from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
@@ -261,8 +269,8 @@ class Flux2Text:
         self._encoder, self._network = encoder, network
 
     def tokens(self, prompt: str) -> Tokens:
-        ids, length, num_tokens = self._encoder.ids(prompt)
-        return Tokens((ids, length), num_tokens)
+        ids, is_own, num_tokens = self._encoder.ids(prompt)
+        return Tokens((ids, is_own), num_tokens)
 
     @torch.no_grad()
     def embed(self, ids: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -299,19 +307,20 @@ def schedule(spec: ModelSpec, num_steps: int, shape: StepShape) -> Schedule:
 
 def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]:
     path = Path(spec.path)
-    config, num_layers = read_config(component_folder(path, "transformer") / "config.json"), max(TEXT_LAYERS)
+    config = read_config(component_folder(path, "transformer") / "config.json")
+    kind, num_layers = _language_kind(path), text_kind(path).num_layers
     files = component_files(
         path,
         load_format,
         {
-            "text_encoder": language_shapes_of(QWEN3, num_layers),
+            "text_encoder": language_shapes_of(kind, num_layers),
             "vae": Flux2Codec.shapes,
             "transformer": transformer_shapes,
         },
     )
     encoder = component_folder(path, "text_encoder")
     return {
-        "text_encoder": language_component(QWEN3, encoder, files["text_encoder"], num_layers),
+        "text_encoder": language_component(kind, encoder, files["text_encoder"], num_layers),
         "vae": whole(files["vae"], without=Flux2Codec.UNUSED_PREFIXES),
         "transformer": Component(files["transformer"], weights_plan(config)),
     }
@@ -326,7 +335,7 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
     path = Path(spec.path)
     transformer = network(spec, component_tensors(tensors, "transformer"), ops)
     folder, own = component_folder(path, "text_encoder"), component_tensors(tensors, "text_encoder")
-    encoder = LanguageEncoder(QWEN3, folder, own, TEXT_LAYERS, prompt_reader(path))
+    encoder = LanguageEncoder(_language_kind(path), folder, own, text_kind(path).layers, prompt_reader(path))
     return Model(
         spec=spec,
         network=transformer,
@@ -335,3 +344,7 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         schedule=functools.partial(schedule, spec),
         guidance_factor=lambda params: params.guidance,
     )
+
+
+def _language_kind(path: Path) -> LanguageKind:
+    return QWEN3 if text_kind(path) is KLEIN else MISTRAL3

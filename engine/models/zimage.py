@@ -254,22 +254,23 @@ class ZImageText:
         self._rope = tuple(table.repeat_interleave(2, dim=1).to(device) for table in _turns(network.config, positions))
 
     def tokens(self, prompt: str) -> Tokens:
-        ids, count, num_tokens = self._encoder.ids(prompt)
-        return Tokens((ids, count), num_tokens)
+        ids, is_own, num_tokens = self._encoder.ids(prompt)
+        return Tokens((ids, is_own), num_tokens)
 
     @torch.no_grad()
     def embed(self, ids: Sequence[Tensor]) -> dict[str, Tensor]:
         """As many rows as there can be, of which a prompt's own and those that fill them up come first."""
         with one_thread():
-            return {"text": self._refined(self._encoder.rows(*ids), ids[1])}
+            return {"text": self._refined(self._encoder.rows(*ids), ids[1][0])}
 
-    def _refined(self, embeds: Tensor, count: Tensor) -> Tensor:
+    def _refined(self, embeds: Tensor, is_own: Tensor) -> Tensor:
+        """`is_own`: bool [L], of the first rows."""
         weights, epsilon = self._weights, self._config.norm_eps
         normed = reference.rms_norm(embeds, epsilon, weights.text_norm)
         row = torch.arange(len(embeds), device=embeds.device)
         x = reference.linear(normed, weights.text_in.weight, weights.text_in.bias)
-        x = torch.where((row < count).unsqueeze(1), x, weights.text_padding)
-        is_key = row < (count + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+        x = torch.where(is_own.unsqueeze(1), x, weights.text_padding)
+        is_key = row < (is_own.sum() + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
         for block in weights.text_refiners:
             before, behind, before_mlp, behind_mlp = block.norms
             qkv = reference.linear(reference.rms_norm(x, epsilon, before), block.qkv.weight)

@@ -15,6 +15,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -23,13 +24,16 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -43,6 +47,15 @@ import tetrion.configs.models.shapes as shapes
 from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
 
 PROMPT, NEGATIVE = "a red circle above a blue square", "a green star"
+MISTRAL_TEMPLATE = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {{- '[SYSTEM_PROMPT]' + message.content[0].text + '[/SYSTEM_PROMPT]' }}
+    {%- else %}
+        {{- '[INST]' + message.content[0].text + '[/INST]' }}
+    {%- endif %}
+{%- endfor %}"""
+"""What Mistral's does with a system prompt and one message of a user."""
 T5_ROWS, T5_WIDTH, POOLED = 19, 96, 40
 LATENT_CHANNELS = 4
 QWEN_WIDTH = 48
@@ -246,10 +259,18 @@ class Flux2Klein(Case):
     is_distilled = False
 
     def pipeline(self) -> DiffusionPipeline:
+        return randomized(
+            Flux2KleinPipeline(
+                text_encoder=Qwen3ForCausalLM(qwen3_config(num_layers=28)), tokenizer=qwen_tokenizer(),
+                is_distilled=self.is_distilled, **self.parts(),
+            )
+        )  # fmt: skip
+
+    def parts(self) -> dict[str, Any]:
         torch.manual_seed(4)
         transformer = Flux2Transformer2DModel(
             in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=3, joint_attention_dim=3 * QWEN_WIDTH,
-            guidance_embeds=False, **self.options,
+            **self.options,
         )  # fmt: skip
         autoencoder = AutoencoderKLFlux2(
             block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
@@ -258,18 +279,15 @@ class Flux2Klein(Case):
         )  # fmt: skip
         autoencoder.bn.running_mean.normal_()
         autoencoder.bn.running_var.uniform_(0.5, 2)
-        pipeline = Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae=autoencoder,
-            text_encoder=Qwen3ForCausalLM(qwen3_config(num_layers=28)), tokenizer=qwen_tokenizer(),
-            transformer=transformer, is_distilled=self.is_distilled,
-        )  # fmt: skip
-        return randomized(pipeline)
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        return {"scheduler": scheduler, "vae": autoencoder, "transformer": transformer}
 
     def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
         text, text_ids = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
         image_ids = pipeline._prepare_latent_ids(torch.empty(1, 1, *self.tokens))
+        guidance = torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None
         return pipeline.transformer(
-            latents[None], text, torch.tensor([time]) / 1000, image_ids, text_ids, return_dict=False
+            latents[None], text, torch.tensor([time]) / 1000, image_ids, text_ids, guidance, return_dict=False
         )[0][0]
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
@@ -283,8 +301,24 @@ class Flux2KleinDistilled(Flux2Klein):
     is_distilled = True
 
 
+class Flux2Dev(Flux2Klein):
+    """Its prompts are filled up on the left. A tokenizer stands in for its processor, which does the same with text."""
+
+    text_rows = 288
+
+    def pipeline(self) -> DiffusionPipeline:
+        encoder = Mistral3ForConditionalGeneration(mistral3_config(num_layers=31))
+        return randomized(Flux2Pipeline(text_encoder=encoder, tokenizer=mistral_tokenizer(), **self.parts()))
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        super().save(pipeline, folder)
+        index = msgspec.json.decode((folder / "model_index.json").read_bytes())
+        index["tokenizer"] = ["transformers", "PixtralProcessor"]
+        (folder / "model_index.json").write_bytes(msgspec.json.encode(index))
+
+
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
-FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4)}
+FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
 CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
@@ -312,6 +346,7 @@ CASES: tuple[Case, ...] = (
         "flux2-klein-base", FLUX2, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 96}
     ),
     Flux2KleinDistilled("flux2-klein", FLUX2, guidance=4.0, preset={"max_text_tokens": 96}),
+    Flux2Dev("flux2-dev", FLUX2 | {"guidance_embeds": True}, guidance=3.0, preset={"max_text_tokens": 288}),
 )  # fmt: skip
 """Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
 
@@ -351,6 +386,34 @@ def qwen3_config(num_layers: int) -> Qwen3Config:
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+
+
+def mistral3_config(num_layers: int) -> Mistral3Config:
+    tokenizer = mistral_tokenizer()
+    text = {
+        "model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": QWEN_WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
+        "max_position_embeddings": 512, "sliding_window": None, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    return Mistral3Config(text_config=text, vision_config=vision)
+
+
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, marks of a chat."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    marks = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    return tokenizer
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:

@@ -1,5 +1,6 @@
 """What the engine reads of FLUX.2's checkpoints, what FLUX.2 takes of a request, its weights at real sizes."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from safetensors.torch import save_file
 
 from tests.engine.families.folders import change, copied
 from tetrion.engine.errors import RequestError
 from tetrion.engine.families.checkpoint import embedded_folder
-from tetrion.engine.families.flux2 import CHAT, dynamic_shift, read_config, weights_plan
+from tetrion.engine.families.flux2 import DEV, KLEIN, dynamic_shift, read_config, weights_plan
 from tetrion.engine.families.plan import WeightsPlan
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import CheckpointError
@@ -22,7 +24,7 @@ from tetrion.engine.models.loading import Component, ComponentFiles, load_to_dev
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
 
-BILLIONS = {"flux2-klein-4b": 3.876, "flux2-klein-9b": 9.079}
+BILLIONS = {"flux2-klein-4b": 3.876, "flux2-klein-9b": 9.079, "flux2-dev": 32.223}
 """Parameters of the published transformers."""
 
 
@@ -33,6 +35,7 @@ BILLIONS = {"flux2-klein-4b": 3.876, "flux2-klein-9b": 9.079}
         ("flux2-klein-9b", 32, 4, 0.0),
         ("flux2-klein-base-4b", 24, 50, 4.0),
         ("flux2-klein-base-9b", 32, 50, 4.0),
+        ("flux2-dev", 48, 50, 4.0),
     ],
 )
 @pytest.mark.parametrize("with_preset", [True, False])
@@ -91,6 +94,31 @@ def test_a_distilled_model_takes_no_guidance() -> None:
         resolve_request(ImageRequest(prompt="x", negative_prompt="y"), spec, 1)
 
 
+def test_dev_takes_guidance_as_an_input() -> None:
+    spec = read_model_spec(embedded_folder() / "flux2-dev", "dummy")
+    for guidance in (None, 0.0, 4.0):
+        assert resolve_request(ImageRequest(prompt="x", guidance=guidance), spec, 1).params.shape.text == (512,)
+    with pytest.raises(RequestError, match="negative_prompt: is no input of model 'flux2-dev'"):
+        resolve_request(ImageRequest(prompt="x", negative_prompt="y"), spec, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_hidden_layers": 29}, "num_hidden_layers 29 must be at least 30"),
+        ({"model_type": "llama"}, "text_config 'llama' is not supported"),
+        ({"sliding_window": 256}, "sliding_window"),
+        ({"head_dim": None}, "head_dim"),
+    ],
+)
+def test_another_language_model_in_dev_is_refused(fields: dict[str, object], says: str, tmp_path: Path) -> None:
+    folder = copied("flux2-dev", tmp_path / "copy")
+    text = json.loads((folder / "text_encoder/config.json").read_bytes())["text_config"]
+    change(folder, "text_encoder/config.json", text_config=text | fields)
+    with pytest.raises(CheckpointError, match=says):
+        read_model_spec(folder, "dummy")
+
+
 @pytest.mark.parametrize("num_rows", [16, 256, 4096, 4300, 4301, 16384])
 @pytest.mark.parametrize("num_steps", [1, 4, 10, 50, 200])
 def test_the_shift_is_the_pipelines(num_rows: int, num_steps: int) -> None:
@@ -137,4 +165,10 @@ def test_what_is_not_covered_is_refused_by_name(
 
 def test_the_chat_is_qwens_without_thinking() -> None:
     after = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert CHAT.of("a cat") == f"<|im_start|>user\na cat{after}"
+    assert KLEIN.form.of("a cat") == f"<|im_start|>user\na cat{after}"
+
+
+def test_the_chat_of_dev_has_a_system_prompt_and_no_pictures() -> None:
+    text = DEV.form.of("a [IMG]cat")
+    assert text.startswith(f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]")
+    assert text.endswith("[INST]a cat[/INST]")

@@ -10,6 +10,7 @@ from tetrion.engine.families.components import (
     Flux2VaeConfig,
     VaeConfig,
     read_clip,
+    read_mistral3,
     read_part,
     read_qwen3,
     read_t5,
@@ -26,7 +27,7 @@ from tetrion.engine.families.library_shapes import (
 from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.encoders import ClipEncoder, ProjectedClipEncoder, T5Encoder
 from tetrion.engine.models.flux2 import Flux2Codec
-from tetrion.engine.models.language_encoders import QWEN3, language_shapes_of
+from tetrion.engine.models.language_encoders import MISTRAL3, QWEN3, language_shapes_of
 
 CLIPS = [("flux1-dev", "text_encoder"), ("shapes", "text_encoder"), ("sd3-medium", "text_encoder"),
          ("sd3-medium", "text_encoder_2"), ("shapes-sd3", "text_encoder_2")]  # fmt: skip
@@ -54,6 +55,11 @@ def test_t5(model: str) -> None:
 def test_qwen3(model: str, num_layers: int) -> None:
     path = folder(model, "text_encoder")
     assert language_shapes(read_qwen3(path, num_layers, 512), num_layers) == language_shapes_of(QWEN3, num_layers)(path)
+
+
+def test_mistral3() -> None:
+    path = folder("flux2-dev", "text_encoder")
+    assert language_shapes(read_mistral3(path, 30, 512), 30) == language_shapes_of(MISTRAL3, 30)(path)
 
 
 @pytest.mark.parametrize("changes", [{}, {"decoder_block_out_channels": [96, 192, 384, 384]}])

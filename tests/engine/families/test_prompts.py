@@ -77,7 +77,7 @@ def test_a_tokenizer_needs_its_file(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_template_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
-    for form in (zimage.CHAT, flux2.CHAT):
+    for form in (zimage.CHAT, flux2.KLEIN.form):
         check_template(folder, form)
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -91,4 +91,4 @@ def test_a_template_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> 
     for template in ("<|im_start|><|im_end|>", "[INST]"):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
         with pytest.raises(CheckpointError, match=r"tokenizer_config.json': its chat template has no .*<think>"):
-            check_template(tmp_path, flux2.CHAT)
+            check_template(tmp_path, flux2.KLEIN.form)

@@ -48,11 +48,10 @@ def test_rows_are_the_librarys_those_of_padding_too(
     model = kind(qwen3_config(NUM_LAYERS)).eval()
     model.save_pretrained(tmp_path)
     encoder = encoder_of(tmp_path, tokenizer)
-    ids, length, num_tokens = encoder.ids(PROMPT)
+    ids, is_own, num_tokens = encoder.ids(PROMPT)
     text = zimage.CHAT.of(PROMPT).replace("<|im_start|>", "s").replace("<|im_end|>", "e")
-    assert ids.shape == (1, LENGTH) and int(length) == num_tokens == len(text)
-    mask = (torch.arange(LENGTH) < length).long().unsqueeze(0)
-    rows, expected = encoder.rows(ids, length), hidden_states(model, ids, mask)
+    assert ids.shape == (1, LENGTH) and int(is_own.sum()) == num_tokens == len(text)
+    rows, expected = encoder.rows(ids, is_own), hidden_states(model, ids, is_own.long())
     assert rows.shape == (LENGTH, len(LAYERS) * QWEN_WIDTH)
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
 
@@ -61,9 +60,9 @@ def test_rows_are_the_librarys_those_of_padding_too(
 def test_a_prompts_own_rows_do_not_depend_on_the_padding(tokenizer: Path, tmp_path: Path) -> None:
     Qwen3Model(qwen3_config(NUM_LAYERS)).save_pretrained(tmp_path)
     encoder = encoder_of(tmp_path, tokenizer)
-    ids, length, _ = encoder.ids(PROMPT)
-    other = torch.where(torch.arange(LENGTH) < length, ids, 7)
-    assert torch.equal(encoder.rows(ids, length)[: int(length)], encoder.rows(other, length)[: int(length)])
+    ids, is_own, _ = encoder.ids(PROMPT)
+    other = torch.where(is_own, ids, 7)
+    assert torch.equal(encoder.rows(ids, is_own)[is_own[0]], encoder.rows(other, is_own)[is_own[0]])
 
 
 def test_a_checkpoint_without_a_layer_that_is_run_is_refused(tokenizer: Path, tmp_path: Path) -> None:
