@@ -56,7 +56,7 @@ from tetrion.engine.shape import StepShape
 
 WITH_WEIGHTS = ("transformer", "vae", "text_encoder")
 TRANSFORMER, VAE = "Flux2Transformer2DModel", "AutoencoderKLFlux2"
-CLASSES = {"transformer": (TRANSFORMER,), "vae": (VAE,), "scheduler": (SCHEDULER,)}
+CLASSES: dict[str, tuple[str, ...]] = {"transformer": (TRANSFORMER,), "vae": (VAE,), "scheduler": (SCHEDULER,)}
 BASE = Preset(num_steps=50, guidance=4.0, max_text_tokens=512)
 DISTILLED = Preset(num_steps=4, guidance=None, max_text_tokens=512)
 

@@ -72,8 +72,9 @@ class PromptReader:
 
 def check_template(folder: Path, form: ChatForm) -> None:
     """Raises CheckpointError if the tokenizer's chat template is of another kind; OSError."""
-    if (folder / TEMPLATE_FILE).is_file():
-        path, template = folder / TEMPLATE_FILE, read_file(folder / TEMPLATE_FILE).decode(errors="replace")
+    path, template = folder / TEMPLATE_FILE, None
+    if path.is_file():
+        template = read_file(path).decode(errors="replace")
     else:
         path = folder / TOKENIZER_CONFIG
         template = read_object(path).get("chat_template")
