@@ -19,6 +19,9 @@ from tetrion.engine.families.plan import some_of
 from tetrion.engine.families.tokenizers import TOKENIZER_CONFIG, WHOLE, has_vocabulary
 
 CACHED_TOKENIZERS = 8
+CHARS_PER_TOKEN = 16
+"""Of a prompt that is longer than so many for each token that the encoder takes, only the beginning is read: the
+engine's loop waits for it. Texts have about 4."""
 TEMPLATE_FILE = "chat_template.jinja"
 MARK = re.compile(r"<\|[^<>]+\|>|</?think>|\[/?[A-Z_]+\]")
 """What templates spell out; a text's ends they have as variables."""
@@ -43,7 +46,7 @@ class ChatForm(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """`ids`: at most as many as the encoder takes; `num_tokens`: before it was cut."""
+    """`ids`: at most as many as the encoder takes; `num_tokens`: before that, of what was read."""
 
     ids: list[int]
     num_tokens: int
@@ -62,6 +65,7 @@ class PromptReader:
         self.padding, self.pads_left = (0, False) if self._tokenizer is None else _padding(tokenizer, self._tokenizer)
 
     def read(self, prompt: str) -> Prompt:
+        prompt = prompt[: CHARS_PER_TOKEN * self.max_tokens]
         if self._tokenizer is not None:
             ids = self._tokenizer.encode(self.form.of(prompt), add_special_tokens=not self.form.has_ends).ids
             return Prompt(ids[: self.max_tokens], len(ids))

@@ -10,7 +10,7 @@ from transformers import Qwen2Tokenizer
 
 from tests.engine.families.pipelines import qwen_tokenizer
 from tetrion.engine.families import flux2, zimage
-from tetrion.engine.families.prompts import PromptReader, check_template
+from tetrion.engine.families.prompts import CHARS_PER_TOKEN, PromptReader, check_template
 from tetrion.engine.families.tokenizers import QWEN_TOKENIZER, missing_files
 from tetrion.engine.model_spec import CheckpointError
 
@@ -92,3 +92,9 @@ def test_a_template_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> 
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
         with pytest.raises(CheckpointError, match=r"tokenizer_config.json': its chat template has no .*<think>"):
             check_template(tmp_path, flux2.KLEIN.form)
+
+
+def test_of_a_very_long_prompt_the_beginning_is_read(folder: Path) -> None:
+    reader, most = PromptReader(folder, zimage.CHAT, VOCABULARY, 48), 48 * CHARS_PER_TOKEN
+    assert reader.read("a" * (most + 1000)) == reader.read("a" * most)
+    assert len(reader.read("a" * most).ids) == 48 and reader.read("a" * most).num_tokens > most
