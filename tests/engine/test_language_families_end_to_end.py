@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures
 GUIDED, SHORT = "z-image", "flux2-klein"
 NUM_STEPS, SEED = 4, 7
 DEGREES = ((1,), (2,), (1, 2, 2, 1))
-PROMPTS = ("", "a", PROMPT, "a red circle " * 20)
+PROMPTS = ("a", NEGATIVE, PROMPT, "a red circle " * 20)
 
 
 class Served(NamedTuple):
