@@ -42,7 +42,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
         num_programs,
         epsilon,
         GROUPS=num_groups,
-        PROGRAMS=triton.next_power_of_2(num_programs),
+        PROGRAMS=triton.next_power_of_2(MAX_PROGRAMS),
         num_warps=JOIN_WARPS,
     )
     out = torch.empty_like(x)
@@ -50,7 +50,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, ep
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels", "num_programs"])
 def _partial_statistics(
     x, partials, num_pixels, num_programs, WIDTH: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -82,7 +82,7 @@ def _partial_statistics(
     tl.store(out_G + 2 * plane, squares_G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs"])
 def _join_statistics(partials, statistics, num_programs, epsilon, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr):
     program_N = tl.arange(0, PROGRAMS)
     group_G = tl.arange(0, GROUPS)
@@ -100,7 +100,7 @@ def _join_statistics(partials, statistics, num_programs, epsilon, GROUPS: tl.con
     tl.store(statistics + GROUPS + group_G, tl.rsqrt(squares_G / count_G + epsilon))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels"])
 def _norm_silu(
     x, weight, bias, statistics, out, num_pixels, WIDTH: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):

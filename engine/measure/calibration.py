@@ -36,6 +36,9 @@ LONG_ON_CPU = 128
 LARGEST_ON_CPU = 256
 SIZES_ON_GPU = (512, 1024)
 """Squares, in pixels, measured besides the model's smallest and largest."""
+ODD_SIDES_ON_GPU = (17, 23, 29, 37, 43, 53, 65)
+"""Further squares, in rows a side: which kernel a library takes depends on the number of rows, and each is loaded at
+its first use, which takes milliseconds."""
 BUSY_LOAD = 1.5
 """Load average per core above which a measurement only serves until the machine is less busy."""
 
@@ -134,7 +137,9 @@ class Calibrator:
     def _usual_sizes(self, table: Profile | None) -> list[Size]:
         """Smallest first."""
         spec = self._spec
-        sizes = {(pixels, pixels) for pixels in self._sizes()} | {spec.sizes.default}
+        odd = (rows * spec.sizes.multiple for rows in ODD_SIDES_ON_GPU)
+        sides = {*self._sizes(), *(pixels for pixels in odd if spec.sizes.accept(pixels))}
+        sizes = {(pixels, pixels) for pixels in sides} | {spec.sizes.default}
         keys = map(parse_cost_key, table.classes if table else ())
         sizes |= {
             (key.width, key.height) for key in keys if spec.sizes.accept(key.width) and spec.sizes.accept(key.height)

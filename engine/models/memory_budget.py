@@ -79,9 +79,14 @@ def memory_budget(specs: Sequence[ModelSpec], components: Mapping[str, Component
         weights_bytes=weights,
         slab_bytes=layout.num_bytes + EXCHANGE_SCRATCH * widest,
         step_bytes=max(map(_step_elements, specs)) * itemsize,
-        decode_bytes=DECODE_CHANNELS * whole_pixels * itemsize,
+        decode_bytes=decode_bytes(whole_pixels, itemsize),
         whole_pixels=whole_pixels,
     )
+
+
+def decode_bytes(num_pixels: float, itemsize: int = 2) -> int:
+    """What decoding a picture takes at its widest point."""
+    return math.ceil(DECODE_CHANNELS * num_pixels * itemsize)
 
 
 def _step_elements(spec: ModelSpec) -> int:

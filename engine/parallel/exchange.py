@@ -136,9 +136,6 @@ class Exchange(Protocol):
 
     def swap(self, num_rows: int, width: int) -> Swap: ...
 
-    def rehearse(self) -> None:
-        """Until the next `bind`, passes signal nobody and touch no slot."""
-
     def bind(self, chunk: Chunk) -> None: ...
 
     def pull_constants(self) -> None:

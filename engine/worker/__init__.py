@@ -5,6 +5,6 @@ started is in `executors/fleet/`.
 
 `fork_server` what CPU workers are forked from · `entry` the command loop · `runner` what each command does ·
 `cpu` and `gpu` what a kind of device does in its own way · `denoiser` steps of a model, recorded once a shape ·
-`recorded_encoders` prompts · `work_queue` streams, events and graphs · `completions` the thread that answers for
-a GPU · `failures` what a failed command is answered with.
+`recorded_encoders` prompts · `decoder_rehearsal` sizes that are new to a decoder · `work_queue` streams, events and
+graphs · `completions` the thread that answers for a GPU · `failures` what a failed command is answered with.
 """

@@ -1,5 +1,8 @@
 """Denoising steps of one model, recorded once a shape and replayed for any request, any members and any step.
 
+The first step of a shape is recorded while the device is at it, in pieces (work_queue.py), so that a new shape costs
+little more than what libraries take to choose their kernels.
+
 Owns what recorded work reads: the step counter, the tables that it indexes, a branch's constants, the rows of the state
 that this member steps, each at one place in the device's memory that is filled before a chunk. A step is a *pass* over
 the sequence for each guidance branch, then a *tail*: branches put together, the solver's step. Knows no commands; what
@@ -8,7 +11,7 @@ peers do is the exchange's.
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -18,11 +21,11 @@ from torch import Tensor
 
 from tetrion.engine.models.family import Constant, Model
 from tetrion.engine.models.ops import Ops
-from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Rope
+from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Rope, Stream
 from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
 from tetrion.engine.params import Params
 from tetrion.engine.shape import StepShape
-from tetrion.engine.worker.work_queue import Work, WorkQueue
+from tetrion.engine.worker.work_queue import Recording, WorkQueue
 
 TABLE_STEPS = 32
 """Rows of the tables. Those of a request with more steps are made, and its chunks run, in parts."""
@@ -87,14 +90,15 @@ class Rows:
 
 
 class Pass:
-    """One recorded evaluation of the network for a branch. Before replays: bind the exchange, `load`."""
+    """One evaluation of the network for a branch, recorded. Before each `replay`: bind the exchange, `load`."""
 
     def __init__(self, denoiser: "Denoiser", group: Group, branch: int, constants: Mapping[str, Constant]) -> None:
         """constants: of any request of the shape; their shapes count."""
         self._denoiser, self._group, self._branch = denoiser, group, branch
         self._rows = denoiser.rows(group.shape)
+        self._velocity = self._rows.velocity(branch)  # a recording must find its places as they are
         self._constants = {name: self._buffer(constant) for name, constant in constants.items()}
-        self.replay: Work = denoiser.queue.record(self._run)
+        self.replay: Recording = denoiser.queue.record(self._run)
 
     def load(self, shape: StepShape, constants: Mapping[str, Constant], rows: tuple[range, ...]) -> None:
         """Enqueue: from now on for a request with these; `rows`: this member's of each segment."""
@@ -115,14 +119,19 @@ class Pass:
         denoiser = self._denoiser
         latents = self._rows.state[:, : denoiser.channels].to(denoiser.dtype)
         vectors = denoiser.tables.vectors(self._branch)
-        velocity = denoiser.model.network.step(latents, self._constants, vectors, self._group.attend)
-        self._rows.velocity(self._branch).copy_(velocity)
+        velocity = denoiser.model.network.step(latents, self._constants, vectors, self._attend)
+        self._velocity.copy_(velocity)
+
+    def _attend(self, streams: Sequence[Stream]) -> Tensor:
+        output = self._group.attend(streams)
+        self.replay.cut()
+        return output
 
 
 class Tail(NamedTuple):
     """A recorded end of a step, and the rows that it steps, which live as long as what was recorded over them."""
 
-    replay: Work
+    replay: Recording
     rows: Rows
 
 
@@ -202,39 +211,38 @@ class Denoiser:
                 tail()
         self._exchange.share_state(rows.state)
 
-    def record(self, chunk: Chunk) -> None:
-        """Record what the chunk's steps need and is new; before the chunk is bound: it signals no other device."""
+    def make_room(self, chunk: Chunk) -> None:
+        """Have places for what the chunk's steps read, before the chunk is bound. Those that are new are recorded when
+        they first run."""
         me = self._exchange.device_id
         branches = chunk.layout.branches_of(me)
         passes = [(plan.shape_of(me), branch) for plan, branch in zip(chunk.plans, branches, strict=True)]
         tail = self._tail_key(chunk)
-        if not all(key in self._passes for key in passes) or tail not in self._tails:
-            self._exchange.rehearse()
-            self.tables.step.zero_()  # whatever a chunk left there may lie behind the tables' last row
         for shape, branch in passes:
             if (shape, branch) not in self._passes:
-                self._make_room(self._passes)
+                self._forget_one_of(self._passes)
                 constants = self._constants(chunk.shape, chunk.slot, branch)
                 self._passes[shape, branch] = Pass(self, self._exchange.group(shape), branch, constants)
             self._passes.move_to_end((shape, branch))
         if tail not in self._tails:
-            self._make_room(self._tails)
-            self._tails[tail] = self._record_tail(self.rows(passes[0][0]), branches, chunk.shape.num_branches)
+            self._forget_one_of(self._tails)
+            self._tails[tail] = self._new_tail(self.rows(passes[0][0]), branches, chunk.shape.num_branches)
         self._tails.move_to_end(tail)
 
-    def _make_room(self, recorded: OrderedDict[Any, Any]) -> None:
+    def _forget_one_of(self, recorded: OrderedDict[Any, Any]) -> None:
         """The least recently used goes when there are too many."""
         if len(recorded) == MAX_RECORDED:
             self.queue.drain()
             recorded.popitem(last=False)
 
-    def _record_tail(self, rows: Rows, branches: tuple[int, ...], num_branches: int) -> Tail:
+    def _new_tail(self, rows: Rows, branches: tuple[int, ...], num_branches: int) -> Tail:
         """What ends a step: `branches` are those that were evaluated here, of `num_branches`."""
         apart = len(branches) < num_branches
         swap = self._exchange.swap(len(rows.state), self.model.network.out_channels) if apart else None
+        own = [rows.velocity(branch) for branch in branches]
 
         def tail() -> None:
-            velocities = [rows.velocity(branch) for branch in branches]
+            velocities = list(own)
             if swap is not None:
                 velocities.insert(1 - branches[0], swap.push(velocities[0]))
             tables = self.tables

@@ -33,13 +33,24 @@ from tetrion.engine.worker.failures import NotFinite, failure_of
 from tetrion.engine.worker.spec import WorkerSpec
 
 Send = Callable[[Event], None]
+Receive = Callable[[float | None], Command | None]
+"""The next command, or None if none comes within so many seconds."""
+IDLE_S = 0.002
+"""The engine sends what follows a command within less, if it is known already."""
 ENGINE_GONE = 1
 """What a worker exits with whose engine has ended."""
 
 
 class CommandRunner(Protocol):
-    """Carries commands out. None: the answer will be sent when the command's work is done."""
+    """Carries commands out. None: the answer will be sent when the command's work is done.
 
+    `rehearse` is called while `has_to_rehearse` and no command has come for `IDLE_S`.
+    """
+
+    @property
+    def has_to_rehearse(self) -> bool: ...
+
+    def rehearse(self) -> None: ...
     def load(self, command: LoadWeights) -> Event | None: ...
     def map_peers(self, command: MapPeers) -> Event | None: ...
     def unmap_peers(self, command: UnmapPeers) -> Event | None: ...
@@ -64,7 +75,7 @@ def run(spec: WorkerSpec) -> None:
         os._exit(ENGINE_GONE)  # nobody is left to be told, as `exit_with_engine` is about to find
 
 
-def run_on_cpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Send) -> None:
+def run_on_cpu(spec: WorkerSpec, receive: Receive, send: Send) -> None:
     from tetrion.engine.worker.cpu import AtOnce, CpuBackend
     from tetrion.engine.worker.runner import Runner
 
@@ -74,7 +85,7 @@ def run_on_cpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Se
     serve(runner, device_id, receive, send)
 
 
-def run_on_gpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Send) -> None:
+def run_on_gpu(spec: WorkerSpec, receive: Receive, send: Send) -> None:
     """All events go through the completions' thread. A GPU that failed for good takes its worker with it."""
     from tetrion.engine.worker.completions import Completions
     from tetrion.engine.worker.gpu import GpuBackend
@@ -91,11 +102,12 @@ def run_on_gpu(spec: WorkerSpec, receive: Callable[[], Command | None], send: Se
     completions.close()
 
 
-def serve(runner: CommandRunner, device_id: int, receive: Callable[[], Command | None], send: Send) -> None:
+def serve(runner: CommandRunner, device_id: int, receive: Receive, send: Send) -> None:
     """Execute commands until `Shutdown`."""
-    while not isinstance(command := receive(), Shutdown):
-        event = None if command is None else execute(runner, command, device_id)
-        if event is not None:
+    while not isinstance(command := receive(IDLE_S if runner.has_to_rehearse else None), Shutdown):
+        if command is None:
+            runner.rehearse()
+        elif (event := execute(runner, command, device_id)) is not None:
             send(event)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tetrion.engine.models.family import TextEncoding
-from tetrion.engine.worker.work_queue import WorkQueue
+from tetrion.engine.worker.work_queue import Work, WorkQueue
 
 logger = logging.getLogger(__name__)
 CACHED_PROMPTS = 64
@@ -33,12 +33,14 @@ class RecordedEncoders:
         self._encoders, self._queue = encoders, queue
         self._ids = tuple(torch.empty_like(ids, device=queue.device) for ids in encoders.tokens("").ids)
         self._result: dict[str, Tensor] = {}
-        self._work = self._embed
+        self._work: Work = self._embed
         self.embedding = functools.lru_cache(CACHED_PROMPTS)(self._encode)
         self._encode("")
         queue.drain()
         try:
-            self._work = queue.record(self._embed)
+            recording = queue.record(self._embed)
+            recording()
+            self._work = recording
         except RuntimeError as error:
             logger.warning("the text encoders are not recorded, encoding is slower: %s", error)
 

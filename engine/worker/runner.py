@@ -36,6 +36,7 @@ from tetrion.engine.parallel.saved_states import SavedStates
 from tetrion.engine.parallel.words import slot_version
 from tetrion.engine.transport.image_slab import ImageSlab
 from tetrion.engine.transport.segment import SharedSegment
+from tetrion.engine.worker.decoder_rehearsal import DecoderRehearsal
 from tetrion.engine.worker.denoiser import Denoiser, State
 from tetrion.engine.worker.failures import NotFinite
 from tetrion.engine.worker.recorded_encoders import RecordedEncoders
@@ -85,6 +86,7 @@ class Resident(NamedTuple):
     exchange: Exchange
     denoiser: Denoiser
     encoders: RecordedEncoders
+    decoder: DecoderRehearsal
 
 
 class Runner:
@@ -99,6 +101,16 @@ class Runner:
         backend.pin(self._saved.segment)
         self._residents: dict[str, Resident] = {}
 
+    # Before it is needed -------------------------------------------------------------------------------------------
+
+    @property
+    def has_to_rehearse(self) -> bool:
+        return any(resident.decoder.has_to_rehearse for resident in self._residents.values())
+
+    def rehearse(self) -> None:
+        """A size that a decoder has not had yet. To be called when the device has work and no command waits."""
+        next(it.decoder for it in self._residents.values() if it.decoder.has_to_rehearse).rehearse()
+
     # Answered at once ---------------------------------------------------------------------------------------------
 
     def load(self, command: LoadWeights) -> Event:
@@ -106,7 +118,8 @@ class Runner:
             exchange = self._backend.exchange(model.spec)
             denoiser = self._backend.denoiser(model, exchange)
             encoders = RecordedEncoders(model.text, self._queue)
-            self._residents[model.spec.name] = Resident(model, exchange, denoiser, encoders)
+            decoder = DecoderRehearsal(model.codec, model.spec, self._queue)
+            self._residents[model.spec.name] = Resident(model, exchange, denoiser, encoders, decoder)
             exchange.warm_up()
         weights_bytes = sum(resident.model.weights_bytes for resident in self._residents.values())
         return Loaded(command_id=command.command_id, device_id=self.device_id, weights_bytes=weights_bytes)
@@ -157,7 +170,7 @@ class Runner:
         source = self.device_id if self.device_id in command.holders else command.source
         versions = (slot_version(command.source_state_id, steps.start), slot_version(command.state_id, steps.stop))
         chunk = it.denoiser.chunk(params.shape, command.members, command.slot, command.chunk_index, source, versions)
-        it.denoiser.record(chunk)
+        it.denoiser.make_room(chunk)
         started = self._queue.mark()
         it.exchange.bind(chunk)
         if source != self.device_id:
@@ -178,6 +191,7 @@ class Runner:
             return command.denoised(self.device_id, started.time_s(), ended.time_s(), waited_s)
 
         self._completions.add(command, finish)
+        it.decoder.expect(params.shape)
 
     def decode(self, command: Decode) -> None:
         it, params = self._residents[command.params.model], command.params
@@ -187,7 +201,7 @@ class Runner:
         it.exchange.pull_state()
         started = self._queue.mark()
         latents = self._state(it, command, command.chunk_index)
-        pixels, is_finite = map(self._queue.to_host, it.model.codec.decode(latents, params.shape))
+        pixels, is_finite = map(self._queue.to_host, it.decoder.decode(latents, params.shape))
         check, ended = it.exchange.outcome(), self._queue.mark()
 
         def finish() -> Event:

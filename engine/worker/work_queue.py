@@ -1,5 +1,8 @@
 """A device's queue of work as the runner sees it: enqueue, mark, record once and replay, copy to and from the host.
 
+A recording is made by CUDA's *relaxed* capture, which needs no run before it: kernels are loaded and libraries choose
+theirs in its midst. So all bits come from recordings, whose kernels a library may choose otherwise than without.
+
 Owns all use of CUDA streams, events, graphs and pinned memory in a worker; knows no model and no commands. A GPU has
 one queue, on which everything runs in order. `ImmediateQueue` is the same without a GPU, for tests: work is done when
 it is enqueued.
@@ -14,6 +17,9 @@ import torch
 from torch import Tensor
 
 Work = Callable[[], None]
+PIECE_ENDS = (1, 4, 12, 28)
+"""The numbers of the cuts at which a piece of a recording ends: while the device is at one, the next, longer one is
+recorded."""
 REANCHOR_S = 10.0
 
 
@@ -31,6 +37,16 @@ class Mark(Protocol):
         """When that was, CLOCK_MONOTONIC; only after `wait`, on it or on a later one."""
 
 
+class Recording(Protocol):
+    """Work that is launched step by step once, and as a whole ever after."""
+
+    def __call__(self) -> None:
+        """Enqueue the work. The first time it is recorded, and enqueued piece by piece meanwhile."""
+
+    def cut(self) -> None:
+        """To be called by the work, between its parts: here a piece may end."""
+
+
 class WorkQueue(Protocol):
     @property
     def device(self) -> torch.device: ...
@@ -38,8 +54,12 @@ class WorkQueue(Protocol):
     def mark(self) -> Mark:
         """Marks the point behind all that has been enqueued."""
 
-    def record(self, work: Work) -> Work:
-        """What enqueues `work` each time it is called. Recording may enqueue it once, or not at all."""
+    def record(self, work: Work) -> Recording:
+        """Nothing is recorded yet."""
+
+    def rehearse(self, work: Work, num_bytes: int) -> None:
+        """Enqueue nothing, but make libraries choose and load what `work` needs, so that its first time is as quick as
+        the others. That takes as much memory as `work` does, `num_bytes`; nothing is done unless twice that is free."""
 
     def to_host(self, tensor: Tensor) -> Tensor:
         """Enqueue a copy; the result is valid once a later mark has passed."""
@@ -61,6 +81,8 @@ class CudaQueue:
         torch.cuda.set_stream(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
         self._clock = DeviceClock(self._new_event())
+        self._first = self.record(self._touch)  # a pool whose last graph goes can't be used again
+        self._first.capture(is_run=False)
 
     def attach_thread(self) -> None:
         """Make the device that of the calling thread too, before it waits for marks: CUDA may open a context on the
@@ -70,26 +92,14 @@ class CudaQueue:
     def mark(self) -> Mark:
         return CudaMark(self._new_event(), self._clock)
 
-    def record(self, work: Work) -> Work:
-        """A CUDA graph of `work`, which is run first: that loads kernels and makes the libraries choose theirs, none of
-        which can be recorded. All graphs share one memory pool: only one of them runs at a time.
+    def record(self, work: Work) -> "CudaRecording":
+        """All graphs share one memory pool: only one of them runs at a time."""
+        return CudaRecording(work, self._stream, self._capture_stream, self._pool)
 
-        Not by `torch.cuda.graph`, which frees memory and waits for the device. Another thread waits on events
-        meanwhile, hence `thread_local`; and it gives pinned memory back, for which torch records an event on the stream
-        that used it, hence a stream that is used for nothing else.
-        """
-        work()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._capture_stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        return graph.replay
+    def rehearse(self, work: Work, num_bytes: int) -> None:
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        if free_bytes > 2 * num_bytes:
+            self.record(work).capture(is_run=False)
 
     def to_host(self, tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -100,10 +110,68 @@ class CudaQueue:
     def drain(self) -> None:
         self.mark().wait()
 
+    def _touch(self) -> None:
+        torch.zeros(1, device=self.device)
+
     def _new_event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record(self._stream)
         return event
+
+
+class CudaRecording:
+    """CUDA graphs of the work's pieces.
+
+    They are not captured by `torch.cuda.graph`, which frees memory and waits for the device. Another thread gives
+    pinned memory back meanwhile, for which torch records an event on the stream that used it, hence `capture_stream`,
+    which is used for nothing else.
+    """
+
+    def __init__(self, work: Work, stream: torch.cuda.Stream, capture_stream: torch.cuda.Stream, pool: Any) -> None:
+        """`pool`: of `torch.cuda.graph_pool_handle`."""
+        self._work: Work | None = work
+        self._stream, self._capture_stream, self._pool = stream, capture_stream, pool
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._num_cuts, self._is_run = 0, False
+
+    def __call__(self) -> None:
+        if self._work is not None:
+            self.capture(is_run=True)
+            return
+        for graph in self._graphs:
+            graph.replay()
+
+    def cut(self) -> None:
+        self._num_cuts += 1
+        if self._is_run and self._num_cuts in PIECE_ENDS:
+            self._end_piece()
+            self._begin_piece()
+
+    def capture(self, *, is_run: bool) -> None:
+        """`is_run`: each piece is enqueued as soon as it is captured."""
+        assert self._work is not None, "recorded already"
+        self._graphs, self._num_cuts, self._is_run = [], 0, is_run
+        with torch.cuda.stream(self._capture_stream):
+            self._begin_piece()
+            try:
+                self._work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    self._graphs[-1].capture_end()
+                raise
+            self._end_piece()
+        self._work = None  # which may have this recording: in a circle the graphs' memory would stay
+
+    def _begin_piece(self) -> None:
+        self._graphs.append(torch.cuda.CUDAGraph())
+        self._graphs[-1].capture_begin(pool=self._pool, capture_error_mode="relaxed")
+
+    def _end_piece(self) -> None:
+        graph = self._graphs[-1]
+        graph.capture_end()
+        if self._is_run:
+            with torch.cuda.stream(self._stream):
+                graph.replay()
 
 
 class CudaMark:
@@ -165,14 +233,28 @@ class ImmediateMark:
         return self._time_s
 
 
+class ImmediateRecording:
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __call__(self) -> None:
+        self._work()
+
+    def cut(self) -> None:
+        pass
+
+
 class ImmediateQueue:
     device = torch.device("cpu")
 
     def mark(self) -> Mark:
         return ImmediateMark()
 
-    def record(self, work: Work) -> Work:
-        return work
+    def record(self, work: Work) -> "ImmediateRecording":
+        return ImmediateRecording(work)
+
+    def rehearse(self, work: Work, num_bytes: int) -> None:
+        pass
 
     def to_host(self, tensor: Tensor) -> Tensor:
         return tensor.clone()

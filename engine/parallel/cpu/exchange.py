@@ -43,13 +43,6 @@ class CpuExchange:
                 swap.bind(self._chunk.layout.partners_of(self.device_id))
         return self._swaps[num_rows, width]
 
-    def rehearse(self) -> None:
-        self._chunk = None
-        for group in self._groups.values():
-            group.bind(None)
-        for swap in self._swaps.values():
-            swap.bind((self.device_id,))
-
     def bind(self, chunk: Chunk) -> None:
         self._chunk = chunk
         for plan in chunk.plans:
@@ -132,7 +125,7 @@ class CpuExchange:
 
 
 class CpuGroup:
-    """Groups of one shape. Until it is bound it is rehearsed: it talks to nobody, and results mean nothing."""
+    """Groups of one shape."""
 
     def __init__(self, slabs: SharedSlabs, barrier: PairwiseBarrier, spec: ModelSpec, shape: GroupShape) -> None:
         self.shape = shape
@@ -142,7 +135,7 @@ class CpuGroup:
         self._rope: Rope | None = None
         self._local_rope: list[Rope] = []
 
-    def bind(self, plan: GroupPlan | None) -> None:
+    def bind(self, plan: GroupPlan) -> None:
         self._plan = plan
         self._turn()
 
@@ -158,8 +151,7 @@ class CpuGroup:
         if self.shape.degree == 1:
             q, k, v = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*local, strict=True))
             return attention(q, k, v).flatten(1)
-        if self._plan is None:
-            return local[0][0].new_zeros(sum(self.shape.padded[s] for s in over), self._num_heads * self._head_dim)
+        assert self._plan is not None, "no chunk is bound"
         own = self._plan.shard_of(self._slabs.device_id)
         self._push_qkv(over, local, own)
         self._wait_for_all()

@@ -7,8 +7,7 @@ Members, ranks, own rows, slot and versions are words in device memory that `bin
 slabs are reached through `bases`. What depends on a group's shape alone (ranges of rows and heads, rotary tables) lies
 at one place for each shape. So one CUDA graph of passes and swaps serves every set of members, every slot and every
 step; it may hold `attend`, `push` and `done`, never what stands around a chunk's steps. While the words are those of a
-*rehearsal* every member is this device and nothing is stored: that is how kernels are warmed up and graphs recorded, at
-any degree, while other devices work.
+*rehearsal* every member is this device and nothing is stored: that is how what stands around the steps is warmed up.
 
 Why no region is overwritten while somebody still reads it: exchange.py's argument, with "after" meaning stream order on
 each device and the barrier's release and acquire between devices. Two things differ. A host does not wait, so an abort
@@ -155,7 +154,7 @@ class GpuExchange:
         latents = self._slot_layout.latents
         self._place = Place(slabs.layout.slot_offset(0) + latents.offset, slabs.layout.slot_bytes, latents.part_bytes)
         self._width = latents.field.width
-        self.rehearse()
+        self._rehearse()
 
     def group(self, shape: GroupShape) -> "GpuGroup":
         """One object a shape, as long as somebody has it. It may allocate: not while a graph is recorded."""
@@ -170,7 +169,8 @@ class GpuExchange:
             self._swaps[num_rows, width] = DeviceSwap(self._shared, self._words, num_rows, width)
         return self._swaps[num_rows, width]
 
-    def rehearse(self) -> None:
+    def _rehearse(self) -> None:
+        """Until the next `bind`, kernels signal nobody and touch no slot."""
         self._chunk = None
         self._shared.upload.copy(rehearsal_words(self.device_id, self._shared.lanes), self._words)
 
@@ -246,8 +246,8 @@ class GpuExchange:
         return lambda: raise_for_status(status.tolist())
 
     def warm_up(self) -> None:
-        """A step's kernels depend on its shape, and are loaded when it is first rehearsed."""
-        self.rehearse()
+        """A step's kernels depend on its shape, and are loaded when it first runs."""
+        self._rehearse()
         rows = torch.zeros(1, self._width, dtype=torch.float32, device=self._shared.slabs.device)
         self._versions.wait_for_state()
         self._versions.wait()
@@ -294,7 +294,10 @@ class GpuGroup:
         self._num_heads, self._head_dim = spec.num_heads, spec.head_dim
         segments = [split(count, shape.degree) for count in shape.counts]
         table = group_words(segments, split(spec.num_heads, shape.degree))
-        self._table = torch.tensor(table, dtype=torch.int32, device=slabs.device)
+        on_host = torch.tensor(table, dtype=torch.int32)
+        if slabs.device.type == "cuda":
+            on_host = on_host.pin_memory()  # from elsewhere the copy would wait for all that is enqueued
+        self._table = on_host.to(slabs.device, non_blocking=True)
         self._qkv = shared.qkv(shape, spec.head_dim)
         if shape.degree > 1:
             self._output = slabs.output(slabs.device_id, shape.num_local, spec.num_heads, spec.head_dim).flatten(1)
@@ -311,7 +314,7 @@ class GpuGroup:
             self._loaded = rope
 
     def attend(self, streams: Sequence[Stream]) -> Tensor:
-        """May be recorded, once it has run."""
+        """May be recorded."""
         shared, shape = self._shared, self.shape
         over = [segment for stream in streams for segment in stream.segments]
         qk_norm_rope_push(

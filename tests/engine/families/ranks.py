@@ -120,7 +120,7 @@ class Ranks:
         source = me if me in holders else source
         versions = slot_version(state.state_id, steps.start), slot_version(state.state_id, steps.stop)
         chunk = denoiser.chunk(params.shape, members, SLOT, chunk_index, source, versions)
-        denoiser.record(chunk)
+        denoiser.make_room(chunk)
         exchange.bind(chunk)
         if source != me:
             exchange.pull_constants()

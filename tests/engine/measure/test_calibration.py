@@ -38,7 +38,8 @@ def table_of(*sizes: str) -> Profile:
     return msgspec.convert({"heads": 24, "classes": dict.fromkeys(sizes, cost)}, Profile)
 
 
-SQUARES = [(256, 256), (512, 512), (1024, 1024), (2048, 2048)]
+SIDES = (256, 272, 368, 464, 512, 592, 688, 848, 1024, 1040, 2048)
+SQUARES = [(side, side) for side in SIDES]
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,13 @@ SQUARES = [(256, 256), (512, 512), (1024, 1024), (2048, 2048)]
     [
         ("cpu", "flux1-dev", None, []),
         ("cuda", "flux1-dev", None, SQUARES),
-        ("cuda", "flux1-dev", table_of("1536x1024", "4096x1024", "520x512"), [*SQUARES[:3], (1536, 1024), SQUARES[3]]),
-        ("cuda", "shapes", None, [(128, 128), (256, 256), (512, 512)]),
+        (
+            "cuda",
+            "flux1-dev",
+            table_of("1536x1024", "4096x1024", "520x512"),
+            [*SQUARES[:-1], (1536, 1024), SQUARES[-1]],
+        ),
+        ("cuda", "shapes", None, [(side, side) for side in (128, 256, 272, 368, 464, 512)]),
     ],
 )
 async def test_gpus_record_every_usual_step_before_the_first_request(

@@ -103,7 +103,7 @@ class Pass:
 
 
 class Toy:
-    """One device's worker: what it does with its end of the exchange. `record`: as WorkQueue's, after a rehearsal."""
+    """One device's worker: what it does with its end of the exchange. `record`: as WorkQueue's."""
 
     def __init__(
         self,
@@ -199,7 +199,6 @@ class Toy:
         shapes = tuple(plan.shape_of(self.exchange.device_id) for plan in chunk.plans)
         key = shapes, branches, chunk.shape.num_branches
         if key not in self._steps:
-            self.exchange.rehearse()
             passes = [self._pass(shape, branch) for shape, branch in zip(shapes, branches, strict=True)]
             state = torch.zeros(shapes[0].padded[IMAGE], self._width, device=self.device)
             self._steps[key] = state, self._record(self._work(state, passes, branches, chunk.shape.num_branches))

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -57,7 +56,7 @@ class Loaded(NamedTuple):
             if steps.start == 0:
                 self.exchange.publish(SLOT, 0, versions[0])
             chunk = self.denoiser.chunk(params.shape, (0,), SLOT, chunk_index, 0, versions)
-            self.denoiser.record(chunk)
+            self.denoiser.make_room(chunk)
             self.exchange.bind(chunk)
             self.denoiser.prepare(chunk, state, params, steps.start)
             self.exchange.pull_state()
@@ -176,7 +175,7 @@ def test_a_group_is_given_its_positions_whichever_pass_over_it_comes_next(
     """A device that has branch 1 of a group apart uses the group of which a single branch is branch 0."""
     wide, high = (tiny_model.shape(*size, 2) for size in ((20, 8), (8, 20)))
     network, chunk = loaded.model.network, loaded.denoiser.chunk(wide, (0,), SLOT, 0, 0, (0, 0))
-    loaded.denoiser.record(chunk)
+    loaded.denoiser.make_room(chunk)
     first, second = loaded.denoiser._passes.values()
     group, given = loaded.exchange.group(chunk.plans[0].shape_of(0)), []
     group.load_rope = given.append  # type: ignore[method-assign]
@@ -205,32 +204,3 @@ def test_the_least_recently_used_recordings_go_with_their_rows(
         for id, size in enumerate(sizes, start=30)
     ]
     assert all(map(torch.equal, first, again))
-
-
-def test_recording_starts_at_the_tables_first_row(loaded: Loaded, tiny_model: ModelSpec) -> None:
-    """After a chunk that used all rows the counter stands behind the last one."""
-    params = request_params(tiny_model, TABLE_STEPS)
-    loaded.fresh(params, range(TABLE_STEPS))
-    assert loaded.denoiser.tables.step.item() == TABLE_STEPS
-    other = msgspec.structs.replace(params, shape=tiny_model.shape(8, 8))
-    loaded.denoiser.record(loaded.denoiser.chunk(other.shape, (0,), SLOT, 0, 0, (0, 0)))
-    assert loaded.denoiser.tables.step.item() == 0
-
-
-def test_recording_is_a_rehearsal_that_signals_nobody(tiny_model: ModelSpec, one_thread: None) -> None:
-    """With two devices, of which the other does not exist."""
-    memory = Memory(tiny_model, 2)
-    backend = CpuBackend(memory.spec(0))
-    with torch.no_grad():
-        (model,) = backend.load(publish=True)
-        exchange = backend.exchange(tiny_model)
-        denoiser = backend.denoiser(model, exchange)
-        before = [bytes(slab.view) for slab in memory._slabs]
-        for num_branches in (1, 2):
-            shape = tiny_model.shape(20, 8, num_branches)
-            chunk = denoiser.chunk(shape, (0, 1), SLOT, 0, 0, (0, 0))
-            exchange.bind(chunk)
-            denoiser.record(chunk)
-            for recorded in (*denoiser._passes.values(), *denoiser._tails.values()):
-                recorded.replay()
-    assert [bytes(slab.view) for slab in memory._slabs] == before

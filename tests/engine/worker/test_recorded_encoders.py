@@ -1,6 +1,7 @@
 """Recorded text encoders give what unrecorded ones give, and what a prompt got stays as it is."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ PROMPTS = ("a red circle", "two words and some more of them", "", "a red circle"
 
 
 class UnrecordingQueue(ImmediateQueue):
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work) -> NoReturn:
         raise RuntimeError("this can't be recorded")
 
 

@@ -130,7 +130,7 @@ def our_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tuple[Ten
         versions = slot_version(1, 0), slot_version(1, NUM_STEPS)
         exchange.publish(SLOT, 0, versions[0])
         chunk = denoiser.chunk(shape, (0,), SLOT, 0, 0, versions)
-        denoiser.record(chunk)
+        denoiser.make_room(chunk)
         exchange.bind(chunk)
         denoiser.prepare(chunk, state, params, 0)
         exchange.pull_state()

@@ -68,17 +68,74 @@ def test_a_recorded_graph_runs_when_it_is_replayed() -> None:
     def work() -> None:
         count.add_(1)
 
-    replay = queue.record(work)  # runs it first
+    replay = queue.record(work)
     before_s, start = time.monotonic(), queue.mark()
     for _ in range(3):
         replay()
     copied, end = queue.to_host(count), queue.mark()
     end.wait()
-    assert copied.item() == 4
+    assert copied.item() == 3
     assert before_s - 0.01 <= start.time_s() <= end.time_s() <= time.monotonic()
-    once = iter([work])
-    with pytest.raises(StopIteration):  # in the midst of recording: it runs once before
-        queue.record(lambda: next(once)())
-    replay()
+
+
+@pytest.mark.gpu
+def test_what_fails_in_the_midst_of_recording_is_recorded_the_next_time() -> None:
+    queue = CudaQueue(0)
+    count = torch.zeros(1, dtype=torch.int32, device=queue.device)
+    errors = iter([ValueError("in the midst")])
+
+    def work() -> None:
+        count.add_(1)
+        recording.cut()  # what is before has run
+        for error in errors:
+            raise error
+        count.add_(10)
+
+    recording = queue.record(work)
+    with pytest.raises(ValueError, match="in the midst"):
+        recording()
     queue.drain()
-    assert count.item() == 6
+    assert count.item() == 1
+    for expected in (12, 23):
+        recording()
+        queue.drain()
+        assert count.item() == expected
+
+
+@pytest.mark.gpu
+def test_pieces_of_a_recording_follow_each_other_and_have_what_the_ones_before_made() -> None:
+    """Through more cuts than pieces, the memory of earlier pieces in use."""
+    queue = CudaQueue(0)
+    start, result = (torch.ones(1000, device=queue.device) for _ in range(2))
+
+    def work() -> None:
+        values = [start]
+        for number in range(40):
+            values.append(values[-1] + values[number // 2] % 7)
+            recording.cut()
+        result.copy_(values[-1])
+
+    recording = queue.record(work)
+    results = []
+    for value in (1.0, 1.0, 2.0, 3.0):
+        start.fill_(value)
+        recording()
+        results.append(queue.to_host(result))
+    queue.drain()
+    expected = []
+    for value in (1.0, 1.0, 2.0, 3.0):
+        values = [torch.full((1000,), value)]
+        for number in range(40):
+            values.append(values[-1] + values[number // 2] % 7)
+        expected.append(values[-1])
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.gpu
+def test_a_rehearsal_runs_nothing() -> None:
+    queue = CudaQueue(0)
+    count = torch.zeros(1, dtype=torch.int32, device=queue.device)
+    queue.rehearse(lambda: count.add_(1), num_bytes=0)  # type: ignore[arg-type, func-returns-value]
+    queue.rehearse(lambda: pytest.fail("too large"), num_bytes=1 << 50)
+    queue.drain()
+    assert count.item() == 0

@@ -16,8 +16,8 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
 from tetrion.engine.parallel.cpu.exchange import CpuExchange
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
-from tetrion.engine.parallel.exchange import Chunk, Stream
-from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
+from tetrion.engine.parallel.exchange import Stream
+from tetrion.engine.parallel.group import GroupShape, plan_group
 from tetrion.engine.parallel.layout import NUM_BUFFERS, ControlLayout, slab_layout
 from tetrion.engine.parallel.words import INVALID_VERSION, slot_version
 from tetrion.engine.shape import StepShape
@@ -313,24 +313,6 @@ def test_a_subset_of_segments_attends_to_itself_alone(spec: ModelSpec, has_norm:
     if has_rope:
         q, k = (rotated(x, angles[5:].double()) for x in (q, k))
     torch.testing.assert_close(got.double(), attended(q, k, qkv[:, 2].double()), rtol=0, atol=1e-5)
-
-
-def test_a_rehearsed_chunk_signals_nobody_and_touches_no_slot(spec: ModelSpec) -> None:
-    layout = slab_layout([spec], num_devices=2, num_slots=1)
-    buffers = [memoryview(bytearray(layout.num_bytes)) for _ in range(2)]
-    exchange = exchange_over(spec, buffers)
-    members, version = (0, 1), slot_version(1, 0)
-    plan = plan_group(members, (4, 6), spec.num_heads)
-    shape = StepShape(width=0, height=0, image=6, text=(4,))
-    exchange.bind(Chunk(shape, BranchLayout(members=members), (plan,), 0, 0, 0, version, version))
-    swap, group = exchange.swap(3, 16), exchange.group(plan.shape_of(0))
-    exchange.rehearse()
-    before = [bytes(buffer) for buffer in buffers]
-    streams = [Stream(torch.randn(2, 3 * 48), (0,)), Stream(torch.randn(3, 3 * 48), (1,))]
-    assert group.attend(streams).shape == (5, 48)
-    assert swap.push(torch.zeros(3, 16)).shape == (3, 16)
-    swap.done()
-    assert [bytes(buffer) for buffer in buffers] == before
 
 
 def lone_exchange(spec: ModelSpec) -> CpuExchange:
