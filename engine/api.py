@@ -39,7 +39,7 @@ from tetrion.engine.planning.energy_admission import check_default, check_early
 from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.request import Delivered, Failure, ImageRequest, ImageResult, Output, Progress
-from tetrion.engine.resolve import resolve_request
+from tetrion.engine.resolve import decoded, resolve_request
 
 logger = logging.getLogger(__name__)
 
@@ -265,8 +265,16 @@ class AsyncEngine:
         check_early(resolved, self._early_costs, len(self.devices), with_options(self.config.planner))
         return resolved.asked
 
+    async def prepared(self, request: ImageRequest | str) -> ImageRequest | str:
+        """The request with its pictures decoded and resized, which takes milliseconds: by another thread, so that the
+        event loop is free. `generate` does so by itself. Raises RequestError."""
+        if not isinstance(request, ImageRequest) or (request.mask is None and _is_empty(request.pictures)):
+            return request
+        return await asyncio.to_thread(decoded, request, self.models, len(self.devices))
+
     def submit(self, request: ImageRequest | str) -> RequestHandle:
-        """Queue a request; a string is a prompt with all defaults.
+        """Queue a request; a string is a prompt with all defaults. Pictures that are not decoded yet (`prepared`) are
+        decoded here.
 
         Raises RequestError naming the field and what it may be (ModelNotFound), EngineOverloaded if the queue is full
         (DeadlineUnmeetable if the deadline cannot be met and admission is "reject-hopeless"), GenerationError if the
@@ -294,7 +302,7 @@ class AsyncEngine:
 
     async def generate(self, request: ImageRequest | str) -> ImageResult:
         """Draw one picture. Raises as `submit`, and GenerationError. Cancelling the task cancels the request."""
-        handle = self.submit(request)
+        handle = self.submit(await self.prepared(request))
         try:
             return await handle.result()
         finally:
@@ -370,3 +378,7 @@ class AsyncEngine:
         for request_id, handle in list(self._handles.items()):
             handle.receive(Failure(request_id=request_id, error=reason))
         self._handles.clear()
+
+
+def _is_empty(pictures: object) -> bool:
+    return isinstance(pictures, list | tuple) and not pictures

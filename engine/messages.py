@@ -21,8 +21,9 @@ from tetrion.engine.stages import Stage
 
 class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Text-encode the prompts and draw the starting noise into `slot` of the receiving worker's slab. Where
-    `params.shape` has two branches, the second one is the negative prompt's. A request that has lost all holders of its
-    state goes on from `step_index`: its latents are those that were saved in host memory."""
+    `params.shape` has two branches, the second one is the negative prompt's. Where it has pictures, they lie in
+    `input_slot`, one behind the other, and are encoded, too. A request that has lost all holders of its state goes on
+    from `step_index`: its latents are those that were saved in host memory."""
 
     stage: ClassVar[Stage] = "encode"
 
@@ -33,6 +34,7 @@ class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     params: Params
     prompt: str
     negative_prompt: str | None = None
+    input_slot: int | None = None
     step_index: int = 0
     chunk_index: int = 0
 

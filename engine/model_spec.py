@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.errors import one_line
-from tetrion.engine.shape import Rows, StepShape
+from tetrion.engine.shape import Rows, Size, StepShape
 
 MAX_UNEVENNESS = 1.2
 """24 heads on 7 devices are 4 on the fullest, as many as on 6: attention has 28 places for 24 heads and gains nothing,
@@ -65,7 +65,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     min: int
     max: int
     multiple: int
-    default: tuple[int, int]
+    default: Size
     row_multiple: int = 1
 
     def accept(self, pixels: int) -> bool:
@@ -80,6 +80,17 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
         """Rows that cover pixels; they come first."""
         return (width // self.multiple) * (height // self.multiple)
 
+    def fitted(self, size: Size) -> Size:
+        """The size nearest to a picture's that is drawn: as large, if that is within the bounds, else in its shape as
+        far as they allow."""
+        factor = min(1.0, self.max / max(size)) if max(size) > self.max else max(1.0, self.min / min(size))
+        width, height = (self._nearest(side * factor) for side in size)
+        return width, height
+
+    def _nearest(self, pixels: float) -> int:
+        lowest, highest = -(-self.min // self.multiple), self.max // self.multiple
+        return min(max(round(pixels / self.multiple), lowest), highest) * self.multiple
+
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Shapes and limits of one model.
@@ -88,6 +99,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     members by itself, in the order in which attention sees them. `fields`: the tensors of a request's state. `inputs`:
     optional fields of a request (`ImageRequest`) that it takes. `guidance`: what holds for requests without. `weights`:
     how many numbers each component has.
+
+    Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
+    there are `reference_sizes`: those that the model knows, to one of which each is resized. Else the result begins
+    with the picture, and `strength` is what holds for requests without.
     """
 
     name: str
@@ -102,9 +117,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     guidance: float
     max_text_tokens: int
-    max_reference_rows: int = 0
     sizes: Sizes
     inputs: frozenset[str] = frozenset()
+    max_pictures: int = 0
+    reference_sizes: tuple[Size, ...] = ()
+    strength: float | None = None
     weights: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -121,16 +138,47 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """The segment that latents belong to."""
         return self.segments.index("image")
 
+    @property
+    def max_reference_rows(self) -> int:
+        return self.max_pictures * max((self.sizes.num_rows(*size) for size in self.reference_sizes), default=0)
+
+    @property
+    def max_input_bytes(self) -> int:
+        """Of the pictures of a request, uint8."""
+        if self.reference_sizes:
+            return 3 * self.max_pictures * max(width * height for width, height in self.reference_sizes)
+        return (3 * self.max_pictures + ("mask" in self.inputs)) * self.sizes.max**2
+
+    def reference_size(self, size: Size) -> Size:
+        """What a reference of this size is resized to: the size nearest in shape."""
+        if size in self.reference_sizes:
+            return size
+        return min(self.reference_sizes, key=lambda known: (abs(size[0] / size[1] - known[0] / known[1]), known))
+
     def max_rows(self, kind: Rows) -> int:
         """The most rows that a segment, or a field of such rows, can have."""
         image = self.sizes.num_rows(self.sizes.max, self.sizes.max)
         most = {"text": self.max_text_tokens, "image": image, "reference": self.max_reference_rows, "one": 1}
         return most[kind]
 
-    def shape(self, width: int, height: int, num_branches: int = 1) -> StepShape:
-        """Of a picture of `width` × `height` pixels, with as much text as there can be."""
-        text = (self.max_text_tokens,) * num_branches
-        return StepShape(width=width, height=height, image=self.sizes.num_rows(width, height), text=text)
+    def shape(self, width: int, height: int, num_branches: int = 1, references: tuple[Size, ...] = ()) -> StepShape:
+        """Of a picture of `width` × `height` pixels, with as much text as there can be. `references`: sizes of pictures
+        that are attended to."""
+        return StepShape(
+            width=width,
+            height=height,
+            image=self.sizes.num_rows(width, height),
+            reference=sum(self.sizes.num_rows(*size) for size in references),
+            references=references,
+            text=(self.max_text_tokens,) * num_branches,
+        )
+
+    @property
+    def largest_shape(self) -> StepShape:
+        """Of the largest picture in one branch, with as many references as there can be."""
+        most = max(self.reference_sizes, key=lambda size: self.sizes.num_rows(*size), default=None)
+        references = () if most is None else (most,) * self.max_pictures
+        return self.shape(self.sizes.max, self.sizes.max, references=references)
 
     def legal_degrees(self, num_devices: int, num_branches: int = 1) -> tuple[int, ...]:
         """See the function of that name."""

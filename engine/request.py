@@ -82,8 +82,11 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     subclasses of `str`; a real number that is whole (3.0) does for a whole one.
 
     `model`: a name of one that the engine serves; None: its first. `negative_prompt`, `true_cfg_scale`: of
-    classifier-free guidance, where the model takes them (`ModelSpec.inputs`). `slo_ms`: deadline relative to arrival,
-    in milliseconds; None = no deadline. `priority`: larger goes first among equal deadlines. `weight`: worth of meeting
+    classifier-free guidance, where the model takes them (`ModelSpec.inputs`), as `pictures`, `mask` and `strength`:
+    pictures to work from, each a PIL image, an array (uint8 [height, width, 3] or 4), a file's bytes or its path; a
+    picture of where the first one is drawn anew; how far the result goes from it, up to 1. Without a size the result
+    has that of the first picture, as far as the model draws it. `slo_ms`: deadline relative to arrival, in
+    milliseconds; None = no deadline. `priority`: larger goes first among equal deadlines. `weight`: worth of meeting
     this deadline relative to others; `tenant`: on whose behalf, for weights that the operator gives and for shares of
     the slots (`loop/shares.py`); `user`: within the tenant, which its users share likewise. `force_degrees`: the degree
     of each step, for tests and experiments; its last entry holds for the remaining steps. `energy`: see
@@ -99,6 +102,9 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_steps: int | None = None
     guidance: float | None = None
     true_cfg_scale: float | None = None
+    pictures: tuple[Any, ...] = ()
+    mask: Any = None
+    strength: float | None = None
     seed: int | None = None
     slo_ms: float | None = None
     priority: int = 0
@@ -114,7 +120,8 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class ResolvedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that a model accepts. `asked`: what the caller asked for, defaults filled in; `params`: how it is
     drawn. Whoever carries a request out reads a parameter from `params`, and from `asked` what is not about drawing
-    (the prompts, deadline, priority, id …)."""
+    (the prompts, pictures, deadline, priority, id …). Its pictures are `engine.pictures.Picture`s of the sizes in
+    `params.shape`, its mask an array."""
 
     asked: ImageRequest
     params: Params

@@ -23,8 +23,9 @@ from tetrion.engine.families.registry import family_of
 from tetrion.engine.families.served import ServedModels, serving
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.params import NO_CFG, Params
+from tetrion.engine.pictures import Picture, Pixels, mask_of, read_mask, read_pictures
 from tetrion.engine.request import Delivery, EnergyOptions, ImageRequest, ResolvedRequest
-from tetrion.engine.shape import StepShape
+from tetrion.engine.shape import Size, StepShape
 
 MAX_PROMPT_CHARS = 32_000
 MAX_NAME_CHARS = 256
@@ -34,8 +35,8 @@ RANDOM_SEEDS = 2**32
 """Seeds of requests that give none are below this: short enough to be written down."""
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100
-OPTIONAL_INPUTS = ("negative_prompt", "true_cfg_scale")
-"""Fields of a request that not every model takes (`ModelSpec.inputs`)."""
+OPTIONAL_INPUTS = ("negative_prompt", "true_cfg_scale", "strength")
+"""Fields of a request that not every model takes (`ModelSpec.inputs`); so are `pictures` and `mask`."""
 MAX_SLO_MS = 86_400_000
 MAX_PRIORITY = 1_000_000
 MAX_WEIGHT = 1e6
@@ -50,6 +51,7 @@ _EXACT = 2**53
 _ENERGY_KEYS = " and ".join(EnergyOptions.__struct_fields__)
 
 _T = TypeVar("_T")
+_Read = Callable[[str, object], _T]
 
 
 def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpec, num_devices: int) -> ResolvedRequest:
@@ -69,8 +71,14 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
     spec = asked.read_optional("model", _model_of(served)) or served.default
     prompt = asked.read("prompt", _prompt)
     negative_prompt = asked.read_optional("negative_prompt", _negative_prompt)
-    width = asked.read("width", _side_of(spec), spec.sizes.default[0])
-    height = asked.read("height", _side_of(spec), spec.sizes.default[1])
+    pictures = asked.read("pictures", _pictures_of(spec), ())
+    default = _default_size(spec, pictures)
+    width = asked.read("width", _side_of(spec), default[0])
+    height = asked.read("height", _side_of(spec), default[1])
+    mask = asked.read_optional("mask", _mask_of(spec, pictures, (width, height)))
+    if mask is None and pictures and "mask" in spec.inputs:
+        mask = mask_of(pictures[0].resized((width, height)))
+    strength = asked.read_optional("strength", _real_above_0(1))
     num_steps = asked.read("num_steps", _whole_from(1, MAX_STEPS), spec.num_steps)
     guidance = asked.read("guidance", _real_from(0, MAX_GUIDANCE), spec.guidance)
     true_cfg_scale = asked.read_optional("true_cfg_scale", _real_from(0, MAX_GUIDANCE))
@@ -91,6 +99,9 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         num_steps=num_steps,
         guidance=guidance,
         true_cfg_scale=true_cfg_scale,
+        pictures=_sized(spec, pictures, (width, height)),
+        mask=mask,
+        strength=spec.strength if strength is None and pictures else strength,
         seed=seed,
         slo_ms=slo_ms,
         priority=priority,
@@ -102,6 +113,8 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         request_id=asked.read("request_id", _request_id, "") or uuid.uuid4().hex,
     )
     shape = _shape(settled, spec)
+    skipped = skipped_steps(settled)
+    num_steps -= skipped
     legal = spec.legal_degrees(num_devices, shape.num_branches)
     force_degrees = asked.read("force_degrees", _degrees_of(legal, num_steps), ())
     if force_degrees and energy != EnergyOptions():
@@ -110,6 +123,7 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         model=spec.name,
         shape=shape,
         num_steps=num_steps,
+        skipped_steps=skipped,
         guidance=guidance,
         true_cfg_scale=NO_CFG if true_cfg_scale is None else true_cfg_scale,
         seed=seed,
@@ -118,13 +132,88 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
 
 
 def _shape(settled: ImageRequest, spec: ModelSpec) -> StepShape:
-    """As the model's family makes it. Raises RequestError for what the model does not take."""
+    """As the model's family makes it, with the pictures. Raises RequestError for what the model does not take."""
     for field in OPTIONAL_INPUTS:
-        if getattr(settled, field) is not None and field not in spec.inputs:
-            raise RequestError(field, f"is no input of model {spec.name!r}")
+        if getattr(settled, field) is not None:
+            _check_input(field, spec)
+    if settled.strength is not None and not settled.pictures:
+        raise RequestError("strength", "takes a picture to go with it (pictures)")
     family = family_of(spec.family)
     family.check(spec, settled)
-    return family.shape(spec, settled)
+    shape = family.shape(spec, settled)
+    sizes = tuple([picture.size for picture in settled.pictures])
+    if spec.reference_sizes:
+        rows = sum([spec.sizes.num_rows(*size) for size in sizes])
+        return msgspec.structs.replace(shape, reference=rows, references=sizes)
+    return msgspec.structs.replace(shape, pictures=len(sizes), has_mask=settled.mask is not None)
+
+
+def _check_input(field: str, spec: ModelSpec) -> None:
+    """Raises RequestError."""
+    if field not in spec.inputs:
+        raise RequestError(field, f"is no input of model {spec.name!r}")
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def decoded(request: ImageRequest, models: ServedModels | ModelSpec, num_devices: int) -> ImageRequest:
+    """The same request with its pictures decoded and resized, if it is a good one: for another thread than the event
+    loop's, whose `submit` has little left to do then. Raises as `resolve_request`."""
+    settled = resolve_request(request, models, num_devices).asked
+    return msgspec.structs.replace(request, pictures=settled.pictures, mask=settled.mask, **_size_of(settled))
+
+
+def _size_of(settled: ImageRequest) -> dict[str, int | None]:
+    return {"width": settled.width, "height": settled.height}
+
+
+def _pictures_of(spec: ModelSpec) -> _Read[tuple[Picture, ...]]:
+    def read(field: str, value: object) -> tuple[Picture, ...]:
+        if isinstance(value, list | tuple) and not value:
+            return ()
+        _check_input(field, spec)
+        return read_pictures(field, value, spec.max_pictures)
+
+    return read
+
+
+def _default_size(spec: ModelSpec, pictures: tuple[Picture, ...]) -> Size:
+    """Of a result that nobody gave a size to: that of the first picture, as far as the model draws it."""
+    if not pictures:
+        return spec.sizes.default
+    size = pictures[0].size
+    return spec.sizes.fitted(spec.reference_size(size) if spec.reference_sizes else size)
+
+
+def _sized(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size) -> tuple[Picture, ...]:
+    """As the model takes them for a result of this size."""
+    return tuple(
+        picture.resized(spec.reference_size(picture.size) if spec.reference_sizes else size) for picture in pictures
+    )
+
+
+def _mask_of(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size) -> _Read[Pixels]:
+    def read(field: str, value: object) -> Pixels:
+        _check_input(field, spec)
+        if not pictures:
+            raise RequestError(field, "takes a picture to go with it (pictures)")
+        return read_mask(field, value, size)
+
+    return read
+
+
+def skipped_steps(settled: ImageRequest) -> int:
+    """Steps of the schedule that lie before the first one: as diffusers counts them. Raises RequestError if none is
+    left."""
+    num_steps, strength = settled.num_steps, settled.strength
+    assert num_steps is not None
+    if strength is None:
+        return 0
+    skipped = int(max(num_steps - min(num_steps * strength, num_steps), 0))
+    if skipped == num_steps:
+        raise RequestError("strength", f"must leave at least one of {num_steps} steps, got {strength:g}")
+    return skipped
 
 
 # Any value as one of a builtin type -------------------------------------------------------------------------------
@@ -206,8 +295,6 @@ def _is_convertible(kind: type) -> bool:
 
 
 # Fields -----------------------------------------------------------------------------------------------------------
-
-_Read = Callable[[str, object], _T]
 
 
 class _Fields:

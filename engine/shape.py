@@ -9,7 +9,7 @@ import msgspec
 
 COST_KEY = (
     r"(?P<width>[1-9][0-9]{0,5})x(?P<height>[1-9][0-9]{0,5})(x(?P<frames>[2-9]|[1-9][0-9]{1,5}))?"
-    r"(\+r(?P<reference>[1-9][0-9]{0,7}))?(\*(?P<branches>[2-9]|[1-9][0-9]{1,2}))?"
+    r"(\+r(?P<reference>[1-9][0-9]{0,7}))?(\+p(?P<pictures>[1-9][0-9]{0,2}))?(\*(?P<branches>[2-9]|[1-9][0-9]{1,2}))?"
 )
 """The texts of cost keys, as a regular expression."""
 _COST_KEY = re.compile(COST_KEY)
@@ -17,28 +17,33 @@ _COST_KEY = re.compile(COST_KEY)
 
 Rows = Literal["text", "image", "reference", "one"]
 """How many rows a tensor has: those of a segment, or one for the whole request."""
+Size = tuple[int, int]
+"""(width, height) in pixels."""
 
 
 class CostKey(msgspec.Struct, frozen=True, kw_only=True):
     """What a request's cost depends on besides its model: `width` and `height` in pixels, `frames`, `reference` (rows
-    that are attended to and not stepped), `num_branches` (of guidance: how often a step evaluates the network).
+    that are attended to and not stepped), `pictures` (of the same size, that are encoded and leave no rows),
+    `num_branches` (of guidance: how often a step evaluates the network).
 
     Its `text` names a class of a cost table: "1024x1024", "832x480x81" (frames), "1024x1024+r4096" (reference rows),
-    "1024x1024*2" (branches). Each key has one text and each text one key.
+    "1024x1024+p1" (a picture), "1024x1024*2" (branches). Each key has one text and each text one key.
     """
 
     width: int
     height: int
     frames: int = 1
     reference: int = 0
+    pictures: int = 0
     num_branches: int = 1
 
     @property
     def text(self) -> str:
         frames = f"x{self.frames}" if self.frames > 1 else ""
         reference = f"+r{self.reference}" if self.reference else ""
+        pictures = f"+p{self.pictures}" if self.pictures else ""
         branches = f"*{self.num_branches}" if self.num_branches > 1 else ""
-        return f"{self.width}x{self.height}{frames}{reference}{branches}"
+        return f"{self.width}x{self.height}{frames}{reference}{pictures}{branches}"
 
     @property
     def pixels(self) -> int:
@@ -53,14 +58,18 @@ class CostKey(msgspec.Struct, frozen=True, kw_only=True):
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True):
     """What one denoising step of a request works on. `width` and `height` of the picture in pixels, `frames` of a
-    video; `image`: rows of the segment that is stepped; `reference`: rows that are attended to only; `text`: rows, one
-    entry a guidance branch."""
+    video; `image`: rows of the segment that is stepped; `reference`: rows that are attended to only, of pictures of the
+    sizes `references`; `text`: rows, one entry a guidance branch. `pictures`: how many of the request's pictures have
+    its own size; with `has_mask` there is a mask of that size, too."""
 
     width: int
     height: int
     frames: int = 1
     image: int
     reference: int = 0
+    references: tuple[Size, ...] = ()
+    pictures: int = 0
+    has_mask: bool = False
     text: tuple[int, ...]
 
     @property
@@ -84,9 +93,15 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(self.rows(segment, branch) for segment in segments)
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> Size:
         """(width, height) in pixels."""
         return self.width, self.height
+
+    @property
+    def inputs(self) -> tuple[tuple[int, int, int], ...]:
+        """Of the pictures that a request brings, in this order, and of its mask: height, width, channels."""
+        pictures = [(height, width, 3) for width, height in (*self.references, *[self.size] * self.pictures)]
+        return (*pictures, *[(self.height, self.width, 1)] * self.has_mask)
 
     @property
     def cost_key(self) -> str:
@@ -96,6 +111,7 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True):
             height=self.height,
             frames=self.frames,
             reference=self.reference,
+            pictures=self.pictures,
             num_branches=self.num_branches,
         )
         return sys.intern(key.text)
@@ -111,10 +127,11 @@ def parse_cost_key(text: str) -> CostKey:
         height=int(match["height"]),
         frames=int(match["frames"] or 1),
         reference=int(match["reference"] or 0),
+        pictures=int(match["pictures"] or 0),
         num_branches=int(match["branches"] or 1),
     )
 
 
-def cost_key_of_size(size: tuple[int, int]) -> str:
+def cost_key_of_size(size: Size) -> str:
     """The key of a single picture of (width, height), drawn in one branch and without references."""
     return sys.intern(f"{size[0]}x{size[1]}")

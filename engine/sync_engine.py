@@ -138,10 +138,10 @@ class _Desk:
         return bool(self._unfinished or self._ended)
 
     async def submit(self, request: ImageRequest | str) -> RequestHandle:
-        return self._engine.submit(request)
+        return self._engine.submit(await self._engine.prepared(request))
 
     async def add(self, request: ImageRequest | str) -> str:
-        handle = self._engine.submit(request)
+        handle = await self.submit(request)
         self._handles[handle.request_id] = handle
         self._unfinished[handle.request_id] = asyncio.create_task(self._follow(handle))
         return handle.request_id

@@ -41,6 +41,21 @@ def cli() -> None:
 @click.option("--guidance", type=float, help="Guidance scale. Default: the model's.")
 @click.option("--negative-prompt", metavar="TEXT", help="What to keep away from, for models that take one.")
 @click.option("--true-cfg-scale", type=float, help="FLUX.1: how far away from --negative-prompt; above 1.")
+@click.option(
+    "--image",
+    "images",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A picture to work from, for models that take one: PNG, JPEG or WebP. May be repeated.",
+)
+@click.option(
+    "--mask",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where --image is drawn anew, for models that take one: where it is transparent or, if it is opaque, white.",
+)
+@click.option("--strength", type=float, help="How far the result goes from --image, up to 1. Default: the model's.")
 @click.option("--slo-ms", type=float, help="Deadline for each picture in milliseconds.")
 @click.option("--energy", metavar="MODE", help="fastest, balanced or least-energy. Default: the planner's.")
 @click.option("--budget-j", type=float, help="Most joules for each picture; refused if no plan in time takes so few.")
@@ -86,7 +101,8 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
     """Draw every line of REQUESTS.JSONL into DIR. Run it again to go on where it stopped.
 
     A line is a JSON object: prompt, and optionally size, seed, num_steps, guidance, negative_prompt,
-    true_cfg_scale, slo_ms, priority, energy, id.
+    true_cfg_scale, image, mask, strength, slo_ms, priority, energy, id. Files that it names lie in the
+    folder of REQUESTS.JSONL or below it.
     Pictures are named <id>.png (default: the line's number); manifest.jsonl has a line for each. Without a seed, a
     line's seed is made from its id.
     """

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 async def draw(engine: AsyncEngine, request: ImageRequest, on_progress: ProgressCallback) -> ImageResult:
     """Draw one picture. Being cancelled cancels the request. Raises what `submit` and `result` raise."""
-    handle = engine.submit(request)
+    handle = engine.submit(await engine.prepared(request))
     try:
         async for progress in handle:
             on_progress(progress)

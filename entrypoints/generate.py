@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from rich.progress import Progress as ProgressBar
 
 from tetrion.engine.errors import one_line
 from tetrion.engine.families.words import unknown_words
+from tetrion.engine.pictures import read_picture
 from tetrion.engine.request import Delivered, EnergyOptions, ImageRequest, ImageResult, Progress, Receipt
+from tetrion.engine.resolve import skipped_steps
 from tetrion.entrypoints import contact_sheet, drawing, pictures
 from tetrion.entrypoints.arguments import parse_wished_size
 from tetrion.entrypoints.encoders import Encoders
@@ -45,6 +48,9 @@ class GenerateOptions(msgspec.Struct, frozen=True, kw_only=True):
     guidance: float | None = None
     negative_prompt: str | None = None
     true_cfg_scale: float | None = None
+    images: tuple[Path, ...] = ()
+    mask: Path | None = None
+    strength: float | None = None
     slo_ms: float | None = None
     force_degrees: tuple[int, ...] = ()
     energy: EnergyOptions = EnergyOptions()
@@ -109,6 +115,7 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
     seed = options.seed
     if seed is None:
         seed = secrets.randbelow(RANDOM_SEEDS - options.num_per_prompt)
+    given = tuple(read_picture("image", path) for path in options.images)
     requests = (
         ImageRequest(
             prompt=prompt,
@@ -119,6 +126,9 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
             guidance=options.guidance,
             negative_prompt=options.negative_prompt,
             true_cfg_scale=options.true_cfg_scale,
+            pictures=given,
+            mask=options.mask,
+            strength=options.strength,
             seed=seed + i,
             slo_ms=options.slo_ms,
             force_degrees=options.force_degrees,
@@ -129,7 +139,18 @@ def build_requests(options: GenerateOptions, engine: AsyncEngine) -> list[ImageR
         for i in range(options.num_per_prompt)
         for model in engine.models.specs
     )
-    return [engine.check(request) for request in requests]
+    return _checked(requests, engine)
+
+
+def _checked(requests: Iterable[ImageRequest], engine: AsyncEngine) -> list[ImageRequest]:
+    """All those of a model have the same pictures, which are resized once."""
+    checked: list[ImageRequest] = []
+    resized: dict[str | None, dict[str, Any]] = {}
+    for request in requests:
+        settled = engine.check(msgspec.structs.replace(request, **resized.get(request.model, {})))
+        resized[request.model] = {"pictures": settled.pictures, "mask": settled.mask}
+        checked.append(settled)
+    return checked
 
 
 async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:
@@ -142,7 +163,7 @@ async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:
         task = bar.add_task("starting engine", total=None)
         async with engine:
             ready = time.monotonic()
-            bar.update(task, description="drawing", total=sum(request.num_steps or 0 for request in requests))
+            bar.update(task, description="drawing", total=sum(map(steps_of, requests)))
             job = _Job(options, engine, requests, lambda steps: bar.update(task, completed=steps))
             await drawing.for_each(requests, job.draw_one)
             finished = time.monotonic()
@@ -156,6 +177,11 @@ async def generate(options: GenerateOptions, engine: AsyncEngine) -> int:
     )
     print_report(report, options.as_json)
     return 0
+
+
+def steps_of(request: ImageRequest) -> int:
+    """So many a settled request has."""
+    return (request.num_steps or 0) - skipped_steps(request)
 
 
 def _say_unknown_words(prompts: tuple[str, ...], engine: AsyncEngine) -> None:

@@ -1,6 +1,6 @@
 """Where commands go and events come from, as the loop sees it: the `Executor` protocol."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -83,6 +83,13 @@ class Executor(Protocol):
 
     def write_saved(self, params: Params, slot: int, chunk_index: int, state: Any) -> None:
         """Put it where another slot's would be."""
+
+    def put_pictures(self, pictures: Sequence[Any]) -> int | None:
+        """Lay a request's pictures (uint8 arrays) one behind the other into a free slot of the input slab, for the
+        worker that encodes them. None if there is no free slot now."""
+
+    def release_input_slot(self, input_slot: int) -> None:
+        """Give a slot back."""
 
     def acquire_image_slot(self) -> int | None:
         """A free slot of the image slab, None if there is none now."""

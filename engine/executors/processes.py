@@ -150,6 +150,20 @@ class ProcessExecutor:
 
     # Pictures ----------------------------------------------------------------------------------------------------
 
+    def put_pictures(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> int | None:
+        inputs = self._mapped.inputs
+        input_slot = inputs.acquire()
+        if input_slot is not None:
+            try:
+                inputs.write_all(input_slot, pictures)
+            except BaseException:
+                inputs.release(input_slot)
+                raise
+        return input_slot
+
+    def release_input_slot(self, input_slot: int) -> None:
+        self._mapped.inputs.release(input_slot)
+
     def acquire_image_slot(self) -> int | None:
         return self._mapped.images.acquire()
 

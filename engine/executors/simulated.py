@@ -10,7 +10,8 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -203,6 +204,12 @@ class SimulatedExecutor:
 
     def write_saved(self, params: Params, slot: int, chunk_index: int, state: npt.NDArray[np.float32]) -> None:
         """See `read_saved`."""
+
+    def put_pictures(self, pictures: Sequence[Any]) -> int | None:
+        return 0
+
+    def release_input_slot(self, input_slot: int) -> None:
+        """Slots are not scarce here."""
 
     def acquire_image_slot(self) -> int | None:
         return 0

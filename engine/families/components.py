@@ -35,13 +35,18 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)]
     latent_channels: Size = 4
+    in_channels: Literal[3] = 3
     out_channels: Literal[3] = 3
     layers_per_block: Count = 1
     norm_num_groups: Size = 32
     scaling_factor: _Scale = 0.18215
     shift_factor: _Shift | None = None
+    use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    down_block_types: Annotated[tuple[Literal["DownEncoderBlock2D"], ...], Meta(max_length=10)] = (
+        "DownEncoderBlock2D",
+    )
     up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",)
 
     @property
@@ -60,8 +65,9 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
         return 0
 
     def __post_init__(self) -> None:
-        if len(self.up_block_types) != len(self.block_out_channels):
-            raise ValueError(f"up_block_types {len(self.up_block_types)} must be as many as block_out_channels")
+        for name, types in (("up_block_types", self.up_block_types), ("down_block_types", self.down_block_types)):
+            if len(types) != len(self.block_out_channels):
+                raise ValueError(f"{name} {len(types)} must be as many as block_out_channels")
         if len(self.decoder_channels) != len(self.block_out_channels):
             raise ValueError(f"decoder_block_out_channels {len(self.decoder_channels)} must be as many, too")
         if any(channels % self.norm_num_groups for channels in (*self.block_out_channels, *self.decoder_channels)):
@@ -78,6 +84,9 @@ class Flux2VaeConfig(VaeConfig, frozen=True, kw_only=True):
     decoder_block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)] | None = None
     latent_channels: Size = 32
     layers_per_block: Count = 2
+    down_block_types: Annotated[tuple[Literal["DownEncoderBlock2D"], ...], Meta(max_length=10)] = (
+        "DownEncoderBlock2D",
+    ) * 4
     up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",) * 4
     batch_norm_eps: _Epsilon = 1e-4
     patch_size: Annotated[tuple[Literal[2], ...], Meta(min_length=2, max_length=2)] = (2, 2)

@@ -1,4 +1,4 @@
-"""FLUX.1, for the engine: dev, schnell, and what was trained like them.
+"""FLUX.1, for the engine: dev, schnell, Kontext, Fill, and what was trained like them.
 
 Without a preset FLUX.1-dev's own defaults hold, or FLUX.1-schnell's if the model takes no guidance.
 """
@@ -23,6 +23,7 @@ from tetrion.engine.families.checkpoint import (
     check_sizes,
     component_folder,
     model_name,
+    pipeline_name,
     read_preset,
     read_scheduler,
 )
@@ -40,12 +41,20 @@ from tetrion.engine.families.components import (
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import (
     T5_EMBEDDINGS,
+    check_autoencoder,
     check_clip,
-    check_decoder,
     check_t5,
     clip_shapes,
     decoder_shapes,
+    encoder_shapes,
     t5_shapes,
+)
+from tetrion.engine.families.pictures import (
+    AROUND,
+    check_takes_pictures,
+    kontext_sizes,
+    picture_inputs,
+    picture_limits,
 )
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.tokenizers import CLIP_TOKENIZER, T5_TOKENIZER, check_tokenizer, max_prompt_tokens
@@ -58,6 +67,9 @@ WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 CONFIGS = (SCHEDULER_FILE, *(f"{component}/config.json" for component in WITH_WEIGHTS))
 TOKENIZERS = {"tokenizer": CLIP_TOKENIZER, "tokenizer_2": T5_TOKENIZER}
 TRANSFORMER = "FluxTransformer2DModel"
+KONTEXT = "FluxKontextPipeline"
+FILL = "FluxFillPipeline"
+FILLS = Preset(num_steps=50, guidance=30.0)
 CLASSES = {
     "transformer": (TRANSFORMER,),
     "vae": ("AutoencoderKL",),
@@ -97,6 +109,16 @@ class FluxConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def token_width(self) -> int:
+        """Of latents."""
+        return self.in_channels if self.out_channels is None else self.out_channels
+
+    @property
+    def extra_channels(self) -> int:
+        """What a step reads of each token beside its latents."""
+        return self.in_channels - self.token_width
+
+    @property
     def num_vectors(self) -> int:
         """V: shifts, scales and gates of all blocks, each [C]."""
         doubles = 2 * VECTORS_PER_STREAM * self.num_layers
@@ -108,8 +130,8 @@ def read_config(path: Path) -> FluxConfig:
     config = read_part(path.parent, FluxConfig, TRANSFORMER)
     if config.patch_size != 1:
         raise fault(path, f": patch_size must be 1, got {config.patch_size}")
-    if config.out_channels not in (None, config.in_channels):
-        raise fault(path, f": out_channels {config.out_channels} must equal in_channels {config.in_channels}")
+    if config.extra_channels < 0:
+        raise fault(path, f": out_channels {config.out_channels} is more than in_channels {config.in_channels}")
     if len(config.axes_dims_rope) != 3 or sum(config.axes_dims_rope) != config.attention_head_dim:
         raise fault(
             path,
@@ -164,7 +186,7 @@ def weights_plan(config: FluxConfig) -> WeightsPlan:
         plan.linear(f"{ours}.out", [f"{block}.proj_out"], C, (1 + MLP_RATIO) * C)
         modulation.append(f"{block}.norm.linear")
     plan.linear("modulation", [*modulation, "norm_out.linear"], config.num_vectors * C, C)
-    plan.linear("final", ["proj_out"], config.in_channels, C)
+    plan.linear("final", ["proj_out"], config.token_width, C)
     return plan
 
 
@@ -179,11 +201,14 @@ class Flux:
         clip, t5 = read_clip(encoder), read_t5(encoder_2)
         if load_format != "dummy":
             _check_files(folder, transformer, vae, clip, t5)
-        check_latents(component_folder(folder, "vae"), vae, transformer.in_channels, LATENTS_PER_ROW**2)
+        pipeline = pipeline_name(folder)
+        is_kontext, is_fill = pipeline == KONTEXT, pipeline == FILL
+        check_latents(component_folder(folder, "vae"), vae, transformer.token_width, LATENTS_PER_ROW**2)
+        _check_extra(folder, transformer, vae, is_fill)
         pooled, text = transformer.pooled_projection_dim, transformer.joint_attention_dim
         check_width(encoder, "hidden_size", clip.hidden_size, "pooled_projection_dim", pooled)
         check_width(encoder_2, "d_model", t5.d_model, "joint_attention_dim", text)
-        preset = read_preset(folder, Preset() if transformer.guidance_embeds else SCHNELL)
+        preset = read_preset(folder, FILLS if is_fill else Preset() if transformer.guidance_embeds else SCHNELL)
         sizes = Sizes(
             min=preset.min_size,
             max=preset.max_size,
@@ -192,35 +217,54 @@ class Flux:
         )
         check_shifts(folder, scheduler, check_sizes(folder, sizes))
         row = transformer.hidden_size
+        pictures, inputs = picture_limits(folder, load_format), picture_inputs(folder, load_format)
+        if is_kontext:
+            pictures = {"max_pictures": 1, "reference_sizes": kontext_sizes(folder, load_format, sizes)}
+            inputs = frozenset({"pictures"})
+        if is_fill:
+            check_takes_pictures(folder, load_format)
+            pictures, inputs = pictures | {"strength": 1.0}, inputs | {"mask"}
+        guided = frozenset() if is_fill else frozenset({"negative_prompt", "true_cfg_scale"})
+        vae_shapes = decoder_shapes(vae) | (encoder_shapes(vae) if "pictures" in inputs else {})
         return ModelSpec(
             name=model_name(folder, preset),
             path=str(folder.resolve()),
             family="flux",
             num_heads=transformer.num_attention_heads,
             head_dim=transformer.attention_head_dim,
-            segments=("text", "image"),
+            segments=("text", "image", "reference") if is_kontext else ("text", "image"),
             fields=(
                 SlotField(name="text", rows="text", width=row, per_branch=True),
                 SlotField(name="pooled", rows="one", width=transformer.pooled_projection_dim, per_branch=True),
-                SlotField(name="latents", rows="image", width=transformer.in_channels, fp32=True, changes=True),
+                *([SlotField(name="reference", rows="reference", width=row)] if is_kontext else []),
+                *([SlotField(name=AROUND, rows="image", width=transformer.extra_channels)] if is_fill else []),
+                SlotField(name="latents", rows="image", width=transformer.token_width, fp32=True, changes=True),
             ),
-            max_branches=2,
+            max_branches=1 if is_fill else 2,
             scheduler=scheduler,
             num_steps=preset.num_steps,
             guidance=preset.guidance or 0.0,
             max_text_tokens=preset.max_text_tokens,
             sizes=sizes,
-            inputs=frozenset({"negative_prompt", "true_cfg_scale"}),
+            inputs=guided | inputs,
+            **pictures,
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
-                ("vae", num_weights(decoder_shapes(vae).values())),
+                ("vae", num_weights(vae_shapes.values())),
                 ("text_encoder", num_weights(clip_shapes(clip, is_projected=False).values())),
                 ("text_encoder_2", num_weights(t5_shapes(t5, T5_EMBEDDINGS[0]).values())),
             ),
         )
 
     def check(self, spec: ModelSpec, request: ImageRequest) -> None:
-        """Guidance by a second branch takes both a prompt and a scale, as in diffusers' FluxPipeline."""
+        """Guidance by a second branch takes both a prompt and a scale, as in diffusers' FluxPipeline. A model that
+        fills takes a picture and where."""
+        if "mask" in spec.inputs and not request.pictures:
+            raise RequestError("pictures", f"model {spec.name!r} fills a picture, and takes one")
+        if "mask" in spec.inputs and request.mask is None:
+            raise RequestError(
+                "mask", f"model {spec.name!r} takes one, or a picture that is transparent where it fills"
+            )
         if request.negative_prompt is not None and not _has_scale(request):
             raise RequestError("negative_prompt", "takes a true_cfg_scale above 1 to go with it")
         if _has_scale(request) and request.negative_prompt is None:
@@ -231,6 +275,18 @@ class Flux:
         return spec.shape(request.width, request.height, 2 if _has_scale(request) else 1)
 
 
+def _check_extra(folder: Path, transformer: FluxConfig, vae: VaeConfig, is_fill: bool) -> None:
+    """Raises CheckpointError unless a step reads beside latents what it is given: of a model that fills, latents of
+    what is around, and each of a token's pixels."""
+    path = component_folder(folder, "transformer") / "config.json"
+    found, out = transformer.extra_channels, transformer.token_width
+    expected = out + (LATENTS_PER_ROW * vae.scale_factor) ** 2 if is_fill else 0
+    if found and not is_fill:
+        raise fault(path, f": out_channels {out} must equal in_channels {transformer.in_channels}")
+    if found != expected:
+        raise fault(path, f": in_channels {transformer.in_channels} must be {out + expected} with out_channels {out}")
+
+
 def _check_files(folder: Path, transformer: FluxConfig, vae: VaeConfig, clip: ClipConfig, t5: T5Config) -> None:
     """Weights and tokenizers by what their configs mean. Raises CheckpointError; OSError."""
     folders = {name: component_folder(folder, name) for name in (*WITH_WEIGHTS, *TOKENIZERS)}
@@ -239,7 +295,7 @@ def _check_files(folder: Path, transformer: FluxConfig, vae: VaeConfig, clip: Cl
     check_tokenizer(folders["tokenizer_2"], T5_TOKENIZER, t5.vocab_size)
     shapes = {name: read_shapes(folders[name]) for name in WITH_WEIGHTS}
     check_plan(weights_plan(transformer), shapes["transformer"], folders["transformer"])
-    check_decoder(folders["vae"], vae, shapes["vae"])
+    check_autoencoder(folders["vae"], vae, shapes["vae"])
     check_clip(folders["text_encoder"], clip, shapes["text_encoder"])
     check_t5(folders["text_encoder_2"], t5, shapes["text_encoder_2"])
 

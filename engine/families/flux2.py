@@ -45,7 +45,7 @@ from tetrion.engine.families.components import (
     read_qwen3,
 )
 from tetrion.engine.families.files import fault, read_object
-from tetrion.engine.families.library_shapes import check_decoder, check_language, decoder_shapes, language_shapes
+from tetrion.engine.families.library_shapes import check_autoencoder, check_language, decoder_shapes, language_shapes
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
 from tetrion.engine.families.tokenizers import MISTRAL_TOKENIZER, QWEN_TOKENIZER, TokenizerKind, check_tokenizer
@@ -312,7 +312,7 @@ def _check_files(
     check_template(component_folder(folder, "tokenizer"), text.form)
     _prompt_reader(folder)
     check_plan(weights_plan(transformer), read_shapes(folders["transformer"]), folders["transformer"])
-    check_decoder(folders["vae"], vae, read_shapes(folders["vae"]))
+    check_autoencoder(folders["vae"], vae, read_shapes(folders["vae"]))
     encoder = folders["text_encoder"]
     check_language(encoder, language, text.num_layers, read_shapes(encoder))
 

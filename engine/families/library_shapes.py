@@ -24,7 +24,7 @@ BESIDE_LANGUAGE = (
     *("lm_head.", "norm.", "layers.", "language_model.lm_head."),
     *(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")),
 )
-"""Parts of whole models that are not used."""
+"""Parts of whole models that are not used; of an autoencoder only where no picture is turned into latents."""
 Named = Iterator[tuple[str, Shape]]
 
 
@@ -73,9 +73,20 @@ def language_prefix(names: Iterable[str]) -> str:
     return next((prefix for prefix in LANGUAGE_PREFIXES if f"{prefix}{TABLE}" in tables), "")
 
 
-def check_decoder(folder: Path, config: VaeConfig, shapes: Mapping[str, Shape]) -> None:
-    """See `check_clip`."""
-    _check(folder, decoder_shapes(config), shapes, BESIDE_DECODER)
+def encoder_shapes(config: VaeConfig) -> dict[str, Shape]:
+    """Of its encoding half."""
+    return dict(_encoder(config))
+
+
+def has_encoder(shapes: Mapping[str, Shape]) -> bool:
+    """Whether an autoencoder's weights have the half that turns pictures into latents."""
+    return any(name.startswith(BESIDE_DECODER) for name in shapes)
+
+
+def check_autoencoder(folder: Path, config: VaeConfig, shapes: Mapping[str, Shape]) -> None:
+    """See `check_clip`. Its encoding half may be missing as a whole."""
+    both = decoder_shapes(config) | (encoder_shapes(config) if has_encoder(shapes) else {})
+    _check(folder, both, shapes, ())
 
 
 def _check(folder: Path, meant: Mapping[str, Shape], found: Mapping[str, Shape], beside: tuple[str, ...]) -> None:
@@ -145,13 +156,7 @@ def _decoder(config: VaeConfig) -> Named:
     if config.use_post_quant_conv:
         yield from _conv("post_quant_conv", latent, latent, 1)
     yield from _conv("decoder.conv_in", channels[0], latent, 3)
-    yield from _resnet("decoder.mid_block.resnets.0", channels[0], channels[0])
-    yield from _resnet("decoder.mid_block.resnets.1", channels[0], channels[0])
-    if config.mid_block_add_attention:
-        attention = "decoder.mid_block.attentions.0"
-        yield from _norm(f"{attention}.group_norm", channels[0])
-        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
-            yield from _linear(f"{attention}.{projection}", channels[0], channels[0])
+    yield from _middle("decoder.mid_block", channels[0], config.mid_block_add_attention)
     for i, (num_in, num_out) in enumerate(zip((channels[0], *channels), channels, strict=False)):
         block = f"decoder.up_blocks.{i}"
         for j in range(config.layers_per_block + 1):
@@ -160,6 +165,31 @@ def _decoder(config: VaeConfig) -> Named:
             yield from _conv(f"{block}.upsamplers.0.conv", num_out, num_out, 3)
     yield from _norm("decoder.conv_norm_out", channels[-1])
     yield from _conv("decoder.conv_out", config.out_channels, channels[-1], 3)
+
+
+def _encoder(config: VaeConfig) -> Named:
+    channels, latent = config.block_out_channels, config.latent_channels
+    yield from _conv("encoder.conv_in", channels[0], config.in_channels, 3)
+    for i, (num_in, num_out) in enumerate(zip((channels[0], *channels), channels, strict=False)):
+        block = f"encoder.down_blocks.{i}"
+        for j in range(config.layers_per_block):
+            yield from _resnet(f"{block}.resnets.{j}", num_out, num_out if j else num_in)
+        if i < len(channels) - 1:
+            yield from _conv(f"{block}.downsamplers.0.conv", num_out, num_out, 3)
+    yield from _middle("encoder.mid_block", channels[-1], config.mid_block_add_attention)
+    yield from _norm("encoder.conv_norm_out", channels[-1])
+    yield from _conv("encoder.conv_out", 2 * latent, channels[-1], 3)
+    if config.use_quant_conv:
+        yield from _conv("quant_conv", 2 * latent, 2 * latent, 1)
+
+
+def _middle(name: str, width: int, has_attention: bool) -> Named:
+    for i in range(2):
+        yield from _resnet(f"{name}.resnets.{i}", width, width)
+    if has_attention:
+        yield from _norm(f"{name}.attentions.0.group_norm", width)
+        for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+            yield from _linear(f"{name}.attentions.0.{projection}", width, width)
 
 
 def _resnet(name: str, num_out: int, num_in: int) -> Named:

@@ -13,6 +13,8 @@ from tetrion.engine.model_spec import CheckpointError, ModelSpec
 
 FAMILIES = {
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux",
+    "FluxFillPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
     "ZImagePipeline": "zimage",
     "Flux2KleinPipeline": "flux2",

@@ -50,13 +50,15 @@ from tetrion.engine.families.components import (
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import (
     T5_EMBEDDINGS,
+    check_autoencoder,
     check_clip,
-    check_decoder,
     check_t5,
     clip_shapes,
     decoder_shapes,
+    encoder_shapes,
     t5_shapes,
 )
+from tetrion.engine.families.pictures import picture_inputs, picture_limits
 from tetrion.engine.families.plan import (
     TIME_CHANNELS,
     Part,
@@ -242,6 +244,8 @@ class Sd3:
         sizes, preset = _limits(folder, transformer, LATENTS_PER_ROW * vae.scale_factor)
         check_shifts(folder, scheduler, sizes)
         row = transformer.hidden_size
+        inputs = picture_inputs(folder, load_format)
+        vae_shapes = decoder_shapes(vae) | (encoder_shapes(vae) if "pictures" in inputs else {})
         return ModelSpec(
             name=model_name(folder, preset),
             path=str(folder.resolve()),
@@ -266,10 +270,11 @@ class Sd3:
             guidance=preset.guidance or 0.0,
             max_text_tokens=_num_clip_rows(folder, clips) + preset.max_text_tokens,
             sizes=sizes,
-            inputs=frozenset({"negative_prompt"}),
+            inputs=frozenset({"negative_prompt"}) | inputs,
+            **picture_limits(folder, load_format),
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
-                ("vae", num_weights(decoder_shapes(vae).values())),
+                ("vae", num_weights(vae_shapes.values())),
                 *(
                     (name, num_weights(clip_shapes(clip, is_projected=True).values()))
                     for name, clip in zip(CLIPS, clips, strict=True)
@@ -316,7 +321,7 @@ def _check_files(
     path = component_folder(folder, "transformer")
     check_plan(weights_plan(transformer), read_shapes(path), path)
     path = component_folder(folder, "vae")
-    check_decoder(path, vae, read_shapes(path))
+    check_autoencoder(path, vae, read_shapes(path))
     for name, clip in zip(CLIPS, clips, strict=True):
         path = component_folder(folder, name)
         check_clip(path, clip, read_shapes(path), is_projected=True)

@@ -43,7 +43,7 @@ from tetrion.engine.families.components import (
     read_qwen3,
 )
 from tetrion.engine.families.files import fault
-from tetrion.engine.families.library_shapes import check_decoder, check_language, decoder_shapes, language_shapes
+from tetrion.engine.families.library_shapes import check_autoencoder, check_language, decoder_shapes, language_shapes
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
 from tetrion.engine.families.tokenizers import QWEN_TOKENIZER, check_tokenizer
@@ -288,7 +288,7 @@ def _check_files(folder: Path, transformer: ZImageConfig, vae: VaeConfig, langua
     check_template(component_folder(folder, "tokenizer"), CHAT)
     _prompt_reader(folder)
     check_plan(weights_plan(transformer), read_shapes(folders["transformer"]), folders["transformer"])
-    check_decoder(folders["vae"], vae, read_shapes(folders["vae"]))
+    check_autoencoder(folders["vae"], vae, read_shapes(folders["vae"]))
     encoder = folders["text_encoder"]
     check_language(encoder, language, num_encoder_layers(language), read_shapes(encoder))
 

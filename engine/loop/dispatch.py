@@ -1,6 +1,7 @@
 """From an assignment to the command that carries it out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tetrion.engine.loop.requests import Request
 from tetrion.engine.messages import Decode, Denoise, EncodePrompt, StageCommand
@@ -13,11 +14,15 @@ def command_for(
     command_id: int,
     round_id: int,
     acquire_image_slot: Callable[[], int | None],
+    put_pictures: Callable[[Sequence[Any]], int | None],
 ) -> StageCommand | None:
-    """The command for an assignment, or None while there is no room for its picture."""
+    """The command for an assignment, or None while there is no room for its picture, or for those that it brings."""
     match assignment.stage:
         case "encode":
-            return encode_command(request, command_id)
+            input_slot = put_pictures(request.inputs) if request.inputs else None
+            if request.inputs and input_slot is None:
+                return None
+            return encode_command(request, command_id, input_slot)
         case "denoise":
             return denoise_command(request, command_id, round_id, assignment)
         case "decode":
@@ -27,7 +32,7 @@ def command_for(
             return decode_command(request, command_id, assignment.members[0], image_slot)
 
 
-def encode_command(request: Request, command_id: int) -> EncodePrompt:
+def encode_command(request: Request, command_id: int, input_slot: int | None = None) -> EncodePrompt:
     """The first command of an attempt: its id is the state's."""
     return EncodePrompt(
         command_id=command_id,
@@ -37,6 +42,7 @@ def encode_command(request: Request, command_id: int) -> EncodePrompt:
         params=request.params,
         prompt=request.asked.prompt,
         negative_prompt=request.asked.negative_prompt,
+        input_slot=input_slot,
         step_index=request.step_index,
         chunk_index=request.chunk_index,
     )

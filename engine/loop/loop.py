@@ -42,7 +42,6 @@ from tetrion.engine.loop.snapshots import SnapshotBuilder
 from tetrion.engine.loop.statistics import LoopStatistics
 from tetrion.engine.messages import (
     BarriersReset,
-    Decode,
     Decoded,
     Denoised,
     Encoded,
@@ -66,7 +65,10 @@ from tetrion.engine.request import Delivered, Output, ResolvedRequest
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
 """Ids below are the start-up's own."""
-NO_IMAGE_SLOT = "image slot"
+PICTURES_OF = {"encode": "the pictures that it brings", "decode": "its picture"}
+"""What commands of a stage may have to wait for room for."""
+MAX_INPUT_BYTES = 1 << 30
+"""Of pictures that living requests have brought."""
 SHORTEST_WAIT_S = 0.0005
 """A plan that asks to be made again at once must not keep the loop spinning."""
 FULL_CHANNEL_WAIT_S = 0.001
@@ -173,7 +175,9 @@ class EngineLoop:
         return self.deliveries.model.predict_s(resolved.asked.delivery, width * height)
 
     def _check(self, resolved: ResolvedRequest, request: Request) -> None:
-        """Raises RequestError or DeadlineUnmeetable."""
+        """Raises RequestError or EngineOverloaded."""
+        if request.inputs and (held := self.table.input_bytes) + request.input_bytes > MAX_INPUT_BYTES:
+            raise EngineOverloaded(f"pictures of living requests hold {held} of {MAX_INPUT_BYTES} bytes already")
         check_wish(resolved, self._degree_tables(), self._config, request.deliver_s)
         if self._config.admission == "reject-hopeless" and request.asked.slo_ms is not None:
             self._refuse_hopeless(request, request.asked.slo_ms)
@@ -352,12 +356,15 @@ class EngineLoop:
         """Give the command to its members, or see to it that this is tried again. Whatever it raises, either nothing
         was sent and everything is given back, or the command is in flight."""
         members, command_id = assignment.members, next(self._command_ids)
-        command = command_for(assignment, request, command_id, self._round_id, self.executor.acquire_image_slot)
+        executor, pictures = self.executor, PICTURES_OF.get(assignment.stage)
+        slots = executor.acquire_image_slot, executor.put_pictures
+        command = command_for(assignment, request, command_id, self._round_id, *slots)
         if command is None:
-            self._no_image_slot()
+            assert pictures is not None
+            self._no_room_for(pictures)
             return
-        if isinstance(command, Decode):
-            self._refusals.over([NO_IMAGE_SLOT])
+        if pictures is not None:
+            self._refusals.over([pictures])
         try:
             duration_s = self._books.sending(command, members)
             is_taken = self.executor.submit(command, members)
@@ -372,12 +379,12 @@ class EngineLoop:
             self._books.not_sent(command, members)
             self._ring_full(members)
 
-    def _no_image_slot(self) -> None:
-        """All slots are taken, by pictures being decoded or copied. Raises TimeoutError if none has come back for
+    def _no_room_for(self, pictures: str) -> None:
+        """All are taken, by pictures being encoded, decoded or copied. Raises TimeoutError if none has come back for
         long."""
-        refused_s = self._refusals.refused_s(NO_IMAGE_SLOT, self.executor.now_s())
+        refused_s = self._refusals.refused_s(pictures, self.executor.now_s())
         if refused_s > self._stall_timeout_s:
-            raise TimeoutError(f"no room for its picture for {refused_s:.0f} s")
+            raise TimeoutError(f"no room for {pictures} for {refused_s:.0f} s")
         self._try_again(refused_s)
 
     def _ring_full(self, members: tuple[int, ...]) -> None:

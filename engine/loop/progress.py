@@ -19,7 +19,7 @@ from tetrion.engine.loop.in_flight import InFlight, InFlightTable
 from tetrion.engine.loop.request_table import RequestTable
 from tetrion.engine.loop.requests import STAGE_STATES, TERMINAL_STATES, Request, RequestState
 from tetrion.engine.loop.statistics import LoopStatistics
-from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, Failed, StageCommand
+from tetrion.engine.messages import Decode, Decoded, Denoise, Denoised, Encoded, EncodePrompt, Failed, StageCommand
 from tetrion.engine.planning.cost.correction import CostModel, CostModels
 from tetrion.engine.planning.cost.predict import predict_j, predict_s
 from tetrion.engine.request import Failure, Output, Receipt
@@ -131,6 +131,7 @@ class Bookkeeper:
             self.discard(entry.command)
             return
         try:
+            self._encoded_pictures(entry.command)
             self._enter(request, entry.command)
             match event:
                 case Encoded():
@@ -146,6 +147,13 @@ class Bookkeeper:
         """Nobody wants the command's result."""
         if isinstance(command, Decode):
             self._executor.release_image_slot(command.image_slot)
+        elif isinstance(command, EncodePrompt):
+            self._encoded_pictures(command)
+
+    def _encoded_pictures(self, command: StageCommand) -> None:
+        """Nobody reads them any more."""
+        if isinstance(command, EncodePrompt) and command.input_slot is not None:
+            self._executor.release_input_slot(command.input_slot)
 
     def _encoded(self, request: Request, entry: InFlight, event: Encoded) -> None:
         self._is_held(request, entry)

@@ -60,6 +60,8 @@ class RequestTable:
         """Those whose slot was taken back."""
         self.saved_bytes = 0
         """Of their states."""
+        self.input_bytes = 0
+        """Of the pictures that all have brought."""
         self._admitted: dict[str, Request] = {}
         self._cancelled: dict[str, Request] = {}
         self._changed: set[str] = set()
@@ -191,6 +193,7 @@ class RequestTable:
             self._feasible.remove(_rank(request))
             raise
         self._new[request.request_id] = request
+        self.input_bytes += request.input_bytes
         self._silent[request.request_id] = self._now_s
         self._shares.wait(claim, is_new=True)
 
@@ -307,6 +310,7 @@ class RequestTable:
             self._cancelled.pop(request.request_id, None)
             self._feasible.remove(_rank(request))
             self._silent.pop(request.request_id, None)
+            self.input_bytes -= request.input_bytes
             if request.request_id in self._admitted:
                 self._give_slot_back(request)
             else:

@@ -152,6 +152,18 @@ class Request:
         return STAGE_STATES[self.planned_stage][0]
 
     @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What it brings to be encoded, as `params.shape.inputs` says: uint8 arrays. They are kept until it ends: what
+        is lost with all holders is encoded again."""
+        mask = self.asked.mask
+        pictures = tuple([picture.pixels for picture in self.asked.pictures])
+        return pictures if mask is None else (*pictures, mask[..., None])
+
+    @property
+    def input_bytes(self) -> int:
+        return sum([array.nbytes for array in self.inputs])
+
+    @property
     def request_id(self) -> str:
         return self.asked.request_id
 

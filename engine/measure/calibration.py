@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -108,15 +109,18 @@ class Calibrator:
     async def warm_up(self, table: Profile | None = None) -> None:
         """One step at every usual size (those measured here, the model's default and those of `table`) and degree on
         every GPU, so that its worker has recorded them and loaded all kernels before the first request comes: what is
-        recorded later holds up the group that wants it. CPUs have nothing to load."""
-        num_devices = len(self._executor.device_ids)
-        for size in self._usual_sizes(table) if self._on_gpu else []:
+        recorded later holds up the group that wants it. Where pictures are references, also with one. CPUs have nothing
+        to load."""
+        num_devices, pictures = len(self._executor.device_ids), (False, True)[: 1 + bool(self._spec.reference_sizes)]
+        for size, with_picture in product(self._usual_sizes(table) if self._on_gpu else [], pictures):
             for degree in self._legal_degrees(self._probe.request(size, 1)):
                 groups = [
                     tuple((first + rank) % num_devices for rank in range(degree))
                     for first in range(0, num_devices, degree)
                 ]
-                await self._probe.rehearse(size, groups, decoding=degree == 1)
+                await self._probe.rehearse(
+                    size, groups, decoding=degree == 1 and not with_picture, with_picture=with_picture
+                )
 
     def _legal_degrees(self, request: Request) -> tuple[int, ...]:
         return self._spec.legal_degrees(len(self._executor.device_ids), request.params.shape.num_branches)

@@ -21,6 +21,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
+from tetrion.engine.shape import StepShape
 
 PROMPT = "a red circle left of a large blue star"
 SEED = 1
@@ -54,11 +55,24 @@ class Probe:
         self.executor = executor
         self.spec = spec
         self._ids = itertools.count(1000)
+        self._input_slots: dict[StepShape, int] = {}
 
-    def request(self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int = 0) -> Request:
-        """A fresh request that starts on this device."""
+    def request(
+        self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int = 0, with_picture: bool = False
+    ) -> Request:
+        """A fresh request that starts on this device. `with_picture`: it brings one of its own size, as it does for a
+        model that draws nothing without, and a mask if it takes one."""
+        width, height = size
+        has_mask = "mask" in self.spec.inputs
         asked = ImageRequest(
-            prompt=prompt, width=size[0], height=size[1], num_steps=num_steps, seed=SEED, request_id="measurement"
+            prompt=prompt,
+            width=width,
+            height=height,
+            num_steps=num_steps,
+            seed=SEED,
+            pictures=(np.zeros((height, width, 3), np.uint8),) if with_picture or has_mask else (),
+            mask=np.zeros((height, width), np.uint8) if has_mask else None,
+            request_id="measurement",
         )
         resolved = resolve_request(asked, self.spec, len(self.executor.device_ids))
         request = Request(resolved, self.executor.now_s())
@@ -88,13 +102,15 @@ class Probe:
             commands += [self._encode(request), self._next_chunk(request, *chunk)]
         return chunk_times(await self._run(commands), [chunk[1]] * count)
 
-    async def rehearse(self, size: Size, groups: Sequence[Members], *, decoding: bool) -> None:
+    async def rehearse(
+        self, size: Size, groups: Sequence[Members], *, decoding: bool, with_picture: bool = False
+    ) -> None:
         """On each group a request of its own: encoded on the first member, one step on all, decoded on the first if
         `decoding`. All are queued at once, so that groups without a common member work side by side."""
         commands: list[tuple[GroupCommand, Members]] = []
         with ExitStack() as image_slots:
             for members in groups:
-                request = self.request(size, 1, device_id=members[0])
+                request = self.request(size, 1, device_id=members[0], with_picture=with_picture)
                 commands += [self._encode(request), self._next_chunk(request, members, 1)]
                 if decoding:
                     image_slot = image_slots.enter_context(self._image_slot())
@@ -125,7 +141,7 @@ class Probe:
         return decoded
 
     def _encode(self, request: Request) -> tuple[GroupCommand, Members]:
-        command = encode_command(request, next(self._ids))
+        command = encode_command(request, next(self._ids), self._input_slot(request) if request.inputs else None)
         request.planned_state_id = command.state_id
         return command, request.planned_holders
 
@@ -140,6 +156,15 @@ class Probe:
         request.planned_step_index += num_steps
         request.planned_chunk_index += 1
         return command, members
+
+    def _input_slot(self, request: Request) -> int:
+        """With what the request brings, which is the same for all of its shape, until the commands are run."""
+        shape = request.params.shape
+        if shape not in self._input_slots:
+            input_slot = self.executor.put_pictures(request.inputs)
+            assert input_slot is not None, "an idle engine has free input slots"
+            self._input_slots[shape] = input_slot
+        return self._input_slots[shape]
 
     @contextmanager
     def _image_slot(self) -> Iterator[int]:
@@ -159,6 +184,8 @@ class Probe:
                 await self._collect(answers, at_least=len(answers) + 1)
             due += len(members)
         await self._collect(answers, at_least=due)
+        while self._input_slots:
+            self.executor.release_input_slot(self._input_slots.popitem()[1])
         return answers
 
     async def _collect(self, answers: list[Event], at_least: int) -> None:

@@ -1,12 +1,13 @@
-"""Packed latents -> picture, as FluxPipeline decodes, and on a CPU with the same bits for any number of threads.
+"""Packed latents -> picture and back, as FluxPipeline and FluxImg2ImgPipeline have it, and on a CPU with the same bits
+for any number of threads.
 
-Owns the VAE decoder: a library module over given weights, on their device and in their dtype. Worker-only: importing it
-takes seconds.
+Owns the VAE: a library module over given weights, on their device and in their dtype, its encoder only for models that
+take pictures. Worker-only: importing it takes seconds.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,32 +17,37 @@ from torch import Tensor, nn
 
 from tetrion.engine.families.components import CONFIG, VaeConfig, read_part
 from tetrion.engine.families.files import read_object
+from tetrion.engine.families.library_shapes import BESIDE_DECODER
+from tetrion.engine.families.pictures import AROUND
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.dummy import module_shapes
-from tetrion.engine.models.family import Picture
+from tetrion.engine.models.encoders import one_thread
+from tetrion.engine.models.family import Begin, Beginning, Picture, ToDevice
 from tetrion.engine.models.finite import is_finite
 from tetrion.engine.models.loading import build_module
-from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
-from tetrion.engine.shape import StepShape
+from tetrion.engine.params import Params
+from tetrion.engine.sampling.flow_match import Schedule, pack_latents, unpack_latents
+from tetrion.engine.shape import Size, StepShape
 from tetrion.kernels.reference import silu
 
 
 class Autoencoder:
-    """The codec of families whose tokens are 2 × 2 latent pixels of an AutoencoderKL: noise, and its decoding half."""
+    """The codec of families whose tokens are 2 × 2 latent pixels of an AutoencoderKL: noise, and both of its halves."""
 
     KIND: ClassVar[Any] = AutoencoderKL
     CONFIG: ClassVar[type[VaeConfig]] = VaeConfig
-    UNUSED_PREFIXES: ClassVar[tuple[str, ...]] = ("encoder.", "quant_conv.")
-    """Parts of the VAE that only turn pictures into latents."""
+    UNUSED: ClassVar[tuple[str, ...]] = ()
+    """What names of tensors begin with that are never loaded."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         """folder: the checkpoint's `vae/`. Raises CheckpointError for missing tensors or an unsupported class."""
         config = read_part(folder, self.CONFIG, self.KIND.__name__)
         self.whole_pixels = math.inf
-        """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
+        """See `models.family.LatentCodec`."""
         self._size_multiple, self._num_channels = spec.sizes.multiple, config.latent_channels
         self._scaling_factor, self._shift_factor = config.scaling_factor, config.shift_factor or 0.0
-        self._vae = build_module(self._builder(folder), tensors, folder, unused=self.UNUSED_PREFIXES)
+        unused = (*unused_parts(spec), *self.UNUSED)
+        self._vae = build_module(self._builder(folder), tensors, folder, unused=unused)
         weight = self._vae.decoder.conv_in.weight
         self._device, self._dtype = weight.device, weight.dtype
         if self._device.type == "cpu":
@@ -67,10 +73,70 @@ class Autoencoder:
 
     def noise(self, seed: int, shape: StepShape) -> Tensor:
         """As `models.family.LatentCodec`: drawn as latent pixels [channels, height, width], then packed."""
-        rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
         generator = torch.Generator("cpu").manual_seed(seed)
-        size = (1, self._num_channels, 2 * rows, 2 * columns)
+        size = (1, self._num_channels, *self._latent_size(shape.size))
         return pack_latents(torch.randn(size, generator=generator, dtype=torch.float32)[0])
+
+    def noised(self, picture: Tensor, generator: torch.Generator, level: float, to_device: ToDevice) -> Tensor:
+        """A picture with so large a share of noise, packed, fp32. As FluxImg2ImgPipeline and
+        StableDiffusion3Img2ImgPipeline draw it: first the sample of what the picture may mean, then the noise."""
+        normal, noise = (to_device(self._normal(picture, generator)) for _ in range(2))
+        if level == 1.0:
+            return pack_latents(noise)
+        latents = self._scaled(self._sampled(self._distribution(picture), normal))
+        return pack_latents(level * noise + (1.0 - level) * latents)
+
+    def around_a_hole(self, picture: Tensor, mask: Tensor, generator: torch.Generator, to_device: ToDevice) -> Tensor:
+        """What is left of a picture where its mask (uint8 [height, width, 1], 0 or 255) is 0, and the mask itself: one
+        row a token, fp32. As FluxFillPipeline has it: pixels of the mask are channels of latent pixels."""
+        normal = to_device(self._normal(picture, generator))
+        hole_1HW = (mask > 0).float().permute(2, 0, 1)
+        latents = self._scaled(self._sampled(self._distribution(picture, hole_1HW), normal))
+        _, rows, columns = latents.shape
+        side = mask.shape[0] // rows
+        pixels = hole_1HW.view(rows, side, columns, side).permute(1, 3, 0, 2).reshape(side * side, rows, columns)
+        return torch.cat([pack_latents(latents), pack_latents(pixels)], dim=1)
+
+    def _normal(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        """Normally distributed, of the picture's latents, on the host: [channels, h, w]."""
+        height, width, _ = picture.shape
+        size = (1, self._num_channels, *self._latent_size((width, height)))
+        return torch.randn(size, generator=generator, dtype=torch.float32)[0]
+
+    def reference(self, picture: Tensor) -> Tensor:
+        """What a picture means by itself: packed, [rows, 4 · channels]."""
+        mean, _ = self._distribution(picture).chunk(2)
+        return pack_latents(self._scaled(mean))
+
+    @torch.no_grad()
+    def _distribution(self, picture: Tensor, hole_1HW: Tensor | None = None) -> Tensor:
+        """uint8 RGB [height, width, 3] -> mean and logarithm of variance of its latents, fp32 [2 · channels, h, w]. It
+        is grey where `hole_1HW` is 1."""
+        height, width, _ = picture.shape
+        picture_1CHW = picture.permute(2, 0, 1).unsqueeze(0).float() / 255 * 2 - 1
+        if hole_1HW is not None:
+            picture_1CHW = picture_1CHW * (1 - hole_1HW)
+        self._vae.use_tiling = height * width > self.whole_pixels
+        try:
+            distribution: Tensor = self._vae.encode(picture_1CHW.to(self._dtype)).latent_dist.parameters[0].float()
+        finally:
+            self._vae.use_tiling = False
+        return distribution
+
+    @staticmethod
+    def _sampled(distribution: Tensor, normal: Tensor) -> Tensor:
+        mean, log_variance = distribution.chunk(2)
+        with one_thread():  # the exponential's last elements depend on how the work is divided
+            deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        return mean + deviation * normal
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        return (latents - self._shift_factor) * self._scaling_factor
+
+    def _latent_size(self, size: Size) -> tuple[int, int]:
+        """Rows and columns."""
+        width, height = size
+        return 2 * (height // self._size_multiple), 2 * (width // self._size_multiple)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, shape: StepShape) -> Picture:
@@ -83,6 +149,35 @@ class Autoencoder:
         picture_HWC = (picture_CHW.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
         pixels = (picture_HWC * 255).round().to(torch.uint8).contiguous()
         return Picture(pixels, is_finite(latents) & is_finite(picture_CHW))
+
+
+def begins_with_a_picture(codec: Autoencoder, schedule: Callable[[int, StepShape], Schedule]) -> Begin:
+    """Of models whose results begin with a picture, if there is one, else with noise; where there is a mask, too, they
+    have the field `AROUND`. `schedule`: see `Model`."""
+
+    def begin(params: Params, pictures: Sequence[Tensor], to_device: ToDevice) -> Beginning:
+        shape, skipped = params.shape, params.skipped_steps
+        if not shape.pictures:
+            return Beginning(codec.noise(params.seed, shape))
+        level = float(schedule(params.num_steps + skipped, shape).levels[skipped])
+        generator = torch.Generator("cpu").manual_seed(params.seed)
+        state = codec.noised(pictures[0], generator, level, to_device)
+        if not shape.has_mask:
+            return Beginning(state)
+        picture, mask = pictures
+        return Beginning(state, {AROUND: codec.around_a_hole(picture, mask, generator, to_device)})
+
+    return begin
+
+
+def begins_with_noise(codec: Autoencoder) -> Begin:
+    """Of models that take no pictures."""
+    return lambda params, pictures, to_device: Beginning(codec.noise(params.seed, params.shape))
+
+
+def unused_parts(spec: ModelSpec) -> tuple[str, ...]:
+    """What names of the VAE's tensors begin with that are not loaded: those that only turn pictures into latents."""
+    return () if "pictures" in spec.inputs else BESIDE_DECODER
 
 
 class PointwiseConv2d(nn.Module):

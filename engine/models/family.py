@@ -81,9 +81,24 @@ class Picture(NamedTuple):
     is_finite: Tensor
 
 
+class Beginning(NamedTuple):
+    """What a request begins with. `state`: fp32 [image rows, K · channels], on the host or on the device. `fields`: of
+    the slot, those that its pictures make."""
+
+    state: Tensor
+    fields: Mapping[str, Tensor] = {}
+
+
+ToDevice = Callable[[Tensor], Tensor]
+"""Enqueues a copy of a host tensor."""
+Begin = Callable[[Params, Sequence[Tensor], ToDevice], Beginning]
+"""A request's beginning, from its parameters and pictures (uint8 [height, width, channels], as `shape.inputs` says, on
+the device). Without waiting for the device."""
+
+
 class LatentCodec(Protocol):
     whole_pixels: float
-    """Larger pictures are decoded in overlapping tiles, which takes less memory and more time."""
+    """Larger pictures are encoded and decoded in overlapping tiles, which takes less memory and more time."""
 
     def noise(self, seed: int, shape: StepShape) -> Tensor:
         """Starting state: fp32 [image rows, K · channels], on the host, by a CPU generator, so that a seed means the
@@ -104,8 +119,9 @@ class Model:
     network: Network
     text: TextEncoding
     codec: LatentCodec
+    begin: Begin
     schedule: Callable[[int, StepShape], Schedule]
-    """Of so many steps."""
+    """Of so many steps, with those that are skipped."""
     guidance_factor: Callable[[Params], float]
     """How far a step goes from the negative prompt's velocity towards the prompt's: 1 is the prompt's own."""
     weights_bytes: int = 0

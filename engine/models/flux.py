@@ -27,24 +27,26 @@ from tetrion.engine.families.flux import (
     read_config,
     weights_plan,
 )
+from tetrion.engine.families.pictures import AROUND
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.autoencoders import Autoencoder
+from tetrion.engine.models.autoencoders import Autoencoder, begins_with_a_picture, unused_parts
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import ClipEncoder, T5Encoder, one_thread
-from tetrion.engine.models.family import Attend, Constant, Model, Tokens
+from tetrion.engine.models.family import Attend, Begin, Beginning, Constant, Model, ToDevice, Tokens
 from tetrion.engine.models.layers import Embedder, Sum, linear_of, normed, take, timestep_embedding
 from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
 from tetrion.engine.parallel.exchange import Rope, Stream
 from tetrion.engine.params import Params
-from tetrion.engine.sampling.flow_match import euler_schedule
+from tetrion.engine.sampling.flow_match import Schedule, euler_schedule
 from tetrion.engine.shape import StepShape
 
 ROPE_THETA = 10_000.0
 
-TEXT, IMAGE = 0, 1
-"""Segments, in canonical order."""
+TEXT, IMAGE, REFERENCE = 0, 1, 2
+"""Segments, in canonical order. References go through a step as the image does, and are thrown away behind it; only
+FLUX.1 Kontext has any."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -153,16 +155,23 @@ def modulations(ops: Ops, weights: FluxWeights, timesteps: Tensor, guidance: flo
     return ops.linear(ops.silu(conditioning), weights.modulation).view(len(timesteps), -1, hidden_size)
 
 
-def rope(height: int, width: int, num_text: int, axes_dims: Sequence[int], theta: float = ROPE_THETA) -> Rope:
-    """Rotary tables of a whole sequence: cos, sin [num_text + height · width, head_dim / 2]; sizes in tokens.
+def rope(
+    height: int,
+    width: int,
+    num_text: int,
+    axes_dims: Sequence[int],
+    references: Sequence[tuple[int, int]] = (),
+    theta: float = ROPE_THETA,
+) -> Rope:
+    """Rotary tables of a whole sequence: cos, sin [num_text + height · width + …, head_dim / 2]; sizes in tokens, of
+    references (rows, columns).
 
-    Positions are (0, row, column) for image tokens and (0, 0, 0) for text. Angles in fp64, tables in fp32, one value
-    for each pair of channels that turn together.
+    Positions are (0, row, column) for image tokens, (i, row, column) for those of the i-th reference, from 1, and
+    (0, 0, 0) for text. Angles in fp64, tables in fp32, one value for each pair of channels that turn together.
     """
-    grid = torch.zeros(height, width, len(axes_dims), dtype=torch.float64)
-    grid[..., 1] += torch.arange(height)[:, None]
-    grid[..., 2] += torch.arange(width)[None, :]
-    positions = torch.cat([torch.zeros(num_text, len(axes_dims), dtype=torch.float64), grid.flatten(0, 1)])
+    text = torch.zeros(num_text, len(axes_dims), dtype=torch.float64)
+    grids = [_grid(i, *size, len(axes_dims)) for i, size in enumerate([(height, width), *references])]
+    positions = torch.cat([text, *grids])
     angles = torch.cat(
         [
             torch.outer(positions[:, axis], 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))
@@ -173,26 +182,49 @@ def rope(height: int, width: int, num_text: int, axes_dims: Sequence[int], theta
     return angles.cos().float(), angles.sin().float()
 
 
+def _grid(index: int, rows: int, columns: int, num_axes: int) -> Tensor:
+    """Positions of a picture's tokens: [rows · columns, axes]."""
+    grid = torch.zeros(rows, columns, num_axes, dtype=torch.float64)
+    grid[..., 0] = index
+    grid[..., 1] += torch.arange(rows)[:, None]
+    grid[..., 2] += torch.arange(columns)[None, :]
+    return grid.flatten(0, 1)
+
+
 def project_text(ops: Ops, weights: FluxWeights, prompt_embeds: Tensor) -> Tensor:
     """Prompt embeddings [n_txt, text_dim] -> text tokens [n_txt, C]. The same for all steps of a request."""
     return ops.linear(prompt_embeds, weights.text_in)
 
 
-def step(ops: Ops, weights: FluxWeights, latents: Tensor, text: Tensor, vectors: Tensor, attend: Attend) -> Tensor:
-    """Velocity [n_img, in_channels] at one step, for this member's tokens.
+def step(
+    ops: Ops,
+    weights: FluxWeights,
+    latents: Tensor,
+    text: Tensor,
+    vectors: Tensor,
+    attend: Attend,
+    reference: Tensor | None = None,
+    around: Tensor | None = None,
+) -> Tensor:
+    """Velocity [n_img, out_channels] at one step, for this member's tokens.
 
-    latents: [n_img, in_channels]; text: [n_txt, C] from `project_text`; vectors: the step's row of `modulations`, or
-    all of it, where `ops` knows the step.
+    latents: [n_img, out_channels]; text: [n_txt, C] from `project_text`; vectors: the step's row of `modulations`, or
+    all of it, where `ops` knows the step; reference: [n_ref, C]; around: [n_img, in_channels - out_channels].
     """
     rows = iter(vectors.unbind(-2))
-    streams = [Sum(text), Sum(ops.linear(latents, weights.image_in))]
+    pictures: tuple[int, ...] = (IMAGE,)
+    x = ops.linear(latents if around is None else torch.cat([latents, around], dim=1), weights.image_in)
+    if reference is not None and len(reference):
+        pictures, x = (IMAGE, REFERENCE), torch.cat([x, reference])
+    streams = [Sum(text), Sum(x)]
     for block in weights.double_blocks:
         text_vectors, image_vectors = take(rows, VECTORS_PER_STREAM), take(rows, VECTORS_PER_STREAM)
-        streams = _double_block(ops, block, streams, (text_vectors, image_vectors), attend)
+        streams = _double_block(ops, block, streams, (text_vectors, image_vectors), pictures, attend)
     for single in weights.single_blocks:
-        streams = [_single_block(ops, single, streams, take(rows, VECTORS_PER_SINGLE), attend)]
+        streams = [_single_block(ops, single, streams, take(rows, VECTORS_PER_SINGLE), pictures, attend)]
     scale, shift = take(rows, VECTORS_AT_END)
-    image = streams[1] if len(streams) == 2 else streams[0].rows_from(len(text))
+    first = 0 if len(streams) == 2 else len(text)
+    image = streams[-1].rows(first, first + len(latents))
     ((_, modulated),) = ops.residual_modulate([image.branch(shift, scale)])
     return ops.narrow_linear(modulated, weights.final)
 
@@ -202,15 +234,16 @@ def _double_block(
     block: DoubleBlock,
     streams: Sequence[Sum],
     vectors: tuple[Sequence[Tensor], Sequence[Tensor]],
+    pictures: tuple[int, ...],
     attend: Attend,
 ) -> list[Sum]:
-    """`streams`, `vectors`: text's and image's."""
+    """`streams`, `vectors`: text's and image's. `pictures`: the segments that the image's has."""
     layers = block.text, block.image
     xs, modulated = normed(ops, streams, [(v[0], v[1]) for v in vectors])
     attended = attend(
         [
-            Stream(ops.linear(n, layer.qkv), (segment,), layer.q_norm, layer.k_norm)
-            for n, layer, segment in zip(modulated, layers, (TEXT, IMAGE), strict=True)
+            Stream(ops.linear(n, layer.qkv), segments, layer.q_norm, layer.k_norm)
+            for n, layer, segments in zip(modulated, layers, ((TEXT,), pictures), strict=True)
         ]
     ).split([len(x) for x in xs])
     outs = [ops.linear(part, layer.out) for part, layer in zip(attended, layers, strict=True)]
@@ -223,7 +256,12 @@ def _double_block(
 
 
 def _single_block(
-    ops: Ops, block: SingleBlock, streams: Sequence[Sum], vectors: Sequence[Tensor], attend: Attend
+    ops: Ops,
+    block: SingleBlock,
+    streams: Sequence[Sum],
+    vectors: Sequence[Tensor],
+    pictures: tuple[int, ...],
+    attend: Attend,
 ) -> Sum:
     """`streams`: text's and image's, or both in one, as all blocks but the first have it."""
     shift, scale, gate = vectors
@@ -231,7 +269,7 @@ def _single_block(
         parts[0] if len(parts) == 1 else torch.cat(parts)
         for parts in normed(ops, streams, [(shift, scale)] * len(streams))
     )
-    attended = attend([Stream(ops.linear(modulated, block.qkv), (TEXT, IMAGE), block.q_norm, block.k_norm)])
+    attended = attend([Stream(ops.linear(modulated, block.qkv), (TEXT, *pictures), block.q_norm, block.k_norm)])
     return Sum(x, gate, ops.joined_linear(attended, ops.gelu_linear(modulated, block.mlp_in), block.out))
 
 
@@ -246,21 +284,29 @@ class FluxTransformer:
         self.num_vectors, self.hidden_size, self.out_channels = (
             config.num_vectors,
             config.hidden_size,
-            config.in_channels,
+            config.token_width,
         )
 
     def vectors(self, fields: Mapping[str, Tensor], times: Tensor, params: Params) -> Tensor:
         return modulations(self.ops, self.weights, times, params.guidance, fields["pooled"][0])
 
     def constants(self, fields: Mapping[str, Tensor], shape: StepShape, branch: int) -> Mapping[str, Constant]:
-        return {"text": Constant(fields["text"][: shape.text[branch]], TEXT)}
+        constants = {"text": Constant(fields["text"][: shape.text[branch]], TEXT)}
+        if "reference" in fields:
+            constants["reference"] = Constant(fields["reference"][: shape.reference], REFERENCE)
+        if AROUND in fields:
+            constants[AROUND] = Constant(fields[AROUND][: shape.image], IMAGE)
+        return constants
 
     def rope(self, shape: StepShape, branch: int) -> Rope:
-        rows, columns = shape.height // self._unit, shape.width // self._unit
-        return rope(rows, columns, shape.text[branch], self.config.axes_dims_rope)
+        unit = self._unit
+        rows, columns = shape.height // unit, shape.width // unit
+        references = [(height // unit, width // unit) for width, height in shape.references]
+        return rope(rows, columns, shape.text[branch], self.config.axes_dims_rope, references)
 
     def step(self, latents: Tensor, constants: Mapping[str, Tensor], vectors: Tensor, attend: Attend) -> Tensor:
-        return step(self.ops, self.weights, latents, constants["text"], vectors, attend)
+        text, reference, around = constants["text"], constants.get("reference"), constants.get(AROUND)
+        return step(self.ops, self.weights, latents, text, vectors, attend, reference, around)
 
 
 class FluxText:
@@ -280,6 +326,20 @@ class FluxText:
         return {"text": project_text(self._network.ops, self._network.weights, embeds), "pooled": pooled.unsqueeze(0)}
 
 
+def _begins_with_references(codec: Autoencoder, network: FluxTransformer) -> Begin:
+    """Noise, and each picture as rows of the sequence, projected as the image is."""
+
+    @torch.no_grad()
+    def begin(params: Params, pictures: Sequence[Tensor], to_device: ToDevice) -> Beginning:
+        state, image_in = codec.noise(params.seed, params.shape), network.weights.image_in
+        if not pictures:
+            return Beginning(state)
+        latents = torch.cat([codec.reference(picture) for picture in pictures])
+        return Beginning(state, {"reference": network.ops.linear(latents.to(image_in.weight.dtype), image_in)})
+
+    return begin
+
+
 def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]:
     path = Path(spec.path)
     config = read_config(component_folder(path, "transformer") / "config.json")
@@ -296,7 +356,7 @@ def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]
     return {
         "text_encoder": whole(files["text_encoder"]),
         "text_encoder_2": whole(files["text_encoder_2"]),
-        "vae": whole(files["vae"], without=Autoencoder.UNUSED_PREFIXES),
+        "vae": whole(files["vae"], without=unused_parts(spec)),
         "transformer": Component(files["transformer"], weights_plan(config)),
     }
 
@@ -322,11 +382,18 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         load_format,
         spec.max_text_tokens,
     )
+    codec = Autoencoder(component_folder(path, "vae"), parts["vae"], spec)
+
+    def schedule(num_steps: int, shape: StepShape) -> Schedule:
+        return euler_schedule(spec.scheduler, num_steps, shape.image)
+
+    begin = begins_with_a_picture(codec, schedule)
     return Model(
         spec=spec,
         network=transformer,
         text=FluxText(clip, t5, transformer),
-        codec=Autoencoder(component_folder(path, "vae"), parts["vae"], spec),
-        schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image),
+        codec=codec,
+        begin=_begins_with_references(codec, transformer) if spec.reference_sizes else begin,
+        schedule=schedule,
         guidance_factor=lambda params: params.true_cfg_scale,
     )

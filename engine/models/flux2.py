@@ -38,7 +38,7 @@ from tetrion.engine.families.flux2 import (
     weights_plan,
 )
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.autoencoders import Autoencoder
+from tetrion.engine.models.autoencoders import Autoencoder, begins_with_noise, unused_parts
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Tokens
@@ -197,7 +197,7 @@ def step(ops: Ops, weights: Flux2Weights, latents: Tensor, text: Tensor, table: 
     for single in weights.single_blocks:
         streams = [_single_block(ops, single, streams, vectors.single, attend)]
     scale, shift = vectors.end
-    image = streams[1] if len(streams) == 2 else streams[0].rows_from(len(text))
+    image = streams[1] if len(streams) == 2 else streams[0].rows(len(text), len(text) + len(latents))
     ((_, modulated),) = ops.residual_modulate([image.branch(shift, scale)])
     return ops.narrow_linear(modulated, weights.final)
 
@@ -284,7 +284,7 @@ class Flux2Codec(Autoencoder):
 
     KIND = AutoencoderKLFlux2
     CONFIG = Flux2VaeConfig
-    UNUSED_PREFIXES = (*Autoencoder.UNUSED_PREFIXES, "bn.num_batches_tracked")
+    UNUSED = ("bn.num_batches_tracked",)
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         super().__init__(folder, tensors, spec)
@@ -321,7 +321,7 @@ def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]
     encoder = component_folder(path, "text_encoder")
     return {
         "text_encoder": language_component(kind, encoder, files["text_encoder"], num_layers),
-        "vae": whole(files["vae"], without=Flux2Codec.UNUSED_PREFIXES),
+        "vae": whole(files["vae"], without=(*unused_parts(spec), *Flux2Codec.UNUSED)),
         "transformer": Component(files["transformer"], weights_plan(config)),
     }
 
@@ -336,11 +336,13 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
     transformer = network(spec, component_tensors(tensors, "transformer"), ops)
     folder, own = component_folder(path, "text_encoder"), component_tensors(tensors, "text_encoder")
     encoder = LanguageEncoder(_language_kind(path), folder, own, text_kind(path).layers, prompt_reader(path))
+    codec = Flux2Codec(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec)
     return Model(
         spec=spec,
         network=transformer,
         text=Flux2Text(encoder, transformer),
-        codec=Flux2Codec(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec),
+        codec=codec,
+        begin=begins_with_noise(codec),
         schedule=functools.partial(schedule, spec),
         guidance_factor=lambda params: params.guidance,
     )

@@ -66,8 +66,9 @@ class Sum(NamedTuple):
     def branch(self, shift: Tensor, scale: Tensor) -> Branch:
         return Branch(self.x, shift, scale, self.gate, self.y)
 
-    def rows_from(self, first: int) -> "Sum":
-        return Sum(self.x[first:], self.gate, None if self.y is None else self.y[first:])
+    def rows(self, first: int, last: int) -> "Sum":
+        """From the first to the one before the last."""
+        return Sum(self.x[first:last], self.gate, None if self.y is None else self.y[first:last])
 
 
 def normed(

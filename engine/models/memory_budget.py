@@ -91,7 +91,7 @@ def decode_bytes(num_pixels: float, itemsize: int = 2) -> int:
 
 def _step_elements(spec: ModelSpec) -> int:
     """Activations of the largest picture's step at degree 1."""
-    operators = step_operators(spec, spec.shape(spec.sizes.max, spec.sizes.max), degree=1)
+    operators = step_operators(spec, spec.largest_shape, degree=1)
     gemms = [operator for operator in operators if isinstance(operator, Gemm)]
     return STEP_GEMMS * max(gemm.rows * (gemm.inputs + gemm.outputs) for gemm in gemms)
 

@@ -31,7 +31,7 @@ from tetrion.engine.families.sd3 import (
     weights_plan,
 )
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.autoencoders import Autoencoder
+from tetrion.engine.models.autoencoders import Autoencoder, begins_with_a_picture, unused_parts
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import ProjectedClipEncoder, T5Encoder, one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Tokens
@@ -41,7 +41,7 @@ from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
 from tetrion.engine.parallel.exchange import Stream
 from tetrion.engine.params import Params
-from tetrion.engine.sampling.flow_match import euler_schedule
+from tetrion.engine.sampling.flow_match import Schedule, euler_schedule
 from tetrion.engine.shape import StepShape
 
 TEXT, IMAGE = 0, 1
@@ -297,7 +297,7 @@ def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]
     files = component_files(path, load_format, shapes)
     encoders = {name: whole(files[name]) for name in files if name in (*CLIPS, T5)}
     return encoders | {
-        "vae": whole(files["vae"], without=Autoencoder.UNUSED_PREFIXES),
+        "vae": whole(files["vae"], without=unused_parts(spec)),
         "transformer": Component(files["transformer"], weights_plan(config)),
     }
 
@@ -310,12 +310,18 @@ def network(spec: ModelSpec, tensors: Mapping[str, Tensor], ops: Ops) -> SD3Tran
 def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor], ops: Ops) -> Model:
     path = Path(spec.path)
     transformer = network(spec, component_tensors(tensors, "transformer"), ops)
+    codec = Autoencoder(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec)
+
+    def schedule(num_steps: int, shape: StepShape) -> Schedule:
+        return euler_schedule(spec.scheduler, num_steps, shape.image, "trained")
+
     return Model(
         spec=spec,
         network=transformer,
         text=_text(path, load_format, tensors, transformer, spec.max_rows("text")),
-        codec=Autoencoder(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec),
-        schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image, "trained"),
+        codec=codec,
+        begin=begins_with_a_picture(codec, schedule),
+        schedule=schedule,
         guidance_factor=lambda params: params.guidance,
     )
 

@@ -37,7 +37,7 @@ from tetrion.engine.families.zimage import (
     weights_plan,
 )
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.autoencoders import Autoencoder
+from tetrion.engine.models.autoencoders import Autoencoder, begins_with_noise, unused_parts
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Picture, Tokens
@@ -325,7 +325,7 @@ def components(spec: ModelSpec, load_format: LoadFormat) -> dict[str, Component]
     )
     return {
         "text_encoder": language_component(QWEN3, encoder, files["text_encoder"], num_layers),
-        "vae": whole(files["vae"], without=Autoencoder.UNUSED_PREFIXES),
+        "vae": whole(files["vae"], without=unused_parts(spec)),
         "transformer": Component(files["transformer"], weights_plan(config)),
     }
 
@@ -341,11 +341,13 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
     folder, num_layers = _encoder(spec)
     own = component_tensors(tensors, "text_encoder")
     encoder = LanguageEncoder(QWEN3, folder, own, [num_layers], prompt_reader(path))
+    codec = ZImageCodec(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec)
     return Model(
         spec=spec,
         network=transformer,
         text=ZImageText(encoder, transformer, spec.max_text_tokens),
-        codec=ZImageCodec(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec),
+        codec=codec,
+        begin=begins_with_noise(codec),
         schedule=functools.partial(schedule, spec),
         guidance_factor=lambda params: 1 + params.guidance,
     )

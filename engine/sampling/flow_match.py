@@ -21,10 +21,16 @@ otherwise), or those of the scheduler itself."""
 
 class Schedule(NamedTuple):
     """A linear solver of S steps. times: fp32 [S], what the network is told of each. coefficients: fp32 [S, K, K + 1]:
-    each of the K new rows of state behind a token is a sum over the old ones and the velocity, in this order."""
+    each of the K new rows of state behind a token is a sum over the old ones and the velocity, in this order. levels:
+    fp32 [S], the share of noise in the state before each."""
 
     times: Tensor
     coefficients: Tensor
+    levels: Tensor
+
+    def after(self, skipped_steps: int) -> "Schedule":
+        """Without its first steps."""
+        return Schedule(*(table[skipped_steps:] for table in self))
 
 
 def sigmas(
@@ -103,7 +109,7 @@ def euler_schedule(
     levels = sigmas(scheduler, num_steps, num_image_tokens, spacing, dynamic_shift)
     coefficients = torch.ones(num_steps, 1, 2)
     coefficients[:, 0, 1] = torch.from_numpy(np.diff(levels))
-    return Schedule(torch.from_numpy(timesteps(scheduler, levels)), coefficients)
+    return Schedule(torch.from_numpy(timesteps(scheduler, levels)), coefficients, torch.from_numpy(levels[:-1]))
 
 
 def pack_latents(latents_CHW: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Slots of shared memory in which workers leave pictures and latents for the engine.
+"""Slots of shared memory in which workers leave pictures and latents for the engine, or it leaves pictures for them.
 
 Owns one segment cut into equal slots, and on the engine's side which of them are free. Does not know who uses a slot
 or when its content is complete: an event says that, and the ring that carries it orders the bytes before it.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
 from typing import Any, Self
 
@@ -18,8 +20,8 @@ _PAGE_BYTES = 4096
 class ImageSlab:
     """`num_slots` slots of `slot_bytes` each (rounded up to whole pages). The engine creates it, workers attach.
 
-    Only the creator hands out slots. Between `acquire` and `release` one worker writes a slot, then the
-    engine reads it.
+    Only the creator hands out slots. Between `acquire` and `release` one side writes a slot, then the other reads it:
+    of results a worker and the engine, of a request's pictures the engine and the worker that encodes them.
     """
 
     def __init__(self, segment: SharedSegment, num_slots: int, free: list[int] | None) -> None:
@@ -30,12 +32,12 @@ class ImageSlab:
         self.slot_bytes = segment.num_bytes // num_slots
 
     @classmethod
-    def create(cls, num_slots: int, slot_bytes: int, *, backing: Backing = "auto") -> Self:
+    def create(cls, num_slots: int, slot_bytes: int, *, name: str = "images", backing: Backing = "auto") -> Self:
         """All slots free. Raises SharedMemoryError if there is no room, ValueError unless both numbers are positive."""
         if num_slots < 1 or slot_bytes < 1:
             raise ValueError(f"image slab: num_slots and slot_bytes must be positive, got {num_slots}, {slot_bytes}")
         slot_bytes += -slot_bytes % _PAGE_BYTES
-        segment = SharedSegment.create("images", num_slots * slot_bytes, backing=backing)
+        segment = SharedSegment.create(name, num_slots * slot_bytes, backing=backing)
         return cls(segment, num_slots, list(reversed(range(num_slots))))
 
     @classmethod
@@ -89,6 +91,19 @@ class ImageSlab:
     def read(self, slot: int, shape: tuple[int, ...], dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
         """A copy of what `view` shows, valid after the slot is released."""
         return self.view(slot, shape, dtype).copy()
+
+    def write_all(self, slot: int, arrays: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Copy uint8 arrays to the start of a slot, one behind the other. Raises ValueError as `view` does."""
+        for array, place in zip(arrays, self.view_all(slot, [array.shape for array in arrays]), strict=True):
+            place[...] = array
+
+    def view_all(self, slot: int, shapes: Sequence[tuple[int, ...]]) -> list[npt.NDArray[np.uint8]]:
+        """Where `write_all` puts arrays of these shapes; no copy. Raises ValueError as `view` does."""
+        sizes = [prod(shape) for shape in shapes]
+        if not sizes:
+            return []
+        whole, ends = self.view(slot, (sum(sizes),)), list(accumulate(sizes))
+        return [whole[end - size : end].reshape(s) for size, end, s in zip(sizes, ends, shapes, strict=True)]
 
     def close(self) -> None:
         """Unmap. Arrays from `view` that are still in use keep the memory until they go."""

@@ -24,6 +24,7 @@ from tetrion.engine.models.ops import Ops
 from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Rope, Stream
 from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
 from tetrion.engine.params import Params
+from tetrion.engine.sampling.flow_match import Schedule
 from tetrion.engine.shape import StepShape
 from tetrion.engine.worker.work_queue import Recording, WorkQueue
 
@@ -153,7 +154,7 @@ class Denoiser:
         self._tails: OrderedDict[tuple[int, tuple[int, ...], int], Tail] = OrderedDict()
         self._rows: WeakValueDictionary[int, Rows] = WeakValueDictionary()
         self._vectors = functools.lru_cache(CACHED_TABLES)(self._compute_vectors)
-        self._schedule = functools.lru_cache(CACHED_SCHEDULES)(model.schedule)
+        self._schedule = functools.lru_cache(CACHED_SCHEDULES)(self._compute_schedule)
         self._coefficients = functools.lru_cache(CACHED_SCHEDULES)(self._compute_coefficients)
         self._rope = functools.lru_cache(CACHED_ROPES)(model.network.rope)
 
@@ -266,17 +267,24 @@ class Denoiser:
         part = steps.start // TABLE_STEPS
         rows = slice(steps.start - part * TABLE_STEPS, steps.stop - part * TABLE_STEPS)
         vectors = {branch: self._vectors(state, params, branch, part)[rows] for branch in branches}
-        coefficients = self._coefficients(params.num_steps, params.shape)[steps.start : steps.stop]
+        coefficients = self._coefficients(*_schedule_of(params))[steps.start : steps.stop]
         self.tables.load(coefficients, self.model.guidance_factor(params), vectors)
 
-    def _compute_coefficients(self, num_steps: int, shape: StepShape) -> Tensor:
-        return self.queue.to_device(self._schedule(num_steps, shape).coefficients)
+    def _compute_schedule(self, num_steps: int, skipped_steps: int, shape: StepShape) -> Schedule:
+        return self.model.schedule(num_steps + skipped_steps, shape).after(skipped_steps)
+
+    def _compute_coefficients(self, num_steps: int, skipped_steps: int, shape: StepShape) -> Tensor:
+        return self.queue.to_device(self._schedule(num_steps, skipped_steps, shape).coefficients)
 
     def _compute_vectors(self, state: State, params: Params, branch: int, part: int) -> Tensor:
         """Modulation vectors of a part's steps: [k, V, C]. `state` says whose."""
-        times = self._schedule(params.num_steps, params.shape).times[part * TABLE_STEPS : (part + 1) * TABLE_STEPS]
+        times = self._schedule(*_schedule_of(params)).times[part * TABLE_STEPS : (part + 1) * TABLE_STEPS]
         fields = self._exchange.constants(state.slot, branch)
         return self.model.network.vectors(fields, self.queue.to_device(times), params)
+
+
+def _schedule_of(params: Params) -> tuple[int, int, StepShape]:
+    return params.num_steps, params.skipped_steps, params.shape
 
 
 def table_parts(steps: range) -> Iterator[range]:

@@ -1,9 +1,9 @@
 """What each command does on one device: everything is enqueued on the device's queue and answered when it is done.
 
-Owns the models with their denoisers, this worker's ends of the exchange and of the image slab. Nothing here waits for a
-GPU but loading and resetting; marks between a command's parts tell later when each was passed. What a CPU and a GPU do
-differently is the backend's. Commands are self-contained: what is kept between them (vectors, embeddings) may be
-dropped at any time.
+Owns the models with their denoisers, this worker's ends of the exchange and of the slabs of results and of inputs.
+Nothing here waits for a GPU but loading and resetting; marks between a command's parts tell later when each was passed.
+What a CPU and a GPU do differently is the backend's. Commands are self-contained: what is kept between them (vectors,
+embeddings) may be dropped at any time.
 """
 
 from collections.abc import Callable, Mapping
@@ -97,6 +97,9 @@ class Runner:
         self._images = ImageSlab.attach(
             spec.image_slab_fd, num_slots=spec.num_image_slots, slot_bytes=spec.image_slot_bytes
         )
+        self._inputs = ImageSlab.attach(
+            spec.input_slab_fd, num_slots=spec.num_input_slots, slot_bytes=spec.input_slot_bytes
+        )
         self._saved = SavedStates.attach(spec.saved_states_fd, spec.layout)
         backend.pin(self._saved.segment)
         self._residents: dict[str, Resident] = {}
@@ -145,13 +148,13 @@ class Runner:
         prompts = (command.prompt, command.negative_prompt or "")[: params.shape.num_branches]
         started = self._queue.mark()
         embeddings = [it.encoders.embedding(prompt) for prompt in prompts]
+        pictures = [self._queue.to_device(picture) for picture in self._pictures(command)]
+        beginning = it.model.begin(params, pictures, self._queue.to_device)
         for branch, embedding in enumerate(embeddings):
-            _fill(it.exchange.constants(command.slot, branch), embedding.fields)
-        if command.step_index:
-            start = self._saved_state(it, command, command.chunk_index)
-        else:
-            start = it.model.codec.noise(params.seed, params.shape)
-        self._state(it, command, command.chunk_index).copy_(self._queue.to_device(start))
+            _fill(it.exchange.constants(command.slot, branch), {**embedding.fields, **beginning.fields})
+        start = self._saved_state(it, command, command.chunk_index) if command.step_index else beginning.state
+        on_device = start if start.device == self._queue.device else self._queue.to_device(start)
+        self._state(it, command, command.chunk_index).copy_(on_device)
         version = slot_version(command.state_id, command.step_index)
         it.exchange.publish(command.slot, command.chunk_index % NUM_BUFFERS, version)
         check, ended = it.exchange.outcome(), self._queue.mark()
@@ -226,6 +229,13 @@ class Runner:
         self._completions.add(command, finish)
 
     # A request's state -------------------------------------------------------------------------------------------
+
+    def _pictures(self, command: EncodePrompt) -> list[Tensor]:
+        """What the request brings, on the host: copies, since the slot is another's once the command is answered."""
+        if command.input_slot is None:
+            return []
+        arrays = self._inputs.view_all(command.input_slot, command.params.shape.inputs)
+        return [torch.from_numpy(array.copy()) for array in arrays]
 
     def _state(self, it: Resident, command: GroupCommand, chunk_index: int) -> Tensor:
         """What steps change, in this device's slot: fp32 [image rows, width]."""

@@ -29,6 +29,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     image_slab_fd: int
     num_image_slots: int
     image_slot_bytes: int
+    input_slab_fd: int
+    num_input_slots: int
+    input_slot_bytes: int
     weights_fd: int
     engine_life_fd: int
     worker_life_fd: int

@@ -2,11 +2,12 @@
 
     {"prompt": "a red circle", "size": "256x256", "seed": 7, "num_steps": 12, "guidance": 3.5, "slo_ms": 900, "id": "a"}
 
-Only `prompt` is required. `model` is for engines that serve several (default: the first); `negative_prompt` and
-`true_cfg_scale` are for models that take them. `id` names the picture (`<id>.png`; default: the line's number, from 1).
-`priority` and `energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be given too. Without `seed` a
-line gets one made from its id, so that every run draws the same picture. Blank lines are skipped. What a value may be
-is the engine's to say: a table's `3.0` is 3, and its `null` is "not given".
+Only `prompt` is required. `model` is for engines that serve several (default: the first); `negative_prompt`,
+`true_cfg_scale`, `image`, `mask` and `strength` are for models that take them. `image` is a picture's file or a list of
+them, `mask` one, relative to the folder of the file of lines and in it. `id` names the picture (`<id>.png`; default:
+the line's number, from 1). `priority` and `energy` (`{"mode": "least-energy", "budget_j": 500}`, both or either) may be
+given too. Without `seed` a line gets one made from its id, so that every run draws the same picture. Blank lines are
+skipped. What a value may be is the engine's to say: a table's `3.0` is 3, and its `null` is "not given".
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import Any
 import msgspec
 
 from tetrion.engine.errors import DeadlineUnmeetable, RequestError, shown
+from tetrion.engine.pictures import read_file
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import whole_within
 from tetrion.entrypoints.arguments import parse_wished_size
@@ -41,6 +43,9 @@ class RequestLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     guidance: Any = None
     negative_prompt: Any = None
     true_cfg_scale: Any = None
+    image: str | list[str] | None = None
+    mask: str | None = None
+    strength: Any = None
     slo_ms: Any = None
     priority: Any = None
     energy: Any = None
@@ -82,10 +87,10 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
 
 
 def parse_lines(
-    lines: list[tuple[int, bytes]], resolve: Resolve, checkpoints: Mapping[str, str]
+    lines: list[tuple[int, bytes]], resolve: Resolve, checkpoints: Mapping[str, str], folder: Path = Path()
 ) -> Iterator[BatchItem | BadLine]:
     """Each line as a picture to draw or as a complaint. `resolve` fills in defaults; it raises RequestError,
-    DeadlineUnmeetable.
+    DeadlineUnmeetable. `folder`: what files that a line names are relative to.
 
     `checkpoints`: by model, the identity of what draws, for the digest. Two ids that differ only in case count as one:
     file systems may say so.
@@ -100,13 +105,17 @@ def parse_lines(
             first = line_of.setdefault(identifier.casefold(), number)
             if first != number:
                 raise InputError(f"id: {identifier!r} is taken by line {first}")
-            request = resolve(_to_request(parsed, identifier))
+            asked = _to_request(parsed, identifier, folder)
+            digests = _digests(asked)
+            request = resolve(asked)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             yield BadLine(line=number, id=identifier, error=_readable(error))
         except (RequestError, DeadlineUnmeetable, InputError) as error:
-            yield BadLine(line=number, id=identifier, error=str(error))
+            yield BadLine(line=number, id=identifier, error=_in_words_of_lines(error))
         else:
-            digest = _digest(request, checkpoints[request.model or ""])
+            digest = _digest(request, checkpoints[request.model or ""], digests)
+            # Read again when it is drawn: all lines' pictures at once may be more than memory holds.
+            request = msgspec.structs.replace(request, pictures=asked.pictures, mask=asked.mask)
             yield BatchItem(line=number, id=identifier, request=request, digest=digest)
 
 
@@ -127,8 +136,10 @@ def _identifier(given: object, number: int) -> str:
     return given
 
 
-def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
+def _to_request(line: RequestLine, identifier: str, folder: Path) -> ImageRequest:
     width, height = parse_wished_size(line.size)
+    images = [line.image] if isinstance(line.image, str) else line.image or []
+    pictures = tuple(_below(folder, "image", image) for image in images)
     return ImageRequest(
         prompt=line.prompt,
         model=line.model,
@@ -138,12 +149,33 @@ def _to_request(line: RequestLine, identifier: str) -> ImageRequest:
         guidance=line.guidance,
         negative_prompt=line.negative_prompt,
         true_cfg_scale=line.true_cfg_scale,
+        pictures=pictures,
+        mask=None if line.mask is None else _below(folder, "mask", line.mask),
+        strength=line.strength,
         seed=seed_of_id(identifier) if line.seed is None else line.seed,
         slo_ms=line.slo_ms,
         priority=line.priority,
         energy=line.energy,
         delivery="png",
     )
+
+
+def _below(folder: Path, field: str, name: str) -> Path:
+    """A file that a line names: nowhere but in its folder, wherever links lead. Raises InputError."""
+    path = folder / name
+    try:
+        is_below = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        is_below = False
+    if not is_below or Path(name).is_absolute():
+        raise InputError(f"{field}: must be a path in the folder of the file of lines, got {shown(name)}")
+    return path
+
+
+def _in_words_of_lines(error: Exception) -> str:
+    if isinstance(error, RequestError) and error.field == "pictures":
+        return f"image: {str(error).removeprefix('pictures: ')}"
+    return str(error)
 
 
 def _readable(error: Exception) -> str:
@@ -157,9 +189,21 @@ def _readable(error: Exception) -> str:
     return message
 
 
-def _digest(request: ImageRequest, checkpoint: str) -> str:
+def _digests(request: ImageRequest) -> list[str]:
+    """Of the files that it names. Raises RequestError."""
+    return [
+        hashlib.sha256(read_file(field, path)).hexdigest()
+        for field, paths in (("pictures", request.pictures), ("mask", [request.mask]))
+        for path in paths
+        if path is not None
+    ]
+
+
+def _digest(request: ImageRequest, checkpoint: str, files: list[str]) -> str:
     size = (request.width, request.height)
-    pixels = [request.prompt, *size, request.num_steps, request.guidance, request.seed, checkpoint]
+    pixels: list[Any] = [request.prompt, *size, request.num_steps, request.guidance, request.seed, checkpoint]
     if request.negative_prompt is not None:  # others keep the digest that they had before there were any
         pixels += [request.negative_prompt, request.true_cfg_scale]
+    if files:
+        pixels += [files, request.strength, request.mask is not None]
     return hashlib.sha256(msgspec.json.encode(pixels)).hexdigest()[:32]

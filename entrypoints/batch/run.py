@@ -1,7 +1,7 @@
 """`tetrion batch`: a file of requests in, a folder of pictures and a manifest out; may be stopped and run again.
 
 A picture is skipped if the manifest says it is finished, its file is there and its digest (prompt, size, steps,
-guidance, seed, checkpoint) is the same. One run at a time owns the output folder.
+guidance, seed, pictures, checkpoint) is the same. One run at a time owns the output folder.
 
 A file is replaced only if it is a batch's picture of that id: the manifest names it, or it says so itself, as one does
 whose run was stopped before its manifest line. A line whose picture's name is taken by another file fails.
@@ -49,7 +49,7 @@ async def batch(requests_file: Path, output: Path, engine: AsyncEngine) -> int:
     checkpoints = {
         name: checkpoint_identity(Path(spec.path), load_format) for name, spec in engine.models.specs.items()
     }
-    parsed = list(parse_lines(lines, engine.check, checkpoints))
+    parsed = list(parse_lines(lines, engine.check, checkpoints, requests_file.parent))
     items = [entry for entry in parsed if isinstance(entry, BatchItem)]
     bad_lines = [entry for entry in parsed if isinstance(entry, BadLine)]
     _say_unknown_words(items, engine)

@@ -264,6 +264,8 @@ class _RecordedExecutor:
         self.revive = executor.revive
         self.read_saved = executor.read_saved
         self.write_saved = executor.write_saved
+        self.put_pictures = executor.put_pictures
+        self.release_input_slot = executor.release_input_slot
         self.acquire_image_slot = executor.acquire_image_slot
         self.release_image_slot = executor.release_image_slot
         self.take_image = executor.take_image

@@ -44,7 +44,7 @@ def create_app(service: ImageService, allowed_origins: Sequence[str] = (), guard
     """The ASGI app around `service`. `allowed_origins`: see `parse_origin`; pages of other ones get no answer. (A
     browser asks without a key whether it may ask, so that comes before keys.)"""
     guards = guards or Guards()
-    app: ASGIApp = Bodies(_routed(service), service.waiting, guards.body_timeout_s)
+    app: ASGIApp = Bodies(_routed(service, allowed_origins), service.waiting, guards.body_timeout_s)
     if guards.keys:
         app = KeyCheck(app, guards.keys)
     if guards.hosts is not None:
@@ -55,10 +55,11 @@ def create_app(service: ImageService, allowed_origins: Sequence[str] = (), guard
     return RequestIds(Tenants(Counted(app, service.counters), guards.proxies))
 
 
-def _routed(service: ImageService) -> Starlette:
+def _routed(service: ImageService, allowed_origins: Sequence[str]) -> Starlette:
     app = Starlette(
         routes=[
             Route("/v1/images/generations", service.generations, methods=["POST"]),
+            Route("/v1/images/edits", service.edits, methods=["POST"]),
             Route("/v1/images/files/{name}", service.file),
             Route("/v1/models", service.models),
             Route("/v1/models/{model:path}", service.model),
@@ -73,6 +74,7 @@ def _routed(service: ImageService) -> Starlette:
             Exception: _on_defect,
         },
     )
+    app.state.allowed_origins = tuple(allowed_origins)
     app.router.redirect_slashes = False
     return app
 

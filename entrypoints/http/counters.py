@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-PATHS = frozenset({"/v1/images/generations", "/v1/models", "/health", "/ready", "/metrics"})
+PATHS = frozenset({"/v1/images/generations", "/v1/images/edits", "/v1/models", "/health", "/ready", "/metrics"})
 FOLDERS = ("/v1/images/files/", "/v1/models/")
 
 

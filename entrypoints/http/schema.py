@@ -7,7 +7,7 @@ clients of those servers run unchanged. What a value of a picture's may be is th
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -20,7 +20,7 @@ from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.pictures import PictureFormat
 
-PARAM_OF_FIELD = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
+PARAM_OF_FIELD = {"num_steps": "num_inference_steps", "guidance": "guidance_scale", "pictures": "image"}
 MAX_PICTURES = 10
 MAX_COMPRESSION = 100
 ResponseQuality = Literal["low", "medium", "high", "xhigh", "max"]
@@ -91,7 +91,8 @@ class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """The prompt's text tokens, counted once, and the packed image tokens of all pictures."""
+    """The prompt's text tokens and those of pictures that came with it, each counted once, and the packed image tokens
+    of all pictures that were drawn."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails
@@ -121,6 +122,20 @@ def decode_body(data: bytes) -> GenerationBody:
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+    return _checked(raw)
+
+
+def settle_body(fields: Mapping[str, Any]) -> GenerationBody:
+    """The same of what a JSON body would hold. Raises ApiError (400)."""
+    try:
+        raw = msgspec.convert(dict(fields), _RawBody)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    return _checked(raw)
+
+
+def _checked(raw: _RawBody) -> GenerationBody:
+    """Raises ApiError (400) with the field in `param`."""
     try:
         body = _settled(raw)
     except RequestError as error:
@@ -154,10 +169,10 @@ def _settled(raw: _RawBody) -> GenerationBody:
 
 
 def to_requests(
-    body: GenerationBody, model: str | None, seed: int, ids: list[str], tenant: str = ""
+    body: GenerationBody, model: str | None, seed: int, ids: list[str], tenant: str = "", **pictures: Any
 ) -> list[ImageRequest]:
     """One request a picture, drawn by `model`, with seeds `seed`, `seed + 1`, … and one of `ids` each. `tenant`: of the
-    sender (`tenants.py`). Raises ApiError (400)."""
+    sender (`tenants.py`). `pictures`: the request's fields about those that it brings. Raises ApiError (400)."""
     width, height = _width_and_height(body)
     return [
         ImageRequest(
@@ -177,6 +192,7 @@ def to_requests(
             request_id=request_id,
             energy=body.energy,
             delivery=body.output_format or "png",
+            **pictures,
         )
         for i, request_id in enumerate(ids)
     ]
@@ -223,12 +239,14 @@ def describe_picture(
     )
 
 
-def usage(num_text_tokens: int, num_image_tokens: int) -> Usage:
+def usage(num_text_tokens: int, num_image_tokens: int, num_picture_tokens: int = 0) -> Usage:
+    """`num_picture_tokens`: of the pictures that came with the request."""
+    num_input_tokens = num_text_tokens + num_picture_tokens
     return Usage(
-        input_tokens=num_text_tokens,
-        input_tokens_details=InputTokensDetails(text_tokens=num_text_tokens, image_tokens=0),
+        input_tokens=num_input_tokens,
+        input_tokens_details=InputTokensDetails(text_tokens=num_text_tokens, image_tokens=num_picture_tokens),
         output_tokens=num_image_tokens,
-        total_tokens=num_text_tokens + num_image_tokens,
+        total_tokens=num_input_tokens + num_image_tokens,
     )
 
 

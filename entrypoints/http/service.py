@@ -38,8 +38,9 @@ from tetrion.entrypoints import pictures
 from tetrion.entrypoints.encoders import Encoders
 from tetrion.entrypoints.http import schema
 from tetrion.entrypoints.http.answer import NO_PICTURE, PicturesAnswer, body_parts
-from tetrion.entrypoints.http.body import read_json
+from tetrion.entrypoints.http.body import read_form_or_json, read_json
 from tetrion.entrypoints.http.draining import draining
+from tetrion.entrypoints.http.edits import EditBody, decode_form, decode_json
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.http.limits import RequestLimits, Waiting, text_bytes
 from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 MAX_WAITING_BYTES = 256 << 20
 RANDOM_SEEDS = 2**32
 OVERLOAD_RETRY_AFTER_S = 1
+DECODING_AT_ONCE = 2
+"""Pictures of requests: each may take some hundred MB meanwhile."""
 NO_WORKER_RETRY_AFTER_S = 5
 LONG_WAIT_S = 60
 
@@ -89,6 +92,7 @@ class ImageService:
         self._created = int(time.time())
         self._metrics = Metrics(engine)
         self._encoders = Encoders()
+        self._decoding = asyncio.Semaphore(DECODING_AT_ONCE)
         self._limits = limits or RequestLimits()
         self.waiting = waiting or Waiting(MAX_WAITING_BYTES)
         self.counters = self._metrics.http
@@ -99,11 +103,50 @@ class ImageService:
     async def generations(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
         body = schema.decode_body(await read_json(request))
-        request.state.held.hold(text_bytes(body.prompt, body.negative_prompt, body.user, body.model))
+        request.state.held.hold(_text_bytes(body))
         self._check_ready()
+        requests, warnings = self._requests(request, body)
+        return await self._drawn(request, body, requests, warnings)
+
+    async def edits(self, request: Request) -> Response:
+        """`POST /v1/images/edits`."""
+        body = await _read_edit(request)
+        self._check_ready()
+        pictures = {"pictures": body.images, "mask": body.mask, "strength": body.strength}
+        requests, warnings = self._requests(request, body, **pictures)
+        requests = await self._with_pictures(requests, body)
+        num_bytes = sum(picture.num_bytes for picture in requests[0].pictures)
+        request.state.held.hold(_text_bytes(body) + num_bytes)
+        body, pictures = msgspec.structs.replace(body, images=(), mask=None), {}
+        return await self._drawn(request, body, requests, warnings)
+
+    def _requests(
+        self, request: Request, body: schema.GenerationBody, **pictures: Any
+    ) -> tuple[list[ImageRequest], tuple[str, ...]]:
+        """One a picture, and what to warn of."""
         seed = secrets.randbelow(RANDOM_SEEDS - (body.n or 1)) if body.seed is None else body.seed
         model, warnings = self._model_of(body)
-        requests = schema.to_requests(body, model, seed, engine_ids(body.n or 1), request.state.tenant)
+        tenant = request.state.tenant
+        return schema.to_requests(body, model, seed, engine_ids(body.n or 1), tenant, **pictures), warnings
+
+    async def _with_pictures(self, requests: list[ImageRequest], body: EditBody) -> list[ImageRequest]:
+        """With what they bring decoded and resized, once for all: a few at a time, since each may take much memory."""
+        try:
+            async with self._decoding:
+                first = await self._engine.prepared(requests[0])
+        except RequestError as error:
+            raise schema.invalid_request(error, body) from None
+        assert isinstance(first, ImageRequest)
+        decoded = {name: getattr(first, name) for name in ("pictures", "mask", "width", "height")}
+        return [msgspec.structs.replace(request, **decoded) for request in requests]
+
+    async def _drawn(
+        self,
+        request: Request,
+        body: schema.GenerationBody,
+        requests: list[ImageRequest],
+        warnings: tuple[str, ...],
+    ) -> Response:
         handles = self._submit(requests, body)
         try:
             self._limits.check(handles[0].request, len(handles))
@@ -300,6 +343,7 @@ class ImageService:
         first, now_s = encoded[0].result, time.monotonic()
         sizes = self._engine.models.specs[first.model].sizes
         num_image_tokens = sizes.num_rows(first.width, first.height) * len(encoded)
+        num_picture_tokens = sum(sizes.num_rows(*picture.size) for picture in asked.pictures)
         return schema.GenerationResponse(
             created=int(time.time()),
             background="opaque",
@@ -317,7 +361,7 @@ class ImageService:
                 )
                 for picture in encoded
             ],
-            usage=schema.usage(first.num_text_tokens, num_image_tokens),
+            usage=schema.usage(first.num_text_tokens, num_image_tokens, num_picture_tokens),
             warnings=warnings,
         )
 
@@ -349,6 +393,18 @@ class _Delivery:
     def dropped(self) -> None:
         for request_id in self._took_s:
             self._engine.not_delivered(request_id)
+
+
+async def _read_edit(request: Request) -> EditBody:
+    """Forms and JSON are taken apart in a thread: they are large. Raises ApiError, ClientDisconnect."""
+    data, is_form = await read_form_or_json(request, request.app.state.allowed_origins)
+    if is_form:
+        return await asyncio.to_thread(decode_form, request.headers["content-type"], data)
+    return await asyncio.to_thread(decode_json, data)
+
+
+def _text_bytes(body: schema.GenerationBody) -> int:
+    return text_bytes(body.prompt, body.negative_prompt, body.user, body.model)
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

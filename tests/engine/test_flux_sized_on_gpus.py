@@ -44,3 +44,31 @@ def test_the_largest_picture_fits_and_is_the_same_again() -> None:
     assert first.image.shape == (2048, 2048, 3) and small.image.shape == (256, 256, 3)
     assert first.image.std() > 1
     np.testing.assert_array_equal(first.image, again.image)
+
+
+@pytest.mark.parametrize(
+    ("model", "devices"),
+    [
+        pytest.param("flux1-kontext-dev", "cuda:0", marks=pytest.mark.gpu),
+        pytest.param("flux1-dev", "cuda:0", marks=pytest.mark.gpu),
+        pytest.param("flux1-kontext-dev", "cuda", marks=pytest.mark.multigpu),
+        pytest.param("flux1-dev", "cuda", marks=pytest.mark.multigpu),
+    ],
+)
+def test_what_comes_of_a_picture_does_not_depend_on_the_degree(model: str, devices: str) -> None:
+    """As a reference, and to begin with."""
+    picture = np.random.default_rng(1).integers(0, 256, (512, 768, 3), np.uint8)
+    config = EngineConfig(devices=devices, models=(model,), load_format="dummy", max_inflight=2, profile_cache=False)
+    with Engine(config) as engine:
+        degrees = engine.spec.legal_degrees(len(engine.devices))
+        asked = [
+            ImageRequest(
+                prompt="a", width=512, height=512, seed=1, num_steps=4, pictures=(picture,), force_degrees=(degree,)
+            )
+            for degree in (*degrees, 1)
+        ]
+        first, *others = engine.generate(asked)
+        (without,) = engine.generate(ImageRequest(prompt="a", width=512, height=512, seed=1, num_steps=4))
+    for other in others:
+        np.testing.assert_array_equal(other.image, first.image)
+    assert (without.image != first.image).any()

@@ -11,6 +11,7 @@ keys = st.builds(
     height=sides,
     frames=st.integers(1, 9999),
     reference=st.integers(0, 99_999_999),
+    pictures=st.integers(0, 999),
     num_branches=st.integers(1, 999),
 )
 
@@ -21,12 +22,12 @@ def test_a_key_is_read_back_from_its_text(key: CostKey) -> None:
     assert key.transposed.transposed == key and key.transposed.pixels == key.pixels
 
 
-@given(st.from_regex(r"[1-9]x[1-9](x[0-9]{1,2})?(\+r[0-9]{1,2})?(\*[0-9]{1,2})?", fullmatch=True))
+@given(st.from_regex(r"[1-9]x[1-9](x[0-9]{1,2})?(\+r[0-9]{1,2})?(\+p[0-9]{1,2})?(\*[0-9]{1,2})?", fullmatch=True))
 def test_no_two_texts_are_one_key(text: str) -> None:
     try:
         assert parse_cost_key(text).text == text
     except ValueError:
-        assert any(part in text for part in ("x0", "x1", "r0", "*0", "*1"))
+        assert any(part in text for part in ("x0", "x1", "r0", "p0", "*0", "*1"))
 
 
 def test_keys_of_today_are_the_sizes_that_profiles_name() -> None:
@@ -36,7 +37,10 @@ def test_keys_of_today_are_the_sizes_that_profiles_name() -> None:
     assert shape.cost_key == "832x480x81+r64*2" and shape.num_branches == 2
 
 
-@pytest.mark.parametrize("text", ["", "1024", "0x16", "16x", "16x16x1", "16x16+r0", "16x16*1", "16x16*2+r3", " 16x16"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "1024", "0x16", "16x", "16x16x1", "16x16+r0", "16x16*1", "16x16*2+r3", "16x16+p0", "16x16+p1+r1", " 16x16"],
+)
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected sizes like"):
         parse_cost_key(text)

@@ -33,10 +33,17 @@ from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.loop.tenant_statistics import TenantFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import Delivered, ImageRequest, ImageResult, Progress
-from tetrion.engine.resolve import resolve_request
+from tetrion.engine.resolve import decoded, resolve_request
 from tetrion.entrypoints.cli import run
 
 SPEC = make_spec(name="shapes", path="", in_channels=64, pooled_dim=64, num_steps=4)
+EDITOR = msgspec.structs.replace(
+    SPEC, name="editor", inputs=SPEC.inputs | {"pictures"}, max_pictures=2, reference_sizes=((128, 256), (192, 192))
+)
+BEGINNER = msgspec.structs.replace(
+    SPEC, name="beginner", inputs=SPEC.inputs | {"pictures", "strength", "mask"}, max_pictures=1, strength=0.5
+)
+"""Models that take pictures, as references or to begin with."""
 
 
 NO_ENERGY = EnergyFigures(
@@ -157,9 +164,11 @@ def models_of(config: EngineConfig) -> ServedModels:
 class FakeEngine:
     """`start_error` is raised on entering; `handles` are all accepted requests."""
 
-    def __init__(self, config: EngineConfig, start_error: Exception | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, start_error: Exception | None = None, spec: ModelSpec | None = None
+    ) -> None:
         self.config = config
-        self.models = models_of(config)
+        self.models = models_of(config) if spec is None else ServedModels(specs={spec.name: spec})
         self.devices: tuple[DeviceSpec, ...] = parse_devices(config.devices)
         self.start_error = start_error
         self.is_running = False
@@ -208,6 +217,9 @@ class FakeEngine:
 
     def check(self, request: ImageRequest) -> ImageRequest:
         return resolve_request(request, self.models, len(self.devices)).asked
+
+    async def prepared(self, request: ImageRequest) -> ImageRequest:
+        return decoded(request, self.models, len(self.devices))
 
     def submit(self, request: ImageRequest) -> FakeHandle:
         if not self.is_running:
@@ -260,9 +272,10 @@ class FakeFactory:
     def __init__(self) -> None:
         self.engines: list[FakeEngine] = []
         self.start_error: Exception | None = None
+        self.spec: ModelSpec | None = None
 
     def __call__(self, config: EngineConfig) -> Any:
-        self.engines.append(FakeEngine(config, self.start_error))
+        self.engines.append(FakeEngine(config, self.start_error, self.spec))
         return self.engines[-1]
 
     @property

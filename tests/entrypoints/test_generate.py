@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.entrypoints.conftest import FakeFactory
+from tests.entrypoints.conftest import BEGINNER, EDITOR, FakeFactory
 from tetrion.engine.request import EnergyOptions
 
 Tetrion = Callable[..., int]
@@ -153,3 +153,44 @@ def test_many_pictures_stay_in_order(tetrion: Tetrion, tmp_path: Path, capsys: C
         tetrion("generate", "a star", "-n", 80, "--seed", 0, "--size", "128x128", "--output", tmp_path, "--json") == 0
     )
     assert [image["seed"] for image in report_of(capsys)["images"]] == list(range(80))
+
+
+def picture(path: Path, size: tuple[int, int] = (200, 100), mode: str = "RGB") -> Path:
+    Image.new(mode, size, "white").save(path)
+    return path
+
+
+def test_pictures_to_work_from(tetrion: Tetrion, factory: FakeFactory, tmp_path: Path) -> None:
+    factory.spec = EDITOR
+    given = [picture(tmp_path / "a.png"), picture(tmp_path / "b.jpg", (100, 100))]
+    options = [part for path in given for part in ("--image", path)]
+    assert tetrion("generate", "make it blue", *options, "-n", 2, "--output", tmp_path / "out") == 0
+    requests = [handle.request for handle in factory.last.handles]
+    assert [[p.size for p in request.pictures] for request in requests] == [[(192, 192), (192, 192)]] * 2
+    assert requests[0].pictures[0] is requests[1].pictures[0], "resized once"
+
+
+def test_a_picture_to_begin_with(tetrion: Tetrion, factory: FakeFactory, tmp_path: Path, capsys: Capture) -> None:
+    factory.spec = BEGINNER
+    image, mask = picture(tmp_path / "a.png", (256, 128)), picture(tmp_path / "m.png", (256, 128), "L")
+    arguments = ("generate", "more", "--image", image, "--strength", 0.75, "--output", tmp_path / "out")
+    assert tetrion(*arguments, "--mask", mask, "--num-steps", 8, "--json") == 0
+    (request,) = [handle.request for handle in factory.last.handles]
+    assert request.strength == 0.75 and (request.mask == 255).all()
+    assert report_of(capsys)["images"][0]["width"] == 256, "as large as the picture"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--image", "none.png"), "image: cannot read 'none.png': No such file or directory"),
+        (("--strength", "0.5"), "strength: takes a picture to go with it"),
+        (("--mask", "none.png"), "mask: takes a picture to go with it"),
+    ],
+)
+def test_bad_pictures_are_said_by_option(
+    tetrion: Tetrion, factory: FakeFactory, capsys: Capture, options: tuple[str, ...], says: str
+) -> None:
+    factory.spec = BEGINNER
+    assert tetrion("generate", "a star", *options) == 2
+    assert says in capsys.readouterr().err and not factory.last.num_starts

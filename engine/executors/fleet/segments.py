@@ -29,7 +29,8 @@ ITEMSIZE = {"cpu": 4, "cuda": 2}
 
 
 class Segments:
-    """Slabs, control segment, image slab, saved states, weights file, and the pipe by which workers see the engine end.
+    """Slabs, control segment, image slab, input slab, saved states, weights file, and the pipe by which workers see the
+    engine end.
 
     The slabs of GPU workers lie on the GPUs, and their files here stay empty unless `slabs_in_host_memory`.
     """
@@ -55,6 +56,8 @@ class Segments:
             undo.callback(self._control.close)
             self.images = ImageSlab.create(2 * num + 2, max(map(_image_slot_bytes, specs)))
             undo.callback(self.images.close)
+            self.inputs = ImageSlab.create(num + 2, max(1, *[spec.max_input_bytes for spec in specs]), name="inputs")
+            undo.callback(self.inputs.close)
             self._saved_states = SavedStates.create(self._layout)
             undo.callback(self._saved_states.close)
             self._weights_fd = _anonymous_file(undo, "weights")
@@ -94,6 +97,9 @@ class Segments:
             image_slab_fd=self.images.fd,
             num_image_slots=self.images.num_slots,
             image_slot_bytes=self.images.slot_bytes,
+            input_slab_fd=self.inputs.fd,
+            num_input_slots=self.inputs.num_slots,
+            input_slot_bytes=self.inputs.slot_bytes,
             weights_fd=self._weights_fd,
             engine_life_fd=self._life_read_fd,
             worker_life_fd=worker_life_fd,
@@ -129,5 +135,5 @@ def _anonymous_file(undo: contextlib.ExitStack, name: str) -> int:
 def inherited(spec: WorkerSpec) -> tuple[int, ...]:
     """All descriptors that a worker is handed."""
     lives = (spec.engine_life_fd, spec.worker_life_fd)
-    slabs = (*spec.slab_fds, spec.control_fd, spec.saved_states_fd, spec.image_slab_fd)
+    slabs = (*spec.slab_fds, spec.control_fd, spec.saved_states_fd, spec.image_slab_fd, spec.input_slab_fd)
     return (*spec.channel.fds, *slabs, spec.weights_fd, *lives)

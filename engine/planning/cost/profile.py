@@ -8,6 +8,9 @@ the neighbouring classes; outside, the slope of the outermost pair continues, cl
 at worst), or cost is proportional where only one class is known. Values of smaller classes act as a lower bound for
 larger ones, so that noise in the table cannot make a larger picture cheaper. Where no class has as many branches, see
 `in_branches`.
+
+Pictures that a request brings are encoded as part of its encode: one costs half as much as decoding as many pixels,
+until it is measured.
 """
 
 import bisect
@@ -26,6 +29,8 @@ MAX_SLOPE = 2.0
 MIN_COST_S = 1e-9
 MEMO_KEYS = 1024
 PIXELS_PER_REFERENCE_ROW = 256
+ENCODING_OF_DECODING = 0.5
+"""An autoencoder's encoder has about half of its decoder's work."""
 
 Points = list[tuple[int, float]]
 """(Pixels, cost), ascending."""
@@ -133,6 +138,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @functools.cached_property
     def _by_branches(self) -> dict[int, "_Curves"]:
         keys = {parse_cost_key(text): cost for text, cost in self.classes.items()}
+        keys = {key: cost for key, cost in keys.items() if not key.pictures} or keys
         return {
             num_branches: _Curves({key: cost for key, cost in keys.items() if key.num_branches == num_branches})
             for num_branches in sorted({key.num_branches for key in keys})
@@ -189,6 +195,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             known = min(self._by_branches)
             other = self.cost(msgspec.structs.replace(key, num_branches=known).text)
             return in_branches(other, known, key.num_branches)
+        if exact is None and key.pictures and not curves.have_pictures:
+            return _with_pictures(self.cost(msgspec.structs.replace(key, pictures=0).text), key.pictures)
+        if exact is None and key.reference:
+            plain = self.cost(msgspec.structs.replace(key, reference=0).text)
+            encoded = _with_pictures(plain, PIXELS_PER_REFERENCE_ROW * key.reference / key.pixels)
+            return msgspec.structs.replace(curves.estimate(key), aux_s=encoded.aux_s)
         if exact is None:
             return curves.estimate(key)
         step = {d: exact.step_ms[d] / 1e3 for d in sorted(exact.step_ms)}
@@ -209,8 +221,11 @@ class _Curves:
     """The classes with one number of guidance branches, and what lies between them."""
 
     def __init__(self, classes: Mapping[CostKey, ClassCost]) -> None:
+        self.have_pictures = any(key.pictures for key in classes)
         self._by_work = sorted([(_work(key), cost) for key, cost in classes.items()], key=_first)
         self._by_pixels = sorted([(key.pixels, cost) for key, cost in classes.items()], key=_first)
+        alone = {key: cost for key, cost in classes.items() if not key.reference} or classes
+        self._without_references = sorted([(_work(key), cost) for key, cost in alone.items()], key=_first)
 
     def estimate(self, key: CostKey) -> SizeCost:
         table, work = self._by_work, _work(key)
@@ -220,7 +235,10 @@ class _Curves:
         step = {}
         for degree in sorted(degrees):
             step[degree] = _at([(n, c.step_ms[degree]) for n, c in table if degree in c.step_ms], work) / 1e3
-        tables: dict[Stage, _Table] = {"encode": (table, work), "decode": (self._by_pixels, key.pixels)}
+        tables: dict[Stage, _Table] = {
+            "encode": (self._without_references, work),
+            "decode": (self._by_pixels, key.pixels),
+        }
         return SizeCost(
             degrees=tuple(step),
             step_by_degree_s=step,
@@ -236,6 +254,13 @@ class _Curves:
         """Joules of a step, estimated for the degrees that some class has them for."""
         known = {d: [(n, c.step_j[d]) for n, c in self._by_work if d in c.step_j] for d in degrees}
         return {degree: _at(points, _work(key)) for degree, points in known.items() if points}
+
+
+def _with_pictures(cost: SizeCost, count: float) -> SizeCost:
+    """The same with so many pictures of this size encoded, too."""
+    encode_s = cost.aux_s["encode"] + count * ENCODING_OF_DECODING * cost.aux_s["decode"]
+    aux_j = {stage: joules for stage, joules in cost.aux_j.items() if stage != "encode"}
+    return msgspec.structs.replace(cost, aux_s=cost.aux_s | {"encode": encode_s}, aux_j=aux_j, is_estimated=True)
 
 
 def in_branches(cost: SizeCost, known: int, wanted: int) -> SizeCost:

@@ -1,19 +1,19 @@
 """Each case's pipeline as diffusers has it, and the same saved and loaded as workers have it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from tests.engine.families.pipelines import CASES, PROMPT, Case
 from tests.engine.families.ranks import Ranks
-from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.families.registry import family_of, read_model_spec
 from tetrion.engine.params import Params
 from tetrion.engine.request import ImageRequest
-from tetrion.engine.resolve import resolve_request
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,34 @@ class Loaded:
     def prompts(self) -> tuple[str, ...]:
         return (PROMPT, self.case.negative)[: self.case.num_branches]
 
-    def params(self, num_steps: int) -> Params:
-        """As the engine settles a request for `prompts`."""
-        case, (prompt, *negative) = self.case, self.prompts
-        asked = ImageRequest(
-            prompt=prompt, negative_prompt=negative[0] if negative else None, width=case.width, height=case.height,
-            num_steps=num_steps, guidance=case.guidance, seed=7,
-            true_cfg_scale=case.true_cfg_scale if case.true_cfg_scale > 1 else None,
+    def params(self, num_steps: int, prompts: Sequence[str] | None = None) -> Params:
+        """Of a request for `num_steps`, of which some are skipped where a picture is begun with. `prompts`: a branch
+        each; all by default."""
+        case, spec = self.case, self.ours.spec
+        prompts = self.prompts if prompts is None else prompts
+        references = () if case.picture is None or case.strength is not None else (case.picture,)
+        shape = msgspec.structs.replace(
+            spec.shape(case.width, case.height, len(prompts), references), text=self._text(prompts),
+            pictures=int(case.strength is not None), has_mask=case.has_mask,
         )  # fmt: skip
-        return resolve_request(asked, self.ours.spec, case.num_devices).params
+        skipped = 0 if case.strength is None else int(num_steps - num_steps * case.strength)
+        return Params(
+            model=spec.name, shape=shape, num_steps=num_steps - skipped, skipped_steps=skipped,
+            guidance=case.guidance, true_cfg_scale=case.true_cfg_scale, seed=7,
+        )  # fmt: skip
 
-    def params_of_last(self, num_steps: int) -> Params:
-        """For the last of `prompts` alone."""
-        params = self.params(num_steps)
-        shape = msgspec.structs.replace(params.shape, text=params.shape.text[-1:])
-        return msgspec.structs.replace(params, shape=shape)
+    def _text(self, prompts: Sequence[str]) -> tuple[int, ...]:
+        """Rows of each prompt, as the engine knows them."""
+        case, spec = self.case, self.ours.spec
+        asked = (ImageRequest(prompt=prompt, width=case.width, height=case.height, guidance=0.0) for prompt in prompts)
+        return tuple(family_of(spec.family).shape(spec, request).text[0] for request in asked)
+
+    def begin(self, params: Params, prompts: Sequence[str] | None = None) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The slot's fields of each branch, and the state before the first step."""
+        pictures = [torch.from_numpy(picture) for picture in self.case.inputs]
+        beginning = self.ours.model.begin(params, pictures, lambda tensor: tensor)
+        texts = self.ours.encode(self.prompts if prompts is None else prompts)
+        return [{**fields, **beginning.fields} for fields in texts], beginning.state
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,18 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -80,7 +85,8 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Case(abc.ABC):
-    """`options`: of the transformer. `guidance`, `true_cfg_scale`: of the request; `num_branches` follow from them."""
+    """`options`: of the transformer. `guidance`, `true_cfg_scale`: of the request; `num_branches` follow from them.
+    `picture`: size of the one that it brings; `strength`: how far the result goes from it, where it begins with it."""
 
     name: str
     options: Mapping[str, Any]
@@ -91,6 +97,8 @@ class Case(abc.ABC):
     preset: Mapping[str, Any] = field(default_factory=lambda: {"max_text_tokens": T5_ROWS})
     width: int = 56
     height: int = 72
+    picture: tuple[int, int] | None = None
+    strength: float | None = None
     unit: int = 8
     """Pixels of a token's side."""
     text_rows: ClassVar[int] = T5_ROWS
@@ -111,9 +119,33 @@ class Case(abc.ABC):
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         """Arguments of the pipeline that differ by family."""
 
+    has_mask = False
+    img2img: ClassVar[type[DiffusionPipeline]]
+    """The pipeline that begins with a picture."""
+
     @abc.abstractmethod
     def packed(self, latents: Tensor) -> Tensor:
         """What the pipeline has between steps -> [rows, channels]."""
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """What the request brings: waves of colours, of which no two rows are alike."""
+        if self.picture is None:
+            return ()
+        width, height = self.picture
+        x, y, channel = np.arange(width)[None, :, None], np.arange(height)[:, None, None], np.arange(3)
+        waves = np.sin(x / 5.0 + channel) + np.cos(y / (4.0 + channel))
+        return ((waves * 60 + 128).round().astype(np.uint8),)
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """As a worker finds them."""
+        return self.pictures
+
+    @property
+    def image(self) -> Image.Image:
+        (picture,) = self.pictures
+        return Image.fromarray(picture)
 
     def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
         pipeline.save_pretrained(folder, max_shard_size="1MB")
@@ -128,10 +160,14 @@ class Case(abc.ABC):
             kept.update(values)
             return values
 
+        if self.strength is not None:
+            pipeline = self.img2img(**pipeline.components)
+            pipeline.set_progress_bar_config(disable=True)
         (pictures,) = pipeline(
             prompt=PROMPT, height=self.height, width=self.width, num_inference_steps=num_steps,
             generator=torch.Generator().manual_seed(seed), output_type="np", max_sequence_length=self.text_rows,
             callback_on_step_end=keep, return_dict=False, **self.call(pipeline),
+            **({} if self.strength is None else {"image": self.image, "strength": self.strength}),
         )  # fmt: skip
         return Drawn(self.packed(kept["latents"]), (pictures[0] * 255).round().astype(np.uint8))
 
@@ -145,15 +181,19 @@ class Flux(Case):
     """Its width is such that an odd number of rows ends in a part of what the CPU's loops take at a time, so that
     activations whose bits depend on the number of rows would show."""
 
+    img2img = FluxImg2ImgPipeline
+    kind: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    in_channels = 4 * LATENT_CHANNELS
+
     def pipeline(self) -> DiffusionPipeline:
         torch.manual_seed(1)
         transformer = FluxTransformer2DModel(
-            in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=2, attention_head_dim=18,
-            num_attention_heads=7, joint_attention_dim=T5_WIDTH, pooled_projection_dim=POOLED,
+            in_channels=self.in_channels, out_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=2,
+            attention_head_dim=18, num_attention_heads=7, joint_attention_dim=T5_WIDTH, pooled_projection_dim=POOLED,
             axes_dims_rope=(6, 6, 6), **self.options,
         )  # fmt: skip
         clip = CLIPTextModel(clip_config(width=POOLED))
-        pipeline = FluxPipeline(
+        pipeline = self.kind(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae(), text_encoder=clip,
             tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(), transformer=transformer,
         )  # fmt: skip
@@ -162,10 +202,22 @@ class Flux(Case):
     def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
         text, pooled, text_ids = pipeline.encode_prompt(prompt, None, max_sequence_length=T5_ROWS)
         image_ids = FluxPipeline._prepare_latent_image_ids(1, *self.tokens, latents.device, latents.dtype)
+        reference, reference_ids = self.reference(pipeline)
+        rows = torch.cat([torch.cat([latents, self.around(pipeline)], dim=1), reference])[None]
+        ids = torch.cat([image_ids, reference_ids])
         guidance = torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None
         return pipeline.transformer(
-            latents[None], text, pooled, torch.tensor([time]) / 1000, image_ids, text_ids, guidance, return_dict=False
-        )[0][0]
+            rows, text, pooled, torch.tensor([time]) / 1000, ids, text_ids, guidance, return_dict=False
+        )[0][0, : len(latents)]
+
+    def reference(self, pipeline: DiffusionPipeline) -> tuple[Tensor, Tensor]:
+        """Rows and positions of what steps attend to beside the image."""
+        return torch.empty(0, self.in_channels), torch.empty(0, 3)
+
+    def around(self, pipeline: DiffusionPipeline) -> Tensor:
+        """What is read of each row beside its latents."""
+        rows, columns = self.tokens
+        return torch.empty(rows * columns, 0)
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
         return {
@@ -176,7 +228,61 @@ class Flux(Case):
         return latents[0]
 
 
+class Kontext(Flux):
+    kind = FluxKontextPipeline
+
+    def reference(self, pipeline: DiffusionPipeline) -> tuple[Tensor, Tensor]:
+        if self.picture is None:
+            return super().reference(pipeline)
+        width, height = self.picture
+        picture = pipeline.image_processor.preprocess(self.image, height, width)
+        rows = pack_latents(pipeline._encode_vae_image(picture, torch.Generator())[0])
+        sides = height // self.unit, width // self.unit
+        ids = FluxPipeline._prepare_latent_image_ids(1, *sides, picture.device, picture.dtype)
+        ids[:, 0] = 1
+        return rows, ids
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        image = None if self.picture is None else self.image
+        beside = {"image": image, "max_area": self.width * self.height, "_auto_resize": False}
+        return super().call(pipeline) | beside
+
+
+class Fill(Flux):
+    """It begins with a picture, too, as far as the strength says."""
+
+    img2img = kind = FluxFillPipeline
+    in_channels = 2 * 4 * LATENT_CHANNELS + 8 * 8
+    has_mask = True
+
+    @property
+    def mask(self) -> np.ndarray:
+        """A corner, and a stripe that no token's edge is at."""
+        mask = np.zeros((self.height, self.width), np.uint8)
+        mask[: self.height // 2, 5 : self.width // 2] = mask[:, -3:-1] = 255
+        return mask
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        return (*self.pictures, self.mask[..., None])
+
+    def around(self, pipeline: DiffusionPipeline) -> Tensor:
+        picture = pipeline.image_processor.preprocess(self.image, self.height, self.width)
+        mask = pipeline.mask_processor.preprocess(Image.fromarray(self.mask), self.height, self.width)
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(2):  # what the pipeline has drawn by then
+            torch.randn(1, LATENT_CHANNELS, *[2 * side for side in self.tokens], generator=generator)
+        mask, latents = pipeline.prepare_mask_latents(
+            mask, picture * (1 - mask), 1, LATENT_CHANNELS, 1, self.height, self.width, torch.float32, "cpu", generator
+        )
+        return torch.cat([latents, mask], dim=-1)[0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "mask_image": Image.fromarray(self.mask)}
+
+
 class SD3(Case):
+    img2img = StableDiffusion3Img2ImgPipeline
     with_t5 = True
     shift = 3.0
 
@@ -323,7 +429,17 @@ CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
     Flux("flux1-true-cfg", {"guidance_embeds": True}, guidance=2.0, true_cfg_scale=4.0, num_branches=2, num_devices=6),
+    Flux("flux1-strength", {"guidance_embeds": True}, guidance=3.5, picture=(56, 72), strength=0.65),
+    Kontext("flux1-kontext", {"guidance_embeds": True}, guidance=2.5, picture=(88, 40)),
+    Kontext(
+        "flux1-kontext-true-cfg", {"guidance_embeds": True}, guidance=2.5, true_cfg_scale=3.0, num_branches=2,
+        picture=(64, 64), num_devices=6,
+    ),
+    Kontext("flux1-kontext-alone", {"guidance_embeds": True}, guidance=2.5),
+    Fill("flux1-fill", {"guidance_embeds": True}, guidance=30.0, picture=(56, 72), strength=1.0),
+    Fill("flux1-fill-strength", {"guidance_embeds": True}, guidance=30.0, picture=(56, 72), strength=0.7),
     SD3("sd3-medium", SIX_HEADS, guidance=7.0, num_branches=2),
+    SD3("sd3-strength", SIX_HEADS, guidance=7.0, num_branches=2, picture=(56, 72), strength=0.4),
     SD3("sd3-unguided", SIX_HEADS, guidance=1.0),
     SD3WithoutT5("sd3-without-t5", SIX_HEADS, guidance=5.0, num_branches=2, width=64, height=64),
     SD3(

@@ -12,21 +12,19 @@ TOLERANCE = 1e-5
 
 def test_one_step_is_the_transformers(loaded: Loaded) -> None:
     case, ours, step = loaded.case, loaded.ours, 1
-    params = loaded.params_of_last(NUM_STEPS)
-    latents = ours.model.codec.noise(3, params.shape)
-    time = float(ours.model.schedule(NUM_STEPS, params.shape).times[step])
     prompt = loaded.prompts[-1]
+    params = loaded.params(NUM_STEPS, [prompt])
+    (text,), latents = loaded.begin(params, [prompt])
+    time = float(ours.model.schedule(NUM_STEPS, params.shape).after(params.skipped_steps).times[step])
     expected = case.velocity(loaded.theirs, latents, time, prompt)
-    (text,) = ours.encode([prompt])
     assert_close(ours.velocity(text, latents, params, step)[: len(expected)], expected)
 
 
 def test_a_run_is_the_pipelines_from_prompt_to_pixels(loaded: Loaded) -> None:
-    """Prompts through all encoders, noise from the seed, guidance, the decoder."""
+    """Prompts through all encoders, pictures through theirs, noise from the seed, guidance, the decoder."""
     ours, params = loaded.ours, loaded.params(NUM_STEPS)
     expected = loaded.case.draw(loaded.theirs, NUM_STEPS, params.seed)
-    noise = ours.model.codec.noise(params.seed, params.shape)
-    latents = ours.denoise(ours.encode(loaded.prompts), noise, params, [((0,), NUM_STEPS)])
+    latents = ours.denoise(*loaded.begin(params), params, [((0,), params.num_steps)])
     assert_close(latents[: len(expected.latents)], expected.latents)
     picture = ours.model.codec.decode(latents, params.shape).pixels.numpy()
     assert np.abs(picture.astype(int) - expected.picture).max() <= 1
@@ -37,6 +35,7 @@ def test_noise_levels_are_the_pipelines_to_the_bit(loaded: Loaded) -> None:
     loaded.case.draw(loaded.theirs, NUM_STEPS, params.seed)
     schedule = ours.model.schedule(NUM_STEPS, params.shape)
     assert torch.equal(schedule.times, loaded.theirs.scheduler.timesteps)
+    assert torch.equal(schedule.levels, loaded.theirs.scheduler.sigmas[:-1])
     assert torch.equal(schedule.coefficients[:, 0, 1], loaded.theirs.scheduler.sigmas.diff())
 
 
@@ -45,6 +44,15 @@ def test_text_does_not_depend_on_the_number_of_threads(loaded: Loaded) -> None:
     torch.set_num_threads(2)
     (fields,) = loaded.ours.encode([loaded.prompts[0]])
     assert all(torch.equal(fields[name], expected[name]) for name in expected)
+
+
+def test_pictures_mean_the_same_for_any_number_of_threads(loaded: Loaded) -> None:
+    params = loaded.params(NUM_STEPS)
+    texts, state = loaded.begin(params)
+    torch.set_num_threads(2)
+    others, other = loaded.begin(params)
+    assert torch.equal(state, other)
+    assert all(torch.equal(texts[0][name], others[0][name]) for name in texts[0])
 
 
 def assert_close(tensor: Tensor, expected: Tensor) -> None:

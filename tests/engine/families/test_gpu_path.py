@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 def test_a_prompt_a_step_and_a_picture_in_bf16(loaded: Loaded) -> None:
     if loaded.case.name not in NAMES:
         pytest.skip("another case has the same network")
-    ours, params, prompt = loaded.ours, loaded.params_of_last(NUM_STEPS), loaded.prompts[-1]
+    ours, params, prompt = loaded.ours, loaded.params(NUM_STEPS, loaded.prompts[-1:]), loaded.prompts[-1]
     spec = ours.spec
     shape = msgspec.structs.replace(spec.shape(*SIZE), text=params.shape.text)
     params = msgspec.structs.replace(params, shape=shape)

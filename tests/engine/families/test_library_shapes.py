@@ -21,6 +21,7 @@ from tetrion.engine.families.library_shapes import (
     T5_EMBEDDINGS,
     clip_shapes,
     decoder_shapes,
+    encoder_shapes,
     language_shapes,
     t5_shapes,
 )
@@ -72,7 +73,9 @@ def test_the_decoder_of_flux2(changes: dict[str, object], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("model", ["flux1-dev", "sd3-medium", "shapes"])
-def test_a_decoder(model: str) -> None:
+def test_both_halves_of_an_autoencoder(model: str) -> None:
     path = folder(model, "vae")
-    theirs = {name: shape for name, shape in Autoencoder.shapes(path).items() if not name.startswith(BESIDE_DECODER)}
-    assert decoder_shapes(read_part(path, VaeConfig, "AutoencoderKL")) == theirs
+    theirs, config = Autoencoder.shapes(path), read_part(path, VaeConfig, "AutoencoderKL")
+    is_encoders = {name: name.startswith(BESIDE_DECODER) for name in theirs}
+    assert decoder_shapes(config) == {name: shape for name, shape in theirs.items() if not is_encoders[name]}
+    assert encoder_shapes(config) == {name: shape for name, shape in theirs.items() if is_encoders[name]}

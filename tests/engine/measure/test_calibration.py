@@ -24,11 +24,17 @@ class Watched:
     def __init__(self) -> None:
         self.steps: list[tuple[tuple[int, int], tuple[int, ...]]] = []
         self.decoded: list[tuple[int, int]] = []
+        self.with_pictures: list[tuple[int, int]] = []
 
     def request(self, size: tuple[int, int], num_steps: int) -> SimpleNamespace:
         return SimpleNamespace(params=SimpleNamespace(shape=SimpleNamespace(num_branches=1)))
 
-    async def rehearse(self, size: tuple[int, int], groups: list[tuple[int, ...]], *, decoding: bool) -> None:
+    async def rehearse(
+        self, size: tuple[int, int], groups: list[tuple[int, ...]], *, decoding: bool, with_picture: bool
+    ) -> None:
+        if with_picture:
+            self.with_pictures += [size] * len(groups)
+            return
         self.steps += [(size, members) for members in groups]
         self.decoded += [size] * (len(groups) if decoding else 0)
 
@@ -54,6 +60,7 @@ SQUARES = [(side, side) for side in SIDES]
             [*SQUARES[:-1], (1536, 1024), SQUARES[-1]],
         ),
         ("cuda", "shapes", None, [(side, side) for side in (128, 256, 272, 368, 464, 512)]),
+        ("cuda", "flux1-kontext-dev", None, SQUARES),
     ],
 )
 async def test_gpus_record_every_usual_step_before_the_first_request(
@@ -68,6 +75,8 @@ async def test_gpus_record_every_usual_step_before_the_first_request(
     groups = [(0,), (1,), (2,), (0, 1), (2, 0), (0, 1, 2)]
     assert watched.steps == [(size, members) for size in sizes for members in groups]
     assert watched.decoded == [size for size in sizes for _ in range(3)]
+    times = len(groups) if "kontext" in model else 0
+    assert watched.with_pictures == [size for size in sizes for _ in range(times)], "references are rows of the step"
 
 
 def test_a_calibration_is_kept_for_the_weights_it_was_measured_with(tmp_path: Path) -> None:

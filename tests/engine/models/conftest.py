@@ -76,7 +76,7 @@ class Loaded:
         """The whole model at degree 1: latents and picture."""
         shape = self.spec.shape(width, height)
         params = Params(model=self.spec.name, shape=shape, num_steps=num_steps, guidance=guidance, seed=seed)
-        fields, (times, coefficients) = self.embed(prompt), self.model.schedule(num_steps, shape)
+        fields, (times, coefficients, _) = self.embed(prompt), self.model.schedule(num_steps, shape)
         vectors = self.network.vectors(fields, times, params)
         constants = {name: c.tensor for name, c in self.network.constants(fields, shape, 0).items()}
         state, attend = (

@@ -51,3 +51,30 @@ def test_what_is_no_number_in_latents_or_in_the_decoder_is_told(load, value: flo
     latents[3, 5] = value
     assert not loaded.codec.decode(latents, shape).is_finite
     assert not loaded.codec.decode(torch.full_like(latents, 3e38), shape).is_finite
+
+
+def test_a_picture_beyond_the_limit_is_encoded_in_tiles_that_show_little(load) -> None:
+    codec = load(resolve_model("shapes")).codec
+    rows, columns = np.mgrid[0:256, 0:320]
+    picture = torch.from_numpy(np.stack([rows % 256, columns % 256, (rows + columns) % 256], axis=2).astype(np.uint8))
+    whole = codec.reference(picture)
+    assert whole.shape == (256 * 320 // 256, 32)
+    latents = codec.noise(1, StepShape(width=320, height=256, image=320, text=()))
+    decoded = codec.decode(latents, StepShape(width=320, height=256, image=320, text=())).pixels
+    codec.whole_pixels = 320 * 256 - 1
+    tiled = codec.reference(picture)
+    assert not torch.equal(tiled, whole) and (tiled - whole).abs().mean() < 0.3 * whole.std()
+    codec.whole_pixels = 320 * 256
+    assert torch.equal(codec.reference(picture), whole)
+    again = codec.decode(latents, StepShape(width=320, height=256, image=320, text=())).pixels
+    assert torch.equal(again, decoded), "decoding is left as it was"
+
+
+def test_a_picture_comes_back_from_its_latents(load) -> None:
+    """The embedded autoencoder, both halves."""
+    codec = load(resolve_model("shapes")).codec
+    picture = np.full((128, 128, 3), 255, np.uint8)
+    picture[32:96, 32:96] = (220, 30, 30)
+    shape = StepShape(width=128, height=128, image=64, text=())
+    back = codec.decode(codec.reference(torch.from_numpy(picture)), shape).pixels.numpy()
+    assert np.abs(back.astype(int) - picture).mean() < 12

@@ -27,7 +27,7 @@ def toy_spec(name: str, segments: tuple[Rows, ...], num_heads: int) -> ModelSpec
     return ModelSpec(
         name=name, path="", family="toy", num_heads=num_heads, head_dim=HEAD_DIM, segments=segments,
         fields=(*constants[: 3 if "reference" in segments else 2], state), max_branches=2, scheduler=SchedulerSpec(),
-        num_steps=4, guidance=0.0, max_text_tokens=13, max_reference_rows=20,
+        num_steps=4, guidance=0.0, max_text_tokens=13, max_pictures=1, reference_sizes=((160, 32),),
         sizes=Sizes(min=16, max=160, multiple=16, default=(160, 160)),
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_equals_diffusers_scheduler(scheduler, num_steps, num_image_tokens, seed
     assert levels.dtype == np.float32 and levels.shape == (num_steps + 1,) and levels[-1] == 0
     assert np.array_equal(levels, theirs.sigmas.numpy())
     assert np.array_equal(timesteps(scheduler, levels), theirs.timesteps.numpy())
-    times, coefficients = euler_schedule(scheduler, num_steps, num_image_tokens)
+    times, coefficients, _ = euler_schedule(scheduler, num_steps, num_image_tokens)
     assert times.dtype == coefficients.dtype == torch.float32 and coefficients.shape == (num_steps, 1, 2)
     assert torch.equal(times, theirs.timesteps)
     latents = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))

@@ -78,3 +78,14 @@ def test_only_the_engine_hands_out_slots(slab: ImageSlab) -> None:
         with pytest.raises(RuntimeError, match="handed out by the engine"):
             call()
     worker.close()
+
+
+def test_several_arrays_lie_one_behind_the_other() -> None:
+    slab = ImageSlab.create(2, 4096)
+    arrays = [np.full((h, w, c), value, np.uint8) for value, (h, w, c) in enumerate([(4, 5, 3), (1, 1, 3), (7, 3, 1)])]
+    slab.write_all(1, arrays)
+    views = slab.view_all(1, [array.shape for array in arrays])
+    assert all(np.array_equal(view, array) for view, array in zip(views, arrays, strict=True))
+    assert slab.view_all(1, []) == [] and not slab.read(0, (4096,)).any()
+    with pytest.raises(ValueError, match="a slot has 4,096"):
+        slab.write_all(0, [np.zeros((4097,), np.uint8)])

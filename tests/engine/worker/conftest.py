@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -57,8 +58,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     """Config files only; 3 heads of 32, a text of 4 tokens, 4 pixels a token side."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    for name, content in CONFIGS.items():
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", CONFIGS)
+
+
+def make_model(folder: Path, configs: dict[str, dict[str, Any]]) -> ModelSpec:
+    for name, content in configs.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(content))
@@ -75,6 +79,7 @@ class Memory:
         self.control = SharedSegment.create("control", control)
         self._slabs = [SharedSegment.create("slab", self.layout.num_bytes) for _ in range(num_devices)]
         self.images = ImageSlab.create(2, 3 * 4 * model.sizes.max**2)
+        self.inputs = ImageSlab.create(2, max(1, model.max_input_bytes), name="inputs")
         self.saved = SavedStates.create(self.layout)
 
     def spec(self, device_id: int) -> WorkerSpec:
@@ -93,6 +98,9 @@ class Memory:
             image_slab_fd=os.dup(self.images.fd),
             num_image_slots=self.images.num_slots,
             image_slot_bytes=self.images.slot_bytes,
+            input_slab_fd=os.dup(self.inputs.fd),
+            num_input_slots=self.inputs.num_slots,
+            input_slot_bytes=self.inputs.slot_bytes,
             weights_fd=os.memfd_create("test-weights"),
             engine_life_fd=-1,
             worker_life_fd=-1,

@@ -95,7 +95,7 @@ def test_tables_hold_the_steps_of_a_chunk(loaded: Loaded, steps: range, num_bran
     params = request_params(loaded.model.spec, NUM_STEPS, num_branches=num_branches)
     loaded.fill(params)
     tables, network = loaded.denoiser.tables, loaded.model.network
-    times, coefficients = loaded.model.schedule(NUM_STEPS, params.shape)
+    times, coefficients, _ = loaded.model.schedule(NUM_STEPS, params.shape)
     tables.step.fill_(77)
     tables_of(loaded.denoiser, params, steps)
     assert tables.step.item() == 0
@@ -122,7 +122,7 @@ def test_steps_are_those_of_the_network_and_the_schedule_written_out(loaded: Loa
     params = request_params(loaded.model.spec, 3, num_branches=2)
     loaded.fill(params)
     network, shape = loaded.model.network, params.shape
-    times, coefficients = loaded.model.schedule(3, shape)
+    times, coefficients, _ = loaded.model.schedule(3, shape)
     fields = [{n: t.clone() for n, t in loaded.fields(b).items()} for b in range(2)]
     vectors = [network.vectors(fields[b], times, params) for b in range(2)]
     found = loaded.run(params, range(3))

@@ -56,12 +56,20 @@ def request_commands(
     state_id: int = 5,
     step_index: int = 0,
     chunk_index: int = 0,
+    input_slot: int | None = None,
 ) -> Commands:
     """A whole request, or what is left of it when it goes on from saved latents."""
     ids = itertools.count(10)
     common = {"request_id": "r", "state_id": state_id, "slot": SLOT, "params": params}
     prompts = {"prompt": "a red circle", "negative_prompt": "a square"}
-    encode = EncodePrompt(command_id=next(ids), step_index=step_index, chunk_index=chunk_index, **prompts, **common)
+    encode = EncodePrompt(
+        command_id=next(ids),
+        step_index=step_index,
+        chunk_index=chunk_index,
+        input_slot=input_slot,
+        **prompts,
+        **common,
+    )
     commands: Commands = [((first,), encode)]
     holders = (first,)
     for members, chunk_steps in chunks:

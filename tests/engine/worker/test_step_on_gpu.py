@@ -15,7 +15,7 @@ from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.dummy import DummyFiles
-from tetrion.engine.models.family import LatentCodec, Model, TextEncoding
+from tetrion.engine.models.family import Begin, LatentCodec, Model, TextEncoding
 from tetrion.engine.models.flux import network, project_text, read_config, transformer_shapes, weights_plan
 from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.loading import Component, component_tensors, load_to_device
@@ -114,6 +114,7 @@ def our_latents(files: DummyFiles, spec: ModelSpec, inputs: Inputs) -> tuple[Ten
         network=transformer,
         text=cast(TextEncoding, None),
         codec=cast(LatentCodec, None),
+        begin=cast(Begin, None),
         schedule=lambda num_steps, shape: euler_schedule(spec.scheduler, num_steps, shape.image),
         guidance_factor=lambda params: 1.0,
     )

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from tests.entrypoints.conftest import SPEC, FakeFactory
+from tests.entrypoints.conftest import BEGINNER, SPEC, FakeFactory
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.families.served import serving
 from tetrion.engine.request import EnergyOptions, ImageRequest
@@ -406,3 +406,54 @@ def test_missing_file_and_empty_file(tetrion: Tetrion, write: Callable[..., Path
 
 def test_seeds_of_ids_are_fixed_for_ever() -> None:
     assert [seed_of_id(name) for name in ("1", "2", "a")] == [1803989619, 3564330554, 3398926610]
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_lie_beside_the_file_of_lines(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], tmp_path: Path, out: Path, capsys: Capture
+) -> None:
+    factory.spec = BEGINNER
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (200, 150), "white").save(tmp_path / "in/a.png")
+    Image.new("L", (200, 150), "white").save(tmp_path / "m.png")
+    line = {"prompt": "a star", "image": "in/a.png", "mask": "m.png", "strength": 0.75, "id": "a"}
+    requests = write(line, line | {"image": ["in/a.png"], "id": "b"})
+    assert tetrion("batch", requests, "--output", out) == 0
+    asked = [handle.request for handle in factory.last.handles]
+    assert [request.pictures[0].size for request in asked] == [(192, 144)] * 2 and asked[0].strength == 0.75
+    assert (asked[0].mask == 255).all()
+    assert tetrion("batch", requests, "--output", out) == 0
+    assert "0 drawn, 2 already there" in capsys.readouterr().out
+    Image.new("RGB", (200, 150), "red").save(tmp_path / "in/a.png")
+    assert tetrion("batch", requests, "--output", out) == 0
+    assert "2 drawn, 0 already there" in capsys.readouterr().out, "another picture is in the file"
+
+
+def test_no_line_names_a_file_elsewhere(
+    tetrion: Tetrion, factory: FakeFactory, write: Callable[..., Path], tmp_path: Path, out: Path, capsys: Capture
+) -> None:
+    factory.spec = BEGINNER
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    Image.new("RGB", (200, 150)).save(tmp_path / "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    names = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "~/secret.png", "a\0b", "x/../../secret.png"]
+    requests = write(*[{"prompt": "a star", "image": name} for name in names])
+    requests = requests.rename(folder / "requests.jsonl")
+    assert tetrion("batch", requests, "--output", out) == 1
+    failed = manifest(out)
+    assert [entry["status"] for entry in failed] == ["failed"] * len(names)
+    assert all(entry["error"].startswith("image: ") for entry in failed)
+    assert sum("must be a path in the folder" in entry["error"] for entry in failed) == 5
+    assert "cannot read" in failed[3]["error"], "of a home nothing is known here"
+    assert not factory.last.handles
+
+
+def test_a_model_that_takes_no_pictures_says_so_of_the_line(
+    tetrion: Tetrion, write: Callable[..., Path], tmp_path: Path, out: Path
+) -> None:
+    Image.new("RGB", (200, 150)).save(tmp_path / "a.png")
+    assert tetrion("batch", write({"prompt": "a star", "image": "a.png"}), "--output", out) == 1
+    assert manifest(out)[0]["error"] == "image: is no input of model 'shapes'"

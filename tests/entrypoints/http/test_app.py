@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests.entrypoints.conftest import FakeEngine
 from tetrion.engine.config import EngineConfig
+from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import EnergyOptions, ImageRequest
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.errors import InputError
@@ -48,11 +49,15 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    store_bytes: int = 1 << 24, public_url: str | None = None, allowed_origins: tuple[str, ...] = (), **config: Any
+    store_bytes: int = 1 << 24,
+    public_url: str | None = None,
+    allowed_origins: tuple[str, ...] = (),
+    spec: ModelSpec | None = None,
+    **config: Any,
 ) -> AsyncIterator[Served]:
     sock = socket.create_server(("127.0.0.1", 0))
     store = PictureStore(store_bytes)
-    async with FakeEngine(EngineConfig(devices="cpu:2", **config)) as engine:
+    async with FakeEngine(EngineConfig(devices="cpu:2", **config), spec=spec) as engine:
         service = ImageService(engine, store, public_url)  # type: ignore[arg-type]
         service.is_ready = True
         server = uvicorn.Server(uvicorn.Config(create_app(service, allowed_origins), lifespan="off", log_config=None))
@@ -295,7 +300,8 @@ async def test_unknown_paths_and_methods(served: Served) -> None:
     for method, path, status, code in (
         ("GET", "/", 404, "unknown_url"),
         ("GET", "/v1/models/", 404, "model_not_found"),
-        ("POST", "/v1/images/edits", 404, "unknown_url"),
+        ("POST", "/v1/images/variations", 404, "unknown_url"),
+        ("GET", "/v1/images/edits", 405, "method_not_allowed"),
         ("GET", GENERATIONS, 405, "method_not_allowed"),
         ("DELETE", "/health", 405, "method_not_allowed"),
     ):

@@ -142,6 +142,23 @@ async def test_the_same_seed_is_the_same_picture_and_urls_work(server: Server) -
     assert fetched.headers["content-type"] == "image/png"
 
 
+async def test_a_picture_is_edited_by_a_form_and_by_json_with_the_same_bits(server: Server) -> None:
+    prompt, extra = "a large red circle on a navy background", {"seed": 7, "strength": 0.5}
+    async with server.client() as client, httpx.AsyncClient(timeout=200) as http:
+        drawn = await client.images.generate(prompt=prompt, size="128x128", extra_body={"seed": 7})
+        assert drawn.data is not None and drawn.data[0].b64_json is not None
+        png = base64.b64decode(drawn.data[0].b64_json)
+        edited = await client.images.edit(image=("drawn.png", png), prompt=prompt, extra_body=extra)
+        url = f"data:image/png;base64,{drawn.data[0].b64_json}"
+        body = {"image": url, "prompt": prompt, "size": "128x128", **extra}
+        again = await http.post(f"{server.url}/v1/images/edits", json=body)
+    picture = picture_of(edited)
+    assert np.array_equal(picture_of(ImagesResponse.model_validate_json(again.content)), picture)
+    assert again.json()["data"][0]["num_inference_steps"] == 8, "half of the model's 16"
+    assert picture.shape == (128, 128, 3) and not np.array_equal(picture, picture_of(drawn))
+    assert np.abs(picture.astype(int) - picture_of(drawn)).mean() < 40, "it still looks like it"
+
+
 async def test_bodies_are_strictly_of_the_clients_own_types(server: Server) -> None:
     async with httpx.AsyncClient(timeout=200) as http:
         body = {"prompt": "a blue ring", "num_inference_steps": 2, "slo_ms": 60_000, "output_format": "webp"}

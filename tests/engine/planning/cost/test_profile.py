@@ -202,3 +202,32 @@ def test_degrees_of_two_branches_reach_twice_the_heads() -> None:
     assert make_profile({"64x64*2": {"step_ms": {48: 3.0}, **cost}}).degrees("64x64*2") == (48,)
     with pytest.raises(ValueError, match="degree 48 must be from 1 to 24"):
         make_profile({"64x64": {"step_ms": {48: 3.0}, **cost}})
+
+
+def test_a_picture_that_is_encoded_costs_half_its_decode_and_no_step() -> None:
+    plain, one, two = (flux_profile().cost(f"1024x1024{pictures}") for pictures in ("", "+p1", "+p2"))
+    decode_s = plain.aux_s["decode"]
+    assert one.aux_s == pytest.approx({"encode": plain.aux_s["encode"] + decode_s / 2, "decode": decode_s})
+    assert two.aux_s["encode"] == pytest.approx(plain.aux_s["encode"] + decode_s)
+    assert one.step_by_degree_s == plain.step_by_degree_s and one.is_estimated
+    reference = flux_profile().cost("1024x1024+r4096")
+    assert reference.aux_s == pytest.approx(one.aux_s), "as many pixels"
+    in_branches = flux_profile().cost("1024x1024+p1*2")
+    assert in_branches.degrees == flux_profile().cost("1024x1024*2").degrees
+
+
+def test_what_was_measured_with_pictures_says_nothing_of_requests_without() -> None:
+    before = flux_profile()
+    measured = msgspec.structs.replace(before.classes["1024x1024"], encode_ms=5000.0)
+    after = before.with_classes({"1024x1024+p1": measured})
+    assert after.cost("1024x1024+p1").aux_s["encode"] == 5.0
+    for key in ("1024x1024", "768x768", "1536x1536", "1024x1024+r64"):
+        assert after.cost(key).aux_s == before.cost(key).aux_s
+
+
+def test_a_table_of_requests_with_pictures_alone_has_them_in_its_encodes() -> None:
+    """Of a model that draws nothing without."""
+    costs = {f"{n}x{n}+p1": {"step_ms": {1: n / 4}, "encode_ms": n / 8, "decode_ms": n / 4} for n in (64, 256)}
+    profile = make_profile(costs)
+    assert profile.cost("128x128+p1").aux_s == pytest.approx({"encode": 0.016, "decode": 0.032})
+    assert profile.cost("256x256+p1").aux_s["encode"] == 0.032
