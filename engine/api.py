@@ -268,7 +268,7 @@ class AsyncEngine:
     async def prepared(self, request: ImageRequest | str) -> ImageRequest | str:
         """The request with its pictures decoded and resized, which takes milliseconds: by another thread, so that the
         event loop is free. `generate` does so by itself. Raises RequestError."""
-        if not isinstance(request, ImageRequest) or (request.mask is None and _is_empty(request.pictures)):
+        if not isinstance(request, ImageRequest) or not _brings_pictures(request):
             return request
         return await asyncio.to_thread(decoded, request, self.models, len(self.devices))
 
@@ -380,5 +380,9 @@ class AsyncEngine:
         self._handles.clear()
 
 
-def _is_empty(pictures: object) -> bool:
-    return isinstance(pictures, list | tuple) and not pictures
+def _brings_pictures(request: ImageRequest) -> bool:
+    """A field that cannot be read is `submit`'s to complain of."""
+    try:
+        return request.mask is not None or not (isinstance(request.pictures, list | tuple) and not request.pictures)
+    except Exception:
+        return False

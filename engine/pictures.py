@@ -9,7 +9,6 @@ import contextlib
 import io
 import os
 import stat
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +138,8 @@ def _of_file(field: str, data: bytes | bytearray | memoryview) -> Picture:
     if len(data) > MAX_FILE_BYTES:
         raise RequestError(field, f"has more than {MAX_FILE_BYTES} bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of sizes that are refused below
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _of_image(field, image)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return _of_image(field, image)
     except RequestError:
         raise
     except Image.DecompressionBombError:
