@@ -54,8 +54,12 @@ BACKLOG_LOOKED_AT = 48
 """So many of the backlog may take a device that is still idle after that."""
 LONGEST_STEP_S = 0.4
 """Requests of the pool run only at degrees whose step takes at most this long (or the widest)."""
-TURN_EVERY = 40
-"""In one of so many chunk lengths the oldest of the pool, if it has waited for its patience, goes before all others."""
+FAR_BEHIND = 2
+"""Where more requests of the pool than so many a device wait, left-over devices are worth proportionally less to it:
+each is late by so much that finishing it sooner helps little, and costs others their deadlines."""
+TURN_EVERY = 60
+"""Of so many chunks of its own length the oldest of the pool has one before all others, once it has waited for its
+patience."""
 MIN_CANDIDATES = 48
 """At least so many of the most urgent requests (else one per device) enter the fill."""
 
@@ -175,11 +179,13 @@ class _Tick:
 
     def _whose_turn_it_is(self) -> list[Work]:
         """The oldest of the pool, at its narrowest degree, if it is time."""
-        chunk_s, oldest = self.config.chunk_s, self.pool[:1]
-        if not oldest or self.now_s % (TURN_EVERY * chunk_s) >= chunk_s or not oldest[0].is_ready:
+        oldest = self.pool[:1]
+        if not oldest or not oldest[0].is_ready:
             return []
         (work,) = oldest
-        if self.now_s - work.view.arrival_s <= self.config.patience_s:
+        length_s = max(self.config.chunk_s, work.table.step_s[work.degrees[0]])
+        is_patient = self.now_s - work.view.arrival_s <= self.config.patience_s
+        if is_patient or self.now_s % (TURN_EVERY * length_s) >= length_s:
             return []
         del self.pool[0]
         work.level = work.degrees[0]
@@ -223,7 +229,7 @@ class _Tick:
         """Widen requests and give others a target, as it is worth most."""
         if self.left <= 0:
             return
-        worth, rest = self.options.late_worth, _first_of_each_class(self.pool[1:POOL_ITEMS], self.left)
+        worth, rest = self._pool_worth(), _first_of_each_class(self.pool[1:POOL_ITEMS], self.left)
         items = [
             *self._options(self.placed, False, 1.0),
             *self._options(self.dropped[:MIN_CANDIDATES], False, DROPPED_WORTH),
@@ -231,6 +237,11 @@ class _Tick:
             *self._options(rest, True, worth * REST_WORTH),
         ]
         widen(items, self.left)
+
+    def _pool_worth(self) -> float:
+        """Of left-over devices, to the first of the pool."""
+        waiting = len(self.pool) + len(self.snapshot.backlog[POOL_ITEMS:])
+        return self.options.late_worth * min(1.0, FAR_BEHIND * len(self.snapshot.devices) / max(1, waiting))
 
     def _options(self, works: Sequence[Work], are_in_pool: bool, worth: float) -> Iterator[tuple[Work, list[Option]]]:
         """What could be done for each with so many more devices."""
