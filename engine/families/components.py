@@ -15,6 +15,7 @@ from tetrion.engine.families.files import fault, read_object
 
 CONFIG = "config.json"
 QUANTIZATION = ("quantization_config", "compression_config")
+DOWN_BLOCK = "DownEncoderBlock2D"
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 QWEN3S = ("Qwen3ForCausalLM", "Qwen3Model")
 MISTRAL3S = ("Mistral3ForConditionalGeneration",)
@@ -44,15 +45,18 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    down_block_types: Annotated[tuple[Literal["DownEncoderBlock2D"], ...], Meta(max_length=10)] = (
-        "DownEncoderBlock2D",
-    )
+    down_block_types: Annotated[tuple[str, ...], Meta(max_length=10)] = (DOWN_BLOCK,)
     up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",)
 
     @property
     def scale_factor(self) -> int:
         """Pixels a latent pixel's side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether its encoding half is one that is known here."""
+        return self.down_block_types == (DOWN_BLOCK,) * len(self.block_out_channels)
 
     @property
     def decoder_channels(self) -> tuple[int, ...]:
@@ -65,9 +69,8 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
         return 0
 
     def __post_init__(self) -> None:
-        for name, types in (("up_block_types", self.up_block_types), ("down_block_types", self.down_block_types)):
-            if len(types) != len(self.block_out_channels):
-                raise ValueError(f"{name} {len(types)} must be as many as block_out_channels")
+        if len(self.up_block_types) != len(self.block_out_channels):
+            raise ValueError(f"up_block_types {len(self.up_block_types)} must be as many as block_out_channels")
         if len(self.decoder_channels) != len(self.block_out_channels):
             raise ValueError(f"decoder_block_out_channels {len(self.decoder_channels)} must be as many, too")
         if any(channels % self.norm_num_groups for channels in (*self.block_out_channels, *self.decoder_channels)):
@@ -84,9 +87,7 @@ class Flux2VaeConfig(VaeConfig, frozen=True, kw_only=True):
     decoder_block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)] | None = None
     latent_channels: Size = 32
     layers_per_block: Count = 2
-    down_block_types: Annotated[tuple[Literal["DownEncoderBlock2D"], ...], Meta(max_length=10)] = (
-        "DownEncoderBlock2D",
-    ) * 4
+    down_block_types: Annotated[tuple[str, ...], Meta(max_length=10)] = (DOWN_BLOCK,) * 4
     up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",) * 4
     batch_norm_eps: _Epsilon = 1e-4
     patch_size: Annotated[tuple[Literal[2], ...], Meta(min_length=2, max_length=2)] = (2, 2)

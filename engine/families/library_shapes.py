@@ -78,15 +78,16 @@ def encoder_shapes(config: VaeConfig) -> dict[str, Shape]:
     return dict(_encoder(config))
 
 
-def has_encoder(shapes: Mapping[str, Shape]) -> bool:
-    """Whether an autoencoder's weights have the half that turns pictures into latents."""
-    return any(name.startswith(BESIDE_DECODER) for name in shapes)
+def has_encoder(config: VaeConfig, shapes: Mapping[str, Shape]) -> bool:
+    """Whether an autoencoder's weights have the half that turns pictures into latents, as its config means it."""
+    return config.has_encoder and any(name.startswith(BESIDE_DECODER) for name in shapes)
 
 
 def check_autoencoder(folder: Path, config: VaeConfig, shapes: Mapping[str, Shape]) -> None:
     """See `check_clip`. Its encoding half may be missing as a whole."""
-    both = decoder_shapes(config) | (encoder_shapes(config) if has_encoder(shapes) else {})
-    _check(folder, both, shapes, ())
+    is_whole = has_encoder(config, shapes)
+    meant = decoder_shapes(config) | (encoder_shapes(config) if is_whole else {})
+    _check(folder, meant, shapes, () if is_whole else BESIDE_DECODER)
 
 
 def _check(folder: Path, meant: Mapping[str, Shape], found: Mapping[str, Shape], beside: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.families.checkpoint import component_folder
+from tetrion.engine.families.components import VaeConfig, read_part
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import has_encoder
 from tetrion.engine.families.weights import read_shapes
@@ -27,7 +28,9 @@ KONTEXT_SIZES: tuple[Size, ...] = (
 
 def takes_pictures(folder: Path, load_format: LoadFormat) -> bool:
     """Whether the checkpoint's VAE has the half that makes latents of them. Raises CheckpointError; OSError."""
-    return load_format == "dummy" or has_encoder(read_shapes(component_folder(folder, "vae")))
+    path = component_folder(folder, "vae")
+    config = read_part(path, VaeConfig, "AutoencoderKL")
+    return config.has_encoder if load_format == "dummy" else has_encoder(config, read_shapes(path))
 
 
 def picture_inputs(folder: Path, load_format: LoadFormat) -> frozenset[str]:

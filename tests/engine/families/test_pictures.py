@@ -77,3 +77,11 @@ def strip_encoder(folder: Path) -> None:
     path = folder / "vae/diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     save_file({name: t for name, t in tensors.items() if not name.startswith(("encoder.", "quant_conv."))}, path)
+
+
+def test_an_encoder_of_other_blocks_is_left_out(tmp_path: Path) -> None:
+    folder = copied("shapes", tmp_path / "model")
+    change(folder, "vae/config.json", down_block_types=["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"])
+    assert "pictures" not in taken(folder).inputs
+    strip_encoder(folder)
+    assert "pictures" not in taken(folder).inputs

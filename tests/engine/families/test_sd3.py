@@ -122,4 +122,4 @@ def test_it_is_read_without_torch() -> None:
 
 
 def test_it_is_a_family() -> None:
-    assert FAMILY.read(embedded_folder() / "sd3-medium", "dummy").inputs == {"negative_prompt"}
+    assert FAMILY.read(embedded_folder() / "sd3-medium", "dummy").inputs == {"negative_prompt", "pictures", "strength"}
