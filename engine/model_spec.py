@@ -59,19 +59,25 @@ class SlotField(msgspec.Struct, frozen=True, kw_only=True):
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """Which pictures a model draws, in pixels: both sides from `min` to `max` and multiples of `multiple`. `default`:
-    (width, height). One row of the image segment covers `multiple` × `multiple` pixels."""
+    (width, height). One row of the image segment covers `multiple` × `multiple` pixels; rows are filled up to a
+    multiple of `row_multiple` with some that cover nothing."""
 
     min: int
     max: int
     multiple: int
     default: Size
+    row_multiple: int = 1
 
     def accept(self, pixels: int) -> bool:
         """Whether the model draws pictures of this width or height."""
         return pixels % self.multiple == 0 and self.min <= pixels <= self.max
 
     def num_rows(self, width: int, height: int) -> int:
-        """Rows of the image segment of one picture."""
+        """Rows of the image segment of one picture, those that cover nothing included."""
+        return -(-self.num_covered(width, height) // self.row_multiple) * self.row_multiple
+
+    def num_covered(self, width: int, height: int) -> int:
+        """Rows that cover pixels; they come first."""
         return (width // self.multiple) * (height // self.multiple)
 
     def fitted(self, size: Size) -> Size:

@@ -74,6 +74,11 @@ def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x, gate, y)
 
 
+def rms_norm(x: Tensor, epsilon: float, weight: Tensor | None = None) -> Tensor:
+    """RMSNorm of x [n, C] over C (arXiv:1910.07467), with or without weights [C]."""
+    return F.rms_norm(x, x.shape[-1:], weight, epsilon)
+
+
 class Branch(NamedTuple):
     """A stream between two sub-blocks: x + gate · y, which is to be normed, scaled and shifted. x, y: [n, C]; vectors:
     [C]. Without y there is nothing to add. For the kernel that knows its step, vectors are tables [steps, C]."""
@@ -120,6 +125,12 @@ def gelu_tanh(x: Tensor) -> Tensor:
     exponent = x.square().mul_(-0.044715 * twice).sub_(twice).mul_(x)
     denominator = exponent.exp_().add_(1)
     return torch.div(x, denominator, out=denominator)
+
+
+def silu_product(x: Tensor) -> Tensor:
+    """[n, 2·F] -> [n, F]: SiLU of the first half of channels, times the second (SwiGLU, arXiv:2002.05202)."""
+    gate, value = x.chunk(2, dim=-1)
+    return silu(gate.contiguous()).mul_(value)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, epsilon: float) -> Tensor:

@@ -17,6 +17,8 @@ CONFIG = "config.json"
 QUANTIZATION = ("quantization_config", "compression_config")
 DOWN_BLOCK = "DownEncoderBlock2D"
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+QWEN3S = ("Qwen3ForCausalLM", "Qwen3Model")
+MISTRAL3S = ("Mistral3ForConditionalGeneration",)
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
 
 Count = Annotated[int, Meta(ge=1, le=1000)]
@@ -56,13 +58,47 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Whether its encoding half is one that is known here."""
         return self.down_block_types == (DOWN_BLOCK,) * len(self.block_out_channels)
 
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        """Of the decoder's blocks, the widest last."""
+        return self.block_out_channels
+
+    @property
+    def num_scaled(self) -> int:
+        """Channels of packed latents that are scaled one by one."""
+        return 0
+
     def __post_init__(self) -> None:
         if len(self.up_block_types) != len(self.block_out_channels):
             raise ValueError(f"up_block_types {len(self.up_block_types)} must be as many as block_out_channels")
-        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+        if len(self.decoder_channels) != len(self.block_out_channels):
+            raise ValueError(f"decoder_block_out_channels {len(self.decoder_channels)} must be as many, too")
+        if any(channels % self.norm_num_groups for channels in (*self.block_out_channels, *self.decoder_channels)):
             raise ValueError(
                 f"norm_num_groups {self.norm_num_groups} must divide block_out_channels {list(self.block_out_channels)}"
             )
+
+
+class Flux2VaeConfig(VaeConfig, frozen=True, kw_only=True):
+    """Of an AutoencoderKLFlux2, whose latents are packed 2 × 2 and then scaled channel by channel, by the statistics of
+    a batch norm."""
+
+    block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)] = (128, 256, 512, 512)
+    decoder_block_out_channels: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=10)] | None = None
+    latent_channels: Size = 32
+    layers_per_block: Count = 2
+    down_block_types: Annotated[tuple[str, ...], Meta(max_length=10)] = (DOWN_BLOCK,) * 4
+    up_block_types: Annotated[tuple[Literal["UpDecoderBlock2D"], ...], Meta(max_length=10)] = ("UpDecoderBlock2D",) * 4
+    batch_norm_eps: _Epsilon = 1e-4
+    patch_size: Annotated[tuple[Literal[2], ...], Meta(min_length=2, max_length=2)] = (2, 2)
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        return self.decoder_block_out_channels or self.block_out_channels
+
+    @property
+    def num_scaled(self) -> int:
+        return 4 * self.latent_channels
 
 
 class ClipConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +144,61 @@ class T5Config(msgspec.Struct, frozen=True, kw_only=True):
         return self.feed_forward_proj.startswith("gated-")
 
 
+class _Rope(msgspec.Struct, frozen=True, kw_only=True):
+    rope_type: Literal["default"] = "default"
+
+
+class LanguageConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a language model of Qwen3's kind. Defaults are the library's."""
+
+    hidden_size: Size = 4096
+    intermediate_size: Size = 22016
+    num_hidden_layers: Count = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size = 32
+    head_dim: Size = 128
+    vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 151936
+    max_position_embeddings: Size = 32768
+    rms_norm_eps: _Epsilon = 1e-6
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    use_sliding_window: Literal[False] = False
+    layer_types: Annotated[tuple[Literal["full_attention"], ...], Meta(max_length=1000)] | None = None
+    rope_scaling: None = None
+    rope_parameters: _Rope | None = None
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether q and k are normed by head."""
+        return True
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads"
+                f" {self.num_attention_heads}"
+            )
+
+
+class MistralConfig(LanguageConfig, frozen=True, kw_only=True):
+    """Of a language model of Mistral's kind, which norms neither q nor k."""
+
+    head_dim: Size
+    num_key_value_heads: Size = 8
+    max_position_embeddings: Size = 131072
+    sliding_window: Annotated[int, Meta(ge=4096)] | None = None
+
+    @property
+    def has_head_norms(self) -> bool:
+        return False
+
+
+class _Mistral3(msgspec.Struct, frozen=True, kw_only=True):
+    """Which also sees pictures, by parts that are not used."""
+
+    text_config: dict[str, Any]
+
+
 def read_part(folder: Path, kind: type[_T], class_name: str) -> _T:
     """A component's config of diffusers. Raises CheckpointError naming the file and the field; OSError."""
     config = _read_config(folder)
@@ -142,6 +233,29 @@ def read_clip(folder: Path, is_projected: bool = False) -> ClipConfig:
 def read_t5(folder: Path) -> T5Config:
     """T5's encoder, which may be a whole T5's. Raises CheckpointError; OSError."""
     return read_encoder(folder, T5Config, "t5", T5S)
+
+
+def read_qwen3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
+    """Qwen3, of which the first `num_layers` are run on up to `max_tokens`. Raises CheckpointError; OSError."""
+    return _deep_enough(folder, read_encoder(folder, LanguageConfig, "qwen3", QWEN3S), num_layers, max_tokens)
+
+
+def read_mistral3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
+    """Mistral3's language model, likewise."""
+    text = read_encoder(folder, _Mistral3, "mistral3", MISTRAL3S).text_config
+    if (found := text.get("model_type", "mistral")) != "mistral":
+        raise fault(folder / CONFIG, f": text_config {shown(found)} is not supported (model_type must be 'mistral')")
+    return _deep_enough(folder, convert(folder / CONFIG, text, MistralConfig), num_layers, max_tokens)
+
+
+def _deep_enough(folder: Path, config: LanguageConfig, num_layers: int, max_tokens: int) -> LanguageConfig:
+    for field, have, needed in (
+        ("num_hidden_layers", config.num_hidden_layers, num_layers),
+        ("max_position_embeddings", config.max_position_embeddings, max_tokens),
+    ):
+        if have < needed:
+            raise fault(folder / CONFIG, f": {field} {have} must be at least {needed}")
+    return config
 
 
 def convert(path: Path, config: Mapping[str, Any], kind: type[_T]) -> _T:

@@ -3,10 +3,10 @@
 What the libraries' modules would say, who take seconds to be imported; `tests/engine/families/` holds them together.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tetrion.engine.families.components import ClipConfig, T5Config, VaeConfig
+from tetrion.engine.families.components import ClipConfig, LanguageConfig, T5Config, VaeConfig
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.plan import Shape, check_names
 
@@ -14,9 +14,16 @@ CLIP_PREFIX = "text_model."
 """What names of CLIP's tensors begin with in some checkpoints."""
 T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """One table; checkpoints have either name, or both."""
+LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+"""What names of a language model's tensors begin with, where it has a head or is part of one that sees, too."""
+TABLE = "embed_tokens.weight"
 BESIDE_CLIP = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")
 BESIDE_T5 = ("decoder.", "lm_head.", *T5_EMBEDDINGS)
 BESIDE_DECODER = ("encoder.", "quant_conv.")
+BESIDE_LANGUAGE = (
+    *("lm_head.", "norm.", "layers.", "language_model.lm_head."),
+    *(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")),
+)
 """Parts of whole models that are not used; of an autoencoder only where no picture is turned into latents."""
 Named = Iterator[tuple[str, Shape]]
 
@@ -29,6 +36,11 @@ def clip_shapes(config: ClipConfig, is_projected: bool) -> dict[str, Shape]:
 def t5_shapes(config: T5Config, table: str) -> dict[str, Shape]:
     """Of T5's encoder. `table`: which of its two names the table of embeddings has."""
     return dict(_t5(config, table))
+
+
+def language_shapes(config: LanguageConfig, num_layers: int) -> dict[str, Shape]:
+    """Of the first layers of a language model of Qwen3's kind, without the prefix `model.`."""
+    return dict(_language(config, num_layers))
 
 
 def decoder_shapes(config: VaeConfig) -> dict[str, Shape]:
@@ -46,6 +58,19 @@ def check_t5(folder: Path, config: T5Config, shapes: Mapping[str, Shape]) -> Non
     """See `check_clip`."""
     table = next((name for name in T5_EMBEDDINGS if name in shapes), T5_EMBEDDINGS[0])
     _check(folder, t5_shapes(config, table), shapes, BESIDE_T5)
+
+
+def check_language(folder: Path, config: LanguageConfig, num_layers: int, shapes: Mapping[str, Shape]) -> None:
+    """See `check_clip`; further layers are not looked at."""
+    prefix = language_prefix(shapes)
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    _check(folder, language_shapes(config, num_layers), shapes, BESIDE_LANGUAGE)
+
+
+def language_prefix(names: Iterable[str]) -> str:
+    """Of a checkpoint's tensors."""
+    tables = {name for name in names if name.endswith(TABLE)}
+    return next((prefix for prefix in LANGUAGE_PREFIXES if f"{prefix}{TABLE}" in tables), "")
 
 
 def encoder_shapes(config: VaeConfig) -> dict[str, Shape]:
@@ -107,8 +132,28 @@ def _t5(config: T5Config, table: str) -> Named:
     yield "encoder.final_layer_norm.weight", (width,)
 
 
+def _language(config: LanguageConfig, num_layers: int) -> Named:
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    yield TABLE, (config.vocab_size, width)
+    for i in range(num_layers):
+        layer = f"layers.{i}"
+        for projection, num_out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            yield f"{layer}.self_attn.{projection}.weight", (num_out, width)
+        yield f"{layer}.self_attn.o_proj.weight", (width, queries)
+        for norm in ("q_norm", "k_norm") if config.has_head_norms else ():
+            yield f"{layer}.self_attn.{norm}.weight", (config.head_dim,)
+        for projection in ("gate_proj", "up_proj"):
+            yield f"{layer}.mlp.{projection}.weight", (inner, width)
+        yield f"{layer}.mlp.down_proj.weight", (width, inner)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{layer}.{norm}.weight", (width,)
+
+
 def _decoder(config: VaeConfig) -> Named:
-    channels, latent = config.block_out_channels[::-1], config.latent_channels
+    channels, latent = config.decoder_channels[::-1], config.latent_channels
+    for statistic in ("running_mean", "running_var") if config.num_scaled else ():
+        yield f"bn.{statistic}", (config.num_scaled,)
     if config.use_post_quant_conv:
         yield from _conv("post_quant_conv", latent, latent, 1)
     yield from _conv("decoder.conv_in", channels[0], latent, 3)

@@ -18,10 +18,11 @@ HUB_FILES = (
     INDEX_FILE,
     PRESET_FILE,
     "scheduler/*.json",
-    *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model")),
+    *(f"tokenizer*/*.{kind}" for kind in ("json", "txt", "model", "jinja")),
     *(f"{part}/*.{kind}" for part in ("transformer", "vae", "text_encoder*") for kind in ("json", "safetensors")),
 )
-"""What is downloaded: the diffusers layout of any family, weights as safetensors, nothing that could run."""
+"""What is downloaded: the diffusers layout of any family, weights as safetensors, nothing that is run: a chat template
+(jinja) is only looked at."""
 HUB_FILES_TWICE = ("*.fp16.*", "*.fp16-*")
 """Of those, what mostly is there a second time in fp16."""
 

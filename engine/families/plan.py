@@ -26,12 +26,19 @@ class Part(NamedTuple):
     """One tensor of a model: the named checkpoint tensors, concatenated along dimension 0.
 
     `shape`, where the architecture knows it, is that in the checkpoint and is checked. `rearranged`: how it lies in a
-    worker's memory, if otherwise; of a single source.
+    worker's memory, if otherwise; of a single source. `rows`: from where to where in the only source, if not all of it.
     """
 
     sources: tuple[str, ...]
     shape: Shape | None = None
     rearranged: Rearranged | None = None
+    rows: tuple[int, int] | None = None
+
+    def in_memory(self, shape: Shape) -> Shape:
+        """Of what has `shape` in the checkpoint."""
+        if self.rows is not None:
+            return self.rows[1] - self.rows[0], *shape[1:]
+        return shape if self.rearranged is None else self.rearranged.shape
 
 
 Plan = Mapping[str, Part]
@@ -40,23 +47,42 @@ Plan = Mapping[str, Part]
 class WeightsPlan(dict[str, Part]):
     """Name in a worker's memory -> tensors of a diffusers checkpoint, concatenated."""
 
-    def linear(self, name: str, sources: Sequence[str], num_out: int, num_in: int) -> None:
-        """Fused along the output: weight [num_out, num_in] and bias [num_out]."""
+    def linear(self, name: str, sources: Sequence[str], num_out: int, num_in: int, has_bias: bool = True) -> None:
+        """Fused along the output: weight [num_out, num_in] and perhaps bias [num_out]."""
         self[f"{name}.weight"] = Part(tuple(f"{source}.weight" for source in sources), (num_out, num_in))
-        self[f"{name}.bias"] = Part(tuple(f"{source}.bias" for source in sources), (num_out,))
+        if has_bias:
+            self[f"{name}.bias"] = Part(tuple(f"{source}.bias" for source in sources), (num_out,))
 
-    def embedder(self, name: str, source: str, num_in: int, hidden_size: int) -> None:
-        self.linear(f"{name}.in_layer", [f"{source}.linear_1"], hidden_size, num_in)
-        self.linear(f"{name}.out_layer", [f"{source}.linear_2"], hidden_size, hidden_size)
+    def slices(self, names: Mapping[str, int], source: str, num_in: int) -> None:
+        """A layer without a bias that does the work of several, one below the other. `names`: of each, with the number
+        of its outputs."""
+        shape, first = (sum(names.values()), num_in), 0
+        for name, count in names.items():
+            self[f"{name}.weight"] = Part((f"{source}.weight",), shape, rows=(first, first + count))
+            first += count
+
+    def embedder(self, name: str, source: str, num_in: int, hidden_size: int, has_bias: bool = True) -> None:
+        self.linear(f"{name}.in_layer", [f"{source}.linear_1"], hidden_size, num_in, has_bias)
+        self.linear(f"{name}.out_layer", [f"{source}.linear_2"], hidden_size, hidden_size, has_bias)
 
     def vector(self, name: str, source: str, size: int) -> None:
         self[name] = Part((source,), (size,))
+
+    def matrix(self, name: str, source: str, num_rows: int, width: int) -> None:
+        self[name] = Part((source,), (num_rows, width))
 
     def patches_in(self, name: str, source: str, num_out: int, channels: int, side: int) -> None:
         """A convolution over patches of side × side pixels, as a linear layer of tokens (c, p, q)."""
         shape, num_in = (num_out, channels, side, side), channels * side * side
         keep = Rearranged(shape, (0, 1, 2, 3), (num_out, num_in))
         self[f"{name}.weight"] = Part((f"{source}.weight",), shape, keep)
+        self[f"{name}.bias"] = Part((f"{source}.bias",), (num_out,))
+
+    def pixels_in(self, name: str, source: str, num_out: int, channels: int, side: int) -> None:
+        """A linear layer whose inputs are a patch's (p, q, c), as one of tokens (c, p, q)."""
+        num_in = side * side * channels
+        weight = Rearranged((num_out, side, side, channels), (0, 3, 1, 2), (num_out, num_in))
+        self[f"{name}.weight"] = Part((f"{source}.weight",), (num_out, num_in), weight)
         self[f"{name}.bias"] = Part((f"{source}.bias",), (num_out,))
 
     def patches_out(self, name: str, source: str, channels: int, side: int, num_in: int) -> None:
@@ -78,7 +104,7 @@ def planned_shape(part: Part, shape_of: Callable[[str], Shape], folder: Path) ->
     if part.shape is not None and shape != part.shape:
         sources = part.sources[0] if len(part.sources) == 1 else f"{part.sources[0]} … {part.sources[-1]}"
         raise fault(folder, f": {sources} has shape {list(shape)}, config.json means {list(part.shape)}")
-    return shape if part.rearranged is None else part.rearranged.shape
+    return part.in_memory(shape)
 
 
 def num_weights(shapes: Iterable[Shape]) -> int:
@@ -88,7 +114,7 @@ def num_weights(shapes: Iterable[Shape]) -> int:
 
 def num_planned(plan: Plan) -> int:
     """Numbers in all tensors whose shape the plan knows."""
-    return num_weights(part.shape for part in plan.values() if part.shape is not None)
+    return num_weights(part.in_memory(part.shape) for part in plan.values() if part.shape is not None)
 
 
 def check_plan(plan: Plan, shapes: Mapping[str, Shape], folder: Path) -> None:

@@ -16,6 +16,9 @@ FAMILIES = {
     "FluxKontextPipeline": "flux",
     "FluxFillPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
+    "ZImagePipeline": "zimage",
+    "Flux2KleinPipeline": "flux2",
+    "Flux2Pipeline": "flux2",
 }
 """Pipeline (`_class_name` in model_index.json) -> module in `families/`, and of the same name in `models/`."""
 

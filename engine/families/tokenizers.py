@@ -24,20 +24,24 @@ _Id = Annotated[int, Meta(ge=0, le=2**62)]
 
 
 class TokenizerKind(NamedTuple):
-    """`name`: transformers' class. `parts`: what may be there in place of tokenizer.json. `model`: what that is of."""
+    """`name`: transformers' class. `parts`: what may be there in place of tokenizer.json, if anything. `model`: what
+    that is of. `others`: further names that checkpoints have for it."""
 
     name: str
     parts: tuple[str, ...]
     model: Literal["BPE", "Unigram"]
+    others: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
         """What checkpoints call it."""
-        return self.name, f"{self.name}Fast"
+        return self.name, f"{self.name}Fast", *self.others
 
 
 CLIP_TOKENIZER = TokenizerKind("CLIPTokenizer", ("vocab.json", "merges.txt"), "BPE")
 T5_TOKENIZER = TokenizerKind("T5Tokenizer", (SENTENCEPIECE,), "Unigram")
+QWEN_TOKENIZER = TokenizerKind("Qwen2Tokenizer", (), "BPE")
+MISTRAL_TOKENIZER = TokenizerKind("LlamaTokenizer", (), "BPE", ("PreTrainedTokenizerFast", "TokenizersBackend"))
 
 
 _Token = str | dict[str, Any] | None
@@ -80,7 +84,9 @@ def missing_files(folder: Path, kind: TokenizerKind) -> list[str]:
     """What a tokenizer's folder lacks."""
     missing = [] if (folder / TOKENIZER_CONFIG).is_file() else [TOKENIZER_CONFIG]
     lacking = [name for name in kind.parts if not (folder / name).is_file()]
-    if not (folder / WHOLE).is_file() and lacking:
+    if not (folder / WHOLE).is_file() and not kind.parts:
+        missing.append(WHOLE)
+    elif not (folder / WHOLE).is_file() and lacking:
         found = [name for name in kind.parts if name not in lacking]
         missing.append(" and ".join(lacking) if found else f"{WHOLE} (or {' and '.join(kind.parts)})")
     return missing

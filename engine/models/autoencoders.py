@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -33,23 +34,37 @@ from tetrion.kernels.reference import silu
 class Autoencoder:
     """The codec of families whose tokens are 2 × 2 latent pixels of an AutoencoderKL: noise, and both of its halves."""
 
+    KIND: ClassVar[Any] = AutoencoderKL
+    CONFIG: ClassVar[type[VaeConfig]] = VaeConfig
+    UNUSED: ClassVar[tuple[str, ...]] = ()
+    """What names of tensors begin with that are never loaded."""
+
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
         """folder: the checkpoint's `vae/`. Raises CheckpointError for missing tensors or an unsupported class."""
-        config = _read_config(folder)
+        config = read_part(folder, self.CONFIG, self.KIND.__name__)
         self.whole_pixels = math.inf
         """See `models.family.LatentCodec`."""
         self._size_multiple, self._num_channels = spec.sizes.multiple, config.latent_channels
         self._scaling_factor, self._shift_factor = config.scaling_factor, config.shift_factor or 0.0
-        self._vae = build_module(_builder(folder), tensors, folder, unused=unused_parts(spec))
+        unused = (*unused_parts(spec), *self.UNUSED)
+        self._vae = build_module(self._builder(folder), tensors, folder, unused=unused)
         weight = self._vae.decoder.conv_in.weight
         self._device, self._dtype = weight.device, weight.dtype
         if self._device.type == "cpu":
             _make_thread_exact(self._vae)
 
-    @staticmethod
-    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    @classmethod
+    def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
         """Of all tensors that the config means."""
-        return module_shapes(_builder(folder))
+        return module_shapes(cls._builder(folder))
+
+    @classmethod
+    def _builder(cls, folder: Path) -> Callable[[], Any]:
+        return functools.partial(cls.KIND.from_config, read_object(folder / CONFIG))
+
+    def _decodable(self, latents: Tensor, rows: int, columns: int) -> Tensor:
+        """Packed latents of rows × columns tokens as the decoder takes them: [channels, height, width]."""
+        return unpack_latents(latents, rows, columns) / self._scaling_factor + self._shift_factor
 
     def fuse(self) -> None:
         from tetrion.engine.models.fused_decoder import fuse  # which needs Triton
@@ -127,8 +142,7 @@ class Autoencoder:
     def decode(self, latents: Tensor, shape: StepShape) -> Picture:
         """As `models.family.LatentCodec`; without waiting for the device."""
         rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
-        latents_1CHW = unpack_latents(latents, rows, columns).unsqueeze(0)
-        latents_1CHW = latents_1CHW / self._scaling_factor + self._shift_factor
+        latents_1CHW = self._decodable(latents, rows, columns).unsqueeze(0)
         is_whole = shape.width * shape.height <= self.whole_pixels
         decode = self._vae.decode if is_whole else self._vae.tiled_decode
         picture_CHW = decode(latents_1CHW.to(self._dtype), return_dict=False)[0][0]
@@ -156,17 +170,14 @@ def begins_with_a_picture(codec: Autoencoder, schedule: Callable[[int, StepShape
     return begin
 
 
+def begins_with_noise(codec: Autoencoder) -> Begin:
+    """Of models that take no pictures."""
+    return lambda params, pictures, to_device: Beginning(codec.noise(params.seed, params.shape))
+
+
 def unused_parts(spec: ModelSpec) -> tuple[str, ...]:
     """What names of the VAE's tensors begin with that are not loaded: those that only turn pictures into latents."""
     return () if "pictures" in spec.inputs else BESIDE_DECODER
-
-
-def _read_config(folder: Path) -> VaeConfig:
-    return read_part(folder, VaeConfig, "AutoencoderKL")
-
-
-def _builder(folder: Path) -> Callable[[], AutoencoderKL]:
-    return functools.partial(AutoencoderKL.from_config, read_object(folder / CONFIG))
 
 
 class PointwiseConv2d(nn.Module):

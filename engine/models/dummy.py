@@ -1,16 +1,16 @@
 """Random weights at a model's real shapes, for measuring without a checkpoint (`load_format: dummy`).
 
-Owns what stands in for weights files and tokenizer files. A tensor's values follow from its name, shape and device
+Owns what stands in for weights files. A tensor's values follow from its name, shape and device
 kind, so all workers of a machine draw the same; they are no model, and pictures made with them show nothing.
 """
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tetrion.engine.families.hash_tokens import hashed
 from tetrion.engine.model_spec import CheckpointError
 
 STANDARD_DEVIATION = 0.02
@@ -40,12 +40,13 @@ class DummyFiles:
         return self._shapes[name]
 
     def read(self, name: str, device: torch.device) -> Tensor:
-        """bf16, normal with deviation 0.02 around 0, for weights of norms around 1."""
-        generator = torch.Generator(device).manual_seed(_seed(f"{self.folder.name}/{name}"))
+        """bf16, normal with deviation 0.02 around 0, for weights of norms and variances around 1."""
+        generator = torch.Generator(device).manual_seed(hashed(f"{self.folder.name}/{name}"))
         shape = self.shape(name)
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)
         values.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-        return values + 1 if len(shape) == 1 and "norm" in name and name.endswith("weight") else values
+        is_factor = name.endswith("running_var") or (len(shape) == 1 and "norm" in name and name.endswith("weight"))
+        return values + 1 if is_factor else values
 
 
 def module_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
@@ -54,28 +55,3 @@ def module_shapes(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
         parameters = build().state_dict(keep_vars=True)
     first_name = {id(parameter): name for name, parameter in reversed(parameters.items())}
     return {name: tuple(parameters[name].shape) for name in parameters if first_name[id(parameters[name])] == name}
-
-
-class HashTokenizer:
-    """Token ids without tokenizer files: one a word, from a hash of the word. `end`: the end mark's id."""
-
-    def __init__(self, vocabulary: int, end: int, start: int | None = None, padding: int = 0) -> None:
-        self._vocabulary, self._end, self._padding = vocabulary, end, padding
-        self._start = [] if start is None else [start]
-
-    def ids(self, prompt: str, length: int) -> list[int]:
-        """Exactly `length` ids: start mark if there is one, words, end mark, padding; what is too long is cut."""
-        words = self._words(prompt)[: length - 1 - len(self._start)]
-        ids = [*self._start, *words, self._end]
-        return ids + [self._padding] * (length - len(ids))
-
-    def num_tokens(self, prompt: str) -> int:
-        return len(self._start) + len(self._words(prompt)) + 1
-
-    def _words(self, prompt: str) -> list[int]:
-        """Ids from 3 on, and below the marks that stand at a vocabulary's end."""
-        return [3 + _seed(word) % max(1, self._vocabulary - 6) for word in prompt.split()]
-
-
-def _seed(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])

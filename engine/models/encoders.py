@@ -18,11 +18,12 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5EncoderModel
 from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
 from tetrion.engine.config import LoadFormat
+from tetrion.engine.families.hash_tokens import HashTokenizer
 from tetrion.engine.families.library_shapes import BESIDE_CLIP, BESIDE_T5, CLIP_PREFIX, T5_EMBEDDINGS
 from tetrion.engine.families.tokenizers import has_vocabulary
 from tetrion.engine.families.weights import COUNTERS
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.models.dummy import HashTokenizer, module_shapes
+from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.loading import build_module
 from tetrion.engine.models.tokenizers import LibraryTokenizer, Tokenizer
 

@@ -2,7 +2,8 @@
 
 Owns what keeps a row's bits independent of how many rows are in a call, which cuBLAS mostly does but not always:
 * below MIN_ROWS rows it takes other kernels, so fewer are padded;
-* where sums are long and outputs few it splits sums below 86 rows, so fewer than LONG_MIN_ROWS are padded;
+* where sums are long and outputs few it splits sums below 86 rows, so fewer than LONG_MIN_ROWS are padded; without a
+  bias it would up to 800, so such a layer is given one of zeros;
 * of a sum of two GEMMs it splits the second's sums by the number of rows if they are long, so the long one comes first;
 * for few output channels it splits sums by the number of rows, so those GEMMs always have NARROW_ROWS.
 
@@ -20,11 +21,12 @@ from tetrion.engine.models.ops import Linear
 from tetrion.kernels.guided_step import guided_step
 from tetrion.kernels.reference import Branch, gelu_tanh
 from tetrion.kernels.residual_modulate import residual_modulate
+from tetrion.kernels.residual_rms import gated_rms_sum, residual_rms
+from tetrion.kernels.silu_product import silu_product
 
 MIN_ROWS = 64
 LONG_SUMS, LONG_MIN_ROWS = 3, 128
-"""From how many inputs an output on a layer's sums are long; how many rows it has at least. Layers without a bias would
-need more: cuBLAS splits their sums up to 800 rows."""
+"""From how many inputs an output on a layer's sums are long; how many rows it has at least."""
 NARROW_ROWS = 1024
 
 
@@ -33,22 +35,27 @@ class GpuOps:
 
     def __init__(self, step: Tensor) -> None:
         self._step = step
+        self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         outputs, inputs = layer.weight.shape
-        num_rows = MIN_ROWS if inputs < LONG_SUMS * outputs else LONG_MIN_ROWS
-        return F.linear(_padded(x, num_rows), layer.weight, layer.bias)[: len(x)]
+        if inputs < LONG_SUMS * outputs:
+            return F.linear(_padded(x), layer.weight, layer.bias)[: len(x)]
+        return F.linear(_padded(x, LONG_MIN_ROWS), layer.weight, self._bias(layer))[: len(x)]
 
     def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
         """On CUDA the GELU is the GEMM's epilogue: the hidden layer, the widest tensor of all, is written once."""
         if not x.is_cuda:
             return gelu_tanh(self.linear(x, layer))
-        return torch._addmm_activation(layer.bias, _padded(x), layer.weight.t(), use_gelu=True)[: len(x)]
+        return torch._addmm_activation(self._bias(layer), _padded(x), layer.weight.t(), use_gelu=True)[: len(x)]
+
+    def gated_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        return silu_product(self.linear(x, layer))
 
     def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
         """Two GEMMs, the second onto the first's result: [left | right] is never written side by side."""
         width = left.shape[1]
-        result = F.linear(_padded(right), layer.weight[:, width:], layer.bias)
+        result = F.linear(_padded(right), layer.weight[:, width:], self._bias(layer))
         return result.addmm_(_padded(left), layer.weight[:, :width].t())[: len(left)]
 
     def narrow_linear(self, x: Tensor, layer: Linear) -> Tensor:
@@ -69,6 +76,24 @@ class GpuOps:
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         return torch.addcmul(x, gate.index_select(0, self._step), y)
+
+    def residual_rms(
+        self, x: Tensor, scale: Tensor, gate: Tensor | None = None, y: Tensor | None = None, *, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum takes y's place."""
+        return residual_rms(x, scale, gate, y, epsilon=epsilon, step=self._step)
+
+    def gated_rms_sum(self, x: Tensor, gate: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
+        return gated_rms_sum(x, gate, y, epsilon=epsilon, step=self._step)
+
+    def _bias(self, layer: Linear) -> Tensor:
+        """The layer's, or zeros."""
+        if layer.bias is not None:
+            return layer.bias
+        key = len(layer.weight), layer.weight.dtype
+        if key not in self._zeros:
+            self._zeros[key] = layer.weight.new_zeros(key[0])
+        return self._zeros[key]
 
 
 def _padded(x: Tensor, num_rows: int = MIN_ROWS) -> Tensor:

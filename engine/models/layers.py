@@ -18,7 +18,7 @@ from tetrion.kernels.reference import Branch
 
 
 def linear_of(tensors: Mapping[str, Tensor], name: str) -> Linear:
-    return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+    return Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,18 @@ def timestep_embedding(values: Tensor) -> Tensor:
     exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=values.device) / half
     angles = values.float().unsqueeze(1) * torch.exp(exponents).unsqueeze(0)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def rotary_angles(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Tensor:
+    """Angles fp64 [n, head_dim / 2] by which pairs of channels turn (arXiv:2104.09864), those of an axis side by side;
+    positions: [n, axes]."""
+    return torch.cat(
+        [
+            torch.outer(positions[:, i].double(), 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))
+            for i, dim in enumerate(axes_dims)
+        ],
+        dim=1,
+    )
 
 
 class Sum(NamedTuple):

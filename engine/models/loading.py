@@ -257,6 +257,10 @@ class _NumberCheck:
 
 
 def _fill(target: Tensor, files: TensorFiles, part: Part, numbers: _NumberCheck) -> None:
+    if part.rows is not None:
+        (source,) = part.sources
+        numbers.add(files, source, target.copy_(files.read(source, target.device)[slice(*part.rows)]))
+        return
     if part.rearranged is not None:
         split, order, _ = part.rearranged
         (source,) = part.sources

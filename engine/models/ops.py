@@ -18,10 +18,10 @@ from tetrion.kernels.reference import Branch
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """weight: [out, in]; bias: [out]."""
+    """weight: [out, in]; bias: [out], or none."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None = None
 
 
 class Ops(Protocol):
@@ -37,6 +37,9 @@ class Ops(Protocol):
     def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
         """`linear`, then GELU's tanh approximation."""
 
+    def gated_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """[n, in] -> [n, out / 2]: SiLU of `linear`'s first half of outputs, times its second (SwiGLU)."""
+
     def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
         """The layer applied to [left | right]: [n, a] and [n, b] -> [n, out], with a weight of [out, a + b]."""
 
@@ -50,6 +53,14 @@ class Ops(Protocol):
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         """x + gate · y, where no norm follows. y may be overwritten."""
+
+    def residual_rms(
+        self, x: Tensor, scale: Tensor, gate: Tensor | None = None, y: Tensor | None = None, *, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        """(x + gate · RMSNorm(y), RMSNorm of that · scale), norms without weights. y may be overwritten."""
+
+    def gated_rms_sum(self, x: Tensor, gate: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
+        """x + gate · RMSNorm(y), where another norm follows. y may be overwritten."""
 
     def guided_step(
         self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
@@ -69,6 +80,9 @@ class ReferenceOps:
     def gelu_linear(self, x: Tensor, layer: Linear) -> Tensor:
         return reference.gelu_tanh(self.linear(x, layer))
 
+    def gated_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        return reference.silu_product(self.linear(x, layer))
+
     def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
         return self.linear(torch.cat([left, right], dim=1), layer)
 
@@ -86,6 +100,15 @@ class ReferenceOps:
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         return reference.gated_residual(x, gate[int(self._step)], y)
+
+    def residual_rms(
+        self, x: Tensor, scale: Tensor, gate: Tensor | None = None, y: Tensor | None = None, *, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x if gate is None or y is None else self.gated_rms_sum(x, gate, y, epsilon=epsilon)
+        return total, reference.rms_norm(total, epsilon) * scale[int(self._step)]
+
+    def gated_rms_sum(self, x: Tensor, gate: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
+        return reference.gated_residual(x, gate[int(self._step)], reference.rms_norm(y, epsilon))
 
     def guided_step(
         self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor

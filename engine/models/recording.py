@@ -64,7 +64,7 @@ def pass_operators(spec: ModelSpec, shape: StepShape, degree: int, branch: int) 
     network = family_module(spec).network(spec, _meta_weights(spec), recorder)
     fields = {field.name: _meta(shape.rows(field.rows, branch), field.width) for field in spec.fields}
     constants = {
-        name: tensor if segment is None else _meta(group.padded[segment], *tensor.shape[1:])
+        name: tensor if segment is None else tensor.new_empty(group.padded[segment], *tensor.shape[1:])
         for name, (tensor, segment) in network.constants(fields, shape, branch).items()
     }
     latents = _meta(group.padded[spec.stepped], network.out_channels)
@@ -92,6 +92,9 @@ class Recorder:
 
     gelu_linear = narrow_linear = linear
 
+    def gated_linear(self, x: Tensor, layer: Linear) -> Tensor:
+        return self.linear(x, layer)[:, : len(layer.weight) // 2]
+
     def joined_linear(self, left: Tensor, right: Tensor, layer: Linear) -> Tensor:
         return self.linear(left, layer)
 
@@ -102,6 +105,14 @@ class Recorder:
         return [(branch.x, torch.empty_like(branch.x)) for branch in branches]
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        return x
+
+    def residual_rms(
+        self, x: Tensor, scale: Tensor, gate: Tensor | None = None, y: Tensor | None = None, *, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        return x, torch.empty_like(x)
+
+    def gated_rms_sum(self, x: Tensor, gate: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
         return x
 
     def guided_step(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tetrion.engine.model_spec import SchedulerSpec
 
-Spacing = Literal["even", "trained"]
-"""Levels before they are shifted: 1 … 1/n, as pipelines that choose them do, or those of the scheduler itself."""
+Spacing = Literal["even", "even in fp32", "trained"]
+"""Levels before they are shifted: 1 … 1/n, as pipelines that choose them do (some by torch's fp32, which rounds
+otherwise), or those of the scheduler itself."""
 
 
 class Schedule(NamedTuple):
@@ -33,29 +34,44 @@ class Schedule(NamedTuple):
 
 
 def sigmas(
-    scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int, spacing: Spacing = "even"
+    scheduler: SchedulerSpec,
+    num_steps: int,
+    num_image_tokens: int,
+    spacing: Spacing = "even",
+    dynamic_shift: float | None = None,
 ) -> NDArray[np.float32]:
     """Noise levels of `num_steps` steps, [num_steps + 1] from (near) 1 down to 0, shifted for the picture's size. A
-    scheduler with `use_flow_sigmas` does not let the pipeline choose."""
+    scheduler with `use_flow_sigmas` does not let the pipeline choose. `dynamic_shift`: in place of the one that the
+    scheduler's config means for so many tokens."""
     if num_steps < 1:
         raise ValueError(f"num_steps: must be at least 1, got {num_steps}")
-    is_even = spacing == "even" and not scheduler.use_flow_sigmas
-    levels = _even_levels(num_steps) if is_even else _trained_levels(scheduler, num_steps)
+    levels = _levels(scheduler, num_steps, "trained" if scheduler.use_flow_sigmas else spacing)
+    if dynamic_shift is None and scheduler.use_dynamic_shifting:
+        dynamic_shift = _resolution_shift(scheduler, num_image_tokens)
     if not scheduler.use_dynamic_shifting:
         levels = scheduler.shift * levels / (1 + (scheduler.shift - 1) * levels)
     elif scheduler.time_shift_type == "exponential":
-        factor = math.exp(_resolution_shift(scheduler, num_image_tokens))
+        assert dynamic_shift is not None
+        factor = math.exp(dynamic_shift)
         levels = factor / (factor + (1 / levels - 1))
     elif scheduler.time_shift_type == "linear":
-        factor = _resolution_shift(scheduler, num_image_tokens)
+        assert dynamic_shift is not None
+        factor = dynamic_shift
         levels = factor / (factor + (1 / levels - 1))
     else:
         raise ValueError(f"time_shift_type: expected exponential or linear, got {scheduler.time_shift_type!r}")
     return np.append(levels, np.float32(0)).astype(np.float32)
 
 
-def _even_levels(num_steps: int) -> NDArray[Any]:
-    return np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
+def _levels(scheduler: SchedulerSpec, num_steps: int, spacing: Spacing) -> NDArray[Any]:
+    """Before they are shifted."""
+    match spacing:
+        case "even":
+            return np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
+        case "even in fp32":
+            return torch.linspace(1.0, 1 / num_steps, num_steps).numpy()
+        case "trained":
+            return _trained_levels(scheduler, num_steps)
 
 
 def _trained_levels(scheduler: SchedulerSpec, num_steps: int) -> NDArray[Any]:
@@ -83,10 +99,14 @@ def _resolution_shift(scheduler: SchedulerSpec, num_image_tokens: int) -> float:
 
 
 def euler_schedule(
-    scheduler: SchedulerSpec, num_steps: int, num_image_tokens: int, spacing: Spacing = "even"
+    scheduler: SchedulerSpec,
+    num_steps: int,
+    num_image_tokens: int,
+    spacing: Spacing = "even",
+    dynamic_shift: float | None = None,
 ) -> Schedule:
     """Euler's method: each step adds the change of the noise level times the velocity, in fp32."""
-    levels = sigmas(scheduler, num_steps, num_image_tokens, spacing)
+    levels = sigmas(scheduler, num_steps, num_image_tokens, spacing, dynamic_shift)
     coefficients = torch.ones(num_steps, 1, 2)
     coefficients[:, 0, 1] = torch.from_numpy(np.diff(levels))
     return Schedule(torch.from_numpy(timesteps(scheduler, levels)), coefficients, torch.from_numpy(levels[:-1]))

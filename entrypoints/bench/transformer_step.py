@@ -118,12 +118,14 @@ def step_of(transformer: Any, job: StepJob, width: int, height: int) -> Step:
         return torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
 
     size = StepSize(job.num_text, width, height, job.num_branches)
-    latents, others = INPUTS[class_name(job)](transformer.config, size, random)
+    latents, others, name, takes_list = INPUTS[class_name(job)](transformer.config, size, random)
     guided = job.num_branches > 1
 
     def step() -> None:
         batch = torch.cat([latents] * job.num_branches) if guided else latents
-        (velocity,) = transformer(hidden_states=batch, **others, return_dict=False)
+        given = {name: list(batch) if takes_list else batch}
+        (velocity,) = transformer(**given, **others, return_dict=False)
+        velocity = torch.stack(velocity) if takes_list else velocity
         if guided:
             negative, positive = velocity.chunk(2)
             velocity = negative + GUIDANCE * (positive - negative)

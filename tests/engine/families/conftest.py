@@ -9,10 +9,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tests.engine.families.pipelines import CASES, NEGATIVE, PROMPT, Case
+from tests.engine.families.pipelines import CASES, PROMPT, Case
 from tests.engine.families.ranks import Ranks
-from tetrion.engine.families.registry import read_model_spec
+from tetrion.engine.families.registry import family_of, read_model_spec
 from tetrion.engine.params import Params
+from tetrion.engine.request import ImageRequest
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,29 @@ class Loaded:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        return (PROMPT, NEGATIVE)[: self.case.num_branches]
+        return (PROMPT, self.case.negative)[: self.case.num_branches]
 
-    def params(self, num_steps: int, num_branches: int | None = None) -> Params:
-        """Of a request for `num_steps`, of which some are skipped where a picture is begun with."""
+    def params(self, num_steps: int, prompts: Sequence[str] | None = None) -> Params:
+        """Of a request for `num_steps`, of which some are skipped where a picture is begun with. `prompts`: a branch
+        each; all by default."""
         case, spec = self.case, self.ours.spec
-        branches = case.num_branches if num_branches is None else num_branches
+        prompts = self.prompts if prompts is None else prompts
         references = () if case.picture is None or case.strength is not None else (case.picture,)
-        shape = spec.shape(case.width, case.height, branches, references)
-        shape = msgspec.structs.replace(shape, pictures=int(case.strength is not None), has_mask=case.has_mask)
+        shape = msgspec.structs.replace(
+            spec.shape(case.width, case.height, len(prompts), references), text=self._text(prompts),
+            pictures=int(case.strength is not None), has_mask=case.has_mask,
+        )  # fmt: skip
         skipped = 0 if case.strength is None else int(num_steps - num_steps * case.strength)
         return Params(
             model=spec.name, shape=shape, num_steps=num_steps - skipped, skipped_steps=skipped,
             guidance=case.guidance, true_cfg_scale=case.true_cfg_scale, seed=7,
         )  # fmt: skip
+
+    def _text(self, prompts: Sequence[str]) -> tuple[int, ...]:
+        """Rows of each prompt, as the engine knows them."""
+        case, spec = self.case, self.ours.spec
+        asked = (ImageRequest(prompt=prompt, width=case.width, height=case.height, guidance=0.0) for prompt in prompts)
+        return tuple(family_of(spec.family).shape(spec, request).text[0] for request in asked)
 
     def begin(self, params: Params, prompts: Sequence[str] | None = None) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The slot's fields of each branch, and the state before the first step."""

@@ -11,8 +11,12 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
@@ -21,14 +25,24 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -38,8 +52,28 @@ import tetrion.configs.models.shapes as shapes
 from tetrion.engine.sampling.flow_match import pack_latents, unpack_latents
 
 PROMPT, NEGATIVE = "a red circle above a blue square", "a green star"
+MISTRAL_TEMPLATE = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {{- '[SYSTEM_PROMPT]' + message.content[0].text + '[/SYSTEM_PROMPT]' }}
+    {%- else %}
+        {{- '[INST]' + message.content[0].text + '[/INST]' }}
+    {%- endif %}
+{%- endfor %}"""
+"""What Mistral's does with a system prompt and one message of a user."""
 T5_ROWS, T5_WIDTH, POOLED = 19, 96, 40
 LATENT_CHANNELS = 4
+QWEN_WIDTH = 48
+CHAT_TEMPLATE = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+"""What Qwen3's does with one message of a user."""
 
 
 class Drawn(NamedTuple):
@@ -67,6 +101,9 @@ class Case(abc.ABC):
     strength: float | None = None
     unit: int = 8
     """Pixels of a token's side."""
+    text_rows: ClassVar[int] = T5_ROWS
+    """The most tokens of a prompt."""
+    negative: ClassVar[str] = NEGATIVE
 
     def __str__(self) -> str:
         return self.name
@@ -127,10 +164,9 @@ class Case(abc.ABC):
             pipeline = self.img2img(**pipeline.components)
             pipeline.set_progress_bar_config(disable=True)
         (pictures,) = pipeline(
-            prompt=PROMPT, height=self.height, width=self.width,
-            **({} if self.has_mask else {"negative_prompt": NEGATIVE}),
-            num_inference_steps=num_steps, generator=torch.Generator().manual_seed(seed), output_type="np",
-            max_sequence_length=T5_ROWS, callback_on_step_end=keep, return_dict=False, **self.call(pipeline),
+            prompt=PROMPT, height=self.height, width=self.width, num_inference_steps=num_steps,
+            generator=torch.Generator().manual_seed(seed), output_type="np", max_sequence_length=self.text_rows,
+            callback_on_step_end=keep, return_dict=False, **self.call(pipeline),
             **({} if self.strength is None else {"image": self.image, "strength": self.strength}),
         )  # fmt: skip
         return Drawn(self.packed(kept["latents"]), (pictures[0] * 255).round().astype(np.uint8))
@@ -184,7 +220,9 @@ class Flux(Case):
         return torch.empty(rows * columns, 0)
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        return {"guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg_scale}
+        return {
+            "guidance_scale": self.guidance, "true_cfg_scale": self.true_cfg_scale, "negative_prompt": self.negative
+        }  # fmt: skip
 
     def packed(self, latents: Tensor) -> Tensor:
         return latents[0]
@@ -273,7 +311,7 @@ class SD3(Case):
         return self.packed(velocity)
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        return {"guidance_scale": self.guidance}
+        return {"guidance_scale": self.guidance, "negative_prompt": self.negative}
 
     def packed(self, latents: Tensor) -> Tensor:
         return pack_latents(latents[0])
@@ -284,7 +322,109 @@ class SD3WithoutT5(SD3):
     shift = 2.0
 
 
+class ZImage(Case):
+    """Prompts of different lengths, neither a multiple of 32; nor is the number of image rows (63)."""
+
+    text_rows = 96
+    shift: ClassVar[float] = 6.0
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(3)
+        transformer = ZImageTransformer2DModel(
+            in_channels=LATENT_CHANNELS, n_layers=3, cap_feat_dim=QWEN_WIDTH, axes_lens=[128, 32, 32], **self.options
+        )
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.shift), vae=vae(), transformer=transformer,
+            text_encoder=Qwen3Model(qwen3_config(num_layers=3)), tokenizer=qwen_tokenizer(),
+        )  # fmt: skip
+        return randomized(pipeline)
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        (text,), _ = pipeline.encode_prompt(prompt, None, False, max_sequence_length=self.text_rows)
+        rows, columns = self.tokens
+        pixels = unpack_latents(latents[: rows * columns], rows, columns).unsqueeze(1)
+        times = (1000 - torch.tensor([time])) / 1000
+        return -self.packed(pipeline.transformer([pixels], times, [text], return_dict=False)[0][0][None, :, 0])
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "negative_prompt": self.negative}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return pack_latents(latents[0])
+
+
+class ZImageTurbo(ZImage):
+    shift = 3.0
+
+
+class Flux2Klein(Case):
+    """The pipeline's second prompt is empty, whatever is asked."""
+
+    text_rows = 96
+    negative = ""
+    is_distilled = False
+
+    def pipeline(self) -> DiffusionPipeline:
+        return randomized(
+            Flux2KleinPipeline(
+                text_encoder=Qwen3ForCausalLM(qwen3_config(num_layers=28)), tokenizer=qwen_tokenizer(),
+                is_distilled=self.is_distilled, **self.parts(),
+            )
+        )  # fmt: skip
+
+    def parts(self) -> dict[str, Any]:
+        torch.manual_seed(4)
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=3, joint_attention_dim=3 * QWEN_WIDTH,
+            **self.options,
+        )  # fmt: skip
+        autoencoder = AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
+            layers_per_block=1, decoder_block_out_channels=(8, 12, 16),
+        )  # fmt: skip
+        autoencoder.bn.running_mean.normal_()
+        autoencoder.bn.running_var.uniform_(0.5, 2)
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        return {"scheduler": scheduler, "vae": autoencoder, "transformer": transformer}
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, text_ids = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
+        image_ids = pipeline._prepare_latent_ids(torch.empty(1, 1, *self.tokens))
+        guidance = torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None
+        return pipeline.transformer(
+            latents[None], text, torch.tensor([time]) / 1000, image_ids, text_ids, guidance, return_dict=False
+        )[0][0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
+class Flux2KleinDistilled(Flux2Klein):
+    is_distilled = True
+
+
+class Flux2Dev(Flux2Klein):
+    """Its prompts are filled up on the left. A tokenizer stands in for its processor, which does the same with text."""
+
+    text_rows = 288
+
+    def pipeline(self) -> DiffusionPipeline:
+        encoder = Mistral3ForConditionalGeneration(mistral3_config(num_layers=31))
+        return randomized(Flux2Pipeline(text_encoder=encoder, tokenizer=mistral_tokenizer(), **self.parts()))
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        super().save(pipeline, folder)
+        index = msgspec.json.decode((folder / "model_index.json").read_bytes())
+        index["tokenizer"] = ["transformers", "PixtralProcessor"]
+        (folder / "model_index.json").write_bytes(msgspec.json.encode(index))
+
+
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
+FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
 CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
@@ -310,6 +450,19 @@ CASES: tuple[Case, ...] = (
         "sd3.5-large", {"num_attention_heads": 38, "attention_head_dim": 6, "qk_norm": "rms_norm"}, guidance=3.5,
         num_branches=2, num_devices=8, width=32, height=40,
     ),
+    ZImage(
+        "z-image", {"dim": 60, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [2, 4, 4]}, guidance=4.0, num_branches=2,
+        num_devices=5, preset={"max_text_tokens": 96},
+    ),
+    ZImageTurbo(
+        "z-image-turbo", {"dim": 300, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [2, 4, 4]}, guidance=0.0,
+        preset={"max_text_tokens": 96}, width=64, height=64,
+    ),
+    Flux2Klein(
+        "flux2-klein-base", FLUX2, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 96}
+    ),
+    Flux2KleinDistilled("flux2-klein", FLUX2, guidance=4.0, preset={"max_text_tokens": 96}),
+    Flux2Dev("flux2-dev", FLUX2 | {"guidance_embeds": True}, guidance=3.0, preset={"max_text_tokens": 288}),
 )  # fmt: skip
 """Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
 
@@ -342,6 +495,52 @@ def t5() -> T5EncoderModel:
     )  # fmt: skip
 
 
+def qwen3_config(num_layers: int) -> Qwen3Config:
+    tokenizer = qwen_tokenizer()
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=QWEN_WIDTH, intermediate_size=64, num_hidden_layers=num_layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def mistral3_config(num_layers: int) -> Mistral3Config:
+    tokenizer = mistral_tokenizer()
+    text = {
+        "model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": QWEN_WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12,
+        "max_position_embeddings": 512, "sliding_window": None, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    return Mistral3Config(text_config=text, vision_config=vision)
+
+
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, marks of a chat."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    marks = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    return tokenizer
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """A token for each byte, marks of a chat."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(_shapes("tokenizer"))
 
@@ -360,7 +559,7 @@ def randomized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
             for name, parameter in part.named_parameters():
-                if parameter.ndim == 1:
+                if parameter.ndim == 1 or "pad_token" in name:
                     about = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                     parameter.copy_(torch.randn_like(parameter) * 0.2 + about)
     pipeline.set_progress_bar_config(disable=True)

@@ -88,8 +88,7 @@ class Ranks:
     def velocity(self, text: Mapping[str, Tensor], state: Tensor, params: Params, step: int) -> Tensor:
         """Of one step of the first branch on one device: [image rows, channels]."""
         self.denoise([text], state, params, [((0,), 1)], first_step=step)
-        (rows,) = self._ranks[0].denoiser._rows.values()
-        return rows.velocity(0)[: params.shape.image]
+        return self._ranks[0].denoiser._rows[params.shape.image].velocity(0)
 
     def close(self) -> None:
         self._threads.shutdown()

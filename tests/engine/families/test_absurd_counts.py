@@ -52,10 +52,26 @@ def replaced(value: Any, place: tuple[str | int, ...], count: int, length: int) 
     return [value[0] if value else 0] * length if isinstance(value, list) else count
 
 
+@pytest.fixture(scope="module", params=["z-image", "flux2-klein-4b"])
+def configs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of models that do not ship with the package."""
+    return copied(request.param, tmp_path_factory.mktemp("absurd") / request.param)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_absurd_counts_of_others(configs: Path, data: st.DataObject) -> None:
+    check(configs, "dummy", data)
+
+
 @pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_absurd_counts(folder: Path, load_format: LoadFormat, data: st.DataObject) -> None:
+    check(folder, load_format, data)
+
+
+def check(folder: Path, load_format: LoadFormat, data: st.DataObject) -> None:
     changed = data.draw(st.lists(st.sampled_from(places(folder)), min_size=1, max_size=3, unique=True))
     before: dict[Path, bytes] = {}
     try:

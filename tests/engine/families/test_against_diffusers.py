@@ -12,12 +12,12 @@ TOLERANCE = 1e-5
 
 def test_one_step_is_the_transformers(loaded: Loaded) -> None:
     case, ours, step = loaded.case, loaded.ours, 1
-    params = loaded.params(NUM_STEPS, num_branches=1)
     prompt = loaded.prompts[-1]
+    params = loaded.params(NUM_STEPS, [prompt])
     (text,), latents = loaded.begin(params, [prompt])
     time = float(ours.model.schedule(NUM_STEPS, params.shape).after(params.skipped_steps).times[step])
     expected = case.velocity(loaded.theirs, latents, time, prompt)
-    assert_close(ours.velocity(text, latents, params, step), expected)
+    assert_close(ours.velocity(text, latents, params, step)[: len(expected)], expected)
 
 
 def test_a_run_is_the_pipelines_from_prompt_to_pixels(loaded: Loaded) -> None:
@@ -25,7 +25,7 @@ def test_a_run_is_the_pipelines_from_prompt_to_pixels(loaded: Loaded) -> None:
     ours, params = loaded.ours, loaded.params(NUM_STEPS)
     expected = loaded.case.draw(loaded.theirs, NUM_STEPS, params.seed)
     latents = ours.denoise(*loaded.begin(params), params, [((0,), params.num_steps)])
-    assert_close(latents, expected.latents)
+    assert_close(latents[: len(expected.latents)], expected.latents)
     picture = ours.model.codec.decode(latents, params.shape).pixels.numpy()
     assert np.abs(picture.astype(int) - expected.picture).max() <= 1
 

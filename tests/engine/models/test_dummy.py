@@ -8,10 +8,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from tetrion.engine.families.hash_tokens import HashTokenizer
 from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import CheckpointError
-from tetrion.engine.models.dummy import DummyFiles, HashTokenizer, module_shapes
+from tetrion.engine.models.dummy import DummyFiles, module_shapes
 from tetrion.engine.models.encoders import ClipEncoder, T5Encoder
 from tetrion.engine.models.loading import component_tensors, load_to_device, planned_shapes
 from tetrion.engine.models.registry import components_of

@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     narrow: int
 
 
-FLUX_WIDTH = 3072
+FLUX_WIDTHS = (3072, 4096, 6144)
 TINY = Sizes(150, 96, 288, 16)
 SIZES = [
     pytest.param(
@@ -37,6 +37,10 @@ SIZES = [
     pytest.param("cuda", Sizes(1150, 3072, 12288, 64), marks=pytest.mark.gpu, id="FLUX.1"),
     pytest.param("cuda", Sizes(1150, 1536, 6144, 64), marks=pytest.mark.gpu, id="SD3-medium"),
     pytest.param("cuda", Sizes(1150, 2432, 9728, 64), marks=pytest.mark.gpu, id="SD3.5-large"),
+    pytest.param("cuda", Sizes(1150, 3840, 10240, 64), marks=pytest.mark.gpu, id="Z-Image"),
+    pytest.param("cuda", Sizes(1150, 3072, 9216, 128), marks=pytest.mark.gpu, id="FLUX.2-klein-4B"),
+    pytest.param("cuda", Sizes(1150, 4096, 12288, 128), marks=pytest.mark.gpu, id="FLUX.2-klein-9B"),
+    pytest.param("cuda", Sizes(1150, 6144, 18432, 128), marks=pytest.mark.gpu, id="FLUX.2-dev"),
 ]
 
 
@@ -50,6 +54,8 @@ class Tensors:
         self.up = Linear(random(hidden, C) / C**0.5, random(hidden))
         self.down = Linear(random(C, hidden) / hidden**0.5, random(C))
         self.joined = Linear(random(C, C + hidden) / hidden**0.5, random(C))
+        self.gated = Linear(random(2 * hidden, C) / C**0.5)
+        self.down_unbiased, self.joined_unbiased = Linear(self.down.weight), Linear(self.joined.weight)
         self.narrow = Linear(random(narrow, C) / C**0.5, random(narrow))
         self.table = random(STEPS, 2, C)
         self.x, self.y, self.hidden = (random(self.num_rows, width) for width in (C, C, hidden))
@@ -60,12 +66,21 @@ OPERATORS: dict[str, Apply] = {
     "linear": lambda ops, t, rows, a, b: ops.linear(t.x[rows], t.square),
     "linear of long sums": lambda ops, t, rows, a, b: ops.linear(t.hidden[rows], t.down),
     "gelu_linear": lambda ops, t, rows, a, b: ops.gelu_linear(t.x[rows], t.up),
+    "linear of long sums without a bias": lambda ops, t, rows, a, b: ops.linear(t.hidden[rows], t.down_unbiased),
+    "gated_linear": lambda ops, t, rows, a, b: ops.gated_linear(t.x[rows], t.gated),
+    "joined_linear without a bias": lambda ops, t, rows, a, b: ops.joined_linear(
+        t.x[rows], t.hidden[rows], t.joined_unbiased
+    ),
     "joined_linear": lambda ops, t, rows, a, b: ops.joined_linear(t.x[rows], t.hidden[rows], t.joined),
     "narrow_linear": lambda ops, t, rows, a, b: ops.narrow_linear(t.x[rows], t.narrow),
     "silu": lambda ops, t, rows, a, b: ops.silu(t.x[rows]),
     "residual_modulate": lambda ops, t, rows, a, b: torch.cat(
         ops.residual_modulate([Branch(t.x[rows], a, b, b, t.y[rows].clone())])[0], dim=1
     ),
+    "residual_rms": lambda ops, t, rows, a, b: torch.cat(
+        ops.residual_rms(t.x[rows], a, b, t.y[rows].clone(), epsilon=1e-5), dim=1
+    ),
+    "gated_rms_sum": lambda ops, t, rows, a, b: ops.gated_rms_sum(t.x[rows], a, t.y[rows].clone(), epsilon=1e-5),
 }
 
 
@@ -92,8 +107,8 @@ def test_equals_the_reference_at_the_counters_step(device: str, sizes: Sizes, na
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize(("device", "sizes"), SIZES)
 def test_a_row_does_not_depend_on_the_others(device: str, sizes: Sizes, name: str) -> None:
-    if name == "joined_linear" and device == "cuda" and sizes.C != FLUX_WIDTH:
-        pytest.skip("only FLUX.1 has such layers")
+    if name.startswith("joined_linear") and device == "cuda" and sizes.C not in FLUX_WIDTHS:
+        pytest.skip("only FLUX has such layers")
     tensors = Tensors(device, sizes, torch.float32 if device == "cpu" else torch.bfloat16)
     ops, apply = GpuOps(torch.tensor([STEP], dtype=torch.int32, device=device)), OPERATORS[name]
     vectors = tensors.table.unbind(1)

@@ -85,6 +85,41 @@ TOY_SD3 = {
 }
 
 
+TOY_FLUX2 = {
+    "_class_name": "Flux2Transformer2DModel",
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "guidance_embeds": True,
+    "axes_dims_rope": [2, 2, 2, 2],
+}
+TOY_ZIMAGE = {
+    "_class_name": "ZImageTransformer2DModel",
+    "in_channels": 4,
+    "dim": 16,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 8,
+    "axes_dims": [2, 2, 4],
+    "axes_lens": [64, 16, 16],
+}
+
+
+@pytest.mark.parametrize("toy", [TOY_FLUX2, TOY_ZIMAGE], ids=lambda toy: toy["_class_name"])
+def test_others_are_timed_with_guidance(
+    job: dict[str, Any], toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (Path(job["transformer"]) / "config.json").write_text(json.dumps(toy))
+    answers = run_here(job | {"num_branches": 2}, monkeypatch)
+    assert [answer["name"] for answer in answers] == ["small", "wide"]
+    assert all(answer["ms"] > 0 for answer in answers)
+
+
 @pytest.mark.parametrize("num_branches", [1, 2])
 def test_sd3_is_timed_with_guidance_and_without(
     job: dict[str, Any], num_branches: int, monkeypatch: pytest.MonkeyPatch
