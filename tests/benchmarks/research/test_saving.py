@@ -124,7 +124,7 @@ def test_modes_run_live_on_the_same_arrivals(tmp_path: Path) -> None:
     rows = {row["system"]: row for row in record["rows"] if row["px"] == "all"}
     assert [rows[name]["mode"] for name in ("fastest", "least-energy", *ORACLES)] == ["live", "live", "sim", "sim"]
     assert rows["least-energy"]["joules_per_image"] == pytest.approx(4 * 6)
-    assert 4 * 6 < rows["fastest"]["joules_per_image"] <= 4 * 7  # a slow machine's requests meet, and share devices
+    assert 4 * 6 <= rows["fastest"]["joules_per_image"] <= 4 * 7  # a slow machine's requests meet, and share devices
     assert rows["fastest"]["metered_j_per_image"] is None and record["savings"][0]["metered_saved_j"] is None
     assert record["savings"][0]["realised"]["cheapest-degree"] == pytest.approx(1.0)
     assert record["ledger"]["counter_j"] is None

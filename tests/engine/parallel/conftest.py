@@ -3,7 +3,7 @@
 import json
 import mmap
 import os
-import select
+import selectors
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,14 @@ from tetrion.engine.parallel.layout import ControlLayout, SlabLayout, slab_layou
 from tetrion.engine.parallel.words import AbortWords
 
 NUM_DEVICES = 4
+
+
+def _readable(files: list[Any], timeout_s: float) -> list[Any]:
+    """Those that can be read from, waiting for the first; of descriptors beyond 1023, too."""
+    with selectors.DefaultSelector() as selector:
+        for file in files:
+            selector.register(file, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(timeout_s)]
 
 
 class Fleet:
@@ -75,7 +83,7 @@ class Fleet:
         return stdout
 
     def has_answered(self, device: int, timeout_s: float) -> bool:
-        return bool(select.select([self._stdout(device)], [], [], timeout_s)[0])
+        return bool(_readable([self._stdout(device)], timeout_s))
 
     def receive(self, device: int) -> dict[str, Any]:
         assert self.has_answered(device, self.answer_timeout_s), f"device {device} does not answer"
@@ -92,7 +100,7 @@ class Fleet:
         answers: dict[int, dict[str, Any]] = {}
         pipes = {self._stdout(device): device for device in operations}
         while pipes:
-            ready = select.select(list(pipes), [], [], self.answer_timeout_s)[0]
+            ready = _readable(list(pipes), self.answer_timeout_s)
             answers |= {device: self.receive(device) for device in map(pipes.pop, ready)}
             if not ready or any("error" in answer for answer in answers.values()):
                 for device in pipes.values():

@@ -69,7 +69,9 @@ class Employer:
     def next_event(self) -> Event:
         give_up_s = time.monotonic() + PATIENCE_S
         while not (events := self.channel.events.drain()):
-            assert select.select([self.channel.events], [], [], give_up_s - time.monotonic())[0]
+            poller = select.poll()
+            poller.register(self.channel.events.fileno(), select.POLLIN)
+            assert poller.poll(1e3 * (give_up_s - time.monotonic()))
         return events[0]
 
     def started(self) -> Started:
