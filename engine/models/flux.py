@@ -33,7 +33,17 @@ from tetrion.engine.models.autoencoders import Autoencoder, begins_with_a_pictur
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import ClipEncoder, T5Encoder, one_thread
 from tetrion.engine.models.family import Attend, Begin, Beginning, Constant, Model, ToDevice, Tokens
-from tetrion.engine.models.layers import Embedder, Sum, linear_of, normed, take, timestep_embedding
+from tetrion.engine.models.layers import (
+    Embedder,
+    SingleBlock,
+    StreamBlock,
+    Sum,
+    linear_of,
+    normed,
+    rotary_angles,
+    take,
+    time_conditioning,
+)
 from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
@@ -56,32 +66,9 @@ def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamBlock:
-    """One stream (text or image) of a double block. `qkv`: [3·C, C]."""
-
-    qkv: Linear
-    q_norm: Tensor
-    k_norm: Tensor
-    out: Linear
-    mlp_in: Linear
-    mlp_out: Linear
-
-
-@dataclass(frozen=True, slots=True)
 class DoubleBlock:
     text: StreamBlock
     image: StreamBlock
-
-
-@dataclass(frozen=True, slots=True)
-class SingleBlock:
-    """`out` takes attention and MLP output side by side: [C, C + 4·C]."""
-
-    qkv: Linear
-    q_norm: Tensor
-    k_norm: Tensor
-    mlp_in: Linear
-    out: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,25 +90,6 @@ def build_weights(config: FluxConfig, tensors: Mapping[str, Tensor]) -> FluxWeig
     """Arrange tensors named as in `weights_plan`. No copies."""
     layer = functools.partial(linear_of, tensors)
 
-    def stream(name: str) -> StreamBlock:
-        return StreamBlock(
-            qkv=layer(f"{name}.qkv"),
-            q_norm=tensors[f"{name}.q_norm"],
-            k_norm=tensors[f"{name}.k_norm"],
-            out=layer(f"{name}.out"),
-            mlp_in=layer(f"{name}.mlp_in"),
-            mlp_out=layer(f"{name}.mlp_out"),
-        )
-
-    def single(name: str) -> SingleBlock:
-        return SingleBlock(
-            qkv=layer(f"{name}.qkv"),
-            q_norm=tensors[f"{name}.q_norm"],
-            k_norm=tensors[f"{name}.k_norm"],
-            mlp_in=layer(f"{name}.mlp_in"),
-            out=layer(f"{name}.out"),
-        )
-
     return FluxWeights(
         image_in=layer("image_in"),
         text_in=layer("text_in"),
@@ -130,10 +98,10 @@ def build_weights(config: FluxConfig, tensors: Mapping[str, Tensor]) -> FluxWeig
         pooled_in=Embedder.of(tensors, "pooled_in"),
         modulation=layer("modulation"),
         double_blocks=tuple(
-            DoubleBlock(text=stream(f"double.{i}.text"), image=stream(f"double.{i}.image"))
+            DoubleBlock(*(StreamBlock.of(tensors, f"double.{i}.{stream}") for stream in ("text", "image")))
             for i in range(config.num_layers)
         ),
-        single_blocks=tuple(single(f"single.{i}") for i in range(config.num_single_layers)),
+        single_blocks=tuple(SingleBlock.of(tensors, f"single.{i}") for i in range(config.num_single_layers)),
         final=layer("final"),
     )
 
@@ -145,11 +113,8 @@ def modulations(ops: Ops, weights: FluxWeights, timesteps: Tensor, guidance: flo
     3.2 of FLUX.1's 12 billion weights are read once a request instead of once a step.
     """
     dtype = pooled.dtype
-    # FluxPipeline divides by 1000 and the transformer multiplies again, which is not the identity in fp32.
-    conditioning = weights.time_in(ops, timestep_embedding(timesteps / 1000 * 1000).to(dtype))
-    if weights.guidance_in is not None:
-        guidance_1 = torch.full((1,), guidance, dtype=torch.float32, device=timesteps.device) * 1000
-        conditioning = conditioning + weights.guidance_in(ops, timestep_embedding(guidance_1).to(dtype))
+    parts = weights.time_in, weights.guidance_in
+    conditioning = time_conditioning(ops, *parts, timesteps, guidance, dtype)
     conditioning = conditioning + weights.pooled_in(ops, pooled.unsqueeze(0))
     hidden_size = conditioning.shape[-1]
     return ops.linear(ops.silu(conditioning), weights.modulation).view(len(timesteps), -1, hidden_size)
@@ -171,14 +136,7 @@ def rope(
     """
     text = torch.zeros(num_text, len(axes_dims), dtype=torch.float64)
     grids = [_grid(i, *size, len(axes_dims)) for i, size in enumerate([(height, width), *references])]
-    positions = torch.cat([text, *grids])
-    angles = torch.cat(
-        [
-            torch.outer(positions[:, axis], 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))
-            for axis, dim in enumerate(axes_dims)
-        ],
-        dim=1,
-    )
+    angles = rotary_angles(torch.cat([text, *grids]), axes_dims, theta)
     return angles.cos().float(), angles.sin().float()
 
 

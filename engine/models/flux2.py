@@ -50,7 +50,17 @@ from tetrion.engine.models.language_encoders import (
     language_component,
     language_shapes_of,
 )
-from tetrion.engine.models.layers import Embedder, Sum, linear_of, normed, rotary_angles, take, timestep_embedding
+from tetrion.engine.models.layers import (
+    Embedder,
+    SingleBlock,
+    StreamBlock,
+    Sum,
+    linear_of,
+    normed,
+    rotary_angles,
+    take,
+    time_conditioning,
+)
 from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
@@ -67,29 +77,6 @@ def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that `transformer/config.json` means, by their names in a diffusers checkpoint."""
     config = json.loads((folder / "config.json").read_bytes())
     return module_shapes(functools.partial(Flux2Transformer2DModel.from_config, config))
-
-
-@dataclass(frozen=True, slots=True)
-class StreamBlock:
-    """One stream (text or image) of a double block. `qkv`: [3·C, C]; `mlp_in`: [2·F, C], of a gated MLP."""
-
-    qkv: Linear
-    q_norm: Tensor
-    k_norm: Tensor
-    out: Linear
-    mlp_in: Linear
-    mlp_out: Linear
-
-
-@dataclass(frozen=True, slots=True)
-class SingleBlock:
-    """`out` takes attention and the MLP's inner rows side by side: [C, C + F]."""
-
-    qkv: Linear
-    q_norm: Tensor
-    k_norm: Tensor
-    mlp_in: Linear
-    out: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,25 +98,6 @@ def build_weights(config: Flux2Config, tensors: Mapping[str, Tensor]) -> Flux2We
     """Arrange tensors named as in `weights_plan`. No copies."""
     layer = functools.partial(linear_of, tensors)
 
-    def stream(name: str) -> StreamBlock:
-        return StreamBlock(
-            qkv=layer(f"{name}.qkv"),
-            q_norm=tensors[f"{name}.q_norm"],
-            k_norm=tensors[f"{name}.k_norm"],
-            out=layer(f"{name}.out"),
-            mlp_in=layer(f"{name}.mlp_in"),
-            mlp_out=layer(f"{name}.mlp_out"),
-        )
-
-    def single(name: str) -> SingleBlock:
-        return SingleBlock(
-            qkv=layer(f"{name}.qkv"),
-            q_norm=tensors[f"{name}.q_norm"],
-            k_norm=tensors[f"{name}.k_norm"],
-            mlp_in=layer(f"{name}.mlp_in"),
-            out=layer(f"{name}.out"),
-        )
-
     return Flux2Weights(
         image_in=layer("image_in"),
         text_in=layer("text_in"),
@@ -137,9 +105,10 @@ def build_weights(config: Flux2Config, tensors: Mapping[str, Tensor]) -> Flux2We
         guidance_in=Embedder.of(tensors, "guidance_in") if config.guidance_embeds else None,
         modulation=layer("modulation"),
         double_blocks=tuple(
-            (stream(f"double.{i}.text"), stream(f"double.{i}.image")) for i in range(config.num_layers)
+            (StreamBlock.of(tensors, f"double.{i}.text"), StreamBlock.of(tensors, f"double.{i}.image"))
+            for i in range(config.num_layers)
         ),
-        single_blocks=tuple(single(f"single.{i}") for i in range(config.num_single_layers)),
+        single_blocks=tuple(SingleBlock.of(tensors, f"single.{i}") for i in range(config.num_single_layers)),
         final=layer("final"),
     )
 
@@ -165,11 +134,8 @@ def modulations(ops: Ops, weights: Flux2Weights, timesteps: Tensor, guidance: fl
 
     timesteps: [S] fp32, as the scheduler gives them (0 … 1000).
     """
-    # The pipeline divides by 1000 and the transformer multiplies again, which is not the identity in fp32.
-    conditioning = weights.time_in(ops, timestep_embedding(timesteps / 1000 * 1000).to(dtype))
-    if weights.guidance_in is not None:
-        guidance_1 = torch.full((1,), guidance, dtype=torch.float32, device=timesteps.device) * 1000
-        conditioning = conditioning + weights.guidance_in(ops, timestep_embedding(guidance_1).to(dtype))
+    parts = weights.time_in, weights.guidance_in
+    conditioning = time_conditioning(ops, *parts, timesteps, guidance, dtype)
     hidden_size = conditioning.shape[-1]
     return ops.linear(ops.silu(conditioning), weights.modulation).view(len(timesteps), -1, hidden_size)
 

@@ -36,6 +36,54 @@ class Embedder:
         return ops.linear(ops.silu(ops.linear(x, self.in_layer)), self.out_layer)
 
 
+@dataclass(frozen=True, slots=True)
+class StreamBlock:
+    """One stream (text or image) of a FLUX double block. `qkv`: [3·C, C]."""
+
+    qkv: Linear
+    q_norm: Tensor
+    k_norm: Tensor
+    out: Linear
+    mlp_in: Linear
+    mlp_out: Linear
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "StreamBlock":
+        qkv, out, mlp_in, mlp_out = (linear_of(tensors, f"{name}.{n}") for n in ("qkv", "out", "mlp_in", "mlp_out"))
+        return cls(qkv, tensors[f"{name}.q_norm"], tensors[f"{name}.k_norm"], out, mlp_in, mlp_out)
+
+
+@dataclass(frozen=True, slots=True)
+class SingleBlock:
+    """A FLUX single block. `out` takes attention and the MLP's inner rows side by side: [C, C + inner]."""
+
+    qkv: Linear
+    q_norm: Tensor
+    k_norm: Tensor
+    mlp_in: Linear
+    out: Linear
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "SingleBlock":
+        qkv, mlp_in, out = (linear_of(tensors, f"{name}.{n}") for n in ("qkv", "mlp_in", "out"))
+        return cls(qkv, tensors[f"{name}.q_norm"], tensors[f"{name}.k_norm"], mlp_in, out)
+
+
+def time_conditioning(
+    ops: Ops, time_in: Embedder, guidance_in: Embedder | None, timesteps: Tensor, guidance: float, dtype: torch.dtype
+) -> Tensor:
+    """Embeddings of the steps' times, and of the guidance where a FLUX model takes it: [S, C].
+
+    timesteps: [S] fp32, as the scheduler gives them (0 … 1000).
+    """
+    # Pipelines divide by 1000 and the transformers multiply again, which is not the identity in fp32.
+    conditioning = time_in(ops, timestep_embedding(timesteps / 1000 * 1000).to(dtype))
+    if guidance_in is not None:
+        guidance_1 = torch.full((1,), guidance, dtype=torch.float32, device=timesteps.device) * 1000
+        conditioning = conditioning + guidance_in(ops, timestep_embedding(guidance_1).to(dtype))
+    return conditioning
+
+
 def timestep_embedding(values: Tensor) -> Tensor:
     """Sinusoidal embedding [S] -> [S, 256], cosines first (arXiv:2006.11239, as FLUX and SD3 use it)."""
     half = TIME_CHANNELS // 2

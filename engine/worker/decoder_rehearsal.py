@@ -1,7 +1,7 @@
 """So that a decoder's first picture of a size is as quick as the next one.
 
-For each new size libraries choose kernels, convolution by convolution: 30 to 40 ms on an H200. Here they do it while
-the device is at the picture's steps.
+For each new size libraries choose kernels, convolution by convolution, which takes longer than the decoding of a small
+picture. Here they do it while the device is at the picture's steps.
 """
 
 import logging
