@@ -79,8 +79,10 @@ class RecoveryState(enum.Enum):
 
 class RecoveryFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Since the start: workers lost, workers started in their place, times that an answer was overdue, requests that
-    went on or started again after either, steps that these have run again. `overdue`: devices that are set aside."""
+    went on or started again after either, steps that these have run again. `serving`: devices that are given commands;
+    a worker that is alive joins them once its barriers are reset. `overdue`: devices that are set aside."""
 
+    serving: tuple[int, ...] = ()
     num_deaths: int = 0
     num_stalls: int = 0
     overdue: tuple[int, ...] = ()
@@ -148,6 +150,7 @@ class Recovery:
     @property
     def figures(self) -> RecoveryFigures:
         return RecoveryFigures(
+            serving=tuple(sorted(self._in_flight.devices)),
             num_deaths=self._num_deaths,
             num_stalls=self._num_stalls,
             overdue=tuple(sorted(self._stalls.devices)),

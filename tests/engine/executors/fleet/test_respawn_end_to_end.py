@@ -104,8 +104,13 @@ async def progress_of(handle: RequestHandle) -> None:
 async def all_alive(engine: AsyncEngine, other_than: dict[int, int]) -> None:
     """Wait until every worker serves, each one of `other_than` as another process."""
     async with asyncio.timeout(PATIENCE_S):
-        while any(engine.worker_pids().get(d, pid) == pid for d, pid in other_than.items()):
+        while any(engine.worker_pids().get(d, pid) == pid for d, pid in other_than.items()) or not all_serve(engine):
             await asyncio.sleep(0.05)
+
+
+def all_serve(engine: AsyncEngine) -> bool:
+    """Whether every worker is given commands: one that is alive joins the others a moment later."""
+    return len(engine.stats().recovery.serving) == engine.stats().num_devices == len(engine.worker_pids())
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -313,7 +318,7 @@ async def test_workers_that_are_stopped_and_go_on_at_random_moments_change_no_bi
         results = await asyncio.wait_for(asyncio.gather(*[handle.result() for handle in handles]), PATIENCE_S)
         assert {digest(result) for result in results} == {reference}
         async with asyncio.timeout(PATIENCE_S):
-            while len(pair.worker_pids()) < 2 or pair.stats().recovery.overdue:
+            while not all_serve(pair) or pair.stats().recovery.overdue:
                 await asyncio.sleep(0.01)
 
 
@@ -335,7 +340,7 @@ async def test_a_loss_repeats_the_chunk_that_was_cut_off(pair: AsyncEngine) -> N
         assert digest(await asyncio.wait_for(handle.result(), PATIENCE_S)) == reference
         assert pair.stats().recovery.num_repeated_steps - before <= 10
         async with asyncio.timeout(PATIENCE_S):
-            while len(pair.worker_pids()) < 2:
+            while not all_serve(pair):
                 await asyncio.sleep(0.01)
 
 
