@@ -149,6 +149,20 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
     help="How long an idle connection is kept open: longer than a proxy in front keeps it, 60 s by default for most.",
 )
 @click.option("--access-log", is_flag=True, help="Log every HTTP request.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="info: a line for each picture, and what becomes of workers.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["plain", "json"]),
+    default="plain",
+    show_default=True,
+    help="json: an object a line, with a picture's figures as fields.",
+)
 @guard_options
 @engine_options
 @click.pass_context
