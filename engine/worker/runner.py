@@ -194,7 +194,8 @@ class Runner:
             return command.denoised(self.device_id, started.time_s(), ended.time_s(), waited_s)
 
         self._completions.add(command, finish)
-        it.decoder.expect(params.shape)
+        if "decode" in self._spec.device.stages:
+            it.decoder.expect(params.shape)
 
     def decode(self, command: Decode) -> None:
         it, params = self._residents[command.params.model], command.params
