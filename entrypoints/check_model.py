@@ -1,10 +1,10 @@
 """`tetrion check-model`: one picture of a checkpoint as this engine draws it, held against diffusers' own pipeline.
 
 What only a published checkpoint can show is whether templates, token counts and configs were read as its authors mean
-them. So the same prompt, seed and steps go through both on this machine, one after the other (the weights are in memory
-once at a time), and what they begin with and come to is compared: text rows, embeddings, starting noise, noise levels,
-the picture. The parity tests (tests/engine/families) compare the same on tiny checkpoints of their own, step by step and
-with what is inside a pipeline; they share no code with this, which knows of a pipeline only what is public.
+them. So the same prompt, seed and steps go through both on this machine, one after the other (so that weights are in
+memory once at a time), and what they begin with and come to is compared: text rows, embeddings, starting noise, noise
+levels, the picture. The parity tests (tests/engine/families) compare tiny checkpoints of their own, with what is inside
+a pipeline; they share no code with this, which knows of a pipeline only what is public.
 """
 
 import gc
@@ -13,10 +13,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import diffusers
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -148,8 +150,8 @@ def needs(spec: ModelSpec, device: str, dtype: str) -> str:
     sizes = (numbers * (4 if dtype == "float32" else 2), numbers * (2 if device.startswith("cuda") else 4))
     where = "memory" if device.startswith("cpu") else f"the memory of {device}"
     return (
-        f"tetrion: check-model takes about {max(sizes) / 1e9:.1f} GB of {where} for weights, and what steps and decoding"
-        f" need: diffusers draws first ({sizes[0] / 1e9:.1f} GB), then the engine ({sizes[1] / 1e9:.1f} GB)"
+        f"tetrion: check-model takes about {max(sizes) / 1e9:.1f} GB of {where} for weights, and what steps and"
+        f" decoding need: diffusers draws first ({sizes[0] / 1e9:.1f} GB), then the engine ({sizes[1] / 1e9:.1f} GB)"
     )
 
 
@@ -160,9 +162,11 @@ def drawn_by_diffusers(
     spec: ModelSpec, params: Params, prompt: str, device: torch.device, dtype: torch.dtype
 ) -> Theirs:
     """Raises InputError if diffusers cannot load the checkpoint."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
         pipeline: Any = DiffusionPipeline.from_pretrained(
-            spec.path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            spec.path, dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except Exception as error:  # whatever a library finds
         raise InputError(f"model: diffusers cannot load {spec.path!r}: {type(error).__name__}: {error}") from error

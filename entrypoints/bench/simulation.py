@@ -119,7 +119,8 @@ def simulate(
     policy sees at once (a server's default is 64; here nearly all, so that policies are compared and not admission).
     `planner_config`: settings besides the policy; what its admission refuses is not run. `recorder` is given every
     command.
-    `roles`: as the engine's option. Raises ValueError for an unknown policy, too few devices, too long a trace, a model without a table or a loss of a
+    `roles`: as the engine's option.
+    Raises ValueError for an unknown policy, too few devices, too long a trace, a model without a table or a loss of a
     device that is not there.
     """
     if num_devices < 1:
@@ -134,6 +135,7 @@ def simulate(
         max_queued=MAX_QUEUED,
         planner=with_options(msgspec.structs.replace(planner_config or PlannerConfig(), policy=policy)),
     )
+    stages = parse_roles(roles, num_devices)
     costs = CostTables(profiles={"": profile} if isinstance(profile, Profile) else dict(profile))
     if unknown := {request.model for request in trace} - set(costs.profiles):
         raise ValueError(f"trace: model: {min(unknown)!r} has no cost table")
