@@ -164,9 +164,11 @@ def drawn_by_diffusers(
     """Raises InputError if diffusers cannot load the checkpoint."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    loaded = {name for name, _ in spec.weights}
+    without = [] if spec.family != "sd3" or "text_encoder_3" in loaded else ["text_encoder_3", "tokenizer_3"]
     try:
         pipeline: Any = DiffusionPipeline.from_pretrained(
-            spec.path, dtype=dtype, local_files_only=True, use_safetensors=True
+            spec.path, dtype=dtype, local_files_only=True, use_safetensors=True, **dict.fromkeys(without)
         )
     except Exception as error:  # whatever a library finds
         raise InputError(f"model: diffusers cannot load {spec.path!r}: {type(error).__name__}: {error}") from error

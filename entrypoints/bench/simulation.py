@@ -140,8 +140,7 @@ def simulate(
     if unknown := {request.model for request in trace} - set(costs.profiles):
         raise ValueError(f"trace: model: {min(unknown)!r} has no cost table")
     return _Simulation(
-        trace, costs, num_devices, duration, losses, config, recorder or Recorder(), parse_roles(roles, num_devices)
-    ).to_end()
+        trace, costs, num_devices, duration, losses, config, recorder or Recorder(), stages).to_end()
 
 
 class _Simulation:
