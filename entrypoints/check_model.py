@@ -126,7 +126,13 @@ def command(
     coarser = "bfloat16" if is_gpu else dtype
     rows = compare(spec, Ours(text, noise, times, picture), theirs, params, TOLERANCES[coarser])
     is_equal = all(row.is_equal is not False for row in rows)
-    facts = {"model": spec.name, "family": spec.family, "device": devices, "dtype": dtype, "size": [width, height]}
+    facts: dict[str, Any] = {
+        "model": spec.name,
+        "family": spec.family,
+        "device": devices,
+        "dtype": dtype,
+        "size": [width, height],
+    }
     facts |= {"num_steps": num_steps, "seed": seed, "prompt": prompt, "is_equal": is_equal}
     print(json.dumps(facts | {"rows": msgspec.to_builtins(rows)}) if as_json else table(rows))
     return 0 if is_equal else 1
@@ -201,7 +207,7 @@ def drawn_by_diffusers(
 def _arguments(pipeline: Any, spec: ModelSpec, params: Params, prompt: str) -> dict[str, Any]:
     """Of the pipeline's call, as far as it takes them."""
     width, height = params.shape.size
-    wanted = {
+    wanted: dict[str, Any] = {
         "prompt": prompt,
         "width": width,
         "height": height,

@@ -139,8 +139,7 @@ def simulate(
     costs = CostTables(profiles={"": profile} if isinstance(profile, Profile) else dict(profile))
     if unknown := {request.model for request in trace} - set(costs.profiles):
         raise ValueError(f"trace: model: {min(unknown)!r} has no cost table")
-    return _Simulation(
-        trace, costs, num_devices, duration, losses, config, recorder or Recorder(), stages).to_end()
+    return _Simulation(trace, costs, num_devices, duration, losses, config, recorder or Recorder(), stages).to_end()
 
 
 class _Simulation:
