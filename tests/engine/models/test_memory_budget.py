@@ -30,7 +30,7 @@ def test_a_device_is_charged_for_its_stages_alone(flux: ModelSpec) -> None:
     assert {"text_encoder", "text_encoder_2"} < encode.weights_bytes.keys()
     assert encode.weights_bytes["transformer"] < whole["transformer"] / 100, "what projects text"
     assert decode.weights_bytes.keys() == {"vae"} and decode.step_bytes == denoise.decode_bytes == 0
-    with pytest.raises(ValueError, match="model flux1-dev takes to denoise 2.* with roles .* other devices"):
+    with pytest.raises(ValueError, match=r"model flux1-dev takes to denoise 2.* with roles .* other devices"):
         denoise.fitted(20_000_000_000, "cuda:1")
 
 
