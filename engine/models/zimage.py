@@ -56,6 +56,8 @@ from tetrion.kernels.reference import Branch
 IMAGE, TEXT = 0, 1
 """Segments, in canonical order."""
 QK_EPSILON = 1e-5
+ENCODING = ("text_norm", "text_in.", "text_padding", "context_refiner.")
+"""See `models.family.FamilyModule`."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -186,10 +186,14 @@ class ImageService:
             raise ApiError(503, f"The engine is not ready: {error}", code="not_ready") from None
         if stats.num_alive == len(stats.recovery.overdue):
             raise ApiError(503, "No device is alive and answers.", code="not_ready")
+        if stats.unserved:
+            served = f"No device that serves {' or '.join(stats.unserved)} is alive and answers."
+            raise ApiError(503, served, code="not_ready")
         counts = {name: getattr(stats, name) for name in ("num_devices", "num_alive", "num_queued", "num_admitted")}
         counts["num_overdue"] = len(stats.recovery.overdue)
         counts["num_returning"] = stats.num_devices - stats.num_alive
-        return _json({"status": "ready", "models": list(self._engine.models.specs), **counts})
+        models = list(self._engine.models.specs)
+        return _json({"status": "ready", "models": models, "roles": stats.roles, **counts})
 
     async def metrics(self, request: Request) -> Response:
         """`GET /metrics`, for Prometheus; answers while the engine loads, too."""

@@ -417,6 +417,17 @@ async def test_models_health_and_ready(served: Served) -> None:
     assert (await served.http.get("/health")).json() == {"status": "ok"}
     ready = (await served.http.get("/ready")).json()
     assert ready["status"] == "ready" and ready["models"] == ["shapes"] and ready["num_alive"] == 2
+    assert ready["roles"] == "all"
+
+
+async def test_a_server_is_not_ready_while_nobody_serves_a_stage(served: Served) -> None:
+    served.engine.unserved = ("encode",)
+    response = await served.http.get("/ready")
+    assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
+    assert "No device that serves encode" in error_of(response)["message"]
+    assert 'tetrion_stage_served{stage="encode"} 0.0' in (await served.http.get("/metrics")).text
+    served.engine.unserved = ()
+    assert 'tetrion_stage_served{stage="encode"} 1.0' in (await served.http.get("/metrics")).text
 
 
 async def test_before_the_engine_is_ready(served: Served) -> None:
