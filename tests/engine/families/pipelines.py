@@ -25,6 +25,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    ZImageImg2ImgPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -330,6 +331,7 @@ class SD3WithoutT5(SD3):
 class ZImage(Case):
     """Prompts of different lengths, neither a multiple of 32; nor is the number of image rows (63)."""
 
+    img2img = ZImageImg2ImgPipeline
     text_rows = 96
     shift: ClassVar[float] = 6.0
 
@@ -472,6 +474,10 @@ CASES: tuple[Case, ...] = (
     ZImageTurbo(
         "z-image-turbo", {"dim": 300, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [2, 4, 4]}, guidance=0.0,
         preset={"max_text_tokens": 96}, width=64, height=64,
+    ),
+    ZImage(
+        "z-image-strength", {"dim": 60, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [2, 4, 4]}, guidance=4.0,
+        num_branches=2, num_devices=5, preset={"max_text_tokens": 96}, picture=(56, 72), strength=0.6,
     ),
     Flux2Klein(
         "flux2-klein-base", FLUX2, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 96}
