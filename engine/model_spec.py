@@ -101,8 +101,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     how many numbers each component has.
 
     Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
-    there are `reference_sizes`: those that the model knows, to one of which each is resized. Else the result begins
-    with the picture, and `strength` is what holds for requests without.
+    there are `reference_sizes`: those that the model knows, to one of which each is resized. Else, or if a request to
+    such a model has a strength (an input that not all of them take), the result begins with the picture. `strength` is
+    what holds for requests without.
     """
 
     name: str
@@ -145,9 +146,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def max_input_bytes(self) -> int:
         """Of the pictures of a request, uint8."""
-        if self.reference_sizes:
-            return 3 * self.max_pictures * max(width * height for width, height in self.reference_sizes)
-        return (3 * self.max_pictures + ("mask" in self.inputs)) * self.sizes.max**2
+        references = 3 * self.max_pictures * max((width * height for width, height in self.reference_sizes), default=0)
+        if self.reference_sizes and "strength" not in self.inputs:
+            return references
+        return max(references, (3 * self.max_pictures + ("mask" in self.inputs)) * self.sizes.max**2)
+
+    def refers(self, strength: float | None) -> bool:
+        """Whether the pictures of a request with this strength are references."""
+        return bool(self.reference_sizes) and strength is None
 
     def reference_size(self, size: Size) -> Size:
         """What a reference of this size is resized to: the size nearest in shape."""

@@ -16,6 +16,7 @@ from benchmarks.embedded_model.batched_muon import BatchedMuon
 from benchmarks.embedded_model.examples import Examples
 from benchmarks.embedded_model.models import EmbeddedModel
 from benchmarks.embedded_model.renderer import draw
+from benchmarks.embedded_model.scenes import SceneArrays
 from benchmarks.embedded_model.training_clock import Clock, log
 from benchmarks.embedded_model.training_forward import Inputs, TrainingForward
 
@@ -37,6 +38,13 @@ class Bucket:
     t5_ids: torch.Tensor
     text: torch.Tensor  # (N, text tokens, text_dim) for the usual text length
     pooled: torch.Tensor
+    references: torch.Tensor | None = None
+    """Latents of the pictures that are edited, shaped as `latents`."""
+
+    @property
+    def num_image(self) -> int:
+        """Tokens of pictures in the sequence."""
+        return self.latents.shape[1] * (1 if self.references is None else 2)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -53,24 +61,41 @@ def cache_bucket(
     size: tuple[int, int],
     device: torch.device,
     chunk: int,
+    share: float,
 ) -> Bucket:
     """Draw and encode every example once, its caption too; `chunk` pixels at a time, `size` is width and height."""
-    vae = pipeline.vae
-    step = max(1, chunk // (size[0] * size[1]))
-    latents, text, pooled = [], [], []
-    t5_ids, clip_ids = (torch.as_tensor(ids, device=device).long() for ids in (examples.t5_ids, examples.clip_ids))
-    for first in range(0, len(examples), step):
-        part = examples[first : first + step]
-        pictures = draw(part.scenes, part.centres, *size, device)
+    latents = latents_of(pipeline, examples.scenes, examples.centres, size, device, chunk)
+    texts = texts_of(model, pipeline, examples.clip_ids, examples.t5_ids, device)
+    return Bucket(*size, share, latents, *texts)
+
+
+@torch.no_grad()
+def latents_of(
+    pipeline: DiffusionPipeline,
+    scenes: SceneArrays,
+    centres: np.ndarray,
+    size: tuple[int, int],
+    device: torch.device,
+    chunk: int,
+) -> torch.Tensor:
+    """The scenes drawn and encoded, (N, image tokens, 4 * channels), float16; `chunk` pixels at a time."""
+    vae, step, latents = pipeline.vae, max(1, chunk // (size[0] * size[1])), []
+    for first in range(0, len(scenes), step):
+        pictures = draw(scenes[first : first + step], centres[first : first + step], *size, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
         latents.append(pack((mean - vae.config.shift_factor) * vae.config.scaling_factor).to(torch.float16))
-    for ids in zip(clip_ids.split(2048), t5_ids.split(2048), strict=True):
-        rows, vectors = model.encode(pipeline, *ids)
-        text.append(rows.to(torch.bfloat16))
-        pooled.append(vectors)
-    captions = (clip_ids, t5_ids, torch.cat(text), torch.cat(pooled))
-    return Bucket(*size, model.buckets[size].share, torch.cat(latents), *captions)
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def texts_of(
+    model: EmbeddedModel, pipeline: DiffusionPipeline, clip_ids: np.ndarray, t5_ids: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """CLIP's and T5's ids on the device, what they say in rows (N, text tokens, text_dim) and pooled vectors."""
+    clip, t5 = (torch.as_tensor(ids, device=device).long() for ids in (clip_ids, t5_ids))
+    said = [model.encode(pipeline, *ids) for ids in zip(clip.split(2048), t5.split(2048), strict=True)]
+    return clip, t5, torch.cat([rows.to(torch.bfloat16) for rows, _ in said]), torch.cat([pooled for _, pooled in said])
 
 
 def optimizers_of(transformer: nn.Module) -> list[torch.optim.Optimizer]:
@@ -190,7 +215,7 @@ class TransformerTrainer:
         length, began = self._lengths[0], time.time()
         try:
             for bucket in by_share[:num_shapes]:
-                shape = self._batch_size(bucket, length), bucket.text.shape[1], bucket.latents.shape[1]
+                shape = self._batch_size(bucket, length), bucket.text.shape[1], bucket.num_image
                 self._forward.compile_for(*shape)
                 self._loss(bucket, length)[0].backward()
                 log("compile", width=bucket.width, height=bucket.height, seconds=time.time() - began)
@@ -201,7 +226,7 @@ class TransformerTrainer:
 
     def _batch_size(self, bucket: Bucket, length: int) -> int:
         num_text = bucket.text.shape[1] - self._lengths[0] + length
-        return max(2, self._tokens_per_batch // (bucket.latents.shape[1] + num_text))
+        return max(2, self._tokens_per_batch // (bucket.num_image + num_text))
 
     def _loss(self, bucket: Bucket, length: int) -> tuple[torch.Tensor, int]:
         """Mean squared error on the velocity of a random batch, and the batch's size."""
@@ -216,11 +241,19 @@ class TransformerTrainer:
         noise = torch.randn_like(clean)
         sigma = sample_sigmas(n, clean.shape[1], self._device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        inputs = Inputs(noisy, sigma, text, pooled, (bucket.width, bucket.height))
-        target = noise - clean
-        if self._teacher is not None:
-            target = self._teacher.guided(inputs, self._guidance).detach()
+        reference = None if bucket.references is None else bucket.references[chosen].float()
+        inputs = Inputs(noisy, sigma, text, pooled, (bucket.width, bucket.height), reference)
+        target = self._target(inputs, noise - clean, bucket, chosen, length)
         return F.mse_loss(self._forward(inputs), target), n
+
+    def _target(
+        self, inputs: Inputs, velocity: torch.Tensor, bucket: Bucket, chosen: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        """What the transformer should say: the `velocity` from the clean latents to the noise, or its teacher's. `chosen`:
+        which examples of the bucket these are; `length` of their text."""
+        if self._teacher is None:
+            return velocity
+        return self._teacher.guided(inputs, self._guidance).detach()
 
     def _step(self) -> tuple[torch.Tensor, int]:
         bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]
