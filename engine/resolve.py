@@ -187,13 +187,9 @@ def _default_size(spec: ModelSpec, pictures: tuple[Picture, ...], are_references
     return spec.sizes.fitted(spec.reference_size(size) if are_references else size)
 
 
-def _sized(
-    spec: ModelSpec, pictures: tuple[Picture, ...], size: Size, are_references: bool
-) -> tuple[Picture, ...]:
+def _sized(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size, are_references: bool) -> tuple[Picture, ...]:
     """As the model takes them for a result of this size."""
-    return tuple(
-        picture.resized(spec.reference_size(picture.size) if are_references else size) for picture in pictures
-    )
+    return tuple(picture.resized(spec.reference_size(picture.size) if are_references else size) for picture in pictures)
 
 
 def _mask_of(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size) -> _Read[Pixels]:

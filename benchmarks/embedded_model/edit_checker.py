@@ -119,7 +119,7 @@ def _centre(seen: Seen) -> tuple[float, float]:
 def _share_changed(
     before: np.ndarray, after: np.ndarray, edit: Edit, was: dict[int, Seen], is_now: dict[int, Seen | None]
 ) -> float:
-    """Of the pixels that should be as before (on another background, where that is what changes): those that are not."""
+    """Of the pixels that should be as before (on another background, if that is what changes): those that are not."""
     expected, stays = before.astype(float), np.ones(before.shape[:2], bool)
     if edit.operation == "background":
         ground = np.array(rgb(BACKGROUNDS[edit.backgrounds[0]]), float)

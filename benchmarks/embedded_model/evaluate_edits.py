@@ -4,11 +4,13 @@ Pictures to be edited are rendered; the engine draws what comes of them; `edit_c
 """
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,25 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
 
+from benchmarks.embedded_model.draw_prompts import (
+    batch_size_for,
+    draw_prompts,
+    judge,
+    of_each,
+    sampling_of,
+    wilson_interval,
+)
 from benchmarks.embedded_model.edit_checker import EditVerdict, check_edit
 from benchmarks.embedded_model.edits import make_edits, scenes_of
-from benchmarks.embedded_model.evaluate import draw_prompts, batch_size_for, judge, sampling_of, wilson_interval
 from benchmarks.embedded_model.instructions import Edit, InstructionWriter
-from benchmarks.embedded_model.prompts import PromptSet, make_prompts
+from benchmarks.embedded_model.models import SHAPES
+from benchmarks.embedded_model.prompts import PROMPT_SETS, PromptSet, make_prompts
 from benchmarks.embedded_model.renderer import draw
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import ImageRequest
 
+PAIRS_SEED_OFFSET = 20_000
 REQUIREMENTS = ("background", "count", "others", "change", "pixels")
 TARGET = 0.85
 """Share of edits that are right."""
@@ -80,21 +91,21 @@ def make_tasks(edits: EditSet, n: int) -> list[Task]:
     return [Task(edit, writer.write(edit).text, array) for edit, array in zip(placed.edits, arrays, strict=True)]
 
 
-async def edit_by_engine(folder: Path, devices: str, tasks: Sequence[Task], seed: int = 0) -> list[np.ndarray]:
-    """What the engine draws of every task, the i-th from noise of `seed + i`, at most 64 at once."""
+async def edit_by_engine(folder: Path, devices: str, tasks: Sequence[Task], seeds: Sequence[int]) -> list[np.ndarray]:
+    """What the engine draws of every task from noise of its seed, at most 64 at once."""
     config = EngineConfig(models=(str(folder),), devices=devices)
     at_once = asyncio.Semaphore(64)
     async with AsyncEngine(config) as engine:
 
-        async def one(i: int, task: Task) -> np.ndarray:
+        async def one(task: Task, seed: int) -> np.ndarray:
             height, width, _ = task.picture.shape
             async with at_once:
                 request = ImageRequest(
-                    prompt=task.text, pictures=(task.picture,), width=width, height=height, seed=seed + i
+                    prompt=task.text, pictures=(task.picture,), width=width, height=height, seed=seed
                 )
                 return (await engine.generate(request)).image
 
-        return await asyncio.gather(*(one(i, task) for i, task in enumerate(tasks)))
+        return await asyncio.gather(*map(one, tasks, seeds))
 
 
 @torch.no_grad()
@@ -120,8 +131,13 @@ def edit_by_diffusers(
 
 def judged(tasks: Sequence[Task], pictures: Sequence[np.ndarray]) -> list[Edited]:
     return [
-        Edited(task, picture, check_edit(task.picture, picture, task.edit))
-        for task, picture in zip(tasks, pictures, strict=True)
+        Edited(task, picture, verdict)
+        for task, picture, verdict in zip(
+            tasks,
+            pictures,
+            of_each(check_edit, [task.picture for task in tasks], pictures, [task.edit for task in tasks]),
+            strict=True,
+        )
     ]
 
 
@@ -148,28 +164,36 @@ def row_of(edits: EditSet, drawn: Sequence[Edited], seconds: float) -> dict[str,
     }
 
 
-def evaluate_edits(folder: Path, devices: str, edits: EditSet, n: int) -> tuple[dict[str, Any], list[Edited]]:
-    """A row of the results, and every edit with its verdict, through the engine."""
-    began, tasks = time.time(), make_tasks(edits, n)
-    pictures = asyncio.run(edit_by_engine(folder, devices, tasks, seed=1000 * edits.seed))
-    drawn = judged(tasks, pictures)
-    return row_of(edits, drawn, time.time() - began) | {"devices": devices}, drawn
+def evaluate_edits(
+    folder: Path, devices: str, sets: Sequence[EditSet], n: int
+) -> list[tuple[dict[str, Any], list[Edited]]]:
+    """Of every set a row of the results, and every edit with its verdict, through one engine; its seconds are those of
+    all sets."""
+    if not sets:
+        return []
+    began, tasks = time.time(), [make_tasks(edits, n) for edits in sets]
+    seeds = [1000 * edits.seed + i for edits in sets for i in range(n)]
+    pictures = iter(asyncio.run(edit_by_engine(folder, devices, [*chain(*tasks)], seeds)))
+    drawn_s, rows = time.time() - began, []
+    for edits, own in zip(sets, tasks, strict=True):
+        drawn = judged(own, [next(pictures) for _ in own])
+        rows.append((row_of(edits, drawn, drawn_s) | {"devices": devices}, drawn))
+    return rows
 
 
 def compare_from_text(
     old: DiffusionPipeline,
     new: DiffusionPipeline,
-    sets: Sequence[PromptSet],
     n: int,
     preset: dict[str, Any],
     pixels_per_batch: int,
 ) -> dict[str, Any]:
-    """The same prompts and seeds drawn by both, n a set; the difference of the shares that are right, with its interval.
+    """The same prompts and seeds drawn by both, n a set; the difference of the shares right, with its interval.
 
     Prompts are others than those of the evaluation.
     """
     began, rows, pairs = time.time(), [], []
-    for prompts in sets:
+    for prompts in sets_to_compare():
         asked = make_prompts(prompts, n)
         scenes = [scene for _, scene in asked]
         sampling = sampling_of(
@@ -198,6 +222,12 @@ def compare_from_text(
         "sets": rows,
         "seconds": round(time.time() - began, 1),
     }
+
+
+def sets_to_compare() -> list[PromptSet]:
+    """The sets that have a target, with prompts of their own."""
+    wanted = [prompts for prompts in PROMPT_SETS if prompts.name in SHAPES.targets]
+    return [dataclasses.replace(prompts, seed=prompts.seed + PAIRS_SEED_OFFSET) for prompts in wanted]
 
 
 def paired_difference(pairs: Sequence[tuple[bool, bool]], z: float = 1.96) -> tuple[float, tuple[float, float]]:

@@ -4,6 +4,7 @@ T5 class: a unigram model of whole words with single characters to fall back on,
 CLIP class: byte-level byte-pair encoding whose merges (`clip_merges.txt`) make the captions' words whole.
 """
 
+import itertools
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,7 +151,7 @@ def _merges_of(words: Sequence[str], merges: Sequence[tuple[str, str]]) -> list[
     for word in words:
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         while len(pieces) > 1:
-            pairs = [*zip(pieces, pieces[1:], strict=False)]
+            pairs = [*itertools.pairwise(pieces)]
             best = min(pairs, key=lambda pair: rank.get(pair, len(rank)))
             if best not in rank:
                 rank[best] = len(rank)

@@ -3,8 +3,8 @@
 `python -m benchmarks.embedded_model.train --seconds 1500 --output checkpoints/shapes` does everything on one GPU;
 `torchrun --nproc-per-node 2 -m benchmarks.embedded_model.train ...` trains the transformer on two, a batch each.
 `--model` says which one. `--resume DIR` starts from the weights of a model folder; `--stages` then says what is trained
-further, `--stages edit` that it is taught to edit. A run that was cut off goes on when the same command is given again: from the last report, with the seconds
-left.
+further, `--stages edit` that it is taught to edit. A run that was cut off goes on when the same command is given again:
+from the last report, with the seconds left.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.embedded_model import processes
-from benchmarks.embedded_model.evaluate import evaluate_set, sheet
+from benchmarks.embedded_model.draw_prompts import evaluate_set, sheet
 from benchmarks.embedded_model.examples import ExamplePool, Examples, make_examples
 from benchmarks.embedded_model.export import export, load, with_components
 from benchmarks.embedded_model.models import MODELS, EmbeddedModel

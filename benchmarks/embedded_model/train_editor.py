@@ -19,8 +19,8 @@ from diffusers import DiffusionPipeline
 from benchmarks.embedded_model import processes
 from benchmarks.embedded_model.before_after import before_after_sheet
 from benchmarks.embedded_model.choose_schedule import SEED_OFFSET
+from benchmarks.embedded_model.draw_prompts import evaluate_set
 from benchmarks.embedded_model.edit_examples import EditExamples, make_edit_examples
-from benchmarks.embedded_model.evaluate import evaluate_set
 from benchmarks.embedded_model.evaluate_edits import EDIT_SETS, edit_by_diffusers, judged, make_tasks, row_of
 from benchmarks.embedded_model.examples import BucketPlan, ExamplePool, Examples, make_examples
 from benchmarks.embedded_model.export import export, load, modules, read_preset, with_components

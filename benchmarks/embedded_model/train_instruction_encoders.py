@@ -1,7 +1,7 @@
 """Teaches text encoders that know captions to read instructions, too, and to go on saying the same of captions.
 
-New words get new rows of the embeddings. Instructions are tagged as captions were (`train_text_encoders.py`), while what
-is said of captions is held where it was: mean squared distance to the old encoders' rows and pooled vectors.
+New words get new rows of the embeddings. Instructions are tagged as captions were (`train_text_encoders.py`), while
+what is said of captions is held where it was: mean squared distance to the old encoders' rows and pooled vectors.
 """
 
 import copy

@@ -249,8 +249,10 @@ class TransformerTrainer:
     def _target(
         self, inputs: Inputs, velocity: torch.Tensor, bucket: Bucket, chosen: torch.Tensor, length: int
     ) -> torch.Tensor:
-        """What the transformer should say: the `velocity` from the clean latents to the noise, or its teacher's. `chosen`:
-        which examples of the bucket these are; `length` of their text."""
+        """What the transformer should say: the `velocity` from the clean latents to the noise, or its teacher's.
+
+        `chosen`: which examples of the bucket these are; `length` of their text.
+        """
         if self._teacher is None:
             return velocity
         return self._teacher.guided(inputs, self._guidance).detach()

@@ -114,7 +114,10 @@ class TrainingForward:
         return other
 
     def compile_for(self, batch: int, num_text: int, num_image: int) -> None:
-        """Compile the blocks for batches of exactly this shape, at their first use. `num_image`: with the reference's."""
+        """Compile the blocks for batches of exactly this shape, at their first use.
+
+        `num_image`: with the reference's.
+        """
         self._compiled[batch, num_text, num_image] = tuple(torch.compile(b, dynamic=False) for b in self.BLOCKS)
 
     def compile_nothing(self) -> None:

@@ -135,7 +135,9 @@ def read_preset(folder: Path, default: Preset) -> Preset:
     if not preset.name.isprintable():
         raise fault(path, f": name: must be printable, got {shown(preset.name)}")
     if preset.references and (pipeline := pipeline_name(folder)) != WITH_REFERENCES:
-        raise fault(path, f": references: must be 0 but for a {WITH_REFERENCES}, got {preset.references} for {shown(pipeline)}")
+        raise fault(
+            path, f": references: must be 0 but for a {WITH_REFERENCES}, got {preset.references} for {shown(pipeline)}"
+        )
     return preset
 
 
