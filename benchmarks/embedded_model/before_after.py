@@ -10,50 +10,37 @@ SIDE_PX, TEXT_PX, GAP_PX = 128, 34, 8
 PAGE, INK, RIGHT, WRONG = "#FFFFFF", "#202020", "#43A047", "#E53935"
 
 
-class _Task(Protocol):
+class Edited(Protocol):
+    """Both pictures (height, width, 3), uint8, and the instruction."""
+
+    @property
+    def before(self) -> np.ndarray: ...
+
     @property
     def text(self) -> str: ...
 
     @property
-    def picture(self) -> np.ndarray: ...
+    def after(self) -> np.ndarray: ...
 
 
-class _Verdict(Protocol):
-    @property
-    def is_right(self) -> bool: ...
-
-
-class Edited(Protocol):
-    """A task, the picture that came of it, and what is to be said of that."""
-
-    @property
-    def task(self) -> _Task: ...
-
-    @property
-    def picture(self) -> np.ndarray: ...
-
-    @property
-    def verdict(self) -> _Verdict: ...
-
-
-def before_after_sheet(drawn: Sequence[Edited], columns: int = 4, with_marks: bool = True) -> Image.Image:
-    """Pairs of pictures with the instruction below; `with_marks`: a bar that says which are right."""
+def before_after_sheet(drawn: Sequence[Edited], are_right: Sequence[bool] = (), columns: int = 4) -> Image.Image:
+    """Pairs of pictures with the instruction below, and a bar that says which `are_right`, if that is known."""
     cell = (2 * SIDE_PX + 3 * GAP_PX, SIDE_PX + TEXT_PX + 2 * GAP_PX)
     rows = -(-len(drawn) // columns)
     sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), PAGE)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for i, one in enumerate(drawn):
         x, y = i % columns * cell[0] + GAP_PX, i // columns * cell[1] + GAP_PX
-        for k, picture in enumerate((one.task.picture, one.picture)):
+        for k, picture in enumerate((one.before, one.after)):
             tile = Image.fromarray(picture)
             tile.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
             left = x + k * (SIDE_PX + GAP_PX)
             sheet.paste(tile, (left, y))
             pen.rectangle((left - 1, y - 1, left + tile.width, y + tile.height), outline="#C8C8C8")
-        if with_marks:
+        if are_right:
             bar = (x, y + SIDE_PX + 2, x + 2 * SIDE_PX + GAP_PX, y + SIDE_PX + 4)
-            pen.rectangle(bar, fill=RIGHT if one.verdict.is_right else WRONG)
-        for line, text in enumerate(_lines(one.task.text, 2 * SIDE_PX + GAP_PX, font)):
+            pen.rectangle(bar, fill=RIGHT if are_right[i] else WRONG)
+        for line, text in enumerate(_lines(one.text, 2 * SIDE_PX + GAP_PX, font)):
             pen.text((x, y + SIDE_PX + 6 + 14 * line), text, fill=INK, font=font)
     return sheet
 

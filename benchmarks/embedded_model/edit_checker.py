@@ -24,8 +24,8 @@ REACH_PX = 2
 COLOUR_DISTANCE = 45.0
 """Euclidean, in 0..255 RGB, up to which colours are the same."""
 FOREGROUND_DISTANCE = 26.0
-MAX_CHANGED_SHARE = 0.003
-"""Of the pixels that should have stayed."""
+MAX_CHANGED_SHARE = 0.001
+"""Of the pixels that should have stayed, at a shorter side of 256; a smaller picture's soft edges are more of it."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ def check_edit(before: np.ndarray, after: np.ndarray, edit: Edit) -> EditVerdict
         key=lambda mark: (mark[0] and mark[1], mark[0] + mark[1]),
     )
     verdict.others, verdict.change, is_now = marks
-    verdict.pixels = _share_changed(before, after, edit, was, is_now) <= MAX_CHANGED_SHARE
+    verdict.pixels = _share_changed(before, after, edit, was, is_now) <= MAX_CHANGED_SHARE * 256 / shorter
     return verdict
 
 

@@ -20,10 +20,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from benchmarks.embedded_model.before_after import before_after_sheet
 from benchmarks.embedded_model.checker import Verdict, look
 from benchmarks.embedded_model.draw_prompts import batch_size_for, draw_prompts, evaluate_set, judge, sampling_of, sheet
-from benchmarks.embedded_model.evaluate_edits import EDIT_SETS, compare_from_text, evaluate_edits
+from benchmarks.embedded_model.evaluate_edits import EDIT_SETS, compare_from_text, evaluate_edits, sheet_of
 from benchmarks.embedded_model.export import load, read_preset
 from benchmarks.embedded_model.prompts import PROMPT_SETS
 from benchmarks.embedded_model.world import Scene, Thing
@@ -82,7 +81,7 @@ def evaluate_editing(
     for row, drawn in evaluate_edits(args.model, devices, sets, args.num_prompts):
         keep_row(row)
         wrong = [one for one in drawn if not one.verdict.is_right]
-        keep_sheet(row["set"], before_after_sheet([*drawn[:40], *wrong[:24]]))
+        keep_sheet(row["set"], sheet_of([*drawn[:40], *wrong[:24]]))
 
 
 def main() -> None:

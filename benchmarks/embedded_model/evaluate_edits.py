@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
+from PIL import Image
 
+from benchmarks.embedded_model.before_after import before_after_sheet
 from benchmarks.embedded_model.draw_prompts import (
     batch_size_for,
     draw_prompts,
@@ -79,8 +81,21 @@ class Edited:
     """A task, what came of it, and what is to be said of that."""
 
     task: Task
-    picture: np.ndarray
+    after: np.ndarray
     verdict: EditVerdict
+
+    @property
+    def before(self) -> np.ndarray:
+        return self.task.picture
+
+    @property
+    def text(self) -> str:
+        return self.task.text
+
+
+def sheet_of(drawn: Sequence[Edited]) -> Image.Image:
+    """With a bar under what is right and what is wrong."""
+    return before_after_sheet(drawn, [one.verdict.is_right for one in drawn])
 
 
 def make_tasks(edits: EditSet, n: int) -> list[Task]:

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
 from benchmarks.embedded_model import processes
-from benchmarks.embedded_model.before_after import before_after_sheet
 from benchmarks.embedded_model.choose_schedule import SEED_OFFSET
 from benchmarks.embedded_model.draw_prompts import evaluate_set
 from benchmarks.embedded_model.edit_examples import EditExamples, make_edit_examples
-from benchmarks.embedded_model.evaluate_edits import EDIT_SETS, edit_by_diffusers, judged, make_tasks, row_of
+from benchmarks.embedded_model.evaluate_edits import EDIT_SETS, edit_by_diffusers, judged, make_tasks, row_of, sheet_of
 from benchmarks.embedded_model.examples import BucketPlan, ExamplePool, Examples, make_examples
 from benchmarks.embedded_model.export import export, load, modules, read_preset, with_components
 from benchmarks.embedded_model.instructions import instruction_words
@@ -191,6 +190,6 @@ def report_edits(
     tasks = make_tasks(edits, n)
     drawn = judged(tasks, edit_by_diffusers(pipeline, tasks, preset, batch_size=64))
     log("quality", **row_of(edits, drawn, time.time() - began))
-    before_after_sheet(drawn[:48]).save(folder.parent / f"{folder.name}-edits.png")
+    sheet_of(drawn[:48]).save(folder.parent / f"{folder.name}-edits.png")
     for prompts in (dataclasses.replace(prompts, **size) for prompts in PROMPT_SETS[:3]):
         log("quality", **evaluate_set(pipeline, prompts, n, preset, 64 * 256 * 256)[0])
