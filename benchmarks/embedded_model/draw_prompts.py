@@ -19,7 +19,7 @@ from benchmarks.embedded_model.prompts import PromptSet, make_prompts
 from benchmarks.embedded_model.world import Scene
 
 REQUIREMENTS = ("background", "count", "colour", "shape", "size", "relation")
-MANY = 1000
+MANY = 300
 """Pictures to be judged for which processes are started."""
 
 

@@ -5,7 +5,6 @@ Pictures to be edited are rendered; the engine draws what comes of them; `edit_c
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from benchmarks.embedded_model.instructions import Edit, InstructionWriter
 from benchmarks.embedded_model.models import SHAPES
 from benchmarks.embedded_model.prompts import PROMPT_SETS, PromptSet, make_prompts
 from benchmarks.embedded_model.renderer import draw
+from benchmarks.embedded_model.world import Scene
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import ImageRequest
@@ -135,7 +135,7 @@ def edit_by_diffusers(
     pictures = []
     for first in range(0, len(tasks), batch_size):
         part = tasks[first : first + batch_size]
-        references = torch.stack([torch.as_tensor(task.picture) for task in part]).permute(0, 3, 1, 2) / 127.5 - 1
+        references = torch.stack([torch.as_tensor(task.picture) for task in part]).permute(0, 3, 1, 2) / 255
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
         images = kontext(
             image=references.float(), prompt=[task.text for task in part], generator=generators, **sampling
@@ -188,12 +188,10 @@ def evaluate_edits(
         return []
     began, tasks = time.time(), [make_tasks(edits, n) for edits in sets]
     seeds = [1000 * edits.seed + i for edits in sets for i in range(n)]
-    pictures = iter(asyncio.run(edit_by_engine(folder, devices, [*chain(*tasks)], seeds)))
-    drawn_s, rows = time.time() - began, []
-    for edits, own in zip(sets, tasks, strict=True):
-        drawn = judged(own, [next(pictures) for _ in own])
-        rows.append((row_of(edits, drawn, drawn_s) | {"devices": devices}, drawn))
-    return rows
+    pictures = asyncio.run(edit_by_engine(folder, devices, [*chain(*tasks)], seeds))
+    drawn_s, drawn = time.time() - began, judged([*chain(*tasks)], pictures)
+    by_set = [drawn[i * n : (i + 1) * n] for i in range(len(sets))]
+    return [(row_of(edits, own, drawn_s) | {"devices": devices}, own) for edits, own in zip(sets, by_set, strict=True)]
 
 
 def compare_from_text(
@@ -207,23 +205,20 @@ def compare_from_text(
 
     Prompts are others than those of the evaluation.
     """
-    began, rows, pairs = time.time(), [], []
-    for prompts in sets_to_compare():
-        asked = make_prompts(prompts, n)
-        scenes = [scene for _, scene in asked]
-        sampling = sampling_of(
-            preset, width=prompts.width, height=prompts.height, max_sequence_length=prompts.text_tokens
-        )
-        batch_size = batch_size_for(prompts.width, prompts.height, pixels_per_batch)
-        right = []
-        for pipeline in (old, new):
-            pictures = draw_prompts(
-                pipeline, [text for text, _ in asked], sampling, batch_size, seed=1000 * prompts.seed
-            )
-            right.append([verdict.is_right for verdict in judge(pictures, scenes)])
-        pairs += [*zip(*right, strict=True)]
-        rows.append({"set": prompts.name, "old": sum(right[0]), "new": sum(right[1]), "of": n})
-        print(json.dumps(rows[-1]), flush=True)
+    began, sets = time.time(), sets_to_compare()
+    asked = [make_prompts(prompts, n) for prompts in sets]
+    pictures = [
+        draw_set(pipeline, *of, preset, pixels_per_batch)
+        for pipeline in (old, new)
+        for of in zip(sets, asked, strict=True)
+    ]
+    right = [verdict.is_right for verdict in judge([*chain(*pictures)], [scene for _, scene in chain(*asked)] * 2)]
+    pairs = [*zip(right[: len(right) // 2], right[len(right) // 2 :], strict=True)]
+    by_set = [pairs[i * n : (i + 1) * n] for i in range(len(sets))]
+    rows = [
+        {"set": prompts.name, "old": sum(a for a, _ in own), "new": sum(b for _, b in own), "of": n}
+        for prompts, own in zip(sets, by_set, strict=True)
+    ]
     difference, interval = paired_difference(pairs)
     return {
         "set": "from text, paired",
@@ -237,6 +232,20 @@ def compare_from_text(
         "sets": rows,
         "seconds": round(time.time() - began, 1),
     }
+
+
+def draw_set(
+    pipeline: DiffusionPipeline,
+    prompts: PromptSet,
+    asked: Sequence[tuple[str, Scene]],
+    preset: dict[str, Any],
+    pixels_per_batch: int,
+) -> list[np.ndarray]:
+    """A picture of every prompt, the i-th from a seed of the set's."""
+    size = {"width": prompts.width, "height": prompts.height}
+    sampling = sampling_of(preset, **size, max_sequence_length=prompts.text_tokens)
+    batch_size = batch_size_for(**size, pixels_per_batch=pixels_per_batch)
+    return draw_prompts(pipeline, [text for text, _ in asked], sampling, batch_size, seed=1000 * prompts.seed)
 
 
 def sets_to_compare() -> list[PromptSet]:

@@ -35,7 +35,7 @@ from benchmarks.embedded_model.train_transformer import (
     texts_of,
 )
 from benchmarks.embedded_model.training_clock import log
-from benchmarks.embedded_model.training_forward import Inputs
+from benchmarks.embedded_model.training_forward import Inputs, TrainingForward
 from benchmarks.embedded_model.training_progress import Progress
 
 EDIT_BUCKETS = {
@@ -94,21 +94,25 @@ class EditTrainer(TransformerTrainer):
     ) -> None:
         """`old`'s modules are on the device."""
         self._old = old
-        # its parameters require gradients, which are not asked for, so that no graph is compiled anew
-        old.transformer.requires_grad_(True)
         super().__init__(model, pipeline, buckets, device, tokens_per_batch, num_compiled)
 
-    @torch.no_grad()
+    @functools.cached_property
+    def _old_forward(self) -> TrainingForward:
+        """With what is compiled for the model in training: with gradients, so that no graph is compiled anew."""
+        self._old.transformer.requires_grad_(True)
+        return self._forward.of(self._old.transformer)
+
     def _target(
         self, inputs: Inputs, velocity: torch.Tensor, bucket: Bucket, chosen: torch.Tensor, length: int
     ) -> torch.Tensor:
         if bucket.references is not None:
             return velocity
         t5_ids = bucket.t5_ids[chosen]
-        text, pooled = self._model.encode(
-            self._old, bucket.clip_ids[chosen], F.pad(t5_ids, (0, length - t5_ids.shape[1]))
-        )
-        return self._forward.of(self._old.transformer)(inputs._replace(text=text, pooled=pooled))
+        with torch.no_grad():
+            text, pooled = self._model.encode(
+                self._old, bucket.clip_ids[chosen], F.pad(t5_ids, (0, length - t5_ids.shape[1]))
+            )
+        return self._old_forward(inputs._replace(text=text, pooled=pooled)).detach()
 
 
 def learn_to_read(
