@@ -22,6 +22,7 @@ from benchmarks.embedded_model.training_forward import Inputs, TrainingForward
 
 MATRIX_RATE, OTHER_RATE = 2e-3, 1.5e-3  # peak learning rates of Muon and AdamW
 EMA_DECAY = 0.998
+LOSS_WEIGHT = 0.05  # of a step in the moving averages that are logged
 TIMESTEP_SHIFT = 2.5  # at SHIFT_TOKENS image tokens, growing with the square root of their number: a larger picture
 SHIFT_TOKENS = 256  # needs more noise before its layout is lost (arXiv:2403.03206, section 5.3.2)
 
@@ -188,25 +189,23 @@ class TransformerTrainer:
         """
         clock = Clock(seconds, warmup_steps=100, hold=0.25, is_shared=True, done=done)
         step, began, num_samples = 0, time.time(), 0
-        last_call, smoothed = time.time(), None
+        last_call, losses = time.time(), {}
         while clock.tick():
             rate = peak * clock.rate(step)
             groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
             for group, base in zip(groups, self._peaks, strict=True):
                 group["lr"] = base * rate
-            loss, n = self._step()
+            name, loss, n = self._step()
+            losses[name] = loss if name not in losses else torch.lerp(losses[name], loss, LOSS_WEIGHT)
             self._update_average(min(EMA_DECAY, (step + 1) / (step + 20)))
             num_samples += n * processes.num_processes
             if step % 100 == 0:
-                smoothed = loss.item() if smoothed is None else 0.7 * smoothed + 0.3 * loss.item()
-                log(
-                    "transformer", step=step, loss=smoothed, rate=rate, samples=num_samples, seconds=time.time() - began
-                )
+                log("transformer", step=step, **losses, rate=rate, samples=num_samples, seconds=time.time() - began)
             if on_interval is not None and time.time() - last_call > interval_s and clock.progress < 0.9:
                 on_interval(self.average, clock.progress)  # the others wait for this process at their next tick
                 last_call = time.time()
             step += 1
-        log("transformer", step=step, loss=smoothed, samples=num_samples, seconds=time.time() - began)
+        log("transformer", step=step, **losses, samples=num_samples, seconds=time.time() - began)
         return step
 
     def _compile(self, num_shapes: int) -> None:
@@ -257,7 +256,8 @@ class TransformerTrainer:
             return velocity
         return self._teacher.guided(inputs, self._guidance).detach()
 
-    def _step(self) -> tuple[torch.Tensor, int]:
+    def _step(self) -> tuple[str, torch.Tensor, int]:
+        """The name under which the loss is logged, the loss and the batch's size."""
         bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]
         length = int(self._rng.choice(self._lengths, p=self._length_shares))
         loss, n = self._loss(bucket, length)
@@ -267,7 +267,7 @@ class TransformerTrainer:
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), n
+        return "loss" if bucket.references is None else "edit_loss", loss.detach(), n
 
     @torch.no_grad()
     def _update_average(self, decay: float) -> None:
