@@ -38,14 +38,11 @@ from benchmarks.embedded_model.training_clock import log
 from benchmarks.embedded_model.training_forward import Inputs, TrainingForward
 from benchmarks.embedded_model.training_progress import Progress
 
-EDIT_BUCKETS = {
-    (256, 256): BucketPlan(0.80, 120),
-    (352, 176): BucketPlan(0.04, 6),
-    (176, 352): BucketPlan(0.04, 6),
-    (304, 208): BucketPlan(0.06, 8),
-    (208, 304): BucketPlan(0.06, 8),
+SIDES = ((352, 176), (320, 192), (304, 208), (288, 208))
+EDIT_BUCKETS = {(256, 256): BucketPlan(0.80, 120)} | {
+    size: BucketPlan(0.025, 4) for sides in SIDES for size in (sides, sides[::-1])
 }
-"""Sizes that `shapes` takes references of, and draws what comes of them at."""
+"""Of the sizes of references, which are those of what comes of them: nearest to 1:1, 2:1, 16:9, 3:2, 4:3."""
 SHARE_OF_EDITS = 0.6
 """Of the training steps."""
 SHARE_OF_CAPTIONS = 0.4

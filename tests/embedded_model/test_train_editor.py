@@ -15,7 +15,7 @@ from benchmarks.embedded_model.examples import make_examples
 from benchmarks.embedded_model.export import export, load, read_preset
 from benchmarks.embedded_model.instructions import instruction_words
 from benchmarks.embedded_model.models import SHAPES
-from benchmarks.embedded_model.train_editor import EditTrainer, cache_edits, weighed
+from benchmarks.embedded_model.train_editor import EDIT_BUCKETS, EditTrainer, cache_edits, weighed
 from benchmarks.embedded_model.train_instruction_encoders import train_instruction_encoders, with_words
 from benchmarks.embedded_model.train_transformer import cache_bucket
 from tetrion.engine.families.registry import read_model_spec
@@ -75,7 +75,10 @@ def test_edits_are_learnt_from_pictures_and_captions_from_the_old_model(old, wid
 def test_the_folder_says_that_it_takes_a_reference(widened, tmp_path):
     export(widened, tmp_path, read_preset(FOLDER) | {"references": 1})
     spec = read_model_spec(tmp_path)
-    assert spec.max_pictures == 1 and (256, 256) in spec.reference_sizes
+    assert spec.max_pictures == 1 and EDIT_BUCKETS.keys() <= set(spec.reference_sizes)
+    assert {spec.reference_size(size) for size in ((512, 512), (1600, 900), (400, 300), (200, 300), (500, 250))} <= {
+        *EDIT_BUCKETS
+    }
     assert torch.equal(load(tmp_path).text_encoder.get_input_embeddings().weight.half(),
                        widened.text_encoder.get_input_embeddings().weight.half())  # fmt: skip
     assert unknown_words(spec, "zebra") == (), "of a folder that is not the package's nothing is known"

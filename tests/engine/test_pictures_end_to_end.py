@@ -147,8 +147,8 @@ async def test_a_picture_is_the_same_in_whatever_form_it_comes(editors: Editors,
 
 async def test_without_a_size_the_result_has_the_picture_s(editors: Editors) -> None:
     tall = Image.new("RGB", (300, 600), "navy")
-    for model, size in (("kontext", (40, 80)), ("shapes", (256, 512))):
-        asked = ImageRequest(prompt=PROMPT, model=model, pictures=(tall,), num_steps=2, seed=1)
+    for model, size, strength in (("kontext", (40, 80), None), ("shapes", (256, 512), 1.0)):
+        asked = ImageRequest(prompt=PROMPT, model=model, pictures=(tall,), strength=strength, num_steps=2, seed=1)
         result = await editors.engine.generate(asked)
         assert (result.width, result.height) == size == result.image.shape[1::-1]
 

@@ -31,7 +31,7 @@ def test_fill_takes_a_mask_and_no_negative_prompt() -> None:
     assert {field.name: field.width for field in spec.fields}["around"] == 320 and spec.latents.width == 64
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "sd3-medium", "shapes", "shapes-sd3"])
+@pytest.mark.parametrize("name", ["flux1-dev", "sd3-medium", "shapes-sd3"])
 def test_others_begin_with_a_picture(name: str) -> None:
     spec = published(name)
     assert {"pictures", "strength"} <= spec.inputs and spec.strength == 0.6 and not spec.reference_sizes
