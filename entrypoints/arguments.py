@@ -1,10 +1,12 @@
 """Values as people write them: sizes (`512x256`), degrees (`1,2,1`), what belongs to a model (`flux1-dev=table.json`).
 Raises InputError naming the field."""
 
+import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tetrion.engine.errors import shown
 from tetrion.entrypoints.errors import InputError
@@ -49,6 +51,20 @@ def parse_files(texts: Sequence[str], field: str) -> dict[str, Path]:
 def parse_weights(texts: Sequence[str], field: str) -> dict[str, float]:
     """`MODEL=NUMBER` each."""
     return {model: _weight(text, field) for model, text in _by_model(texts, field).items()}
+
+
+def parse_fields(texts: Sequence[str], field: str) -> dict[str, Any]:
+    """`KEY=VALUE` each, the value as JSON if it is some, else as text."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise InputError(f"{field}: expected KEY=VALUE, got {shown(text)}")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
 def _by_model(texts: Sequence[str], field: str) -> dict[str, str]:

@@ -4,7 +4,6 @@ Imports little but click at module level, so that `--help` is quick; each comman
 Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C, 141 nobody read the output to its end.
 """
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetrion.entrypoints.bench.energy_command import energy_command
+from tetrion.entrypoints.bench.serve_command import serve_command
 from tetrion.entrypoints.bench.slo_commands import COMMANDS
 from tetrion.entrypoints.errors import EXIT_INTERRUPTED, report_errors
 from tetrion.entrypoints.number_range import NumberRange
-from tetrion.entrypoints.options import engine_options, take_config
+from tetrion.entrypoints.options import command_line, engine_options, take_config
 from tetrion.entrypoints.recommend.command import recommend
 from tetrion.entrypoints.serve_options import guard_options, with_server_defaults
 from tetrion.entrypoints.terminal import EXIT_BROKEN_PIPE, flushed, hold_standard_streams, is_reader_gone, say
@@ -181,7 +181,7 @@ def profile(ctx: click.Context, **options: Any) -> int:
     def run() -> int:
         from tetrion.entrypoints.profile import command
 
-        return command(take_config(options), command_line=_command_line(ctx), **options)
+        return command(take_config(options), command_line=command_line(ctx), **options)
 
     return report_errors(run)
 
@@ -221,7 +221,7 @@ def bench_step(ctx: click.Context, **options: Any) -> int:
 
         engine = take_config(options)
         open_engine(engine)  # says what is wrong with them
-        command(engine, command_line=_command_line(ctx), **options)
+        command(engine, command_line=command_line(ctx), **options)
         return 0
 
     return report_errors(run)
@@ -229,20 +229,9 @@ def bench_step(ctx: click.Context, **options: Any) -> int:
 
 for command in COMMANDS:
     bench.add_command(command)
-bench.add_command(energy_command(engine_options, take_config, lambda ctx: _command_line(ctx)))
+bench.add_command(serve_command)
+bench.add_command(energy_command(engine_options, take_config))
 cli.add_command(recommend)
-
-
-def _command_line(ctx: click.Context) -> str:
-    """The command with every option that was given."""
-    words = ctx.command_path.split()
-    for parameter in ctx.command.params:
-        source = ctx.get_parameter_source(parameter.name or "")
-        if source is click.core.ParameterSource.COMMANDLINE:
-            value = ctx.params[parameter.name or ""]
-            for item in value if isinstance(value, tuple) else (value,):
-                words += [parameter.opts[-1]] if item is True else [parameter.opts[-1], str(item)]
-    return shlex.join(words)
 
 
 def run(

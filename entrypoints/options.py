@@ -2,6 +2,7 @@
 is an option here, with its type, bounds, default and help.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tetrion.entrypoints.number_range import NumberRange
 
 Command = Callable[..., Any]
 OPTIONS_PREFIX = "options."
+SECRETS = frozenset({"api_key"})
 FIRST_MODELS = "profiles"
 """An option whose KEY= may be left out: it is the first model's then."""
 
@@ -182,3 +184,15 @@ def _with(options: list[EngineOption], command: Command) -> Command:
 
 
 OPTIONS = _options_of(EngineConfig)
+
+
+def command_line(ctx: click.Context) -> str:
+    """The command with every option that was given, but for what is secret."""
+    words = ctx.command_path.split()
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE and name not in SECRETS:
+            value = ctx.params[name]
+            for item in value if isinstance(value, tuple) else (value,):
+                words += [parameter.opts[-1]] if item is True else [parameter.opts[-1], str(item)]
+    return shlex.join(words)

@@ -8,16 +8,15 @@ import click
 
 from tetrion.entrypoints.errors import report_errors
 from tetrion.entrypoints.number_range import NumberRange
+from tetrion.entrypoints.options import command_line
 
 LONGEST_S = 3600
 BUDGET = NumberRange(0, 1_000_000, min_open=True)
 FILE = click.Path(path_type=Path)
 
 
-def energy_command(
-    engine_options: Callable[..., Any], take: Callable[..., Any], spell: Callable[..., str]
-) -> click.Command:
-    """The command, given the options that all engines have, what takes those out, and what spells the command line."""
+def energy_command(engine_options: Callable[..., Any], take: Callable[..., Any]) -> click.Command:
+    """The command, given the options that all engines have, and what takes those out."""
 
     @click.command("energy")
     @click.option("--sizes", metavar="WxH,…", help="Default: 512² and 1024², as far as the model draws them.")
@@ -47,7 +46,7 @@ def energy_command(
         Windows of at least 5 s in random order with pauses, repeated until the 95 % interval is narrow. All GPUs count,
         idle ones too. --output is written after every round. Without a meter joules are null, with the reason.
         """
-        return report_errors(lambda: _run(take(options), spell(ctx), **options))
+        return report_errors(lambda: _run(take(options), command_line(ctx), **options))
 
     return energy
 

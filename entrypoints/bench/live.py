@@ -22,6 +22,7 @@ from tetrion.engine.planning.cost.tables import CostTables, only_table
 from tetrion.engine.planning.policies.registry import get_planner
 from tetrion.engine.request import EnergyOptions, ImageRequest, Receipt
 from tetrion.engine.resolve import resolve_request
+from tetrion.entrypoints.bench.image_client import ImageClient, import_httpx
 from tetrion.entrypoints.bench.ledger import ledger_facts
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Outcome, Run
 from tetrion.entrypoints.bench.recording import Recorder
@@ -36,7 +37,6 @@ HEAD_START_S = 0.1
 LAST_SLEEP_S = 0.25
 """Linux may end a wait late by 0.1 % of its length, at most by 0.1 s (fs/select.c): this one by 0.25 ms."""
 WARM_STEPS = 4
-TOO_MANY_REQUESTS = 429
 Answer = tuple[int, ...] | None
 """The degrees of a finished request's steps, None if it failed."""
 
@@ -199,7 +199,7 @@ class HttpSystem:
 
     def __init__(self, url: str) -> None:
         """Asks the server what it is. Raises InputError if it does not answer."""
-        self._httpx = _import_httpx()
+        self._httpx = import_httpx()
         self.url = url.rstrip("/")
         self._run_number = 0
         try:
@@ -219,8 +219,7 @@ class HttpSystem:
         return asyncio.run(self._run(trace)), ()
 
     async def _run(self, trace: Trace) -> Run:
-        limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        async with self._httpx.AsyncClient(limits=limits, timeout=None) as client:
+        async with ImageClient(self.url) as client:
             self._joules: list[float | None] = []
             self._refused: set[int] = set()
             self._run_number += 1
@@ -243,7 +242,7 @@ class HttpSystem:
                 joules=tuple(self._joules),
             )
 
-    async def _draw(self, client: Any, request: TraceRequest, number: int) -> Answer:
+    async def _draw(self, client: ImageClient, request: TraceRequest, number: int) -> Answer:
         body = {
             "prompt": prompt_of(number, self._run_number),
             "size": f"{request.width}x{request.height}",
@@ -253,15 +252,12 @@ class HttpSystem:
         }
         if request.slo_s is not None:
             body["slo_ms"] = request.slo_s * 1e3
-        try:
-            response = await client.post(f"{self.url}/v1/images/generations", json=body)
-        except self._httpx.HTTPError:
-            return None
-        if response.status_code == TOO_MANY_REQUESTS:
+        answer = await client.draw(body)
+        if answer.is_refused:
             self._refused.add(number)
-        if not response.is_success:
+        if answer.error is not None:
             return None
-        picture = response.json()["data"][0]
+        (picture,) = answer.pictures
         receipt = picture.get("energy") or {}
         self._joules.append(joules_of(receipt.get("active_j"), receipt.get("idle_share_j")))
         return tuple(picture["degrees"])
@@ -290,11 +286,3 @@ async def sleep_until(time_s: float) -> None:
     """`time_s`: on CLOCK_MONOTONIC. The last wait is a short one (`LAST_SLEEP_S`), so that it ends in time."""
     await asyncio.sleep(time_s - LAST_SLEEP_S - time.monotonic())
     await asyncio.sleep(time_s - time.monotonic())
-
-
-def _import_httpx() -> Any:
-    try:
-        import httpx
-    except ImportError:
-        raise InputError("url: needs httpx; install it with pip install httpx") from None
-    return httpx
