@@ -36,14 +36,14 @@ from tetrion.engine.families.words import unknown_words
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.encoders import Encoders
-from tetrion.entrypoints.http import schema
+from tetrion.entrypoints.http import logs, schema
 from tetrion.entrypoints.http.answer import NO_PICTURE, PicturesAnswer, body_parts
 from tetrion.entrypoints.http.body import read_form_or_json, read_json
 from tetrion.entrypoints.http.draining import draining
 from tetrion.entrypoints.http.edits import EditBody, decode_form, decode_json
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.http.limits import RequestLimits, Waiting, text_bytes
-from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
+from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics, Outcome
 from tetrion.entrypoints.http.request_ids import engine_ids
 from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
 from tetrion.entrypoints.png import Each
@@ -154,12 +154,17 @@ class ImageService:
             with self._reserve(body, handles) as reservation:
                 drawing = self._draw(handles, body, reservation, self._base_url(request))
                 encoded = await _unless_disconnected(request, drawing)
+            self._count(handles, "drawn")
             return self._answer(encoded, self._response(body, handles[0].request, encoded, warnings))
-        except BaseException:
+        except BaseException as error:
+            self._count(handles, _outcome(error))
             for handle in handles:
                 handle.cancel()
                 self._engine.not_delivered(handle.request_id)
             raise
+
+    def _count(self, handles: list[RequestHandle], outcome: Outcome) -> None:
+        self._metrics.asked(handles[0].request.model or "", outcome, len(handles))
 
     async def file(self, request: Request) -> Response:
         """`GET /v1/images/files/{name}`: a picture that `response_format: url` pointed to."""
@@ -250,9 +255,10 @@ class ImageService:
         except (RequestError, EngineOverloaded, GenerationError) as error:
             for handle in handles:
                 handle.cancel()
+            if isinstance(error, RequestError):
+                raise schema.invalid_request(error, body) from None
+            self._metrics.asked(self._served_model(requests[0]), "refused", len(requests))
             match error:
-                case RequestError():
-                    raise schema.invalid_request(error, body) from None
                 case DeadlineUnmeetable():
                     raise _deadline_unmeetable(error) from None
                 case EngineOverloaded():
@@ -260,6 +266,10 @@ class ImageService:
                 case GenerationError():
                     raise ApiError(503, f"Not accepted: {error}", code="not_ready") from None
         return handles
+
+    def _served_model(self, request: ImageRequest) -> str:
+        models = self._engine.models
+        return (models.default if request.model is None else models.find(request.model) or models.default).name
 
     def _reserve(self, body: schema.GenerationBody, handles: list[RequestHandle]) -> Reservation:
         """Room for the pictures if they are to be fetched by URL, else none."""
@@ -332,8 +342,8 @@ class ImageService:
 
     def _answer(self, encoded: list[_Encoded], response: schema.GenerationResponse) -> PicturesAnswer:
         base64s = [picture.base64 for picture in encoded if picture.base64 is not None]
-        took_s = {picture.result.request_id: picture.made_s for picture in encoded}
-        delivery = _Delivery(self._engine, self._metrics, response.output_format, took_s)
+        made = [(picture.result, picture.made_s) for picture in encoded]
+        delivery = _Delivery(self._engine, self._metrics, response.output_format, made)
         return PicturesAnswer(body_parts(response, base64s), delivery)
 
     def _response(
@@ -370,29 +380,31 @@ class ImageService:
 
 
 class _Delivery:
-    """Says to the engine what came of an answer's pictures, and counts them. It keeps no picture: a client may take
-    long to read."""
+    """Says to the engine what came of an answer's pictures, counts and logs them. It keeps no picture: a client may
+    take long to read."""
 
     def __init__(
-        self, engine: AsyncEngine, metrics: Metrics, picture_format: pictures.PictureFormat, took_s: dict[str, float]
+        self,
+        engine: AsyncEngine,
+        metrics: Metrics,
+        picture_format: pictures.PictureFormat,
+        made: list[tuple[ImageResult, float]],
     ) -> None:
-        """`took_s`: what making each picture has taken, by request id."""
-        self._engine, self._metrics, self._format, self._took_s = engine, metrics, picture_format, took_s
+        """`made`: each picture's result, without the image, and what encoding it has taken."""
+        self._engine, self._metrics, self._format, self._made = engine, metrics, picture_format, made
 
     def delivered(self, sent_s: float) -> None:
         """Sending counts as much as making at most: the rest is the client's."""
-        for request_id, made_s in self._took_s.items():
-            own_s = made_s + min(made_s, sent_s / len(self._took_s))
-            delivered = self._engine.delivered(request_id, own_s)
+        for result, made_s in self._made:
+            own_s = made_s + min(made_s, sent_s / len(self._made))
+            delivered = self._engine.delivered(result.request_id, own_s)
             if delivered is not None:
-                self._metrics.delivered(delivered, self._format)
-                kept = {None: "no deadline", True: "deadline met", False: "deadline missed"}[delivered.slo_met]
-                latency_s, deliver_s = delivered.latency_s, delivered.deliver_s
-                log.info("%s: last byte after %.3f s, drawn %.3f s before; %s", request_id, latency_s, deliver_s, kept)
+                self._metrics.delivered(result, delivered, self._format)
+                logs.drawn(result, delivered)
 
     def dropped(self) -> None:
-        for request_id in self._took_s:
-            self._engine.not_delivered(request_id)
+        for result, _ in self._made:
+            self._engine.not_delivered(result.request_id)
 
 
 async def _read_edit(request: Request) -> EditBody:
@@ -429,6 +441,15 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _outcome(error: BaseException) -> Outcome:
+    """Of pictures that were not sent."""
+    if isinstance(error, ClientDisconnect | asyncio.CancelledError):
+        return "cancelled"
+    if isinstance(error, ApiError) and error.status != 500:
+        return "cancelled" if error.detail.code == "cancelled" else "refused"
+    return "failed"
 
 
 def _max_encoded_bytes(request: ImageRequest) -> int:
