@@ -21,6 +21,7 @@ demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUTPUT)
 	$(BIN)/tetrion generate --prompts configs/demo_prompts.txt --seed 8 --output $(DEMO_OUTPUT)
 	@echo "The contact sheet is $(CURDIR)/$(DEMO_OUTPUT)/sheet.png"
+	@$(BIN)/python -m benchmarks.embedded_model.demo_edits --output $(DEMO_OUTPUT)/edits.png
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -P -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)

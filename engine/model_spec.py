@@ -154,8 +154,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
     there are `reference_sizes`: those that the model knows, to one of which each is resized; or a `reference_area`, in
-    which each keeps its shape. They are in one segment, in the order in which a request has them. Else the result
-    begins with the picture, and `strength` is what holds for requests without.
+    which each keeps its shape. They are in one segment, in the order in which a request has them. Else, or if a request
+    to such a model has a strength (an input that not all of them take), the result begins with the picture. `strength`
+    is what holds for requests without.
     """
 
     name: str
@@ -212,9 +213,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def max_input_bytes(self) -> int:
         """Of the pictures of a request, uint8."""
-        if self.takes_references:
-            return 3 * self.max_pictures * self.max_reference_pixels
-        return (3 * self.max_pictures + ("mask" in self.inputs)) * self.sizes.max**2
+        references = 3 * self.max_pictures * self.max_reference_pixels if self.takes_references else 0
+        if self.takes_references and "strength" not in self.inputs:
+            return references
+        return max(references, (3 * self.max_pictures + ("mask" in self.inputs)) * self.sizes.max**2)
+
+    def refers(self, strength: float | None) -> bool:
+        """Whether the pictures of a request with this strength are references."""
+        return self.takes_references and strength is None
 
     def reference_size(self, size: Size) -> Size:
         """What a reference of this size becomes: of known sizes the one nearest in shape."""

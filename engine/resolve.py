@@ -72,13 +72,14 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
     prompt = asked.read("prompt", _prompt)
     negative_prompt = asked.read_optional("negative_prompt", _negative_prompt)
     pictures = asked.read("pictures", _pictures_of(spec), ())
-    default = _default_size(spec, pictures)
+    strength = asked.read_optional("strength", _real_above_0(1))
+    are_references = spec.refers(strength)
+    default = _default_size(spec, pictures, are_references)
     width = asked.read("width", _side_of(spec), default[0])
     height = asked.read("height", _side_of(spec), default[1])
     mask = asked.read_optional("mask", _mask_of(spec, pictures, (width, height)))
     if mask is None and pictures and "mask" in spec.inputs:
         mask = mask_of(pictures[0].resized((width, height)))
-    strength = asked.read_optional("strength", _real_above_0(1))
     num_steps = asked.read("num_steps", _whole_from(1, MAX_STEPS), spec.num_steps)
     guidance = asked.read("guidance", _real_from(0, MAX_GUIDANCE), spec.guidance)
     true_cfg_scale = asked.read_optional("true_cfg_scale", _real_from(0, MAX_GUIDANCE))
@@ -99,7 +100,7 @@ def resolve_request(request: ImageRequest | str, models: ServedModels | ModelSpe
         num_steps=num_steps,
         guidance=guidance,
         true_cfg_scale=true_cfg_scale,
-        pictures=_sized(spec, pictures, (width, height)),
+        pictures=_sized(spec, pictures, (width, height), are_references),
         mask=mask,
         strength=spec.strength if strength is None and pictures else strength,
         seed=seed,
@@ -142,7 +143,7 @@ def _shape(settled: ImageRequest, spec: ModelSpec) -> StepShape:
     family.check(spec, settled)
     shape = family.shape(spec, settled)
     sizes = tuple([picture.size for picture in settled.pictures])
-    if spec.takes_references:
+    if spec.refers(settled.strength):
         rows = sum([spec.sizes.num_rows(*size) for size in sizes])
         return msgspec.structs.replace(shape, reference=rows, references=sizes)
     return msgspec.structs.replace(shape, pictures=len(sizes), has_mask=settled.mask is not None)
@@ -183,17 +184,17 @@ def _pictures_of(spec: ModelSpec) -> _Read[tuple[Picture, ...]]:
     return read
 
 
-def _default_size(spec: ModelSpec, pictures: tuple[Picture, ...]) -> Size:
+def _default_size(spec: ModelSpec, pictures: tuple[Picture, ...], are_references: bool) -> Size:
     """Of a result that nobody gave a size to: that of the first picture, as far as the model draws it."""
     if not pictures:
         return spec.sizes.default
     size = pictures[0].size
-    return spec.sizes.fitted(spec.reference_size(size) if spec.takes_references else size)
+    return spec.sizes.fitted(spec.reference_size(size) if are_references else size)
 
 
-def _sized(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size) -> tuple[Picture, ...]:
+def _sized(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size, are_references: bool) -> tuple[Picture, ...]:
     """As the model takes them for a result of this size."""
-    if not spec.takes_references:
+    if not are_references:
         return tuple([picture.resized(size) for picture in pictures])
     return tuple([_reference(spec, picture) for picture in pictures])
 

@@ -39,10 +39,13 @@ class BatchedMuon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Nearly the nearest semi-orthogonal matrix to each of [B, M, N], in bfloat16, by Newton and Schulz's iteration."""
+    """Nearly the nearest semi-orthogonal matrix to each of [B, M, N], by Newton and Schulz's iteration.
+
+    In bfloat16, on a CPU, where that is slow, in float32.
+    """
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT.bfloat16() if is_tall else matrices.bfloat16()
+    x = (matrices.mT if is_tall else matrices).to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.mT

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from benchmarks.embedded_model.evaluate import evaluate_set
+from benchmarks.embedded_model.draw_prompts import evaluate_set
 from benchmarks.embedded_model.export import load, read_preset, with_components, write_preset
 from benchmarks.embedded_model.models import MODELS, EmbeddedModel, SamplingChoice
 from benchmarks.embedded_model.prompts import PROMPT_SETS, PromptSet

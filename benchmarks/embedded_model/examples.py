@@ -3,14 +3,15 @@
 Owns the conversion of captions to arrays; runs on the CPU, in several processes if asked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
-from benchmarks.embedded_model.captions import CaptionWriter
+from benchmarks.embedded_model.captions import CaptionWriter, Chunks
 from benchmarks.embedded_model.scenes import SceneArrays, concatenate, held_out_masks, place, sample_scenes
 from benchmarks.embedded_model.tokenizer_files import CLIP_MAX_TOKENS, clip_tokenizer, t5_tokenizer
 
@@ -63,21 +64,28 @@ def make_examples(
     return Examples(chosen, placed.astype(np.float32), *encode_captions(chosen, caption_writer(seed)))
 
 
+Maker = Callable[[int, int, int, int], Any]
+"""Seed, number, width and height -> examples, a dataclass of arrays and scenes."""
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Examples of one class, one behind the other."""
+    columns = ([getattr(part, field.name) for part in parts] for field in fields(parts[0]))
+    return type(parts[0])(
+        *(concatenate(column) if isinstance(column[0], SceneArrays) else np.concatenate(column) for column in columns)
+    )
+
+
 class ExamplePool:
     """Makes the examples of every bucket in background processes, in parts of at most `PART` examples."""
 
     PART = 4000
 
     def __init__(
-        self,
-        buckets: Mapping[tuple[int, int], BucketPlan],
-        caption_writer: type[CaptionWriter],
-        seed: int,
-        scale: float,
-        num_processes: int,
-    ):
+        self, buckets: Mapping[tuple[int, int], BucketPlan], make: Maker, seed: int, scale: float, num_processes: int
+    ) -> None:
         self._pool = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
-        self._caption_writer = caption_writer
+        self._make = make
         self._parts = {
             (width, height): self._submit(100 * seed + i, max(8, int(scale * 1000 * plan.thousands)), width, height)
             for i, ((width, height), plan) in enumerate(buckets.items())
@@ -85,28 +93,27 @@ class ExamplePool:
 
     def _submit(self, seed: int, n: int, width: int, height: int) -> list[Future]:
         counts = [min(self.PART, n - first) for first in range(0, n, self.PART)]
-        return [
-            self._pool.submit(make_examples, 1000 * seed + i, count, width, height, self._caption_writer)
-            for i, count in enumerate(counts)
-        ]
+        return [self._pool.submit(self._make, 1000 * seed + i, count, width, height) for i, count in enumerate(counts)]
 
-    def collect(self) -> dict[tuple[int, int], Examples]:
+    def collect(self) -> dict[tuple[int, int], Any]:
         """Wait for all of them; by (width, height)."""
-        examples = {}
-        for size, futures in self._parts.items():
-            parts = [future.result() for future in futures]
-            arrays = (np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Examples)[1:])
-            examples[size] = Examples(concatenate([p.scenes for p in parts]), *arrays)
+        examples = {size: joined([future.result() for future in futures]) for size, futures in self._parts.items()}
         self._pool.shutdown()
         return examples
 
 
 def encode_captions(scenes: SceneArrays, writer: CaptionWriter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One caption a scene: T5 ids (N, 64), CLIP ids (N, 77), T5 token owners (N, 64); padded, cut as diffusers does."""
-    t5, clip = t5_tokenizer().backend_tokenizer, clip_tokenizer()
+    return encode_chunks([writer.chunks(scenes.scene(i)) for i in range(len(scenes))])
+
+
+def encode_chunks(
+    texts_of: Sequence[Chunks], more_words: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `encode_captions`, of any texts, by tokenizers that have some more words."""
+    t5, clip = t5_tokenizer(more_words).backend_tokenizer, clip_tokenizer(more_words)
     texts, char_owners = [], []
-    for i in range(len(scenes)):
-        chunks = writer.chunks(scenes.scene(i))
+    for chunks in texts_of:
         texts.append("".join(text for text, _ in chunks))
         char_owners.append([_owner_index(owner) for text, owner in chunks for _ in text])
     t5_ids = np.zeros((len(texts), TEXT_TOKENS), np.int16)

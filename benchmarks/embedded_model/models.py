@@ -34,6 +34,8 @@ class EmbeddedModel:
     """A pipeline with fresh weights from a seed."""
     stages: tuple[str, ...]
     """Of the training, in order."""
+    is_editable: bool
+    """Whether it can be trained on to edit: the stage `edit`, alone, from a model folder."""
     taggers: Callable[[DiffusionPipeline], list[nn.Module]]
     """What pre-trains its text encoders."""
     encode: Callable[[DiffusionPipeline, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -53,6 +55,7 @@ SHAPES = EmbeddedModel(
     preset=architecture.PRESET,
     build=architecture.build,
     stages=("autoencoder", "decoder", "text", "transformer"),
+    is_editable=True,
     taggers=lambda pipeline: [TokenTagger(pipeline.text_encoder_2), SceneTagger(pipeline.text_encoder)],
     encode=architecture.encode,
     forward=FluxForward,
@@ -90,6 +93,7 @@ SHAPES_SD3 = EmbeddedModel(
     preset=architecture_sd3.PRESET,
     build=architecture_sd3.build,
     stages=("text", "transformer"),
+    is_editable=False,
     taggers=lambda pipeline: [SceneTagger(pipeline.text_encoder), SceneTagger(pipeline.text_encoder_2)],
     encode=architecture_sd3.encode,
     forward=SD3Forward,

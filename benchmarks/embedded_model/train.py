@@ -3,15 +3,14 @@
 `python -m benchmarks.embedded_model.train --seconds 1500 --output checkpoints/shapes` does everything on one GPU;
 `torchrun --nproc-per-node 2 -m benchmarks.embedded_model.train ...` trains the transformer on two, a batch each.
 `--model` says which one. `--resume DIR` starts from the weights of a model folder; `--stages` then says what is trained
-further. A run that was cut off goes on when the same command is given again: from the last report, with the seconds
-left.
+further, `--stages edit` that it is taught to edit. A run that was cut off goes on when the same command is given again:
+from the last report, with the seconds left.
 """
 
 import argparse
 import copy
-import json
+import functools
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,43 +18,20 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.embedded_model import processes
-from benchmarks.embedded_model.evaluate import evaluate_set, sheet
-from benchmarks.embedded_model.examples import ExamplePool, Examples
-from benchmarks.embedded_model.export import export, load, modules, with_components
+from benchmarks.embedded_model.draw_prompts import evaluate_set, sheet
+from benchmarks.embedded_model.examples import ExamplePool, Examples, make_examples
+from benchmarks.embedded_model.export import export, load, with_components
 from benchmarks.embedded_model.models import MODELS, EmbeddedModel
 from benchmarks.embedded_model.prompts import PROMPT_SETS
 from benchmarks.embedded_model.train_autoencoder import train_autoencoder
+from benchmarks.embedded_model.train_editor import on_device, train_editor
 from benchmarks.embedded_model.train_text_encoders import train_text_encoders
 from benchmarks.embedded_model.train_transformer import TransformerTrainer, cache_bucket, zero_gates
 from benchmarks.embedded_model.training_clock import log
+from benchmarks.embedded_model.training_progress import Progress
 
-STAGES = ("autoencoder", "decoder", "text", "transformer")
-
-
-class Progress:
-    """How far a run has come that may be cut off: a file beside its model folder, gone when the run is done.
-
-    `spent_s`: seconds of the run's budget that went into the weights in the folder. `done`: share of the transformer's
-    schedule.
-    """
-
-    def __init__(self, output: Path) -> None:
-        self._file = output.with_name(f"{output.name}-progress.json")
-        self.is_resumed = self._file.exists()
-        values = json.loads(self._file.read_text()) if self.is_resumed else {"spent_s": 0.0, "done": 0.0}
-        self.done: float = values["done"]
-        self._began = time.time() - values["spent_s"]
-
-    @property
-    def spent_s(self) -> float:
-        return time.time() - self._began
-
-    def save(self, done: float) -> None:
-        """To be called when the model folder has been written."""
-        self._file.write_text(json.dumps({"spent_s": round(self.spent_s, 1), "done": round(done, 4)}) + "\n")
-
-    def finish(self) -> None:
-        self._file.unlink(missing_ok=True)
+EDIT = "edit"
+STAGES = ("autoencoder", "decoder", "text", "transformer", EDIT)
 
 
 def main() -> None:
@@ -67,23 +43,28 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass fails at 12 heads of 32 in torch 2.11
-    num_workers = max(1, (os.cpu_count() or 1) // processes.num_processes - 2)
-    scale = args.scale / processes.num_processes
-    pool = ExamplePool(model.buckets, model.caption_writer, args.seed + processes.rank, scale, num_workers)
-    if processes.rank == 0 and not progress.is_resumed:
-        train_what_the_transformer_needs(model, args, pool, device)
-        progress.save(done=0.0)
-    processes.wait_for_all()
-    pipeline = load(args.output)
-    for part in modules(pipeline).values():
-        part.to(device).eval().requires_grad_(False)
-    pipeline.vae.to(memory_format=torch.channels_last)
-    if "transformer" in args.stages:
-        train_and_report(model, pipeline, pool.collect(), device, args, progress)
+    if args.stages == [EDIT]:
+        train_editor(model, device, args, progress)
+    else:
+        train_from_text(model, device, args, progress)
     log("done", seconds=progress.spent_s)
     if processes.rank == 0:
         progress.finish()
     processes.leave()
+
+
+def train_from_text(model: EmbeddedModel, device: torch.device, args: argparse.Namespace, progress: Progress) -> None:
+    """All stages but the one that teaches to edit."""
+    num_workers = max(1, (os.cpu_count() or 1) // processes.num_processes - 2)
+    scale = args.scale / processes.num_processes
+    make = functools.partial(make_examples, caption_writer=model.caption_writer)
+    pool = ExamplePool(model.buckets, make, args.seed + processes.rank, scale, num_workers)
+    if processes.rank == 0 and not progress.is_resumed:
+        train_what_the_transformer_needs(model, args, pool, device)
+        progress.save(done=0.0)
+    processes.wait_for_all()
+    if "transformer" in args.stages:
+        train_and_report(model, on_device(load(args.output), device), pool.collect(), device, args, progress)
 
 
 def train_what_the_transformer_needs(
@@ -115,7 +96,7 @@ def train_and_report(
 ) -> None:
     """The transformer's stage: cache latents, train, report now and then, export the moving average."""
     pixels = max(4, int(args.scale * 192)) * 256 * 256
-    buckets = [cache_bucket(model, pipeline, e, size, device, pixels) for size, e in examples.items()]
+    buckets = [cache_bucket(model, pipeline, e, s, device, pixels, model.buckets[s].share) for s, e in examples.items()]
     log("cached", counts=[len(e) for e in examples.values()], seconds=progress.spent_s)
     tokens = max(400, int(args.scale * args.tokens_per_batch))
     trainer = TransformerTrainer(model, pipeline, buckets, device, tokens, args.compile)
@@ -169,12 +150,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compile", type=int, default=0, metavar="N", help="compile the blocks for the N commonest shapes"
     )
+    parser.add_argument("--only-size", type=int, help="with the stage edit: squares of so many pixels, to rehearse it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on batch and data set sizes, for rehearsals")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     stages = MODELS[args.model].stages
     args.stages = args.stages or stages
+    if EDIT in args.stages and not (args.stages == [EDIT] and args.resume and MODELS[args.model].is_editable):
+        parser.error(f"--stages: {EDIT} comes alone, with --resume, and {args.model} must be a model that can learn it")
+    if args.stages == [EDIT]:
+        stages = (EDIT,)
     if lacking := set(args.stages) - set(stages):
         parser.error(f"--stages: {args.model} has none of {', '.join(sorted(lacking))}")
     if args.guidance_seconds and MODELS[args.model].preset["guidance"]:

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from benchmarks.embedded_model.examples import Examples
+from benchmarks.embedded_model.instructions import TAGS
 from benchmarks.embedded_model.training_clock import Clock, log
 
 LEARNING_RATE = 2e-3
 NUM_CLASSES = {"colour": 11, "shape": 9, "size": 4, "relation": 5, "background": 6, "count": 4, "owner": 5}
+NUM_CLASSES |= {"operation": len(TAGS), "ground": 7}
+OF_A_THING = ("colour", "shape", "size")
+OF_A_CAPTION = ("relation_0", "relation_1", "background", "count")
 COLUMNS = ("t5_ids", "clip_ids", "owners")
 Batch = dict[str, Tensor]
 """Token ids (`t5_ids`, `clip_ids`), `owners` and the tags of `tags_of`, by name; a row is an example."""
@@ -25,11 +29,10 @@ Batch = dict[str, Tensor]
 class TokenTagger(nn.Module):
     """The T5 class with linear heads on each token vector (B, L, C)."""
 
-    def __init__(self, encoder: T5EncoderModel):
+    def __init__(self, encoder: T5EncoderModel, of_the_text: Sequence[str] = OF_A_CAPTION):
         super().__init__()
         self.encoder = encoder
-        names = ("colour", "shape", "size", "owner", "relation_0", "relation_1", "background", "count")
-        self.heads = heads(names, encoder.config.d_model)
+        self.heads = heads((*OF_A_THING, "owner", *of_the_text), encoder.config.d_model)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the share of scenes whose owned tokens are all tagged right."""
@@ -40,7 +43,7 @@ class TokenTagger(nn.Module):
         losses, right = [], torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
         for name, head in self.heads.items():
             logits = head(tokens).float()
-            if name in ("colour", "shape", "size"):
+            if name in OF_A_THING:
                 target = torch.gather(batch[name], 1, owners.clamp(max=2)).masked_fill(~owned, -100)
             elif name == "owner":
                 target = owners
@@ -54,12 +57,11 @@ class TokenTagger(nn.Module):
 class SceneTagger(nn.Module):
     """A CLIP class with linear heads on its pooled vector, the projected one where it has a projection."""
 
-    def __init__(self, encoder: CLIPTextModel | CLIPTextModelWithProjection):
+    def __init__(self, encoder: CLIPTextModel | CLIPTextModelWithProjection, of_the_text: Sequence[str] = OF_A_CAPTION):
         super().__init__()
         self.encoder = encoder
         self._is_projected = isinstance(encoder, CLIPTextModelWithProjection)
-        names = [f"{name}_{k}" for name in ("colour", "shape", "size") for k in range(3)]
-        names += ["relation_0", "relation_1", "background", "count"]
+        names = [*(f"{name}_{k}" for name in OF_A_THING for k in range(3)), *of_the_text]
         self.heads = heads(names, encoder.config.projection_dim if self._is_projected else encoder.config.hidden_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -69,7 +71,7 @@ class SceneTagger(nn.Module):
         losses, right = [], torch.ones(len(pooled), dtype=torch.bool, device=pooled.device)
         for name, head in self.heads.items():
             stem, _, number = name.partition("_")
-            target = batch[stem][:, int(number)] if stem in ("colour", "shape", "size") else batch[name]
+            target = batch[stem][:, int(number)] if stem in OF_A_THING else batch[name]
             logits = head(pooled).float()
             losses.append(F.cross_entropy(logits, target))
             right &= logits.argmax(-1) == target

@@ -16,11 +16,13 @@ from benchmarks.embedded_model.batched_muon import BatchedMuon
 from benchmarks.embedded_model.examples import Examples
 from benchmarks.embedded_model.models import EmbeddedModel
 from benchmarks.embedded_model.renderer import draw
+from benchmarks.embedded_model.scenes import SceneArrays
 from benchmarks.embedded_model.training_clock import Clock, log
 from benchmarks.embedded_model.training_forward import Inputs, TrainingForward
 
 MATRIX_RATE, OTHER_RATE = 2e-3, 1.5e-3  # peak learning rates of Muon and AdamW
 EMA_DECAY = 0.998
+LOSS_WEIGHT = 0.05  # of a step in the moving averages that are logged
 TIMESTEP_SHIFT = 2.5  # at SHIFT_TOKENS image tokens, growing with the square root of their number: a larger picture
 SHIFT_TOKENS = 256  # needs more noise before its layout is lost (arXiv:2403.03206, section 5.3.2)
 
@@ -37,6 +39,13 @@ class Bucket:
     t5_ids: torch.Tensor
     text: torch.Tensor  # (N, text tokens, text_dim) for the usual text length
     pooled: torch.Tensor
+    references: torch.Tensor | None = None
+    """Latents of the pictures that are edited, shaped as `latents`."""
+
+    @property
+    def num_image(self) -> int:
+        """Tokens of pictures in the sequence."""
+        return self.latents.shape[1] * (1 if self.references is None else 2)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -53,24 +62,41 @@ def cache_bucket(
     size: tuple[int, int],
     device: torch.device,
     chunk: int,
+    share: float,
 ) -> Bucket:
     """Draw and encode every example once, its caption too; `chunk` pixels at a time, `size` is width and height."""
-    vae = pipeline.vae
-    step = max(1, chunk // (size[0] * size[1]))
-    latents, text, pooled = [], [], []
-    t5_ids, clip_ids = (torch.as_tensor(ids, device=device).long() for ids in (examples.t5_ids, examples.clip_ids))
-    for first in range(0, len(examples), step):
-        part = examples[first : first + step]
-        pictures = draw(part.scenes, part.centres, *size, device)
+    latents = latents_of(pipeline, examples.scenes, examples.centres, size, device, chunk)
+    texts = texts_of(model, pipeline, examples.clip_ids, examples.t5_ids, device)
+    return Bucket(*size, share, latents, *texts)
+
+
+@torch.no_grad()
+def latents_of(
+    pipeline: DiffusionPipeline,
+    scenes: SceneArrays,
+    centres: np.ndarray,
+    size: tuple[int, int],
+    device: torch.device,
+    chunk: int,
+) -> torch.Tensor:
+    """The scenes drawn and encoded, (N, image tokens, 4 * channels), float16; `chunk` pixels at a time."""
+    vae, step, latents = pipeline.vae, max(1, chunk // (size[0] * size[1])), []
+    for first in range(0, len(scenes), step):
+        pictures = draw(scenes[first : first + step], centres[first : first + step], *size, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean.float()
         latents.append(pack((mean - vae.config.shift_factor) * vae.config.scaling_factor).to(torch.float16))
-    for ids in zip(clip_ids.split(2048), t5_ids.split(2048), strict=True):
-        rows, vectors = model.encode(pipeline, *ids)
-        text.append(rows.to(torch.bfloat16))
-        pooled.append(vectors)
-    captions = (clip_ids, t5_ids, torch.cat(text), torch.cat(pooled))
-    return Bucket(*size, model.buckets[size].share, torch.cat(latents), *captions)
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def texts_of(
+    model: EmbeddedModel, pipeline: DiffusionPipeline, clip_ids: np.ndarray, t5_ids: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """CLIP's and T5's ids on the device, what they say in rows (N, text tokens, text_dim) and pooled vectors."""
+    clip, t5 = (torch.as_tensor(ids, device=device).long() for ids in (clip_ids, t5_ids))
+    said = [model.encode(pipeline, *ids) for ids in zip(clip.split(2048), t5.split(2048), strict=True)]
+    return clip, t5, torch.cat([rows.to(torch.bfloat16) for rows, _ in said]), torch.cat([pooled for _, pooled in said])
 
 
 def optimizers_of(transformer: nn.Module) -> list[torch.optim.Optimizer]:
@@ -163,25 +189,23 @@ class TransformerTrainer:
         """
         clock = Clock(seconds, warmup_steps=100, hold=0.25, is_shared=True, done=done)
         step, began, num_samples = 0, time.time(), 0
-        last_call, smoothed = time.time(), None
+        last_call, losses = time.time(), {}
         while clock.tick():
             rate = peak * clock.rate(step)
             groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
             for group, base in zip(groups, self._peaks, strict=True):
                 group["lr"] = base * rate
-            loss, n = self._step()
+            name, loss, n = self._step()
+            losses[name] = loss if name not in losses else torch.lerp(losses[name], loss, LOSS_WEIGHT)
             self._update_average(min(EMA_DECAY, (step + 1) / (step + 20)))
             num_samples += n * processes.num_processes
             if step % 100 == 0:
-                smoothed = loss.item() if smoothed is None else 0.7 * smoothed + 0.3 * loss.item()
-                log(
-                    "transformer", step=step, loss=smoothed, rate=rate, samples=num_samples, seconds=time.time() - began
-                )
+                log("transformer", step=step, **losses, rate=rate, samples=num_samples, seconds=time.time() - began)
             if on_interval is not None and time.time() - last_call > interval_s and clock.progress < 0.9:
                 on_interval(self.average, clock.progress)  # the others wait for this process at their next tick
                 last_call = time.time()
             step += 1
-        log("transformer", step=step, loss=smoothed, samples=num_samples, seconds=time.time() - began)
+        log("transformer", step=step, **losses, samples=num_samples, seconds=time.time() - began)
         return step
 
     def _compile(self, num_shapes: int) -> None:
@@ -190,7 +214,7 @@ class TransformerTrainer:
         length, began = self._lengths[0], time.time()
         try:
             for bucket in by_share[:num_shapes]:
-                shape = self._batch_size(bucket, length), bucket.text.shape[1], bucket.latents.shape[1]
+                shape = self._batch_size(bucket, length), bucket.text.shape[1], bucket.num_image
                 self._forward.compile_for(*shape)
                 self._loss(bucket, length)[0].backward()
                 log("compile", width=bucket.width, height=bucket.height, seconds=time.time() - began)
@@ -201,7 +225,7 @@ class TransformerTrainer:
 
     def _batch_size(self, bucket: Bucket, length: int) -> int:
         num_text = bucket.text.shape[1] - self._lengths[0] + length
-        return max(2, self._tokens_per_batch // (bucket.latents.shape[1] + num_text))
+        return max(2, self._tokens_per_batch // (bucket.num_image + num_text))
 
     def _loss(self, bucket: Bucket, length: int) -> tuple[torch.Tensor, int]:
         """Mean squared error on the velocity of a random batch, and the batch's size."""
@@ -216,13 +240,24 @@ class TransformerTrainer:
         noise = torch.randn_like(clean)
         sigma = sample_sigmas(n, clean.shape[1], self._device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        inputs = Inputs(noisy, sigma, text, pooled, (bucket.width, bucket.height))
-        target = noise - clean
-        if self._teacher is not None:
-            target = self._teacher.guided(inputs, self._guidance).detach()
+        reference = None if bucket.references is None else bucket.references[chosen].float()
+        inputs = Inputs(noisy, sigma, text, pooled, (bucket.width, bucket.height), reference)
+        target = self._target(inputs, noise - clean, bucket, chosen, length)
         return F.mse_loss(self._forward(inputs), target), n
 
-    def _step(self) -> tuple[torch.Tensor, int]:
+    def _target(
+        self, inputs: Inputs, velocity: torch.Tensor, bucket: Bucket, chosen: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        """What the transformer should say: the `velocity` from the clean latents to the noise, or its teacher's.
+
+        `chosen`: which examples of the bucket these are; `length` of their text.
+        """
+        if self._teacher is None:
+            return velocity
+        return self._teacher.guided(inputs, self._guidance).detach()
+
+    def _step(self) -> tuple[str, torch.Tensor, int]:
+        """The name under which the loss is logged, the loss and the batch's size."""
         bucket = self._buckets[self._rng.choice(len(self._buckets), p=self._shares)]
         length = int(self._rng.choice(self._lengths, p=self._length_shares))
         loss, n = self._loss(bucket, length)
@@ -232,7 +267,7 @@ class TransformerTrainer:
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), n
+        return "loss" if bucket.references is None else "edit_loss", loss.detach(), n
 
     @torch.no_grad()
     def _update_average(self, decay: float) -> None:

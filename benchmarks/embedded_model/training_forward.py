@@ -92,6 +92,8 @@ class Inputs(NamedTuple):
     """[B, pooled_dim]"""
     size: tuple[int, int]
     """Width and height, pixels."""
+    reference: Tensor | None = None
+    """[B, N, 4 * channels]: latents of a picture of the same size that is attended to; FLUX's alone."""
 
 
 class TrainingForward:
@@ -112,7 +114,10 @@ class TrainingForward:
         return other
 
     def compile_for(self, batch: int, num_text: int, num_image: int) -> None:
-        """Compile the blocks for batches of exactly this shape, at their first use."""
+        """Compile the blocks for batches of exactly this shape, at their first use.
+
+        `num_image`: with the reference's.
+        """
         self._compiled[batch, num_text, num_image] = tuple(torch.compile(b, dynamic=False) for b in self.BLOCKS)
 
     def compile_nothing(self) -> None:
@@ -123,7 +128,8 @@ class TrainingForward:
         raise NotImplementedError
 
     def _blocks_for(self, inputs: Inputs) -> tuple[Callable, ...]:
-        shape = len(inputs.noisy), inputs.text.shape[1], inputs.noisy.shape[1]
+        num_image = inputs.noisy.shape[1] * (1 if inputs.reference is None else 2)
+        shape = len(inputs.noisy), inputs.text.shape[1], num_image
         return self._compiled.get(shape, self.BLOCKS)
 
     def _conditioning(self, inputs: Inputs) -> Tensor:

@@ -26,6 +26,8 @@ INDEX_FILE = "model_index.json"
 PRESET_FILE = "preset.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+WITH_REFERENCES = "FluxPipeline"
+"""The pipeline that a preset may give `references`."""
 LIBRARIES = ("diffusers", "transformers")
 """Whose classes a pipeline's components are; code of a checkpoint's own is not run."""
 UNSUPPORTED_OPTIONS = (
@@ -46,7 +48,8 @@ _Pixels = Annotated[int, Meta(ge=1, le=65536)]
 class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Defaults and limits of a model; the values here are FLUX.1-dev's. Sizes in pixels.
 
-    `components_from`: component -> "model/component", where another embedded model's is used.
+    `components_from`: component -> "model/component", where another embedded model's is used. `references`: how many
+    pictures its steps attend to, as FLUX.1 Kontext's do.
     """
 
     name: Annotated[str, Meta(max_length=200)] = ""
@@ -58,6 +61,7 @@ class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     default_width: _Pixels = 1024
     default_height: _Pixels = 1024
     components_from: dict[str, str] = {}
+    references: Annotated[int, Meta(ge=0, le=1)] = 0
 
 
 def embedded_folder() -> Path:
@@ -130,6 +134,10 @@ def read_preset(folder: Path, default: Preset) -> Preset:
     preset = decode(read_file(path), Preset, path, "")
     if not preset.name.isprintable():
         raise fault(path, f": name: must be printable, got {shown(preset.name)}")
+    if preset.references and (pipeline := pipeline_name(folder)) != WITH_REFERENCES:
+        raise fault(
+            path, f": references: must be 0 but for a {WITH_REFERENCES}, got {preset.references} for {shown(pipeline)}"
+        )
     return preset
 
 

@@ -1,6 +1,7 @@
 """FLUX.1, for the engine: dev, schnell, Kontext, Fill, and what was trained like them.
 
-Without a preset FLUX.1-dev's own defaults hold, or FLUX.1-schnell's if the model takes no guidance.
+A preset may give a text-to-image model `references`: it edits as Kontext does, and begins with a picture if a request
+has a strength. Without a preset FLUX.1-dev's own defaults hold, or FLUX.1-schnell's if the model takes no guidance.
 """
 
 from collections.abc import Sequence
@@ -218,8 +219,10 @@ class Flux:
         check_shifts(folder, scheduler, check_sizes(folder, sizes))
         row = transformer.hidden_size
         pictures, inputs = picture_limits(folder, load_format), picture_inputs(folder, load_format)
-        if is_kontext:
+        has_references = is_kontext or preset.references > 0
+        if has_references:
             pictures = {"max_pictures": 1, "reference_sizes": kontext_sizes(folder, load_format, sizes)}
+        if is_kontext:
             inputs = frozenset({"pictures"})
         if is_fill:
             check_takes_pictures(folder, load_format)
@@ -232,11 +235,11 @@ class Flux:
             family="flux",
             num_heads=transformer.num_attention_heads,
             head_dim=transformer.attention_head_dim,
-            segments=("text", "image", "reference") if is_kontext else ("text", "image"),
+            segments=("text", "image", "reference") if has_references else ("text", "image"),
             fields=(
                 SlotField(name="text", rows="text", width=row, per_branch=True),
                 SlotField(name="pooled", rows="one", width=transformer.pooled_projection_dim, per_branch=True),
-                *([SlotField(name="reference", rows="reference", width=row)] if is_kontext else []),
+                *([SlotField(name="reference", rows="reference", width=row)] if has_references else []),
                 *([SlotField(name=AROUND, rows="image", width=transformer.extra_channels)] if is_fill else []),
                 SlotField(name="latents", rows="image", width=transformer.token_width, fp32=True, changes=True),
             ),

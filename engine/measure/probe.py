@@ -63,7 +63,8 @@ class Probe:
         self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int | None = None, with_picture: bool = False
     ) -> Request:
         """A fresh request that starts on this device, or the first one that encodes. `with_picture`: it brings one of
-        its own size, or of the least that the model takes, as it does for a model that draws nothing without, and a mask if it takes one."""
+        its own size, or of the least that the model takes, as it does for a model that draws nothing without, and a
+        mask if it takes one."""
         width, height = size
         least = 0 if self.spec.reference_area is None else self.spec.reference_area.min_side
         picture = np.zeros((max(height, least), max(width, least), 3), np.uint8)

@@ -55,10 +55,8 @@ from tetrion.engine.shape import StepShape
 ROPE_THETA = 10_000.0
 
 TEXT, IMAGE, REFERENCE = 0, 1, 2
-"""Segments, in canonical order. References go through a step as the image does, and are thrown away behind it; only
-FLUX.1 Kontext has any."""
-ENCODING = ("text_in.", "image_in.")
-"""See `models.family.FamilyModule`."""
+"""Segments, in canonical order. References go through a step as the image does, and are thrown away behind it; FLUX.1
+Kontext has them, and models to which their preset gives any."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -286,14 +284,15 @@ class FluxText:
         return {"text": project_text(self._network.ops, self._network.weights, embeds), "pooled": pooled.unsqueeze(0)}
 
 
-def _begins_with_references(codec: Autoencoder, network: FluxTransformer) -> Begin:
-    """Noise, and each picture as rows of the sequence, projected as the image is."""
+def _begins_with_references(codec: Autoencoder, network: FluxTransformer, without: Begin) -> Begin:
+    """Noise, and each picture as rows of the sequence, projected as the image is. `without`: for requests that have no
+    references."""
 
     @torch.no_grad()
     def begin(params: Params, pictures: Sequence[Tensor], to_device: ToDevice) -> Beginning:
+        if not params.shape.references:
+            return without(params, pictures, to_device)
         state, image_in = codec.noise(params.seed, params.shape), network.weights.image_in
-        if not pictures:
-            return Beginning(state)
         latents = torch.cat([codec.reference(picture) for picture in pictures])
         return Beginning(state, {"reference": network.ops.linear(latents.to(image_in.weight.dtype), image_in)})
 
@@ -353,7 +352,7 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         network=transformer,
         text=FluxText(clip, t5, transformer),
         codec=codec,
-        begin=_begins_with_references(codec, transformer) if spec.takes_references else begin,
+        begin=_begins_with_references(codec, transformer, begin) if spec.takes_references else begin,
         schedule=schedule,
         guidance_factor=lambda params: params.true_cfg_scale,
     )

@@ -33,15 +33,20 @@ def inputs(transformer):
 
 
 def diffusers_velocity(transformer, inputs) -> torch.Tensor:
+    """With a reference as FluxKontextPipeline has it."""
+    num_image, grid = inputs.noisy.shape[1], image_position_ids(*SIZE, "cpu")
+    rows, ids = inputs.noisy, grid
+    if inputs.reference is not None:
+        rows, ids = torch.cat([rows, inputs.reference], 1), torch.cat([grid, grid + torch.tensor([1, 0, 0])])
     return transformer(
-        inputs.noisy,
+        rows,
         encoder_hidden_states=inputs.text,
         pooled_projections=inputs.pooled,
         timestep=inputs.sigma,
-        img_ids=image_position_ids(*SIZE, "cpu"),
+        img_ids=ids,
         txt_ids=torch.zeros(NUM_TEXT, 3),
         return_dict=False,
-    )[0]
+    )[0][:, :num_image]
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -52,6 +57,16 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
 def test_velocity_is_that_of_diffusers(transformer, inputs):
     out = FluxForward(transformer, torch.float32)(inputs)
     torch.testing.assert_close(out, diffusers_velocity(transformer, inputs), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_reference_is_attended_to_as_diffusers_has_it(transformer, inputs):
+    torch.manual_seed(5)
+    edited = inputs._replace(reference=torch.randn_like(inputs.noisy))
+    forward = FluxForward(transformer, torch.float32)
+    out, without = forward(edited), forward(inputs)
+    torch.testing.assert_close(out, diffusers_velocity(transformer, edited), rtol=1e-4, atol=1e-5)
+    assert relative_error(without, out) > 1e-2
 
 
 @torch.no_grad()

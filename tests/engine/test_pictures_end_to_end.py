@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
+from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxKontextPipeline
 from PIL import Image
 
+from tests.engine.families.folders import change, copied
 from tests.engine.families.pipelines import NEGATIVE, PROMPT, Fill, Flux, Kontext
 from tetrion.engine.api import AsyncEngine
 from tetrion.engine.config import EngineConfig
@@ -31,7 +32,8 @@ NUM_STEPS, SEED = 6, 7
 
 
 class Editors:
-    """An engine that serves tiny editing models and `shapes`, and the same as diffusers has them."""
+    """An engine that serves tiny editing models, `shapes`, and `shapes` with references, and the same as diffusers has
+    them."""
 
     def __init__(self, engine: AsyncEngine, theirs: dict[str, DiffusionPipeline]) -> None:
         self.engine, self.theirs = engine, theirs
@@ -52,7 +54,9 @@ async def editors(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -
             theirs[case.name] = case.pipeline()
             folders.append(str(tmp_path_factory.mktemp(case.name) / case.name))
             case.save(theirs[case.name], Path(folders[-1]))
-    config = EngineConfig(models=(*folders, "shapes"), devices="cpu:4", num_threads=1)
+    editor = copied("shapes", tmp_path_factory.mktemp("editor") / "editor")
+    change(editor, "preset.json", name="editor", references=1)
+    config = EngineConfig(models=(*folders, "shapes", str(editor)), devices="cpu:4", num_threads=1)
     async with AsyncEngine(config) as running:
         yield Editors(running, theirs)
 
@@ -111,6 +115,27 @@ async def test_shapes_begins_with_a_picture_as_diffusers_does(editors: Editors) 
     assert near < far, "the less strength, the more is left of the picture"
 
 
+async def test_shapes_with_references_attends_to_a_picture_or_begins_with_it(editors: Editors) -> None:
+    """As FluxKontextPipeline has it, but with a strength as FluxImg2ImgPipeline has it."""
+    case = Kontext("editor", {}, guidance=0.0, picture=(256, 256), width=256, height=256)
+    pipeline = FluxKontextPipeline.from_pretrained(embedded_folder() / "shapes", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        (theirs,) = pipeline(
+            prompt=PROMPT, image=case.image, width=256, height=256, num_inference_steps=4, guidance_scale=0.0,
+            generator=torch.Generator().manual_seed(SEED), max_sequence_length=64, max_area=256 * 256,
+            _auto_resize=False, output_type="np", return_dict=False,
+        )  # fmt: skip
+    results = [await editors.draw(case, num_steps=4, force_degrees=degrees) for degrees in ((1,), (4, 1, 2))]
+    assert len({digest(result) for result in results}) == 1
+    assert_near(results[0].image, (theirs[0] * 255).round().astype(np.uint8))
+    without = [await editors.draw(case, model=model, num_steps=4, pictures=()) for model in ("editor", "shapes")]
+    begun = [await editors.draw(case, model=model, num_steps=4, strength=0.5) for model in ("editor", "shapes")]
+    digests = [[digest(result) for result in pair] for pair in (without, begun)]
+    assert digests[0][0] == digests[0][1] and digests[1][0] == digests[1][1]
+    assert len({digest(results[0]), digests[0][0], digests[1][0]}) == 3
+
+
 async def test_a_picture_is_the_same_in_whatever_form_it_comes(editors: Editors, tmp_path: Path) -> None:
     expected = digest(await editors.draw(KONTEXT))
     file = io.BytesIO()
@@ -122,8 +147,8 @@ async def test_a_picture_is_the_same_in_whatever_form_it_comes(editors: Editors,
 
 async def test_without_a_size_the_result_has_the_picture_s(editors: Editors) -> None:
     tall = Image.new("RGB", (300, 600), "navy")
-    for model, size in (("kontext", (40, 80)), ("shapes", (256, 512))):
-        asked = ImageRequest(prompt=PROMPT, model=model, pictures=(tall,), num_steps=2, seed=1)
+    for model, size, strength in (("kontext", (40, 80), None), ("shapes", (256, 512), 1.0)):
+        asked = ImageRequest(prompt=PROMPT, model=model, pictures=(tall,), strength=strength, num_steps=2, seed=1)
         result = await editors.engine.generate(asked)
         assert (result.width, result.height) == size == result.image.shape[1::-1]
 

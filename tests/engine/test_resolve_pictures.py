@@ -28,6 +28,7 @@ ABOUT = ReferenceArea(pixels=1024**2, multiple=32, is_most=False, min_side=8, ma
 """Qwen-Image's."""
 KEEPER = msgspec.structs.replace(PLAIN, inputs=PLAIN.inputs | {"pictures"}, max_pictures=3, reference_area=WITHIN)
 BEGINNER = msgspec.structs.replace(PLAIN, inputs=PLAIN.inputs | {"pictures", "strength"}, max_pictures=1, strength=0.5)
+EITHER = msgspec.structs.replace(EDITOR, inputs=EDITOR.inputs | {"strength"}, max_pictures=1)
 FILLER = msgspec.structs.replace(PLAIN, inputs=PLAIN.inputs | {"pictures", "mask"}, max_pictures=1)
 
 
@@ -114,6 +115,17 @@ def test_without_a_size_the_result_has_the_picture_s_as_far_as_the_model_draws_i
         assert all(map(spec.sizes.accept, size))
         if spec is BEGINNER and all(spec.sizes.min <= side <= spec.sizes.max for side in (width, height)):
             assert abs(size[0] - width) <= spec.sizes.multiple / 2 >= abs(size[1] - height)
+
+
+def test_a_strength_makes_a_reference_what_the_result_begins_with() -> None:
+    brought = {"pictures": [picture(300, 310)], "width": 256, "height": 128, "num_steps": 10}
+    reference, begun = resolve(EITHER, **brought), resolve(EITHER, strength=0.3, **brought)
+    assert reference.params.shape.references == ((192, 192),) and reference.params.skipped_steps == 0
+    assert begun.params.shape.references == () and begun.params.shape.pictures == 1
+    assert begun.asked.pictures[0].size == (256, 128) and begun.params.skipped_steps == 7
+    ahead = ImageRequest(prompt="a star", strength=0.3, **brought)  # type: ignore[arg-type]
+    assert resolve_request(decoded(ahead, EITHER, 4), EITHER, 4).params.shape == begun.params.shape
+    assert EITHER.max_input_bytes == 3 * EITHER.sizes.max**2
 
 
 def test_a_picture_that_is_begun_with_has_the_result_s_size() -> None:

@@ -94,11 +94,11 @@ async def test_each_model_has_its_own_costs_and_limits(shapes_sd3: AsyncEngine) 
 async def test_weights_that_two_models_have_in_common_are_there_once(
     shapes_sd3: AsyncEngine, engine: AsyncEngine
 ) -> None:
-    """`shapes-sd3` takes its VAE and T5 from `shapes`."""
+    """`shapes-sd3` takes its VAE from `shapes`."""
     folder = embedded_folder()
     own_mb = sum(file.stat().st_size for file in (folder / "shapes-sd3").rglob("*.safetensors")) / 1e6
     added_mb = (shapes_sd3.stats().weights_bytes - engine.stats().weights_bytes) / 1e6
-    assert 0.9 * 2 * own_mb < added_mb < 1.1 * 2 * own_mb, "half precision on disk, fp32 in memory"
+    assert 0.97 * 2 * own_mb < added_mb < 1.03 * 2 * own_mb, "half precision on disk, fp32 in memory"
 
 
 async def test_flux_with_true_guidance_draws_the_same_bits_at_every_degree(engine: AsyncEngine) -> None:

@@ -72,6 +72,30 @@ def test_a_small_kontext_has_small_references(tmp_path: Path) -> None:
     assert all(side % spec.sizes.multiple == 0 for size in spec.reference_sizes for side in size)
 
 
+def test_a_preset_gives_a_text_to_image_model_a_reference_beside_strength(tmp_path: Path) -> None:
+    folder = copied("shapes", tmp_path / "model")
+    change(folder, "preset.json", references=0)
+    plain = taken(folder)
+    change(folder, "preset.json", references=1)
+    spec = taken(folder)
+    assert spec.inputs == plain.inputs >= {"pictures", "strength"} and spec.max_pictures == 1
+    assert (256, 256) in spec.reference_sizes and spec.segments == ("text", "image", "reference")
+    assert spec.strength is None and spec.refers(None) and not spec.refers(0.5) and not plain.refers(None)
+    assert spec.max_input_bytes == plain.max_input_bytes == 3 * 512**2, "what it begins with may be the larger"
+    strip_encoder(folder)
+    assert "vae' has no encoder, which pictures need that are to be edited" in refusal(folder)
+
+
+@pytest.mark.parametrize(("references", "pipeline"), [(2, "FluxPipeline"), (1, "FluxFillPipeline")])
+def test_a_preset_s_references_are_refused_where_they_mean_nothing(
+    tmp_path: Path, references: int, pipeline: str
+) -> None:
+    folder = copied("shapes", tmp_path / "model")
+    change(folder, "preset.json", references=references)
+    change(folder, "model_index.json", _class_name=pipeline)
+    assert "references" in refusal(folder)
+
+
 def test_a_fill_that_reads_other_channels_is_refused(tmp_path: Path) -> None:
     folder = copied("shapes", tmp_path / "model")
     change(folder, "model_index.json", _class_name="FluxFillPipeline")
