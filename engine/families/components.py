@@ -18,6 +18,7 @@ QUANTIZATION = ("quantization_config", "compression_config")
 DOWN_BLOCK = "DownEncoderBlock2D"
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 QWEN3S = ("Qwen3ForCausalLM", "Qwen3Model")
+QWEN25_VLS = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
 MISTRAL3S = ("Mistral3ForConditionalGeneration",)
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
 
@@ -172,11 +173,64 @@ class LanguageConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Whether q and k are normed by head."""
         return True
 
+    @property
+    def has_biases(self) -> bool:
+        """Whether what q, k and v are made by has one."""
+        return False
+
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads"
                 f" {self.num_attention_heads}"
+            )
+
+
+class _SectionedRope(_Rope, frozen=True, kw_only=True):
+    """Pairs of channels turn by one of three positions, those of a section by the same. Text has one position."""
+
+    rope_type: Literal["default", "mrope"] = "default"
+    mrope_section: Annotated[tuple[Size, ...], Meta(min_length=3, max_length=3)] = (16, 24, 24)
+
+
+class Qwen25VlConfig(LanguageConfig, frozen=True, kw_only=True):
+    """Of Qwen2.5-VL's language model. A head is as wide as `num_attention_heads` leave it."""
+
+    hidden_size: Size = 8192
+    intermediate_size: Size = 29568
+    num_hidden_layers: Count = 80
+    num_attention_heads: Size = 64
+    num_key_value_heads: Size = 8
+    head_dim: Size = 0
+    vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 152064
+    rms_norm_eps: _Epsilon = 1e-5
+    rope_scaling: _SectionedRope | None = None  # type: ignore[assignment]
+    rope_parameters: _SectionedRope | None = None
+
+    @property
+    def has_head_norms(self) -> bool:
+        return False
+
+    @property
+    def has_biases(self) -> bool:
+        return True
+
+    @property
+    def sections(self) -> tuple[int, ...]:
+        """Pairs of channels that turn by each of three positions."""
+        rope = self.rope_parameters or self.rope_scaling or _SectionedRope()
+        return rope.mrope_section
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size}"
+            )
+        if 2 * sum(self.sections) != self.hidden_size // self.num_attention_heads:
+            raise ValueError(
+                f"mrope_section {list(self.sections)} must add up to half of hidden_size / num_attention_heads ="
+                f" {self.hidden_size // self.num_attention_heads}"
             )
 
 
@@ -197,6 +251,10 @@ class _Mistral3(msgspec.Struct, frozen=True, kw_only=True):
     """Which also sees pictures, by parts that are not used."""
 
     text_config: dict[str, Any]
+
+
+class _Qwen25Vl(msgspec.Struct, frozen=True, kw_only=True):
+    text_config: dict[str, Any] | None = None
 
 
 def read_part(folder: Path, kind: type[_T], class_name: str) -> _T:
@@ -246,6 +304,16 @@ def read_mistral3(folder: Path, num_layers: int, max_tokens: int) -> LanguageCon
     if (found := text.get("model_type", "mistral")) != "mistral":
         raise fault(folder / CONFIG, f": text_config {shown(found)} is not supported (model_type must be 'mistral')")
     return _deep_enough(folder, convert(folder / CONFIG, text, MistralConfig), num_layers, max_tokens)
+
+
+def read_qwen25_vl(folder: Path, max_tokens: int) -> Qwen25VlConfig:
+    """Qwen2.5-VL's language model, likewise, all of it. Its fields are the config's own, or in its `text_config`."""
+    whole = read_encoder(folder, _Qwen25Vl, "qwen2_5_vl", QWEN25_VLS)
+    text = _read_config(folder) if whole.text_config is None else whole.text_config
+    config = convert(folder / CONFIG, text, Qwen25VlConfig)
+    config = msgspec.structs.replace(config, head_dim=config.hidden_size // config.num_attention_heads)
+    _deep_enough(folder, config, 1, max_tokens)
+    return config
 
 
 def _deep_enough(folder: Path, config: LanguageConfig, num_layers: int, max_tokens: int) -> LanguageConfig:
