@@ -52,13 +52,13 @@ def decoder_shapes(config: VaeConfig) -> dict[str, Shape]:
 def check_clip(folder: Path, config: ClipConfig, shapes: Mapping[str, Shape], is_projected: bool = False) -> None:
     """Raises CheckpointError unless the component's tensors are as its config says."""
     shapes = {name.removeprefix(CLIP_PREFIX): shape for name, shape in shapes.items()}
-    _check(folder, clip_shapes(config, is_projected), shapes, BESIDE_CLIP)
+    check_shapes(folder, clip_shapes(config, is_projected), shapes, BESIDE_CLIP)
 
 
 def check_t5(folder: Path, config: T5Config, shapes: Mapping[str, Shape]) -> None:
     """See `check_clip`."""
     table = next((name for name in T5_EMBEDDINGS if name in shapes), T5_EMBEDDINGS[0])
-    _check(folder, t5_shapes(config, table), shapes, BESIDE_T5)
+    check_shapes(folder, t5_shapes(config, table), shapes, BESIDE_T5)
 
 
 def check_language(
@@ -67,7 +67,7 @@ def check_language(
     """See `check_clip`; further layers are not looked at."""
     prefix = language_prefix(shapes)
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    _check(folder, language_shapes(config, num_layers, is_normed), shapes, BESIDE_LANGUAGE)
+    check_shapes(folder, language_shapes(config, num_layers, is_normed), shapes, BESIDE_LANGUAGE)
 
 
 def language_prefix(names: Iterable[str]) -> str:
@@ -90,10 +90,12 @@ def check_autoencoder(folder: Path, config: VaeConfig, shapes: Mapping[str, Shap
     """See `check_clip`. Its encoding half may be missing as a whole."""
     is_whole = has_encoder(config, shapes)
     meant = decoder_shapes(config) | (encoder_shapes(config) if is_whole else {})
-    _check(folder, meant, shapes, () if is_whole else BESIDE_DECODER)
+    check_shapes(folder, meant, shapes, () if is_whole else BESIDE_DECODER)
 
 
-def _check(folder: Path, meant: Mapping[str, Shape], found: Mapping[str, Shape], beside: tuple[str, ...]) -> None:
+def check_shapes(folder: Path, meant: Mapping[str, Shape], found: Mapping[str, Shape], beside: tuple[str, ...]) -> None:
+    """Raises CheckpointError unless the component's tensors are those that its config means, but for names that begin
+    with one of `beside`."""
     check_names(meant.keys(), found.keys(), folder, beside)
     for name, shape in meant.items():
         if found[name] != shape:
