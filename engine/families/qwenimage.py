@@ -38,6 +38,7 @@ from tetrion.engine.families.components import (
 )
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import check_language, language_shapes
+from tetrion.engine.families.pictures import STRENGTH
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
 from tetrion.engine.families.qwen_image_vae import (
@@ -46,7 +47,9 @@ from tetrion.engine.families.qwen_image_vae import (
     check_autoencoder,
     check_latents,
     decoder_shapes,
+    encoder_shapes,
     frame_shapes,
+    has_encoder,
 )
 from tetrion.engine.families.tokenizers import QWEN_TOKENIZER, check_tokenizer
 from tetrion.engine.families.weights import read_shapes
@@ -180,6 +183,8 @@ class QwenImage:
             default=(preset.default_width, preset.default_height),
         )
         check_shifts(folder, scheduler, check_sizes(folder, sizes))
+        begins_with_pictures = _has_encoder(folder, load_format)
+        vae_shapes = decoder_shapes(vae) | (encoder_shapes(vae) if begins_with_pictures else {})
         return ModelSpec(
             name=model_name(folder, preset),
             path=str(folder.resolve()),
@@ -197,10 +202,12 @@ class QwenImage:
             guidance=preset.guidance or 0.0,
             max_text_tokens=preset.max_text_tokens,
             sizes=sizes,
-            inputs=frozenset({"negative_prompt"}),
+            inputs=frozenset({"negative_prompt", *(["pictures", "strength"] if begins_with_pictures else [])}),
+            max_pictures=1 if begins_with_pictures else 0,
+            strength=STRENGTH if begins_with_pictures else None,
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
-                ("vae", num_weights(frame_shapes(decoder_shapes(vae)).values())),
+                ("vae", num_weights(frame_shapes(vae_shapes).values())),
                 ("text_encoder", num_weights(language_shapes(language, language.num_hidden_layers, True).values())),
             ),
         )
@@ -238,6 +245,11 @@ def _prompt_reader(folder: Path) -> PromptReader:
 def _is_guided(request: ImageRequest) -> bool:
     assert request.guidance is not None
     return request.guidance > 1 and request.negative_prompt is not None
+
+
+def _has_encoder(folder: Path, load_format: LoadFormat) -> bool:
+    """Whether the VAE has the half that makes latents of pictures. Raises CheckpointError; OSError."""
+    return load_format == "dummy" or has_encoder(read_shapes(component_folder(folder, "vae")))
 
 
 def _read_language(folder: Path, preset: Preset) -> tuple[Path, Qwen25VlConfig]:
