@@ -55,9 +55,7 @@ class Prompt(NamedTuple):
 class PromptReader:
     """Prompts of one model."""
 
-    def __init__(
-        self, tokenizer: Path, form: ChatForm, vocab_size: int, max_tokens: int, num_dropped: int = 0
-    ) -> None:
+    def __init__(self, tokenizer: Path, form: ChatForm, vocab_size: int, max_tokens: int, num_dropped: int = 0) -> None:
         """`tokenizer`: the component's folder; one without a vocabulary (for `dummy`) makes a token of each word.
         `padding`: the id of what fills a text up, `pads_left`: in front of it, by the config. `num_dropped`: of how
         many of the form's first tokens nothing is kept once they are encoded; they are among `max_tokens`. Raises

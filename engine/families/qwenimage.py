@@ -245,9 +245,7 @@ def _read_language(folder: Path, preset: Preset) -> tuple[Path, Qwen25VlConfig]:
     return encoder, read_qwen25_vl(encoder, NUM_DROPPED + preset.max_text_tokens)
 
 
-def _check_files(
-    folder: Path, transformer: QwenImageConfig, vae: QwenImageVaeConfig, language: Qwen25VlConfig
-) -> None:
+def _check_files(folder: Path, transformer: QwenImageConfig, vae: QwenImageVaeConfig, language: Qwen25VlConfig) -> None:
     """Weights and tokenizer by what their configs mean. Raises CheckpointError; OSError."""
     folders = {name: component_folder(folder, name) for name in WITH_WEIGHTS}
     tokenizer = component_folder(folder, "tokenizer")

@@ -496,7 +496,9 @@ def test_a_scheduler_is_taken_as_it_is_or_refused(flux: Path, fields: dict[str, 
     assert says in said and "scheduler_config.json'" in said
 
 
-@pytest.mark.parametrize("fields", [{"shift_terminal": None}, {"shift_terminal": 0}, {"use_beta_sigmas": None}, {"solver_order": 2}])
+@pytest.mark.parametrize(
+    "fields", [{"shift_terminal": None}, {"shift_terminal": 0}, {"use_beta_sigmas": None}, {"solver_order": 2}]
+)
 def test_options_that_change_nothing_are_taken(flux: Path, fields: dict[str, Any]) -> None:
     before = taken(flux).scheduler
     change(flux, "scheduler/scheduler_config.json", **fields)
