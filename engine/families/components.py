@@ -19,6 +19,7 @@ DOWN_BLOCK = "DownEncoderBlock2D"
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 QWEN3S = ("Qwen3ForCausalLM", "Qwen3Model")
 QWEN25_VLS = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
+QWEN3_VLS = ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")
 MISTRAL3S = ("Mistral3ForConditionalGeneration",)
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
 
@@ -234,6 +235,28 @@ class Qwen25VlConfig(LanguageConfig, frozen=True, kw_only=True):
             )
 
 
+class _InterleavedRope(_Rope, frozen=True, kw_only=True):
+    """Pairs of channels turn by three positions in turn. A text's rows have all three equal, so that it makes no
+    difference how they are interleaved."""
+
+    mrope_interleaved: Literal[True] = True
+    mrope_section: Annotated[tuple[Size, ...], Meta(min_length=3, max_length=3)] = (24, 20, 20)
+
+
+class Qwen3VlConfig(LanguageConfig, frozen=True, kw_only=True):
+    """Of Qwen3-VL's language model, which is of Qwen3's kind."""
+
+    max_position_embeddings: Size = 128000
+    rope_scaling: _InterleavedRope | None = None  # type: ignore[assignment]
+    rope_parameters: _InterleavedRope | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rope = self.rope_parameters or self.rope_scaling or _InterleavedRope()
+        if 3 * max(rope.mrope_section[1:]) > self.head_dim // 2:
+            raise ValueError(f"mrope_section {list(rope.mrope_section)} must fit into half of head_dim {self.head_dim}")
+
+
 class MistralConfig(LanguageConfig, frozen=True, kw_only=True):
     """Of a language model of Mistral's kind, which norms neither q nor k."""
 
@@ -245,6 +268,12 @@ class MistralConfig(LanguageConfig, frozen=True, kw_only=True):
     @property
     def has_head_norms(self) -> bool:
         return False
+
+
+class _Qwen3Vl(msgspec.Struct, frozen=True, kw_only=True):
+    """Which also sees pictures."""
+
+    text_config: dict[str, Any]
 
 
 class _Mistral3(msgspec.Struct, frozen=True, kw_only=True):
@@ -296,6 +325,16 @@ def read_t5(folder: Path) -> T5Config:
 def read_qwen3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
     """Qwen3, of which the first `num_layers` are run on up to `max_tokens`. Raises CheckpointError; OSError."""
     return _deep_enough(folder, read_encoder(folder, LanguageConfig, "qwen3", QWEN3S), num_layers, max_tokens)
+
+
+def read_qwen3_vl(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
+    """Qwen3-VL's language model, likewise."""
+    text = read_encoder(folder, _Qwen3Vl, "qwen3_vl", QWEN3_VLS).text_config
+    if (found := text.get("model_type", "qwen3_vl_text")) != "qwen3_vl_text":
+        raise fault(
+            folder / CONFIG, f": text_config {shown(found)} is not supported (model_type must be 'qwen3_vl_text')"
+        )
+    return _deep_enough(folder, convert(folder / CONFIG, text, Qwen3VlConfig), num_layers, max_tokens)
 
 
 def read_mistral3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:

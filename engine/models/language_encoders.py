@@ -20,6 +20,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLTextRotaryEmbedding
 
 from tetrion.engine.families.library_shapes import language_prefix
 from tetrion.engine.families.plan import Part
@@ -39,6 +41,7 @@ class LanguageKind(NamedTuple):
 
 QWEN3 = LanguageKind(Qwen3Config, Qwen3Model, Qwen3RotaryEmbedding)
 QWEN25_VL = LanguageKind(Qwen2_5_VLConfig, Qwen2_5_VLTextModel, Qwen2_5_VLRotaryEmbedding)
+QWEN3_VL = LanguageKind(Qwen3VLConfig, Qwen3VLTextModel, Qwen3VLTextRotaryEmbedding)
 MISTRAL3 = LanguageKind(Mistral3Config, MistralModel, MistralRotaryEmbedding)
 
 
