@@ -15,6 +15,7 @@ from tetrion.engine.config import LoadFormat
 from tetrion.engine.errors import RequestError, shown
 from tetrion.engine.families.base import Family
 from tetrion.engine.families.checkpoint import (
+    PRESET_FILE,
     SCHEDULER,
     SCHEDULER_FILE,
     Preset,
@@ -68,6 +69,7 @@ CLASSES = {
 }
 PRESET = Preset(num_steps=50, guidance=4.0, max_text_tokens=1024)
 MAX_TEXT_TOKENS = 1024
+"""Of a prompt, as in diffusers."""
 CHAT = ChatForm(
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial"
     " relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
@@ -183,6 +185,11 @@ class QwenImage:
             default=(preset.default_width, preset.default_height),
         )
         check_shifts(folder, scheduler, check_sizes(folder, sizes))
+        if preset.max_text_tokens > MAX_TEXT_TOKENS:
+            raise fault(
+                folder / PRESET_FILE,
+                f": max_text_tokens {preset.max_text_tokens} must be at most {MAX_TEXT_TOKENS}",
+            )
         begins_with_pictures = _has_encoder(folder, load_format)
         vae_shapes = decoder_shapes(vae) | (encoder_shapes(vae) if begins_with_pictures else {})
         return ModelSpec(
