@@ -111,7 +111,7 @@ class Calibrator:
         every GPU, so that its worker has recorded them and loaded all kernels before the first request comes: what is
         recorded later holds up the group that wants it. Where pictures are references, also with one. CPUs have nothing
         to load."""
-        num_devices, pictures = len(self._executor.device_ids), (False, True)[: 1 + bool(self._spec.reference_sizes)]
+        num_devices, pictures = len(self._executor.device_ids), (False, True)[: 1 + self._spec.takes_references]
         for size, with_picture in product(self._usual_sizes(table) if self._on_gpu else [], pictures):
             for degree in self._legal_degrees(self._probe.request(size, 1)):
                 groups = [

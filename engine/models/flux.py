@@ -351,7 +351,7 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         network=transformer,
         text=FluxText(clip, t5, transformer),
         codec=codec,
-        begin=_begins_with_references(codec, transformer) if spec.reference_sizes else begin,
+        begin=_begins_with_references(codec, transformer) if spec.takes_references else begin,
         schedule=schedule,
         guidance_factor=lambda params: params.true_cfg_scale,
     )
