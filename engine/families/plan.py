@@ -27,17 +27,21 @@ class Part(NamedTuple):
 
     `shape`, where the architecture knows it, is that in the checkpoint and is checked. `rearranged`: how it lies in a
     worker's memory, if otherwise; of a single source. `rows`: from where to where in the only source, if not all of it.
+    `is_last_frame`: of the only source, a convolution over frames, the last of them alone.
     """
 
     sources: tuple[str, ...]
     shape: Shape | None = None
     rearranged: Rearranged | None = None
     rows: tuple[int, int] | None = None
+    is_last_frame: bool = False
 
     def in_memory(self, shape: Shape) -> Shape:
         """Of what has `shape` in the checkpoint."""
         if self.rows is not None:
             return self.rows[1] - self.rows[0], *shape[1:]
+        if self.is_last_frame:
+            return *shape[:2], *shape[3:]
         return shape if self.rearranged is None else self.rearranged.shape
 
 

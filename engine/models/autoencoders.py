@@ -35,7 +35,7 @@ class Autoencoder:
     """The codec of families whose tokens are 2 × 2 latent pixels of an AutoencoderKL: noise, and both of its halves."""
 
     KIND: ClassVar[Any] = AutoencoderKL
-    CONFIG: ClassVar[type[VaeConfig]] = VaeConfig
+    CONFIG: ClassVar[Any] = VaeConfig
     UNUSED: ClassVar[tuple[str, ...]] = ()
     """What names of tensors begin with that are never loaded."""
 
@@ -45,10 +45,10 @@ class Autoencoder:
         self.whole_pixels = math.inf
         """See `models.family.LatentCodec`."""
         self._size_multiple, self._num_channels = spec.sizes.multiple, config.latent_channels
-        self._scaling_factor, self._shift_factor = config.scaling_factor, config.shift_factor or 0.0
+        self._read_scaling(config)
         unused = (*unused_parts(spec), *self.UNUSED)
         self._vae = build_module(self._builder(folder), tensors, folder, unused=unused)
-        weight = self._vae.decoder.conv_in.weight
+        weight = next(self._vae.decoder.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         if self._device.type == "cpu":
             _make_thread_exact(self._vae)
@@ -61,6 +61,9 @@ class Autoencoder:
     @classmethod
     def _builder(cls, folder: Path) -> Callable[[], Any]:
         return functools.partial(cls.KIND.from_config, read_object(folder / CONFIG))
+
+    def _read_scaling(self, config: Any) -> None:
+        self._scaling_factor, self._shift_factor = config.scaling_factor, config.shift_factor or 0.0
 
     def _decodable(self, latents: Tensor, rows: int, columns: int) -> Tensor:
         """Packed latents of rows × columns tokens as the decoder takes them: [channels, height, width]."""
@@ -113,15 +116,25 @@ class Autoencoder:
         """uint8 RGB [height, width, 3] -> mean and logarithm of variance of its latents, fp32 [2 · channels, h, w]. It
         is grey where `hole_1HW` is 1."""
         height, width, _ = picture.shape
-        picture_1CHW = picture.permute(2, 0, 1).unsqueeze(0).float() / 255 * 2 - 1
+        picture_CHW = picture.permute(2, 0, 1).float() / 255 * 2 - 1
         if hole_1HW is not None:
-            picture_1CHW = picture_1CHW * (1 - hole_1HW)
+            picture_CHW = picture_CHW * (1 - hole_1HW)
         self._vae.use_tiling = height * width > self.whole_pixels
         try:
-            distribution: Tensor = self._vae.encode(picture_1CHW.to(self._dtype)).latent_dist.parameters[0].float()
+            distribution = self._vae.encode(self._batched(picture_CHW.to(self._dtype))).latent_dist.parameters
         finally:
             self._vae.use_tiling = False
-        return distribution
+        return self._single(distribution).float()
+
+    @staticmethod
+    def _batched(map_CHW: Tensor) -> Tensor:
+        """As the library's module takes it."""
+        return map_CHW.unsqueeze(0)
+
+    @staticmethod
+    def _single(maps: Tensor) -> Tensor:
+        """[C, H, W] of what the library's module gives."""
+        return maps[0]
 
     @staticmethod
     def _sampled(distribution: Tensor, normal: Tensor) -> Tensor:
@@ -142,10 +155,10 @@ class Autoencoder:
     def decode(self, latents: Tensor, shape: StepShape) -> Picture:
         """As `models.family.LatentCodec`; without waiting for the device."""
         rows, columns = shape.height // self._size_multiple, shape.width // self._size_multiple
-        latents_1CHW = self._decodable(latents, rows, columns).unsqueeze(0)
+        latents_CHW = self._decodable(latents, rows, columns)
         is_whole = shape.width * shape.height <= self.whole_pixels
         decode = self._vae.decode if is_whole else self._vae.tiled_decode
-        picture_CHW = decode(latents_1CHW.to(self._dtype), return_dict=False)[0][0]
+        picture_CHW = self._single(decode(self._batched(latents_CHW.to(self._dtype)), return_dict=False)[0])
         picture_HWC = (picture_CHW.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
         pixels = (picture_HWC * 255).round().to(torch.uint8).contiguous()
         return Picture(pixels, is_finite(latents) & is_finite(picture_CHW))

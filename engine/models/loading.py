@@ -261,6 +261,10 @@ def _fill(target: Tensor, files: TensorFiles, part: Part, numbers: _NumberCheck)
         (source,) = part.sources
         numbers.add(files, source, target.copy_(files.read(source, target.device)[slice(*part.rows)]))
         return
+    if part.is_last_frame:
+        (source,) = part.sources
+        numbers.add(files, source, target.copy_(files.read(source, target.device)[:, :, -1]))
+        return
     if part.rearranged is not None:
         split, order, _ = part.rearranged
         (source,) = part.sources

@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -22,6 +23,9 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageImg2ImgPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
@@ -40,10 +44,13 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -438,8 +445,49 @@ class Flux2Dev(Flux2Klein):
         (folder / "model_index.json").write_bytes(msgspec.json.encode(index))
 
 
+class QwenImage(Case):
+    """Prompts of different lengths."""
+
+    img2img = QwenImageImg2ImgPipeline
+    text_rows = 288
+
+    def pipeline(self) -> DiffusionPipeline:
+        return randomized(QwenImagePipeline(tokenizer=qwen_tokenizer(), **self.parts()))
+
+    def parts(self) -> dict[str, Any]:
+        torch.manual_seed(5)
+        transformer = QwenImageTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=3, joint_attention_dim=QWEN_WIDTH,
+            **self.options,
+        )  # fmt: skip
+        autoencoder = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.3, -0.2, 0.5, 0.1], latents_std=[1.5, 0.7, 2.0, 1.1],
+        )  # fmt: skip
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            base_image_seq_len=256, base_shift=0.5, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02,
+            use_dynamic_shifting=True,
+        )  # fmt: skip
+        encoder = Qwen2_5_VLForConditionalGeneration(qwen25_vl_config(num_layers=3))
+        return {"scheduler": scheduler, "vae": autoencoder, "transformer": transformer, "text_encoder": encoder}
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, _ = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
+        return pipeline.transformer(
+            latents[None], text, None, torch.tensor([time]) / 1000, [[(1, *self.tokens)]], return_dict=False
+        )[0][0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        negative = self.negative if self.num_branches > 1 else None
+        return {"true_cfg_scale": self.guidance, "negative_prompt": negative}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
 FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
+QWEN_IMAGE = {"num_attention_heads": 6, "attention_head_dim": 18, "axes_dims_rope": (6, 6, 6)}
 WIDER = {"default_width": 96, "default_height": 96}
 """References may have as many pixels."""
 CASES: tuple[Case, ...] = (
@@ -483,6 +531,12 @@ CASES: tuple[Case, ...] = (
         "flux2-klein-base", FLUX2, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 96}
     ),
     Flux2KleinDistilled("flux2-klein", FLUX2, guidance=4.0, preset={"max_text_tokens": 96}),
+    QwenImage("qwen-image", QWEN_IMAGE, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 288}),
+    QwenImage("qwen-image-unguided", QWEN_IMAGE, guidance=4.0, preset={"max_text_tokens": 288}, width=64, height=40),
+    QwenImage(
+        "qwen-image-strength", QWEN_IMAGE, guidance=3.0, num_branches=2, picture=(56, 72), strength=0.6,
+        preset={"max_text_tokens": 288},
+    ),
     Flux2Dev("flux2-dev", FLUX2 | {"guidance_embeds": True}, guidance=3.0, preset={"max_text_tokens": 288}),
     Flux2Klein(
         "flux2-klein-base-reference", FLUX2, guidance=4.0, num_branches=2, num_devices=5, picture=(88, 72),
@@ -542,6 +596,39 @@ def qwen3_config(num_layers: int) -> Qwen3Config:
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+
+
+def qwen25_vl_config(num_layers: int) -> Qwen2_5_VLConfig:
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": QWEN_WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": QWEN_WIDTH,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+
+
+def qwen3_vl_config(num_layers: int) -> Qwen3VLConfig:
+    """Positions in three parts of a head's 16 pairs of channels."""
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": QWEN_WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "max_position_embeddings": 512, "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": QWEN_WIDTH,
+        "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    return Qwen3VLConfig(text_config=text, vision_config=vision)
 
 
 def mistral3_config(num_layers: int) -> Mistral3Config:
