@@ -61,7 +61,7 @@ class SlotField(msgspec.Struct, frozen=True, kw_only=True):
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """Which pictures a model draws, in pixels: both sides from `min` to `max` and multiples of `multiple`. `default`:
-    (width, height). One row of the image segment covers `multiple` × `multiple` pixels; rows are filled up to a
+    (width, height). `rows_each` rows of the image segment cover `multiple` × `multiple` pixels; rows are filled up to a
     multiple of `row_multiple` with some that cover nothing."""
 
     min: int
@@ -69,6 +69,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     multiple: int
     default: Size
     row_multiple: int = 1
+    rows_each: int = 1
 
     def accept(self, pixels: int) -> bool:
         """Whether the model draws pictures of this width or height."""
@@ -80,7 +81,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
     def num_covered(self, width: int, height: int) -> int:
         """Rows that cover pixels; they come first."""
-        return (width // self.multiple) * (height // self.multiple)
+        return (width // self.multiple) * (height // self.multiple) * self.rows_each
 
     def fitted(self, size: Size) -> Size:
         """The size nearest to a picture's that is drawn: as large, if that is within the bounds, else in its shape as
@@ -100,7 +101,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     `family`: the name of its modules in `families/` and `models/`. `segments`: parts of the sequence, each split over
     members by itself, in the order in which attention sees them. `fields`: the tensors of a request's state. `inputs`:
     optional fields of a request (`ImageRequest`) that it takes. `guidance`: what holds for requests without. `weights`:
-    how many numbers each component has.
+    how many numbers each component has. `prefix_blocks`: blocks of a model whose steps work on the image alone and attend
+    to keys and values of the other segments, which are computed once a request.
 
     Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
     there are `reference_sizes`: those that the model knows, to one of which each is resized. Else the result begins
@@ -115,6 +117,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     segments: tuple[Rows, ...]
     fields: tuple[SlotField, ...]
     max_branches: int = 1
+    prefix_blocks: int = 0
     scheduler: SchedulerSpec
     num_steps: int
     guidance: float
@@ -125,6 +128,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     reference_sizes: tuple[Size, ...] = ()
     strength: float | None = None
     weights: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def max_prefix_elements(self) -> int:
+        """Of all blocks' keys and values for the rows of all segments but the one that is stepped."""
+        rows = sum(self.max_rows(segment) for segment in self.segments if segment != "image")
+        return rows * self.prefix_blocks * 2 * self.hidden_size
 
     @property
     def latents(self) -> SlotField:

@@ -35,7 +35,7 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ / √D) v per head.
 
-    q, k, v, out: [L, h, D], D of 32, 64 or 128, bf16, fp16 or fp32 (full precision, slow), any strides of tokens and
+    q, k, v, out: [L, h, D] (k and v perhaps of another number of rows), D of 32, 64 or 128, bf16, fp16 or fp32 (full precision, slow), any strides of tokens and
         heads that are multiples of 16 bytes; D is contiguous. log_sum_exp, if given: fp32 [h, L], gets the logarithm of
         each row's softmax denominator (natural, of scaled scores). tile: for tuning.
     Returns `out`, by default a new contiguous tensor.
@@ -43,7 +43,9 @@ def attention(
     Raises ValueError for another head dim or dtype.
     """
     num_tokens, num_heads, head_dim = q.shape
-    assert num_tokens > 0 and q.shape == k.shape == v.shape, f"{q.shape}, {k.shape}, {v.shape}"
+    num_keys = len(k)
+    keys = num_keys, num_heads, head_dim
+    assert num_tokens > 0 and num_keys > 0 and k.shape == v.shape == keys, f"{q.shape}, {k.shape}, {v.shape}"
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     assert out.shape == q.shape and out.dtype == q.dtype == k.dtype == v.dtype, f"{q.dtype} {q.shape} to {out.shape}"
     if log_sum_exp is not None:
@@ -61,11 +63,12 @@ def attention(
         v.stride(1),
         out.stride(1),
         num_tokens,
+        num_keys,
         LOG2_E / math.sqrt(head_dim),
         HEAD_DIM=head_dim,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        HAS_TAIL=num_tokens % tile.block_n != 0,
+        HAS_TAIL=num_keys % tile.block_n != 0,
         FULL_PRECISION=q.dtype == torch.float32 or triton.knobs.runtime.interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -95,6 +98,7 @@ def _kernel(
     v_head_stride,
     out_head_stride,
     num_tokens,
+    num_keys,
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -111,15 +115,15 @@ def _kernel(
     out_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     k_column, v_column = head * k_head_stride, head * v_head_stride
 
-    full = num_tokens - num_tokens % BLOCK_N
+    full = num_keys - num_keys % BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
         out_MD, maximum_M, sum_M = _turn(
-            q_MD, k, v, out_MD, maximum_M, sum_M, start, k_column, v_column, num_tokens, scale,
+            q_MD, k, v, out_MD, maximum_M, sum_M, start, k_column, v_column, num_keys, scale,
             BLOCK_N, False, FULL_PRECISION,
         )  # fmt: skip
     if HAS_TAIL:
         out_MD, maximum_M, sum_M = _turn(
-            q_MD, k, v, out_MD, maximum_M, sum_M, full, k_column, v_column, num_tokens, scale,
+            q_MD, k, v, out_MD, maximum_M, sum_M, full, k_column, v_column, num_keys, scale,
             BLOCK_N, True, FULL_PRECISION,
         )  # fmt: skip
 
@@ -142,7 +146,7 @@ def _turn(
     start,
     k_column,
     v_column,
-    num_tokens,
+    num_keys,
     scale,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
@@ -152,7 +156,7 @@ def _turn(
     k_ND = k.load([start, k_column])
     score_MN = _dot(q_MD, k_ND.T, None, FULL_PRECISION)
     if MASKED:
-        inside_N = start + tl.arange(0, BLOCK_N) < num_tokens
+        inside_N = start + tl.arange(0, BLOCK_N) < num_keys
         score_MN = tl.where(inside_N[None, :], score_MN, float("-inf"))
     new_maximum_M = tl.maximum(maximum_M, tl.max(score_MN, 1) * scale)
     weight_MN = tl.exp2(score_MN * scale - new_maximum_M[:, None])

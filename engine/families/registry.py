@@ -17,6 +17,7 @@ FAMILIES = {
     "FluxFillPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
     "ZImagePipeline": "zimage",
+    "QwenImage21Pipeline": "qwenimage21",
     "Flux2KleinPipeline": "flux2",
     "Flux2Pipeline": "flux2",
     "QwenImagePipeline": "qwenimage",

@@ -17,6 +17,8 @@ EXCHANGE_SCRATCH = 3
 """Tensors of q, k, v that a device keeps for itself (parallel/gpu/exchange.py)."""
 STEP_GEMMS = 3
 """What is alive at a step's widest point, in inputs and outputs of its widest GEMM (a block's MLP at degree 1)."""
+CACHED_PREFIXES = 4
+"""Requests' branches whose keys and values of texts a device keeps; those of a branch that steps are there once more."""
 DECODE_CHANNELS = 5 * 256
 """Channels of full-size feature maps alive at the decoder's widest point."""
 TILED_PIXELS = 1536 * 1024
@@ -25,19 +27,22 @@ TILED_PIXELS = 1536 * 1024
 
 class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     """`weights_bytes` by component; `slab_bytes`: what a worker takes at its start, for requests' states and the
-    exchange; `step_bytes`: activations of the largest picture's step; `decode_bytes`: likewise of its decoding. The two
+    exchange; `prefix_bytes`: keys and values that are kept for steps; `step_bytes`: activations of the largest picture's step; `decode_bytes`: likewise of its decoding. The two
     never run at once, but memory once taken is kept. `whole_pixels`: larger pictures are decoded in tiles."""
 
     model: str
     weights_bytes: Mapping[str, int]
     slab_bytes: int
+    prefix_bytes: int
     step_bytes: int
     decode_bytes: int
     whole_pixels: int
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.weights_bytes.values()) + self.slab_bytes + self.step_bytes + self.decode_bytes
+        return (
+            sum(self.weights_bytes.values()) + self.slab_bytes + self.prefix_bytes + self.step_bytes + self.decode_bytes
+        )
 
     def fitted(self, free_bytes: int, device: str) -> "MemoryBudget":
         """This one, or with large pictures decoded in tiles if it takes that. Raises ModelTooLarge with the numbers if
@@ -52,9 +57,10 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
 
     def describe(self) -> str:
         weights = ", ".join(f"{name} {_gb(count)}" for name, count in self.weights_bytes.items())
+        prefix = f" keys and values of texts {_gb(self.prefix_bytes)}," if self.prefix_bytes else ""
         return (
             f"model {self.model} takes {_gb(self.num_bytes)}: weights {_gb(sum(self.weights_bytes.values()))}"
-            f" ({weights}), slab {_gb(self.slab_bytes)}, a step's activations {_gb(self.step_bytes)},"
+            f" ({weights}), slab {_gb(self.slab_bytes)},{prefix} a step's activations {_gb(self.step_bytes)},"
             f" decoding {_gb(self.decode_bytes)}"
         )
 
@@ -78,6 +84,7 @@ def memory_budget(specs: Sequence[ModelSpec], components: Mapping[str, Component
         model=", ".join(spec.name for spec in specs),
         weights_bytes=weights,
         slab_bytes=layout.num_bytes + EXCHANGE_SCRATCH * widest,
+        prefix_bytes=sum(map(_prefix_elements, specs)) * itemsize,
         step_bytes=max(map(_step_elements, specs)) * itemsize,
         decode_bytes=decode_bytes(whole_pixels, itemsize),
         whole_pixels=whole_pixels,
@@ -94,6 +101,11 @@ def _step_elements(spec: ModelSpec) -> int:
     operators = step_operators(spec, spec.largest_shape, degree=1)
     gemms = [operator for operator in operators if isinstance(operator, Gemm)]
     return STEP_GEMMS * max(gemm.rows * (gemm.inputs + gemm.outputs) for gemm in gemms)
+
+
+def _prefix_elements(spec: ModelSpec) -> int:
+    """As many as are ever there at once (worker/denoiser.py)."""
+    return (spec.max_branches + CACHED_PREFIXES) * spec.max_prefix_elements
 
 
 def _gb(num_bytes: int) -> str:

@@ -47,6 +47,10 @@ class GroupShape(NamedTuple):
         """Rows of the whole sequence."""
         return sum(self.counts)
 
+    def num_prefix(self, stepped: int) -> int:
+        """Rows beside those of one segment."""
+        return self.num_tokens - self.counts[stepped]
+
     @property
     def num_local(self) -> int:
         """Rows of this member's hidden states, padding included."""

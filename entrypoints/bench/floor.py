@@ -77,8 +77,9 @@ class Floor:
                     x, bias = some(rows, inputs, count=2)[i % 2], some(outputs, count=1)[0]
                     weight = some(outputs, inputs, count=NUM_WEIGHTS)[i % NUM_WEIGHTS]
                     calls.append(partial(F.linear, x, weight, bias))
-                case Attention(tokens, heads, head_dim):
-                    q, k, v = some(1, heads, tokens, head_dim, count=3)
+                case Attention(tokens, heads, head_dim, prefix):
+                    q, *_ = some(1, heads, tokens, head_dim, count=3)
+                    *_, k, v = some(1, heads, tokens + prefix, head_dim, count=3)
                     calls.append(partial(_attend, q, k, v))
         return calls
 

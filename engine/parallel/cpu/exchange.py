@@ -11,7 +11,7 @@ from torch import Tensor
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
-from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
+from tetrion.engine.parallel.exchange import Chunk, Prefix, Rope, Stream, prefix_of
 from tetrion.engine.parallel.group import GroupPlan, GroupShape, Shard
 from tetrion.engine.parallel.layout import Piece as SlotPiece
 from tetrion.engine.parallel.words import INVALID_VERSION
@@ -150,13 +150,16 @@ class CpuGroup:
         local = [part for parts in pieces for part in parts]
         if self.shape.degree == 1:
             q, k, v = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*local, strict=True))
+            prefix = prefix_of(streams)
+            if prefix is not None:
+                k, v = (torch.cat(parts) for parts in zip((k, v), prefix, strict=True))
             return attention(q, k, v).flatten(1)
         assert self._plan is not None, "no chunk is bound"
         own = self._plan.shard_of(self._slabs.device_id)
         self._push_qkv(over, local, own)
         self._wait_for_all()
         num_rows = sum(self.shape.counts[segment] for segment in over)
-        output = attention(*self._slabs.qkv(own.device_id, num_rows, len(own.heads), self._head_dim))
+        output = attention(*self._own_qkv(own, num_rows, prefix_of(streams)))
         self._push_output(over, output, own)
         self._wait_for_all()
         return self._output(own.device_id, over).flatten(1)
@@ -203,6 +206,15 @@ class CpuGroup:
                 for region, part in zip(regions, parts, strict=True):
                     region[start + rows.start : start + rows.stop].copy_(part[: len(rows), heads])
                 start += self.shape.counts[segment]
+
+    def _own_qkv(self, own: Shard, num_rows: int, prefix: Prefix | None) -> Qkv:
+        """What peers have pushed, and behind it the prefix, which nobody else writes."""
+        if prefix is None:
+            return self._slabs.qkv(own.device_id, num_rows, len(own.heads), self._head_dim)
+        q, k, v = self._slabs.qkv(own.device_id, num_rows + len(prefix[0]), len(own.heads), self._head_dim)
+        for region, rows in zip((k, v), prefix, strict=True):
+            region[num_rows:].copy_(rows)
+        return q[:num_rows], k, v
 
     def _push_output(self, over: Sequence[int], output: Tensor, own: Shard) -> None:
         """`output`: [all rows of those segments, own heads, D]."""

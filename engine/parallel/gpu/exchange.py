@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.cpu.barrier import Aborted
-from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
+from tetrion.engine.parallel.exchange import Chunk, Rope, Stream, prefix_of
 from tetrion.engine.parallel.gpu.slab import GpuSlabs
 from tetrion.engine.parallel.gpu.word_upload import WordUpload
 from tetrion.engine.parallel.group import GroupShape, split
@@ -332,6 +332,10 @@ class GpuGroup:
         self._wait_for_all()
         num_rows = sum(shape.counts[segment] for segment in over)
         q, k, v = (region[:num_rows] for region in self._qkv.regions)
+        if (prefix := prefix_of(streams)) is not None:  # behind what peers push
+            _, k, v = (region[: num_rows + len(prefix[0])] for region in self._qkv.regions)
+            for region, rows in zip((k, v), prefix, strict=True):
+                region[num_rows:].copy_(rows)
         output = attend(q, k, v, shared.attention)
         if shape.degree == 1:
             return output.flatten(1)
