@@ -101,8 +101,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     `family`: the name of its modules in `families/` and `models/`. `segments`: parts of the sequence, each split over
     members by itself, in the order in which attention sees them. `fields`: the tensors of a request's state. `inputs`:
     optional fields of a request (`ImageRequest`) that it takes. `guidance`: what holds for requests without. `weights`:
-    how many numbers each component has. `prefix_blocks`: blocks of a model whose steps work on the image alone and attend
-    to keys and values of the other segments, which are computed once a request.
+    how many numbers each component has. `prefix_blocks`: blocks of a model whose steps work on the image alone and
+    attend to keys and values of the other segments, which are computed once a request.
 
     Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
     there are `reference_sizes`: those that the model knows, to one of which each is resized. Else the result begins

@@ -35,9 +35,9 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ / √D) v per head.
 
-    q, k, v, out: [L, h, D] (k and v perhaps of another number of rows), D of 32, 64 or 128, bf16, fp16 or fp32 (full precision, slow), any strides of tokens and
-        heads that are multiples of 16 bytes; D is contiguous. log_sum_exp, if given: fp32 [h, L], gets the logarithm of
-        each row's softmax denominator (natural, of scaled scores). tile: for tuning.
+    q, k, v, out: [L, h, D], of k and v perhaps other L; D of 32, 64 or 128, bf16, fp16 or fp32 (full precision, slow),
+        any strides of tokens and heads that are multiples of 16 bytes; D is contiguous. log_sum_exp, if given: fp32
+        [h, L], gets the logarithm of each row's softmax denominator (natural, of scaled scores). tile: for tuning.
     Returns `out`, by default a new contiguous tensor.
 
     Raises ValueError for another head dim or dtype.

@@ -186,8 +186,9 @@ class QwenImage21:
         if vae.z_dim != transformer.in_channels:
             raise fault(
                 component_folder(folder, "vae"),
-                f" has {vae.z_dim} latent channels, the transformer's tokens {transformer.in_channels} (vae/config.json:"
-                f" z_dim {vae.z_dim}, transformer/config.json: in_channels {transformer.in_channels})",
+                f" has {vae.z_dim} latent channels, the transformer's tokens {transformer.in_channels}"
+                f" (vae/config.json: z_dim {vae.z_dim}, transformer/config.json: in_channels"
+                f" {transformer.in_channels})",
             )
         check_width(encoder, "hidden_size", language.hidden_size, "context_in_dim", transformer.context_in_dim)
         sizes = Sizes(

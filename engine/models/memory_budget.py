@@ -18,7 +18,7 @@ EXCHANGE_SCRATCH = 3
 STEP_GEMMS = 3
 """What is alive at a step's widest point, in inputs and outputs of its widest GEMM (a block's MLP at degree 1)."""
 CACHED_PREFIXES = 4
-"""Requests' branches whose keys and values of texts a device keeps; those of a branch that steps are there once more."""
+"""Requests' branches whose keys and values of texts a device keeps; those of a branch that steps are there twice."""
 DECODE_CHANNELS = 5 * 256
 """Channels of full-size feature maps alive at the decoder's widest point."""
 TILED_PIXELS = 1536 * 1024
@@ -27,8 +27,9 @@ TILED_PIXELS = 1536 * 1024
 
 class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     """`weights_bytes` by component; `slab_bytes`: what a worker takes at its start, for requests' states and the
-    exchange; `prefix_bytes`: keys and values that are kept for steps; `step_bytes`: activations of the largest picture's step; `decode_bytes`: likewise of its decoding. The two
-    never run at once, but memory once taken is kept. `whole_pixels`: larger pictures are decoded in tiles."""
+    exchange; `prefix_bytes`: keys and values that are kept for steps; `step_bytes`: activations of the largest
+    picture's step; `decode_bytes`: likewise of its decoding. The two never run at once, but memory once taken is kept.
+    `whole_pixels`: larger pictures are decoded in tiles."""
 
     model: str
     weights_bytes: Mapping[str, int]

@@ -160,8 +160,8 @@ def step(
 ) -> Tensor:
     """Velocity [n, in_channels] at one step, for this member's rows.
 
-    latents: [n, in_channels]; prefix: keys and values of the text, [T, B, 2, own heads, D]; table: all of `modulations`,
-    of which `ops` knows the step.
+    latents: [n, in_channels]; prefix: keys and values of the text, [T, B, 2, own heads, D]; table: all of
+    `modulations`, of which `ops` knows the step.
     """
     no_shift, scale, gate, mlp_scale, mlp_gate, final = table.unbind(-2)
     image = Sum(ops.linear(latents, weights.image_in))

@@ -65,8 +65,8 @@ class Stream(NamedTuple):
     """Local rows with one set of weights.
 
     `qkv`: [n, 3 · H · D], the padded local rows of `segments`, in canonical order. `q_norm`, `k_norm`: weights of
-    RMSNorm over a head, [D]; None: not normed. `prefix`: what all rows of the call attend to beside themselves, in one of its streams; it follows them in
-    the order of keys.
+    RMSNorm over a head, [D]; None: not normed. `prefix`: what all rows of the call attend to beside themselves, in one
+    of its streams; it follows them in the order of keys.
     """
 
     qkv: Tensor

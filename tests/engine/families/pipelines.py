@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage21,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -22,6 +23,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
@@ -44,6 +47,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -75,6 +79,17 @@ CHAT_TEMPLATE = """{%- for message in messages %}
     {%- endif %}
 {%- endif %}"""
 """What Qwen3's does with one message of a user."""
+
+
+VISION_TEMPLATE = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- for part in message.content %}{{- part.text }}{%- endfor %}
+    {{- '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+"""What Qwen3-VL's does with messages of text."""
 
 
 class Drawn(NamedTuple):
@@ -424,8 +439,92 @@ class Flux2Dev(Flux2Klein):
         (folder / "model_index.json").write_bytes(msgspec.json.encode(index))
 
 
+class VisionProcessor(Qwen2Tokenizer):
+    """What the pipeline asks of Qwen3-VL's processor for a text alone. The library's takes torchvision to be made."""
+
+    @property
+    def tokenizer(self) -> Qwen2Tokenizer:
+        return self
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
+        return super().apply_chat_template([conversation], **options)
+
+
+class QwenImage21(Case):
+    """Prompts of different lengths; 20 rows of the image, in an odd number of pairs."""
+
+    text_rows = 96
+    sigmas: ClassVar[list[float] | None] = None
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(5)
+        transformer = QwenImage21Transformer2DModel(
+            in_channels=8, out_channels=8, num_layers=3, context_in_dim=QWEN_WIDTH, **self.options
+        )
+        vae = AutoencoderKLQwenImage21(
+            base_dim=8, decoder_base_dim=12, z_dim=8, dim_mult=[1, 1, 2, 2, 2], num_res_blocks=1,
+            latents_mean=[0.1 * i - 0.3 for i in range(8)], latents_std=[1 + 0.1 * i for i in range(8)],
+        )  # fmt: skip
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        )
+        return randomized(
+            QwenImage21Pipeline(
+                scheduler=scheduler, vae=vae, text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl_config(2)),
+                processor=qwen_tokenizer(VisionProcessor, VISION_TEMPLATE), transformer=transformer,
+                sample_sigmas=self.sigmas,
+            )
+        )  # fmt: skip
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        super().save(pipeline, folder)
+        qwen_tokenizer(template=VISION_TEMPLATE).save_pretrained(folder / "processor")
+        index = msgspec.json.decode((folder / "model_index.json").read_bytes())
+        index["processor"] = ["transformers", "Qwen3VLProcessor"]
+        (folder / "model_index.json").write_bytes(msgspec.json.encode(index))
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, _, mask = pipeline.encode_prompt(prompt)
+        mask = torch.cat([mask, mask.new_ones(1, len(latents) // 4)], dim=1)
+        return pipeline.transformer(
+            latents[None], text, torch.tensor([time]) / 1000, [[(1, *self.tokens)]], mask, return_dict=False
+        )[0][0, -len(latents) :]
+
+    def draw(self, pipeline: DiffusionPipeline, num_steps: int, seed: int) -> Drawn:
+        """Its pictures have an opacity: they are put on white."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(_: Any, step: int, time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            kept.update(values)
+            return values
+
+        (pictures,) = pipeline(
+            prompt=PROMPT, height=self.height, width=self.width, num_inference_steps=num_steps, output_type="np",
+            generator=torch.Generator().manual_seed(seed), callback_on_step_end=keep, return_dict=False,
+            **self.call(pipeline),
+        )  # fmt: skip
+        colours, opacity = pictures[0][..., :3], pictures[0][..., 3:]
+        picture = colours * opacity + (1 - opacity)
+        return Drawn(self.packed(kept["latents"]), (picture * 255).round().astype(np.uint8))
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        negative = self.negative if self.num_branches == 2 else None
+        return {"true_cfg_scale": self.guidance, "negative_prompt": negative}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
+class QwenImage21Turbo(QwenImage21):
+    """With levels of its own for the number of steps that tests run. Its second prompt is empty."""
+
+    sigmas: ClassVar[list[float] | None] = [1.0, 0.9, 0.7, 0.55, 0.3, 0.1]
+    negative = ""
+
+
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
 FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
+QWEN21 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
 CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
@@ -464,6 +563,14 @@ CASES: tuple[Case, ...] = (
     ),
     Flux2KleinDistilled("flux2-klein", FLUX2, guidance=4.0, preset={"max_text_tokens": 96}),
     Flux2Dev("flux2-dev", FLUX2 | {"guidance_embeds": True}, guidance=3.0, preset={"max_text_tokens": 288}),
+    QwenImage21(
+        "qwen-image-2.1", QWEN21, guidance=1.0, width=64, height=96, unit=16, num_devices=5,
+        preset={"max_text_tokens": 96},
+    ),
+    QwenImage21Turbo(
+        "qwen-image-2.1-turbo", QWEN21, guidance=3.0, num_branches=2, width=96, height=32, unit=16, num_devices=5,
+        preset={"max_text_tokens": 96},
+    ),
 )  # fmt: skip
 """Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
 
@@ -551,12 +658,12 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer(kind: type[Qwen2Tokenizer] = Qwen2Tokenizer, template: str = CHAT_TEMPLATE) -> Qwen2Tokenizer:
     """A token for each byte, marks of a chat."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = kind(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>"]})
+    tokenizer.chat_template = template
     return tokenizer
 
 
