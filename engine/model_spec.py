@@ -98,7 +98,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     `family`: the name of its modules in `families/` and `models/`. `segments`: parts of the sequence, each split over
     members by itself, in the order in which attention sees them. `fields`: the tensors of a request's state. `inputs`:
     optional fields of a request (`ImageRequest`) that it takes. `guidance`: what holds for requests without. `weights`:
-    how many numbers each component has.
+    how many numbers each component has. `heads_per_key`: so many heads of queries share one of keys and values.
 
     Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
     there are `reference_sizes`: those that the model knows, to one of which each is resized. Else the result begins
@@ -110,6 +110,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     family: str
     num_heads: int
     head_dim: int
+    heads_per_key: int = 1
     segments: tuple[Rows, ...]
     fields: tuple[SlotField, ...]
     max_branches: int = 1
@@ -132,6 +133,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def hidden_size(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def num_key_heads(self) -> int:
+        """Of keys and values, which are what members of a group share out, each with its queries."""
+        return self.num_heads // self.heads_per_key
+
+    @property
+    def qkv_width(self) -> int:
+        """Of a token's queries, keys and values."""
+        return (self.num_heads + 2 * self.num_key_heads) * self.head_dim
 
     @property
     def stepped(self) -> int:
@@ -182,7 +193,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def legal_degrees(self, num_devices: int, num_branches: int = 1) -> tuple[int, ...]:
         """See the function of that name."""
-        return legal_degrees(self.num_heads, num_branches, num_devices)
+        return legal_degrees(self.num_key_heads, num_branches, num_devices)
 
 
 @functools.lru_cache

@@ -34,9 +34,12 @@ class Gemm(NamedTuple):
 
 
 class Attention(NamedTuple):
+    """`heads_per_key`: so many heads share one of keys and values."""
+
     tokens: int
     heads: int
     head_dim: int
+    heads_per_key: int = 1
 
     @property
     def flops(self) -> int:
@@ -58,7 +61,7 @@ def step_operators(spec: ModelSpec, shape: StepShape, degree: int) -> list[Opera
 
 def pass_operators(spec: ModelSpec, shape: StepShape, degree: int, branch: int) -> list[Operator]:
     """Of one evaluation of the network for a branch, by the first of `degree` members."""
-    most_heads = -(-spec.num_heads // degree)
+    most_heads = -(-spec.num_key_heads // degree) * spec.heads_per_key
     group = GroupShape(shape.counts(spec.segments, branch), degree, most_heads)
     recorder = Recorder(spec, group)
     network = family_module(spec).network(spec, _meta_weights(spec), recorder)
@@ -82,7 +85,8 @@ class Recorder:
     def attend(self, streams: Sequence[Stream]) -> Tensor:
         over = [segment for stream in streams for segment in stream.segments]
         tokens = sum(self._shape.counts[segment] for segment in over)
-        self.operators.append(Attention(tokens, self._shape.own_heads, self._spec.head_dim))
+        spec = self._spec
+        self.operators.append(Attention(tokens, self._shape.own_heads, spec.head_dim, spec.heads_per_key))
         return _meta(sum(self._shape.padded[segment] for segment in over), self._spec.hidden_size)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:

@@ -60,8 +60,9 @@ Rope = tuple[Tensor, Tensor]
 class Stream(NamedTuple):
     """Local rows with one set of weights.
 
-    `qkv`: [n, 3 · H · D], the padded local rows of `segments`, in canonical order. `q_norm`, `k_norm`: weights of
-    RMSNorm over a head, [D]; None: not normed.
+    `qkv`: [n, (H + 2 · K) · D], the padded local rows of `segments`, in canonical order; K of the H heads are those of
+    keys and values (`ModelSpec.num_key_heads`). `q_norm`, `k_norm`: weights of RMSNorm over a head, [D]; None: not
+    normed.
     """
 
     qkv: Tensor

@@ -172,7 +172,8 @@ class Denoiser:
         layout = BranchLayout(members=members, num_branches=shape.num_branches)
         part = layout.part_of(me)
         plans = tuple(
-            plan_group(part, shape.counts(spec.segments, branch), spec.num_heads) for branch in layout.branches_of(me)
+            plan_group(part, shape.counts(spec.segments, branch), spec.num_heads, spec.heads_per_key)
+            for branch in layout.branches_of(me)
         )
         return Chunk(shape, layout, plans, slot, chunk_index, source, *versions)
 

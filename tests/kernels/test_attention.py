@@ -31,6 +31,17 @@ def test_attention(device, dtype, num_tokens, head_dim) -> None:
     assert_close(out, _expected(*qkv))
 
 
+@pytest.mark.parametrize("heads_per_key", [2, 3])
+def test_several_heads_may_share_keys_and_values(device, dtype, heads_per_key) -> None:
+    """Bits are those of keys and values repeated for each."""
+    num_tokens, num_keys = 129, 2
+    q = torch.randn(num_tokens, num_keys * heads_per_key, 32).to(dtype)
+    k, v = torch.randn(2, num_tokens, num_keys, 32).to(dtype)
+    out = attention(q, k, v)
+    assert_close(out, _expected(q, k, v))
+    assert torch.equal(out, attention(q, *(x.repeat_interleave(heads_per_key, dim=1) for x in (k, v))))
+
+
 def test_result_is_made_when_no_output_is_given(device, dtype) -> None:
     qkv = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in _inputs(40, 3, 32, dtype)]
     out = attention(*qkv)
