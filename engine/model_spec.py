@@ -32,7 +32,8 @@ class ModelTooLarge(CheckpointError):
 
 class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a FlowMatchEulerDiscreteScheduler config that decides the noise levels. `use_flow_sigmas`: they are
-    spaced as it was trained, whatever the pipeline would choose."""
+    spaced as it was trained, whatever the pipeline would choose. `shift_terminal`: shifted levels are stretched so that
+    the last step's is this; 0: they are not."""
 
     num_train_timesteps: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
     shift: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
@@ -43,6 +44,7 @@ class SchedulerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_image_seq_len: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 4096
     time_shift_type: Literal["exponential", "linear"] = "exponential"
     use_flow_sigmas: bool = False
+    shift_terminal: Annotated[float, Meta(ge=0, lt=1)] = 0.0
 
 
 class SlotField(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,8 @@ from torch import Tensor
 
 EPS = 1e-6
 MIN_EXACT_ROWS = 16
+LEAST_NORM = 1e-30
+"""Shorter rows are not made longer."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -121,6 +123,14 @@ def guided_step(state: Tensor, velocities: Sequence[Tensor], coefficients: Tenso
             total = total + weight * row
         rows.append(total + weights[-1] * velocity)
     return torch.cat(rows, dim=1)
+
+
+def rescaled_guidance(velocity: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    """v₁ + guidance · (v₀ − v₁), each row as long as v₀'s: fp32 [n, C], of the prompt's and the negative prompt's."""
+    own, other = velocity.float(), negative.float()
+    mixed = other + guidance * (own - other)
+    own_N1, mixed_N1 = (x.square().sum(1, keepdim=True).sqrt_() for x in (own, mixed))
+    return mixed * (own_N1 / mixed_N1.clamp_min(LEAST_NORM))
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ UNSUPPORTED_OPTIONS = (
     "use_exponential_sigmas",
     "use_beta_sigmas",
     "invert_sigmas",
-    "shift_terminal",
     "stochastic_sampling",
 )
 """Of the scheduler. What else a config may say of it changes nothing in diffusers either."""

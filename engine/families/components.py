@@ -18,6 +18,8 @@ QUANTIZATION = ("quantization_config", "compression_config")
 DOWN_BLOCK = "DownEncoderBlock2D"
 CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 QWEN3S = ("Qwen3ForCausalLM", "Qwen3Model")
+QWEN25_VLS = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
+QWEN3_VLS = ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")
 MISTRAL3S = ("Mistral3ForConditionalGeneration",)
 T5S = ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel")
 
@@ -172,12 +174,87 @@ class LanguageConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Whether q and k are normed by head."""
         return True
 
+    @property
+    def has_biases(self) -> bool:
+        """Whether what q, k and v are made by has one."""
+        return False
+
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads"
                 f" {self.num_attention_heads}"
             )
+
+
+class _SectionedRope(_Rope, frozen=True, kw_only=True):
+    """Pairs of channels turn by one of three positions, those of a section by the same. Text has one position."""
+
+    rope_type: Literal["default", "mrope"] = "default"
+    mrope_section: Annotated[tuple[Size, ...], Meta(min_length=3, max_length=3)] = (16, 24, 24)
+
+
+class Qwen25VlConfig(LanguageConfig, frozen=True, kw_only=True):
+    """Of Qwen2.5-VL's language model. A head is as wide as `num_attention_heads` leave it."""
+
+    hidden_size: Size = 8192
+    intermediate_size: Size = 29568
+    num_hidden_layers: Count = 80
+    num_attention_heads: Size = 64
+    num_key_value_heads: Size = 8
+    head_dim: Size = 0
+    vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 152064
+    rms_norm_eps: _Epsilon = 1e-5
+    rope_scaling: _SectionedRope | None = None  # type: ignore[assignment]
+    rope_parameters: _SectionedRope | None = None
+
+    @property
+    def has_head_norms(self) -> bool:
+        return False
+
+    @property
+    def has_biases(self) -> bool:
+        return True
+
+    @property
+    def sections(self) -> tuple[int, ...]:
+        """Pairs of channels that turn by each of three positions."""
+        rope = self.rope_parameters or self.rope_scaling or _SectionedRope()
+        return rope.mrope_section
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size}"
+            )
+        if 2 * sum(self.sections) != self.hidden_size // self.num_attention_heads:
+            raise ValueError(
+                f"mrope_section {list(self.sections)} must add up to half of hidden_size / num_attention_heads ="
+                f" {self.hidden_size // self.num_attention_heads}"
+            )
+
+
+class _InterleavedRope(_Rope, frozen=True, kw_only=True):
+    """Pairs of channels turn by three positions in turn. A text's rows have all three equal, so that it makes no
+    difference how they are interleaved."""
+
+    mrope_interleaved: Literal[True] = True
+    mrope_section: Annotated[tuple[Size, ...], Meta(min_length=3, max_length=3)] = (24, 20, 20)
+
+
+class Qwen3VlConfig(LanguageConfig, frozen=True, kw_only=True):
+    """Of Qwen3-VL's language model, which is of Qwen3's kind."""
+
+    max_position_embeddings: Size = 128000
+    rope_scaling: _InterleavedRope | None = None  # type: ignore[assignment]
+    rope_parameters: _InterleavedRope | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rope = self.rope_parameters or self.rope_scaling or _InterleavedRope()
+        if 3 * max(rope.mrope_section[1:]) > self.head_dim // 2:
+            raise ValueError(f"mrope_section {list(rope.mrope_section)} must fit into half of head_dim {self.head_dim}")
 
 
 class MistralConfig(LanguageConfig, frozen=True, kw_only=True):
@@ -193,10 +270,20 @@ class MistralConfig(LanguageConfig, frozen=True, kw_only=True):
         return False
 
 
+class _Qwen3Vl(msgspec.Struct, frozen=True, kw_only=True):
+    """Which also sees pictures."""
+
+    text_config: dict[str, Any]
+
+
 class _Mistral3(msgspec.Struct, frozen=True, kw_only=True):
     """Which also sees pictures, by parts that are not used."""
 
     text_config: dict[str, Any]
+
+
+class _Qwen25Vl(msgspec.Struct, frozen=True, kw_only=True):
+    text_config: dict[str, Any] | None = None
 
 
 def read_part(folder: Path, kind: type[_T], class_name: str) -> _T:
@@ -240,12 +327,32 @@ def read_qwen3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig
     return _deep_enough(folder, read_encoder(folder, LanguageConfig, "qwen3", QWEN3S), num_layers, max_tokens)
 
 
+def read_qwen3_vl(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
+    """Qwen3-VL's language model, likewise."""
+    text = read_encoder(folder, _Qwen3Vl, "qwen3_vl", QWEN3_VLS).text_config
+    if (found := text.get("model_type", "qwen3_vl_text")) != "qwen3_vl_text":
+        raise fault(
+            folder / CONFIG, f": text_config {shown(found)} is not supported (model_type must be 'qwen3_vl_text')"
+        )
+    return _deep_enough(folder, convert(folder / CONFIG, text, Qwen3VlConfig), num_layers, max_tokens)
+
+
 def read_mistral3(folder: Path, num_layers: int, max_tokens: int) -> LanguageConfig:
     """Mistral3's language model, likewise."""
     text = read_encoder(folder, _Mistral3, "mistral3", MISTRAL3S).text_config
     if (found := text.get("model_type", "mistral")) != "mistral":
         raise fault(folder / CONFIG, f": text_config {shown(found)} is not supported (model_type must be 'mistral')")
     return _deep_enough(folder, convert(folder / CONFIG, text, MistralConfig), num_layers, max_tokens)
+
+
+def read_qwen25_vl(folder: Path, max_tokens: int) -> Qwen25VlConfig:
+    """Qwen2.5-VL's language model, likewise, all of it. Its fields are the config's own, or in its `text_config`."""
+    whole = read_encoder(folder, _Qwen25Vl, "qwen2_5_vl", QWEN25_VLS)
+    text = _read_config(folder) if whole.text_config is None else whole.text_config
+    config = convert(folder / CONFIG, text, Qwen25VlConfig)
+    config = msgspec.structs.replace(config, head_dim=config.hidden_size // config.num_attention_heads)
+    _deep_enough(folder, config, 1, max_tokens)
+    return config
 
 
 def _deep_enough(folder: Path, config: LanguageConfig, num_layers: int, max_tokens: int) -> LanguageConfig:

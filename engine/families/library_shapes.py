@@ -22,7 +22,7 @@ BESIDE_T5 = ("decoder.", "lm_head.", *T5_EMBEDDINGS)
 BESIDE_DECODER = ("encoder.", "quant_conv.")
 BESIDE_LANGUAGE = (
     *("lm_head.", "norm.", "layers.", "language_model.lm_head."),
-    *(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")),
+    *(f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector", "visual")),
 )
 """Parts of whole models that are not used; of an autoencoder only where no picture is turned into latents."""
 Named = Iterator[tuple[str, Shape]]
@@ -38,9 +38,10 @@ def t5_shapes(config: T5Config, table: str) -> dict[str, Shape]:
     return dict(_t5(config, table))
 
 
-def language_shapes(config: LanguageConfig, num_layers: int) -> dict[str, Shape]:
-    """Of the first layers of a language model of Qwen3's kind, without the prefix `model.`."""
-    return dict(_language(config, num_layers))
+def language_shapes(config: LanguageConfig, num_layers: int, is_normed: bool = False) -> dict[str, Shape]:
+    """Of the first layers of a language model of Qwen3's kind, without the prefix `model.`, and of the norm behind all
+    layers."""
+    return dict(_language(config, num_layers, is_normed))
 
 
 def decoder_shapes(config: VaeConfig) -> dict[str, Shape]:
@@ -60,11 +61,13 @@ def check_t5(folder: Path, config: T5Config, shapes: Mapping[str, Shape]) -> Non
     check_shapes(folder, t5_shapes(config, table), shapes, BESIDE_T5)
 
 
-def check_language(folder: Path, config: LanguageConfig, num_layers: int, shapes: Mapping[str, Shape]) -> None:
+def check_language(
+    folder: Path, config: LanguageConfig, num_layers: int, shapes: Mapping[str, Shape], is_normed: bool = False
+) -> None:
     """See `check_clip`; further layers are not looked at."""
     prefix = language_prefix(shapes)
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    check_shapes(folder, language_shapes(config, num_layers), shapes, BESIDE_LANGUAGE)
+    check_shapes(folder, language_shapes(config, num_layers, is_normed), shapes, BESIDE_LANGUAGE)
 
 
 def language_prefix(names: Iterable[str]) -> str:
@@ -134,7 +137,7 @@ def _t5(config: T5Config, table: str) -> Named:
     yield "encoder.final_layer_norm.weight", (width,)
 
 
-def _language(config: LanguageConfig, num_layers: int) -> Named:
+def _language(config: LanguageConfig, num_layers: int, is_normed: bool) -> Named:
     width, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     yield TABLE, (config.vocab_size, width)
@@ -142,6 +145,8 @@ def _language(config: LanguageConfig, num_layers: int) -> Named:
         layer = f"layers.{i}"
         for projection, num_out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             yield f"{layer}.self_attn.{projection}.weight", (num_out, width)
+            if config.has_biases:
+                yield f"{layer}.self_attn.{projection}.bias", (num_out,)
         yield f"{layer}.self_attn.o_proj.weight", (width, queries)
         for norm in ("q_norm", "k_norm") if config.has_head_norms else ():
             yield f"{layer}.self_attn.{norm}.weight", (config.head_dim,)
@@ -150,6 +155,8 @@ def _language(config: LanguageConfig, num_layers: int) -> Named:
         yield f"{layer}.mlp.down_proj.weight", (width, inner)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{layer}.{norm}.weight", (width,)
+    if is_normed:
+        yield "norm.weight", (width,)
 
 
 def _decoder(config: VaeConfig) -> Named:

@@ -55,11 +55,12 @@ class Prompt(NamedTuple):
 class PromptReader:
     """Prompts of one model."""
 
-    def __init__(self, tokenizer: Path, form: ChatForm, vocab_size: int, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Path, form: ChatForm, vocab_size: int, max_tokens: int, num_dropped: int = 0) -> None:
         """`tokenizer`: the component's folder; one without a vocabulary (for `dummy`) makes a token of each word.
-        `padding`: the id of what fills a text up, `pads_left`: in front of it, by the config. Raises CheckpointError
-        for a vocabulary that cannot be used."""
-        self.form, self.max_tokens = form, max_tokens
+        `padding`: the id of what fills a text up, `pads_left`: in front of it, by the config. `num_dropped`: of how
+        many of the form's first tokens nothing is kept once they are encoded; they are among `max_tokens`. Raises
+        CheckpointError for a vocabulary that cannot be used."""
+        self.form, self.max_tokens, self.num_dropped = form, max_tokens, num_dropped
         self._words = None if has_vocabulary(tokenizer) else HashTokenizer(vocab_size, end=vocab_size - 1)
         self._tokenizer = load_tokenizer(tokenizer) if self._words is None else None
         self.padding, self.pads_left = (0, False) if self._tokenizer is None else _padding(tokenizer, self._tokenizer)
@@ -70,8 +71,9 @@ class PromptReader:
             ids = self._tokenizer.encode(self.form.of(prompt), add_special_tokens=not self.form.has_ends).ids
             return Prompt(ids[: self.max_tokens], len(ids))
         assert self._words is not None
-        num_tokens = self._words.num_tokens(prompt)
-        return Prompt(self._words.ids(prompt, min(num_tokens, self.max_tokens)), num_tokens)
+        form, num_tokens = [0] * self.num_dropped, self._words.num_tokens(prompt)
+        words = self._words.ids(prompt, min(num_tokens, self.max_tokens - len(form)))
+        return Prompt(form + words, len(form) + num_tokens)
 
 
 def check_template(folder: Path, form: ChatForm) -> None:

@@ -124,6 +124,8 @@ class Model:
     """Of so many steps, with those that are skipped."""
     guidance_factor: Callable[[Params], float]
     """How far a step goes from the negative prompt's velocity towards the prompt's: 1 is the prompt's own."""
+    keeps_norm: bool = False
+    """Whether guidance keeps the length of the prompt's velocity, row by row."""
     weights_bytes: int = 0
     """Of what is loaded for it alone, or for it first: models may have components in common."""
 

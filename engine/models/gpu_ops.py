@@ -20,6 +20,7 @@ from torch import Tensor
 from tetrion.engine.models.ops import Linear
 from tetrion.kernels.guided_step import guided_step
 from tetrion.kernels.reference import Branch, gelu_tanh
+from tetrion.kernels.rescaled_guidance import rescaled_guidance
 from tetrion.kernels.residual_modulate import residual_modulate
 from tetrion.kernels.residual_rms import gated_rms_sum, residual_rms
 from tetrion.kernels.silu_product import silu_product
@@ -70,8 +71,16 @@ class GpuOps:
         return residual_modulate(branches, step=self._step)
 
     def guided_step(
-        self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
+        self,
+        state: Tensor,
+        velocities: Sequence[Tensor],
+        coefficients: Tensor,
+        guidance: Tensor,
+        *,
+        keeps_norm: bool = False,
     ) -> Tensor:
+        if keeps_norm and len(velocities) == 2:
+            velocities = [rescaled_guidance(*velocities, guidance, self._step)]
         return guided_step(state, velocities, coefficients, guidance, self._step)
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

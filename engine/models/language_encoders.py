@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.mistral.modeling_mistral import MistralModel, MistralRotaryEmbedding
 from transformers.models.mistral3.configuration_mistral3 import Mistral3Config
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLTextRotaryEmbedding
 
 from tetrion.engine.families.library_shapes import language_prefix
 from tetrion.engine.families.plan import Part
@@ -36,6 +40,8 @@ class LanguageKind(NamedTuple):
 
 
 QWEN3 = LanguageKind(Qwen3Config, Qwen3Model, Qwen3RotaryEmbedding)
+QWEN25_VL = LanguageKind(Qwen2_5_VLConfig, Qwen2_5_VLTextModel, Qwen2_5_VLRotaryEmbedding)
+QWEN3_VL = LanguageKind(Qwen3VLConfig, Qwen3VLTextModel, Qwen3VLTextRotaryEmbedding)
 MISTRAL3 = LanguageKind(Mistral3Config, MistralModel, MistralRotaryEmbedding)
 
 
@@ -48,7 +54,7 @@ class LanguageIds(NamedTuple):
 
 
 class LanguageEncoder:
-    """`layers`: whose outputs are put side by side, 1 being the first's."""
+    """`layers`: whose outputs are put side by side, 1 being the first's. `is_normed`: by the norm behind all layers."""
 
     def __init__(
         self,
@@ -57,11 +63,12 @@ class LanguageEncoder:
         tensors: Mapping[str, Tensor],
         layers: Sequence[int],
         reader: PromptReader,
+        is_normed: bool = False,
     ) -> None:
         """Raises CheckpointError if a tensor is missing."""
         config = _load_config(kind, folder, max(layers))
         self._layers, self._reader = tuple(layers), reader
-        self._model: Any = build_module(_builder(kind, config), tensors, folder)
+        self._model: Any = build_module(_builder(kind, config, is_normed), tensors, folder)
         device = next(self._model.parameters()).device
         self._model.rotary_emb = kind.rotary(config=config).to(device)  # its buffer is in no checkpoint
 
@@ -85,25 +92,30 @@ class LanguageEncoder:
             outputs[i] = x_1LC = layer(
                 x_1LC, attention_mask=mask_LL[None, None], position_ids=position_1L, position_embeddings=rotations
             )
-        return torch.cat([outputs[i][0] for i in self._layers], dim=-1)
+        return torch.cat([self._model.norm(outputs[i][0]) for i in self._layers], dim=-1)
 
 
-def language_shapes_of(kind: LanguageKind, num_layers: int) -> Callable[[Path], dict[str, tuple[int, ...]]]:
+def language_shapes_of(
+    kind: LanguageKind, num_layers: int, is_normed: bool = False
+) -> Callable[[Path], dict[str, tuple[int, ...]]]:
     """Of all tensors that a component's config means, without those of further layers."""
-    return lambda folder: module_shapes(_builder(kind, _load_config(kind, folder, num_layers)))
+    return lambda folder: module_shapes(_builder(kind, _load_config(kind, folder, num_layers), is_normed))
 
 
-def language_component(kind: LanguageKind, folder: Path, files: TensorFiles, num_layers: int) -> Component:
+def language_component(
+    kind: LanguageKind, folder: Path, files: TensorFiles, num_layers: int, is_normed: bool = False
+) -> Component:
     """What is loaded of a checkpoint that may hold more: a head, further layers."""
     prefix = language_prefix(files.names)
-    names = language_shapes_of(kind, num_layers)(folder)
+    names = language_shapes_of(kind, num_layers, is_normed)(folder)
     return Component(files, {name: Part((f"{prefix}{name}",)) for name in names})
 
 
-def _builder(kind: LanguageKind, config: PretrainedConfig) -> Callable[[], PreTrainedModel]:
+def _builder(kind: LanguageKind, config: PretrainedConfig, is_normed: bool) -> Callable[[], PreTrainedModel]:
     def build() -> PreTrainedModel:
         model: Any = kind.model(config)
-        model.norm = nn.Identity()  # no layer's output that is taken has been normed
+        if not is_normed:
+            model.norm = nn.Identity()
         return model
 
     return build

@@ -84,11 +84,12 @@ def time_conditioning(
     return conditioning
 
 
-def timestep_embedding(values: Tensor) -> Tensor:
-    """Sinusoidal embedding [S] -> [S, 256], cosines first (arXiv:2006.11239, as FLUX and SD3 use it)."""
+def timestep_embedding(values: Tensor, scale: float = 1.0) -> Tensor:
+    """Sinusoidal embedding [S] -> [S, 256], cosines first (arXiv:2006.11239, as FLUX and SD3 use it). `scale`: of the
+    angles."""
     half = TIME_CHANNELS // 2
     exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float().unsqueeze(1) * torch.exp(exponents).unsqueeze(0)
+    angles = scale * (values.float().unsqueeze(1) * torch.exp(exponents).unsqueeze(0))
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 

@@ -63,9 +63,16 @@ class Ops(Protocol):
         """x + gate · RMSNorm(y), where another norm follows. y may be overwritten."""
 
     def guided_step(
-        self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
+        self,
+        state: Tensor,
+        velocities: Sequence[Tensor],
+        coefficients: Tensor,
+        guidance: Tensor,
+        *,
+        keeps_norm: bool = False,
     ) -> Tensor:
-        """See `reference.guided_step`; coefficients [S, K, K + 1] and guidance [S] are tables of all steps."""
+        """See `reference.guided_step`; coefficients [S, K, K + 1] and guidance [S] are tables of all steps. Two
+        velocities may be put together as `reference.rescaled_guidance` does it (`keeps_norm`)."""
 
 
 class ReferenceOps:
@@ -111,7 +118,15 @@ class ReferenceOps:
         return reference.gated_residual(x, gate[int(self._step)], reference.rms_norm(y, epsilon))
 
     def guided_step(
-        self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
+        self,
+        state: Tensor,
+        velocities: Sequence[Tensor],
+        coefficients: Tensor,
+        guidance: Tensor,
+        *,
+        keeps_norm: bool = False,
     ) -> Tensor:
         s = int(self._step)
+        if keeps_norm and len(velocities) == 2:
+            velocities = [reference.rescaled_guidance(*velocities, float(guidance[s]))]
         return reference.guided_step(state, velocities, coefficients[s], float(guidance[s]))

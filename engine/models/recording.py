@@ -120,7 +120,13 @@ class Recorder:
         return x
 
     def guided_step(
-        self, state: Tensor, velocities: Sequence[Tensor], coefficients: Tensor, guidance: Tensor
+        self,
+        state: Tensor,
+        velocities: Sequence[Tensor],
+        coefficients: Tensor,
+        guidance: Tensor,
+        *,
+        keeps_norm: bool = False,
     ) -> Tensor:
         return state
 

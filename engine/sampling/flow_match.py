@@ -60,7 +60,15 @@ def sigmas(
         levels = factor / (factor + (1 / levels - 1))
     else:
         raise ValueError(f"time_shift_type: expected exponential or linear, got {scheduler.time_shift_type!r}")
+    if scheduler.shift_terminal:
+        levels = _stretched(levels, scheduler.shift_terminal)
     return np.append(levels, np.float32(0)).astype(np.float32)
+
+
+def _stretched(levels: NDArray[Any], last: float) -> NDArray[Any]:
+    """So that the last is `last` and a level of 1 stays: a single step's stays as it is (diffusers makes it NaN)."""
+    done = 1 - levels
+    return levels if done[-1] <= 0 else 1 - done / (done[-1] / (1 - last))
 
 
 def _levels(scheduler: SchedulerSpec, num_steps: int, spacing: Spacing) -> NDArray[Any]:

@@ -241,14 +241,15 @@ class Denoiser:
         """What ends a step: `branches` are those that were evaluated here, of `num_branches`."""
         apart = len(branches) < num_branches
         swap = self._exchange.swap(len(rows.state), self.model.network.out_channels) if apart else None
-        own = [rows.velocity(branch) for branch in branches]
+        own, keeps_norm = [rows.velocity(branch) for branch in branches], self.model.keeps_norm
 
         def tail() -> None:
             velocities = list(own)
             if swap is not None:
                 velocities.insert(1 - branches[0], swap.push(velocities[0]))
             tables = self.tables
-            rows.state.copy_(self._ops.guided_step(rows.state, velocities, tables.coefficients, tables.guidance))
+            now, guidance = tables.coefficients, tables.guidance
+            rows.state.copy_(self._ops.guided_step(rows.state, velocities, now, guidance, keeps_norm=keeps_norm))
             if swap is not None:
                 swap.done()
             tables.step.add_(1)

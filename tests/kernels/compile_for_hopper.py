@@ -22,6 +22,7 @@ from tetrion.kernels import (
     guided_step,
     output_push,
     qk_norm_rope_push,
+    rescaled_guidance,
     residual_modulate,
     slot_version,
     state_place,
@@ -125,6 +126,9 @@ def main() -> None:
         "velocity_push": compiled(velocity_push, {"SIZE": velocity_push.BLOCK}, num_warps=4),
         "euler_step": compiled(guided_step, step | {"negative": None}, fp32, num_warps=4),
         "guided_step": compiled(guided_step, step | {"NUM_ROWS": 4, "CHANNELS": 16}, fp32, num_warps=4),
+        "rescaled_guidance": compiled(
+            rescaled_guidance, {"WIDTH": 64, "ROWS": 16, "COLUMNS": 64, "LEAST": 1e-30}, fp32, num_warps=4
+        ),
         "wait_version": compiled(slot_version._wait, waits, num_warps=1),
         "wait_for_state": compiled(slot_version._wait_for_state, waits, num_warps=1),
         "confirm_version": compiled(slot_version._confirm, confirm, num_warps=1),

@@ -43,6 +43,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -502,6 +503,24 @@ def qwen3_config(num_layers: int) -> Qwen3Config:
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+
+
+def qwen3_vl_config(num_layers: int) -> Qwen3VLConfig:
+    """Positions in three parts of a head's 16 pairs of channels."""
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": QWEN_WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "max_position_embeddings": 512, "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": QWEN_WIDTH,
+        "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    return Qwen3VLConfig(text_config=text, vision_config=vision)
 
 
 def mistral3_config(num_layers: int) -> Mistral3Config:

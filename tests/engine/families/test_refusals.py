@@ -479,7 +479,7 @@ def test_both_clips_prompts_are_equally_long(sd3: Path) -> None:
         ({"use_exponential_sigmas": True}, "scheduler option use_exponential_sigmas is not supported"),
         ({"use_beta_sigmas": True}, "scheduler option use_beta_sigmas is not supported"),
         ({"invert_sigmas": True}, "scheduler option invert_sigmas is not supported"),
-        ({"shift_terminal": 0.1}, "scheduler option shift_terminal is not supported"),
+        ({"shift_terminal": 1.0}, "Expected `float` < 1.0 - at `$.shift_terminal`"),
         ({"stochastic_sampling": True}, "scheduler option stochastic_sampling is not supported"),
         ({"time_shift_type": "cubic"}, "Invalid enum value 'cubic' - at `$.time_shift_type`"),
         ({"shift": 0}, "Expected `float` > 0.0 - at `$.shift`"),
@@ -496,7 +496,9 @@ def test_a_scheduler_is_taken_as_it_is_or_refused(flux: Path, fields: dict[str, 
     assert says in said and "scheduler_config.json'" in said
 
 
-@pytest.mark.parametrize("fields", [{"shift_terminal": None}, {"use_beta_sigmas": None}, {"solver_order": 2}])
+@pytest.mark.parametrize(
+    "fields", [{"shift_terminal": None}, {"shift_terminal": 0}, {"use_beta_sigmas": None}, {"solver_order": 2}]
+)
 def test_options_that_change_nothing_are_taken(flux: Path, fields: dict[str, Any]) -> None:
     before = taken(flux).scheduler
     change(flux, "scheduler/scheduler_config.json", **fields)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tetrion.engine.model_spec import SchedulerSpec
@@ -18,6 +18,8 @@ SCHEDULERS = [
     SchedulerSpec(use_dynamic_shifting=True, base_shift=0.3, max_shift=2.0, base_image_seq_len=64),
     SchedulerSpec(shift=1.0),
     SchedulerSpec(shift=3.0),
+    SchedulerSpec(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+    SchedulerSpec(shift=3.0, shift_terminal=0.3),
 ]
 
 
@@ -29,6 +31,7 @@ SCHEDULERS = [
     seed=st.integers(0, 1000),
 )
 def test_equals_diffusers_scheduler(scheduler, num_steps, num_image_tokens, seed) -> None:
+    assume(num_steps > 1 or not scheduler.shift_terminal)  # theirs are NaN then
     theirs = _diffusers_scheduler(scheduler, num_steps, num_image_tokens)
     levels = sigmas(scheduler, num_steps, num_image_tokens)
     assert levels.dtype == np.float32 and levels.shape == (num_steps + 1,) and levels[-1] == 0
@@ -60,6 +63,15 @@ def test_a_row_of_the_euler_schedule_adds_the_levels_change_times_the_velocity(
         assert torch.equal(latents, expected)
 
 
+@given(num_steps=st.integers(1, 60), num_image_tokens=st.integers(1, 16384), last=st.floats(0.001, 0.99))
+def test_stretched_levels_fall_from_1_to_the_last(num_steps: int, num_image_tokens: int, last: float) -> None:
+    """A single step has nothing to stretch."""
+    spec = SchedulerSpec(use_dynamic_shifting=True, shift_terminal=last)
+    levels = sigmas(spec, num_steps, num_image_tokens)
+    assert levels[0] == 1 and (np.diff(levels) < 0).all()
+    assert num_steps == 1 or levels[-2] == pytest.approx(last, rel=1e-3)
+
+
 def test_unpack_inverts_pack() -> None:
     latents = torch.randn(3, 10, 6)
     packed = pack_latents(latents)
@@ -80,6 +92,7 @@ def _diffusers_scheduler(spec: SchedulerSpec, num_steps: int, num_image_tokens: 
         shift=spec.shift,
         use_dynamic_shifting=spec.use_dynamic_shifting,
         time_shift_type=spec.time_shift_type,
+        shift_terminal=spec.shift_terminal or None,
     )
     mu = calculate_shift(
         num_image_tokens, spec.base_image_seq_len, spec.max_image_seq_len, spec.base_shift, spec.max_shift
