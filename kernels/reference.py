@@ -96,12 +96,15 @@ class Branch(NamedTuple):
     y: Tensor | None = None
 
 
-def residual_modulate(branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
-    """(the sum, that modulated) of each branch."""
+def residual_modulate(branches: Sequence[Branch], rms_epsilon: float | None = None) -> list[tuple[Tensor, Tensor]]:
+    """(the sum, that modulated) of each branch; with `rms_epsilon` by RMSNorm in place of LayerNorm."""
     pairs = []
     for x, shift, scale, gate, y in branches:
         total = x if gate is None or y is None else gated_residual(x, gate, y)
-        pairs.append((total, modulate(total, shift, scale)))
+        if rms_epsilon is None:
+            pairs.append((total, modulate(total, shift, scale)))
+        else:
+            pairs.append((total, torch.addcmul(shift, rms_norm(total, rms_epsilon), 1 + scale)))
     return pairs
 
 
@@ -145,6 +148,12 @@ def silu_product(x: Tensor) -> Tensor:
     """[n, 2·F] -> [n, F]: SiLU of the first half of channels, times the second (SwiGLU, arXiv:2002.05202)."""
     gate, value = x.chunk(2, dim=-1)
     return silu(gate.contiguous()).mul_(value)
+
+
+def sigmoid_product(x: Tensor, gate: Tensor) -> Tensor:
+    """x · sigmoid(gate) = x / (1 + exp(−gate)); [n, C] both. A new tensor."""
+    denominator = gate.contiguous().neg().exp_().add_(1)
+    return torch.div(x, denominator, out=denominator)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, epsilon: float) -> Tensor:

@@ -105,7 +105,12 @@ class Recorder:
     def silu(self, x: Tensor) -> Tensor:
         return x
 
-    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+    def sigmoid_product(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x
+
+    def residual_modulate(
+        self, branches: Sequence[Branch], *, rms_epsilon: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         return [(branch.x, torch.empty_like(branch.x)) for branch in branches]
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

@@ -115,7 +115,9 @@ def main() -> None:
         "qk_norm_rope_push of grouped heads": compiled(qk_norm_rope_push, flux | KREA, num_warps=4),
         "qk_norm_rope_push of copies": compiled(qk_norm_rope_push, plain, num_warps=4),
         "output_push": compiled(output_push, output, num_warps=4),
-        "residual_modulate": compiled(residual_modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6}, num_warps=8),
+        "residual_modulate": compiled(
+            residual_modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6, "IS_RMS": False}, num_warps=8
+        ),
         "group_norm_partial": compiled(group_norm_silu._partial_statistics, maps, num_warps=group_norm_silu.NUM_WARPS),
         "group_norm_join": compiled(group_norm_silu._join_statistics, join, num_warps=group_norm_silu.JOIN_WARPS),
         "group_norm_silu": compiled(group_norm_silu._norm_silu, maps, num_warps=group_norm_silu.NUM_WARPS),

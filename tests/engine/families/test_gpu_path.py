@@ -21,7 +21,7 @@ from tetrion.kernels.reference import attention, qk_norm_rope
 
 NUM_STEPS, STEP = 4, 2
 TOLERANCE = 0.05
-NAMES = ("flux1-dev", "sd3.5-medium", "z-image", "flux2-klein")
+NAMES = ("flux1-dev", "sd3.5-medium", "z-image", "flux2-klein", "krea-2-turbo")
 """One case of each network: the interpreter takes seconds."""
 SIZE = (32, 24)
 CPU = torch.device("cpu")
@@ -69,7 +69,8 @@ def attend_of(loaded: Loaded, network: Network, shape: StepShape) -> Callable[[S
                 cos, sin = (table[rows].repeat_interleave(2, dim=1) for table in rope)
                 tables = cos, sin
             norms = (None if norm is None else norm.float() for norm in (stream.q_norm, stream.k_norm))
-            qkv = stream.qkv.float().unflatten(1, (3, spec.num_heads, spec.head_dim))
+            heads = [spec.num_heads, spec.num_key_heads, spec.num_key_heads]
+            qkv = stream.qkv.float().unflatten(1, (sum(heads), spec.head_dim)).split(heads, dim=1)
             parts.append(qk_norm_rope(qkv, *norms, tables, stream.epsilon))
         q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
         return attention(q, k, v).flatten(1).bfloat16()
