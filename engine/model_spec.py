@@ -101,8 +101,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     `family`: the name of its modules in `families/` and `models/`. `segments`: parts of the sequence, each split over
     members by itself, in the order in which attention sees them. `fields`: the tensors of a request's state. `inputs`:
     optional fields of a request (`ImageRequest`) that it takes. `guidance`: what holds for requests without. `weights`:
-    how many numbers each component has. `prefix_blocks`: blocks of a model whose steps work on the image alone and
-    attend to keys and values of the other segments, which are computed once a request.
+    how many numbers each component has. `heads_per_key`: so many heads of queries share one of keys and values.
+    `prefix_blocks`: blocks of a model whose steps work on the image alone and attend to keys and values of the other
+    segments, which are computed once a request.
 
     Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
     there are `reference_sizes`: those that the model knows, to one of which each is resized. Else the result begins
@@ -114,6 +115,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     family: str
     num_heads: int
     head_dim: int
+    heads_per_key: int = 1
     segments: tuple[Rows, ...]
     fields: tuple[SlotField, ...]
     max_branches: int = 1
@@ -133,7 +135,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def max_prefix_elements(self) -> int:
         """Of all blocks' keys and values for the rows of all segments but the one that is stepped."""
         rows = sum(self.max_rows(segment) for segment in self.segments if segment != "image")
-        return rows * self.prefix_blocks * 2 * self.hidden_size
+        return rows * self.prefix_blocks * 2 * self.num_key_heads * self.head_dim
 
     @property
     def latents(self) -> SlotField:
@@ -143,6 +145,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def hidden_size(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def num_key_heads(self) -> int:
+        """Of keys and values, which are what members of a group share out, each with its queries."""
+        return self.num_heads // self.heads_per_key
+
+    @property
+    def qkv_width(self) -> int:
+        """Of a token's queries, keys and values."""
+        return (self.num_heads + 2 * self.num_key_heads) * self.head_dim
 
     @property
     def stepped(self) -> int:
@@ -193,7 +205,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def legal_degrees(self, num_devices: int, num_branches: int = 1) -> tuple[int, ...]:
         """See the function of that name."""
-        return legal_degrees(self.num_heads, num_branches, num_devices)
+        return legal_degrees(self.num_key_heads, num_branches, num_devices)
 
 
 @functools.lru_cache

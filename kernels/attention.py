@@ -36,16 +36,18 @@ def attention(
     """softmax(q kᵀ / √D) v per head.
 
     q, k, v, out: [L, h, D], of k and v perhaps other L; D of 32, 64 or 128, bf16, fp16 or fp32 (full precision, slow),
-        any strides of tokens and heads that are multiples of 16 bytes; D is contiguous. log_sum_exp, if given: fp32
-        [h, L], gets the logarithm of each row's softmax denominator (natural, of scaled scores). tile: for tuning.
+        any strides of tokens and heads that are multiples of 16 bytes; D is contiguous. k and v may have fewer heads
+        than q, each of which as many consecutive ones of q share. log_sum_exp, if given: fp32 [h, L], gets the
+        logarithm of each row's softmax denominator (natural, of scaled scores). tile: for tuning.
     Returns `out`, by default a new contiguous tensor.
 
     Raises ValueError for another head dim or dtype.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_keys = len(k)
-    keys = num_keys, num_heads, head_dim
+    num_keys, heads_per_key = len(k), num_heads // k.shape[1]
+    keys = num_keys, num_heads // heads_per_key, head_dim
     assert num_tokens > 0 and num_keys > 0 and k.shape == v.shape == keys, f"{q.shape}, {k.shape}, {v.shape}"
+    assert num_heads % heads_per_key == 0, f"{num_heads} heads over {k.shape[1]}"
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     assert out.shape == q.shape and out.dtype == q.dtype == k.dtype == v.dtype, f"{q.dtype} {q.shape} to {out.shape}"
     if log_sum_exp is not None:
@@ -65,6 +67,7 @@ def attention(
         num_tokens,
         num_keys,
         LOG2_E / math.sqrt(head_dim),
+        HEADS_PER_KEY=heads_per_key,
         HEAD_DIM=head_dim,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -100,6 +103,7 @@ def _kernel(
     num_tokens,
     num_keys,
     scale,
+    HEADS_PER_KEY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -113,7 +117,8 @@ def _kernel(
     maximum_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     out_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    k_column, v_column = head * k_head_stride, head * v_head_stride
+    key_head = head // HEADS_PER_KEY
+    k_column, v_column = key_head * k_head_stride, key_head * v_head_stride
 
     full = num_keys - num_keys % BLOCK_N
     for start in tl.range(0, full, BLOCK_N):

@@ -103,7 +103,7 @@ class Calibrator:
                 "encode_ms": encode_s * 1e3,
                 "decode_ms": decode_s * 1e3,
             }
-        profile = msgspec.convert({"heads": self._spec.num_heads, "classes": classes}, Profile)
+        profile = msgspec.convert({"heads": self._spec.num_key_heads, "classes": classes}, Profile)
         return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)), was_busy=was_busy)
 
     async def warm_up(self, table: Profile | None = None) -> None:

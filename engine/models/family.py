@@ -27,7 +27,7 @@ Attend = Callable[[Sequence[Stream]], Tensor]
 
 
 PREFIX = "prefix"
-"""Among a step's constants: keys and values of rows that no step changes, [rows, blocks, 2, own heads, D]."""
+"""Among a step's constants: keys and values of rows that no step changes, [rows, blocks, 2, own heads of keys, D]."""
 
 
 class Constant(NamedTuple):
@@ -132,7 +132,7 @@ class Model:
     """Whether guidance keeps the length of the prompt's velocity, row by row."""
     prefix: Callable[[Mapping[str, Tensor], StepShape, int], Tensor] | None = None
     """Of a model with `prefix_blocks`: keys and values of what its steps attend to beside the image, from the slot's
-    whole fields: [rows, blocks, 2, H, D] of a branch. Each member computes it once a request."""
+    whole fields: [rows, blocks, 2, heads of keys, D] of a branch. Each member computes it once a request."""
     weights_bytes: int = 0
     """Of what is loaded for it alone, or for it first: models may have components in common."""
 

@@ -11,10 +11,8 @@ import msgspec
 from tetrion.engine.model_spec import ModelSpec, ModelTooLarge
 from tetrion.engine.models.loading import Component, planned_shapes, same_components
 from tetrion.engine.models.recording import Gemm, step_operators
-from tetrion.engine.parallel.layout import SlabLayout
+from tetrion.engine.parallel.layout import SlabLayout, scratch_elements
 
-EXCHANGE_SCRATCH = 3
-"""Tensors of q, k, v that a device keeps for itself (parallel/gpu/exchange.py)."""
 STEP_GEMMS = 3
 """What is alive at a step's widest point, in inputs and outputs of its widest GEMM (a block's MLP at degree 1)."""
 CACHED_PREFIXES = 4
@@ -79,12 +77,12 @@ def memory_budget(specs: Sequence[ModelSpec], components: Mapping[str, Component
         for name, component in components.items()
         if name not in same
     }
-    widest = max(sum(map(spec.max_rows, spec.segments)) * spec.hidden_size for spec in specs) * itemsize
+    queries, keys = scratch_elements(specs)
     whole_pixels = max(spec.sizes.max for spec in specs) ** 2
     return MemoryBudget(
         model=", ".join(spec.name for spec in specs),
         weights_bytes=weights,
-        slab_bytes=layout.num_bytes + EXCHANGE_SCRATCH * widest,
+        slab_bytes=layout.num_bytes + (queries + 2 * keys) * itemsize,
         prefix_bytes=sum(map(_prefix_elements, specs)) * itemsize,
         step_bytes=max(map(_step_elements, specs)) * itemsize,
         decode_bytes=decode_bytes(whole_pixels, itemsize),

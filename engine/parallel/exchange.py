@@ -58,15 +58,16 @@ Rope = tuple[Tensor, Tensor]
 
 
 Prefix = tuple[Tensor, Tensor]
-"""Keys and values of rows that are attended to and have no queries: [rows, own heads, D] each."""
+"""Keys and values of rows that are attended to and have no queries: [rows, own heads of keys, D] each."""
 
 
 class Stream(NamedTuple):
     """Local rows with one set of weights.
 
-    `qkv`: [n, 3 · H · D], the padded local rows of `segments`, in canonical order. `q_norm`, `k_norm`: weights of
-    RMSNorm over a head, [D]; None: not normed. `prefix`: what all rows of the call attend to beside themselves, in one
-    of its streams; it follows them in the order of keys.
+    `qkv`: [n, (H + 2 · K) · D], the padded local rows of `segments`, in canonical order; K of the H heads are those of
+    keys and values (`ModelSpec.num_key_heads`). `q_norm`, `k_norm`: weights of RMSNorm over a head, [D]; None: not
+    normed. `prefix`: what all rows of the call attend to beside themselves, in one of its streams; it follows them in
+    the order of keys.
     """
 
     qkv: Tensor

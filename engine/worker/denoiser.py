@@ -110,7 +110,7 @@ class Pass:
         self, shape: StepShape, constants: Mapping[str, Constant], shard: Shard, prefix: Tensor | None = None
     ) -> None:
         """Enqueue: from now on for a request with these; `shard`: this member's; `prefix`: of all heads."""
-        rows, heads = shard.rows, shard.heads
+        rows, heads = shard.rows, shard.key_heads
         if prefix is not None:
             self._constants[PREFIX].copy_(prefix[..., heads.start : heads.stop, :])
         for name, (tensor, segment) in constants.items():
@@ -184,7 +184,8 @@ class Denoiser:
         layout = BranchLayout(members=members, num_branches=shape.num_branches)
         part = layout.part_of(me)
         plans = tuple(
-            plan_group(part, shape.counts(spec.segments, branch), spec.num_heads) for branch in layout.branches_of(me)
+            plan_group(part, shape.counts(spec.segments, branch), spec.num_heads, spec.heads_per_key)
+            for branch in layout.branches_of(me)
         )
         return Chunk(shape, layout, plans, slot, chunk_index, source, *versions)
 
@@ -203,7 +204,8 @@ class Denoiser:
         if branch not in self._prefix_places:
             size = spec.max_prefix_elements
             self._prefix_places[branch] = torch.zeros(size, dtype=self.dtype, device=self.queue.device)
-        view = shape.num_prefix(spec.stepped), spec.prefix_blocks, 2, shape.own_heads, spec.head_dim
+        own_heads = shape.own_heads // spec.heads_per_key
+        view = shape.num_prefix(spec.stepped), spec.prefix_blocks, 2, own_heads, spec.head_dim
         return self._prefix_places[branch][: math.prod(view)].view(view)
 
     def rope(self, shape: StepShape, branch: int) -> Rope | None:

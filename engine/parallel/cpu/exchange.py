@@ -130,7 +130,8 @@ class CpuGroup:
     def __init__(self, slabs: SharedSlabs, barrier: PairwiseBarrier, spec: ModelSpec, shape: GroupShape) -> None:
         self.shape = shape
         self._slabs, self._barrier = slabs, barrier
-        self._num_heads, self._head_dim = spec.num_heads, spec.head_dim
+        self._num_heads, self._head_dim, self._heads_per_key = spec.num_heads, spec.head_dim, spec.heads_per_key
+        self._heads = [spec.num_heads, spec.num_key_heads, spec.num_key_heads]
         self._plan: GroupPlan | None = None
         self._rope: Rope | None = None
         self._local_rope: list[Rope] = []
@@ -165,10 +166,10 @@ class CpuGroup:
         return self._output(own.device_id, over).flatten(1)
 
     def _pieces(self, stream: Stream) -> list[Qkv]:
-        """q, k, v of each of the stream's segments, [padded rows, H, D] each, normed and turned."""
-        qkv = stream.qkv.unflatten(1, (3, self._num_heads, self._head_dim))
+        """q, k, v of each of the stream's segments, [padded rows, heads, D] each, normed and turned."""
+        qkv = stream.qkv.unflatten(1, (sum(self._heads), self._head_dim)).split(self._heads, dim=1)
         rows = [self.shape.padded[segment] for segment in stream.segments]
-        assert len(qkv) == sum(rows), f"{len(qkv)} rows for segments {stream.segments} of {self.shape}"
+        assert len(stream.qkv) == sum(rows), f"{len(stream.qkv)} rows for segments {stream.segments} of {self.shape}"
         rope = None
         if stream.has_rope and self._local_rope:
             tables = zip(*(self._local_rope[segment] for segment in stream.segments), strict=True)
@@ -199,19 +200,21 @@ class CpuGroup:
     def _push_qkv(self, over: Sequence[int], local: Sequence[Qkv], own: Shard) -> None:
         num_rows = sum(self.shape.counts[segment] for segment in over)
         for peer in self._in_push_order(own):
-            regions = self._slabs.qkv(peer.device_id, num_rows, len(peer.heads), self._head_dim)
-            heads, start = slice(peer.heads.start, peer.heads.stop), 0
+            regions, start = self._qkv(peer, num_rows), 0
             for segment, parts in zip(over, local, strict=True):
                 rows = own.rows[segment]
-                for region, part in zip(regions, parts, strict=True):
-                    region[start + rows.start : start + rows.stop].copy_(part[: len(rows), heads])
+                for region, part, heads in zip(
+                    regions, parts, (peer.heads, peer.key_heads, peer.key_heads), strict=True
+                ):
+                    theirs = part[: len(rows), heads.start : heads.stop]
+                    region[start + rows.start : start + rows.stop].copy_(theirs)
                 start += self.shape.counts[segment]
 
     def _own_qkv(self, own: Shard, num_rows: int, prefix: Prefix | None) -> Qkv:
         """What peers have pushed, and behind it the prefix, which nobody else writes."""
         if prefix is None:
-            return self._slabs.qkv(own.device_id, num_rows, len(own.heads), self._head_dim)
-        q, k, v = self._slabs.qkv(own.device_id, num_rows + len(prefix[0]), len(own.heads), self._head_dim)
+            return self._qkv(own, num_rows)
+        q, k, v = self._qkv(own, num_rows + len(prefix[0]))
         for region, rows in zip((k, v), prefix, strict=True):
             region[num_rows:].copy_(rows)
         return q[:num_rows], k, v
@@ -225,6 +228,9 @@ class CpuGroup:
                 rows = peer.rows[segment]
                 region[row : row + len(rows), heads].copy_(output[start + rows.start : start + rows.stop])
                 start, row = start + self.shape.counts[segment], row + self.shape.padded[segment]
+
+    def _qkv(self, shard: Shard, num_rows: int) -> Qkv:
+        return self._slabs.qkv(shard.device_id, num_rows, len(shard.heads), self._head_dim, self._heads_per_key)
 
     def _output(self, device: int, over: Sequence[int]) -> Tensor:
         num_rows = sum(self.shape.padded[segment] for segment in over)

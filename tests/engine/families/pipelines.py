@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -23,6 +24,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
     SD3Transformer2DModel,
@@ -48,6 +51,7 @@ from transformers import (
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -522,6 +526,51 @@ class QwenImage21Turbo(QwenImage21):
     negative = ""
 
 
+class Krea2(Case):
+    """The form in front of a prompt has more tokens than are dropped, since a token is a byte."""
+
+    text_rows = 256
+    is_distilled = False
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(6)
+        transformer = Krea2Transformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, num_layers=3, attention_head_dim=12, intermediate_size=88,
+            text_hidden_dim=QWEN_WIDTH, num_text_layers=3, text_num_attention_heads=4, text_num_key_value_heads=2,
+            text_intermediate_size=56, num_layerwise_text_blocks=1, axes_dims_rope=(4, 4, 4), **self.options,
+        )  # fmt: skip
+        tokenizer = qwen_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "assistant"]})
+        config = qwen3_vl_config(num_layers=6)
+        config.text_config.vocab_size = len(tokenizer)
+        pipeline = Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+            vae=qwen_image_vae(), transformer=transformer, text_encoder=Qwen3VLModel(config), tokenizer=tokenizer,
+            text_encoder_select_layers=(1, 3, 5), is_distilled=self.is_distilled,
+        )  # fmt: skip
+        randomized(pipeline)
+        for name, parameter in transformer.named_parameters():
+            if "scale_shift_table" in name:
+                parameter.normal_(std=0.3)
+        return pipeline
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, mask = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
+        positions = pipeline.prepare_position_ids(text.shape[1], *self.tokens, latents.device)
+        level = torch.tensor([time]) / 1000
+        return pipeline.transformer(latents[None], text, level, positions, mask, return_dict=False)[0][0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "negative_prompt": self.negative}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
+class Krea2Turbo(Krea2):
+    is_distilled = True
+
+
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
 FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
 QWEN21 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
@@ -562,6 +611,14 @@ CASES: tuple[Case, ...] = (
         "flux2-klein-base", FLUX2, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 96}
     ),
     Flux2KleinDistilled("flux2-klein", FLUX2, guidance=4.0, preset={"max_text_tokens": 96}),
+    Krea2(
+        "krea-2", {"num_attention_heads": 10, "num_key_value_heads": 5}, guidance=3.5, num_branches=2, num_devices=5,
+        preset={"max_text_tokens": 256},
+    ),
+    Krea2Turbo(
+        "krea-2-turbo", {"num_attention_heads": 12, "num_key_value_heads": 3}, guidance=0.0, num_devices=3,
+        preset={"max_text_tokens": 256}, width=64, height=64,
+    ),
     Flux2Dev("flux2-dev", FLUX2 | {"guidance_embeds": True}, guidance=3.0, preset={"max_text_tokens": 288}),
     QwenImage21(
         "qwen-image-2.1", QWEN21, guidance=1.0, width=64, height=96, unit=16, num_devices=5,
@@ -572,7 +629,8 @@ CASES: tuple[Case, ...] = (
         preset={"max_text_tokens": 96},
     ),
 )  # fmt: skip
-"""Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
+"""Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7; of keys
+5 over 2, 3, 4 and 3 over 2."""
 
 
 def vae() -> AutoencoderKL:
@@ -581,6 +639,17 @@ def vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
         layers_per_block=1, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
+
+
+def qwen_image_vae() -> AutoencoderKLQwenImage:
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+        latents_mean=[0.3, -0.2, 0.5, 0.1], latents_std=[1.5, 0.7, 2.0, 1.1],
+    )  # fmt: skip
+    for name, parameter in autoencoder.named_parameters():
+        if name.endswith("gamma"):
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return autoencoder
 
 
 def clip_config(width: int, projection_dim: int = POOLED, end: int | None = None) -> CLIPTextConfig:

@@ -16,7 +16,7 @@ from tetrion.engine.shape import Rows, StepShape
 HEAD_DIM, CHANNELS, STATE_ROWS, TEXT_DIM, POOLED_DIM = 8, 8, 2, 12, 10
 
 
-def toy_spec(name: str, segments: tuple[Rows, ...], num_heads: int) -> ModelSpec:
+def toy_spec(name: str, segments: tuple[Rows, ...], num_heads: int, heads_per_key: int = 1) -> ModelSpec:
     """A model whose solver keeps two rows of state behind each token."""
     constants = (
         SlotField(name="text", rows="text", width=TEXT_DIM, per_branch=True),
@@ -26,6 +26,7 @@ def toy_spec(name: str, segments: tuple[Rows, ...], num_heads: int) -> ModelSpec
     state = SlotField(name="latents", rows="image", width=STATE_ROWS * CHANNELS, fp32=True, changes=True)
     return ModelSpec(
         name=name, path="", family="toy", num_heads=num_heads, head_dim=HEAD_DIM, segments=segments,
+        heads_per_key=heads_per_key,
         fields=(*constants[: 3 if "reference" in segments else 2], state), max_branches=2, scheduler=SchedulerSpec(),
         num_steps=4, guidance=0.0, max_text_tokens=13, max_pictures=1, reference_sizes=((160, 32),),
         sizes=Sizes(min=16, max=160, multiple=16, default=(160, 160)),
@@ -38,6 +39,7 @@ SPECS = {
         toy_spec("two segments", ("text", "image"), num_heads=6),
         toy_spec("image first", ("image", "text"), num_heads=4),
         toy_spec("three segments", ("text", "image", "reference"), num_heads=5),
+        toy_spec("grouped heads", ("text", "image"), num_heads=10, heads_per_key=2),
     )
 }
 """They share the pool: regions and slots are as large as the largest of them needs."""
@@ -68,7 +70,7 @@ class ToyNetwork:
     ) -> Tensor:
         """Of the padded rows `latents` [n, CHANNELS]; `fields`: of the branch, whole."""
         generator = torch.Generator().manual_seed(1000 * step + self._branch)
-        biases = self._local(torch.randn(sum(self._counts), 3 * self._width, generator=generator))
+        biases = self._local(torch.randn(sum(self._counts), self._spec.qkv_width, generator=generator))
         norms = 1 + 0.1 * torch.randn(2, len(biases), HEAD_DIM, generator=generator)
         hidden = [
             pad(latents if kind == "image" else self._own(index, fields[kind]), self._padded[index], self._width)
@@ -77,7 +79,7 @@ class ToyNetwork:
         for streams in self._layers():
             qkvs = []
             for i, (segments, has_norm, has_rope) in enumerate(streams):
-                qkv = torch.cat([biases[s] + hidden[s].repeat(1, 3) for s in segments])
+                qkv = torch.cat([biases[s] + hidden[s].repeat(1, 3)[:, : self._spec.qkv_width] for s in segments])
                 own_norms = norms[:, i] if has_norm else (None, None)
                 qkvs.append(Stream(qkv, segments, *own_norms, has_rope=has_rope))
             over = [s for segments, _, _ in streams for s in segments]
