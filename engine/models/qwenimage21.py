@@ -227,11 +227,12 @@ class QwenImage21Text:
         x = fields["text"][: shape.text[branch]]
         turns = self._turns(len(x), x.device)
         _, scale, gate, mlp_scale, mlp_gate, _ = self._vectors_at_0.to(x.dtype).unbind(0)
-        no_shift, parts = torch.zeros_like(scale), []
+        no_shift, heads = torch.zeros_like(scale), (config.num_attention_heads, config.attention_head_dim)
+        result = x.new_empty(len(x), config.num_layers, 2, *heads)
         for i, block in enumerate(weights.blocks):
             qkv = reference.linear(reference.modulate(x, no_shift, scale), block.qkv.weight)
             q, k, v = self._qkv(qkv, block, turns)
-            parts.append(torch.stack([k, v], dim=1))
+            result[:, i, 0], result[:, i, 1] = k, v
             if i == config.num_layers - 1:
                 break
             q_1HTD, k_1HTD, v_1HTD = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
@@ -241,7 +242,7 @@ class QwenImage21Text:
             inner = reference.linear(reference.modulate(x, no_shift, mlp_scale), block.mlp_in.weight)
             out = reference.linear(reference.silu_product(inner), block.mlp_out.weight)
             x = reference.gated_residual(x, mlp_gate, out)
-        return torch.stack(parts, dim=1)
+        return result
 
     def _qkv(self, qkv: Tensor, block: Block, turns: Rope) -> tuple[Tensor, ...]:
         """[T, H, D] each."""
