@@ -53,7 +53,9 @@ def digest(result: ImageResult) -> str:
     return hashlib.sha256(result.image.tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("model", "negative"), [(GUIDED, NEGATIVE), (SHORT, None), (KEEPING, NEGATIVE), (CAUSAL, None)])
+@pytest.mark.parametrize(
+    ("model", "negative"), [(GUIDED, NEGATIVE), (SHORT, None), (KEEPING, NEGATIVE), (CAUSAL, None)]
+)
 async def test_pictures_are_diffusers_at_every_degree(served: Served, model: str, negative: str | None) -> None:
     expected = served.cases[model].draw(served.pipelines[model], NUM_STEPS, SEED).picture.astype(int)
     for degrees in DEGREES:
