@@ -62,7 +62,7 @@ class SlotField(msgspec.Struct, frozen=True, kw_only=True):
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """Which pictures a model draws, in pixels: both sides from `min` to `max` and multiples of `multiple`. `default`:
-    (width, height). One row of the image segment covers `multiple` × `multiple` pixels; rows are filled up to a
+    (width, height). `rows_each` rows of the image segment cover `multiple` × `multiple` pixels; rows are filled up to a
     multiple of `row_multiple` with some that cover nothing."""
 
     min: int
@@ -70,6 +70,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     multiple: int
     default: Size
     row_multiple: int = 1
+    rows_each: int = 1
 
     def accept(self, pixels: int) -> bool:
         """Whether the model draws pictures of this width or height."""
@@ -81,7 +82,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
     def num_covered(self, width: int, height: int) -> int:
         """Rows that cover pixels; they come first."""
-        return (width // self.multiple) * (height // self.multiple)
+        return (width // self.multiple) * (height // self.multiple) * self.rows_each
 
     def fitted(self, size: Size) -> Size:
         """The size nearest to a picture's that is drawn: as large, if that is within the bounds, else in its shape as
@@ -152,7 +153,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     `family`: the name of its modules in `families/` and `models/`. `segments`: parts of the sequence, each split over
     members by itself, in the order in which attention sees them. `fields`: the tensors of a request's state. `inputs`:
     optional fields of a request (`ImageRequest`) that it takes. `guidance`: what holds for requests without. `weights`:
-    how many numbers each component has.
+    how many numbers each component has. `heads_per_key`: so many heads of queries share one of keys and values.
+    `prefix_blocks`: blocks of a model whose steps work on the image alone and attend to keys and values of the other
+    segments, which are computed once a request.
 
     Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
     there are `reference_sizes`: those that the model knows, to one of which each is resized; or a `reference_area`, in
@@ -166,9 +169,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     family: str
     num_heads: int
     head_dim: int
+    heads_per_key: int = 1
     segments: tuple[Rows, ...]
     fields: tuple[SlotField, ...]
     max_branches: int = 1
+    prefix_blocks: int = 0
     scheduler: SchedulerSpec
     num_steps: int
     guidance: float
@@ -182,6 +187,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights: tuple[tuple[str, int], ...] = ()
 
     @property
+    def max_prefix_elements(self) -> int:
+        """Of all blocks' keys and values for the rows of all segments but the one that is stepped."""
+        rows = sum(self.max_rows(segment) for segment in self.segments if segment != "image")
+        return rows * self.prefix_blocks * 2 * self.num_key_heads * self.head_dim
+
+    @property
     def latents(self) -> SlotField:
         """The field that steps change."""
         return next(field for field in self.fields if field.changes)
@@ -189,6 +200,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def hidden_size(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def num_key_heads(self) -> int:
+        """Of keys and values, which are what members of a group share out, each with its queries."""
+        return self.num_heads // self.heads_per_key
+
+    @property
+    def qkv_width(self) -> int:
+        """Of a token's queries, keys and values."""
+        return (self.num_heads + 2 * self.num_key_heads) * self.head_dim
 
     @property
     def stepped(self) -> int:
@@ -265,7 +286,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def legal_degrees(self, num_devices: int, num_branches: int = 1) -> tuple[int, ...]:
         """See the function of that name."""
-        return legal_degrees(self.num_heads, num_branches, num_devices)
+        return legal_degrees(self.num_key_heads, num_branches, num_devices)
 
 
 @functools.lru_cache

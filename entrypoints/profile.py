@@ -142,7 +142,7 @@ def assemble(
     """The file's contents. `facts`: host and memory."""
     tests = [row for size in measured for row in size.self_test]
     return Profile(
-        heads=spec.num_heads,
+        heads=spec.num_key_heads,
         classes={size.key: size.cost for size in measured},
         gpu=device_name,
         model=spec.name,

@@ -35,15 +35,19 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ / √D) v per head.
 
-    q, k, v, out: [L, h, D], D of 32, 64 or 128, bf16, fp16 or fp32 (full precision, slow), any strides of tokens and
-        heads that are multiples of 16 bytes; D is contiguous. log_sum_exp, if given: fp32 [h, L], gets the logarithm of
-        each row's softmax denominator (natural, of scaled scores). tile: for tuning.
+    q, k, v, out: [L, h, D], of k and v perhaps other L; D of 32, 64 or 128, bf16, fp16 or fp32 (full precision, slow),
+        any strides of tokens and heads that are multiples of 16 bytes; D is contiguous. k and v may have fewer heads
+        than q, each of which as many consecutive ones of q share. log_sum_exp, if given: fp32 [h, L], gets the
+        logarithm of each row's softmax denominator (natural, of scaled scores). tile: for tuning.
     Returns `out`, by default a new contiguous tensor.
 
     Raises ValueError for another head dim or dtype.
     """
     num_tokens, num_heads, head_dim = q.shape
-    assert num_tokens > 0 and q.shape == k.shape == v.shape, f"{q.shape}, {k.shape}, {v.shape}"
+    num_keys, heads_per_key = len(k), num_heads // k.shape[1]
+    keys = num_keys, num_heads // heads_per_key, head_dim
+    assert num_tokens > 0 and num_keys > 0 and k.shape == v.shape == keys, f"{q.shape}, {k.shape}, {v.shape}"
+    assert num_heads % heads_per_key == 0, f"{num_heads} heads over {k.shape[1]}"
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     assert out.shape == q.shape and out.dtype == q.dtype == k.dtype == v.dtype, f"{q.dtype} {q.shape} to {out.shape}"
     if log_sum_exp is not None:
@@ -61,11 +65,13 @@ def attention(
         v.stride(1),
         out.stride(1),
         num_tokens,
+        num_keys,
         LOG2_E / math.sqrt(head_dim),
+        HEADS_PER_KEY=heads_per_key,
         HEAD_DIM=head_dim,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        HAS_TAIL=num_tokens % tile.block_n != 0,
+        HAS_TAIL=num_keys % tile.block_n != 0,
         FULL_PRECISION=q.dtype == torch.float32 or triton.knobs.runtime.interpret,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -95,7 +101,9 @@ def _kernel(
     v_head_stride,
     out_head_stride,
     num_tokens,
+    num_keys,
     scale,
+    HEADS_PER_KEY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,17 +117,18 @@ def _kernel(
     maximum_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     out_MD = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    k_column, v_column = head * k_head_stride, head * v_head_stride
+    key_head = head // HEADS_PER_KEY
+    k_column, v_column = key_head * k_head_stride, key_head * v_head_stride
 
-    full = num_tokens - num_tokens % BLOCK_N
+    full = num_keys - num_keys % BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
         out_MD, maximum_M, sum_M = _turn(
-            q_MD, k, v, out_MD, maximum_M, sum_M, start, k_column, v_column, num_tokens, scale,
+            q_MD, k, v, out_MD, maximum_M, sum_M, start, k_column, v_column, num_keys, scale,
             BLOCK_N, False, FULL_PRECISION,
         )  # fmt: skip
     if HAS_TAIL:
         out_MD, maximum_M, sum_M = _turn(
-            q_MD, k, v, out_MD, maximum_M, sum_M, full, k_column, v_column, num_tokens, scale,
+            q_MD, k, v, out_MD, maximum_M, sum_M, full, k_column, v_column, num_keys, scale,
             BLOCK_N, True, FULL_PRECISION,
         )  # fmt: skip
 
@@ -142,7 +151,7 @@ def _turn(
     start,
     k_column,
     v_column,
-    num_tokens,
+    num_keys,
     scale,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
@@ -152,7 +161,7 @@ def _turn(
     k_ND = k.load([start, k_column])
     score_MN = _dot(q_MD, k_ND.T, None, FULL_PRECISION)
     if MASKED:
-        inside_N = start + tl.arange(0, BLOCK_N) < num_tokens
+        inside_N = start + tl.arange(0, BLOCK_N) < num_keys
         score_MN = tl.where(inside_N[None, :], score_MN, float("-inf"))
     new_maximum_M = tl.maximum(maximum_M, tl.max(score_MN, 1) * scale)
     weight_MN = tl.exp2(score_MN * scale - new_maximum_M[:, None])

@@ -31,9 +31,12 @@ def backend_for(choice: Choice, head_dim: int, dtype: torch.dtype, device_type: 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, choice: Choice = "auto") -> Tensor:
-    """softmax(q kᵀ / √D) v per head: [L, h, D] each, as `attention` takes them, and so the result (D contiguous)."""
+    """softmax(q kᵀ / √D) v per head: [L, h, D] each, as `attention` takes them, and so the result (D contiguous). Of k
+    and v there may be fewer heads."""
     if backend_for(choice, q.shape[2], q.dtype, q.device.type) == "triton":
         return attention(q, k, v)
     q_1hLD, k_1hLD, v_1hLD = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(q_1hLD, k_1hLD, v_1hLD).squeeze(0).transpose(0, 1)
+        grouped = k.shape[1] != q.shape[1]
+        out_1hLD = F.scaled_dot_product_attention(q_1hLD, k_1hLD, v_1hLD, enable_gqa=grouped)
+        return out_1hLD.squeeze(0).transpose(0, 1)

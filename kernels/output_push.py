@@ -41,6 +41,7 @@ def output_push(
     *,
     degree: int,
     num_heads: int,
+    heads_per_key: int = 1,
 ) -> None:
     """Store this member's heads of every row in the output region of the row's owner.
 
@@ -48,10 +49,12 @@ def output_push(
     over, padded: the segments that attention was over, in canonical order, and a member's padded rows of each.
     table, chunk, status, bases: as in qk_norm_rope_push.
     offset: of the output region in every slab, in bytes.
+    heads_per_key: so many heads are not parted.
     """
     _, own_heads, head_dim = output.shape
     assert output.stride(2) == 1, f"strides {output.stride()}"
-    assert own_heads <= triton.cdiv(num_heads, degree), f"{own_heads} of {num_heads} heads at degree {degree}"
+    most_heads = triton.cdiv(num_heads // heads_per_key, degree) * heads_per_key
+    assert own_heads <= most_heads, f"{own_heads} of {num_heads} heads at degree {degree}"
     assert list(over) == sorted(set(over)) and 1 <= len(over) <= MAX_SEGMENTS.value, f"segments {over}"
     assert table.dtype == torch.int32 and len(table) >= num_words(degree), f"{len(table)} words for degree {degree}"
     assert offset % 16 == 0, f"region at {offset} is not aligned"

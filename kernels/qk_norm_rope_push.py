@@ -7,7 +7,8 @@ weights. The slab of member j holds q, k, v as [all rows of those segments, head
 segment contribute to it is one contiguous piece of each region, so a program takes ROWS consecutive (row, head) pairs
 of one destination, the whole head dimension of each: its stores are contiguous, its loads are runs of (heads of j) · D
 elements. Consecutive programs go to different destinations, beginning with oneself, so that all links and the local
-memory are busy at once. The first piece's programs come first.
+memory are busy at once. The first piece's programs come first. Where several heads of queries share one of keys and
+values, pairs are of the latter, each with its queries.
 
 Sums stay within a row, in fp32, rounded once at the end: a row's bits depend neither on the degree nor on the split.
 """
@@ -39,9 +40,9 @@ NUM_WARPS = 4
 class Piece(NamedTuple):
     """This member's rows of a segment.
 
-    qkv: [n, 3 · H · D]; a row's elements are contiguous, rows may be strided (a slice of a wider projection, or of one
-    tensor that holds several segments). Rows beyond the member's share are padding. q_norm, k_norm: weights of RMSNorm
-    over a head, [D]; None: not normed.
+    qkv: [n, (H + 2 · K) · D], K heads of keys and values; a row's elements are contiguous, rows may be strided (a slice
+    of a wider projection, or of one tensor that holds several segments). Rows beyond the member's share are padding.
+    q_norm, k_norm: weights of RMSNorm over a head, [D]; None: not normed.
     """
 
     qkv: Tensor
@@ -67,6 +68,7 @@ def qk_norm_rope_push(
     degree: int,
     num_heads: int,
     head_dim: int,
+    heads_per_key: int = 1,
 ) -> None:
     """Store this member's rows, normed and turned, in every member's q, k and v regions.
 
@@ -77,10 +79,12 @@ def qk_norm_rope_push(
     status: see slot_version.py.
     bases: address of each device's slab by device id; int64, on this device.
     offsets: of the q, k and v regions in every slab, in bytes.
+    heads_per_key: so many heads of queries share one of keys and values.
     """
-    _check(pieces, rope, table, offsets, degree, num_heads, head_dim)
+    num_key_heads = num_heads // heads_per_key
+    _check(pieces, rope, table, offsets, degree, num_heads + 2 * num_key_heads, head_dim)
     rows = TILE_ELEMENTS // head_dim
-    most_heads = triton.cdiv(num_heads, degree)
+    most_heads = triton.cdiv(num_key_heads, degree)
     blocks = [triton.cdiv(len(piece.qkv) * most_heads, rows) for piece in pieces]
     if not sum(blocks):
         return
@@ -107,6 +111,7 @@ def qk_norm_rope_push(
         *epsilons,
         DEGREE=degree,
         NUM_HEADS=num_heads,
+        HEADS_PER_KEY=heads_per_key,
         HEAD_DIM=head_dim,
         ROWS=rows,
         num_warps=NUM_WARPS,
@@ -119,14 +124,15 @@ def _check(
     table: Tensor,
     offsets: tuple[int, int, int],
     degree: int,
-    num_heads: int,
+    all_heads: int,
     head_dim: int,
 ) -> None:
+    """`all_heads`: of queries, keys and values together."""
     segments = [piece.segment for piece in pieces]
     assert segments == sorted(set(segments)) and 1 <= len(pieces) <= MAX_SEGMENTS.value, f"segments {segments}"
     for qkv, _, q_norm, k_norm, has_rope, _ in pieces:
         assert qkv.dtype == pieces[0].qkv.dtype, f"pieces of {qkv.dtype} and {pieces[0].qkv.dtype}"
-        assert qkv[:1].numel() == min(len(qkv), 1) * 3 * num_heads * head_dim, f"{tuple(qkv.shape)} is no qkv"
+        assert qkv[:1].numel() == min(len(qkv), 1) * all_heads * head_dim, f"{tuple(qkv.shape)} is no qkv"
         assert qkv[:1].is_contiguous() or not len(qkv), "a row's q, k, v must be contiguous"
         assert all(norm is None or norm.shape == (head_dim,) for norm in (q_norm, k_norm)), "norm weights' shape"
         assert rope is not None or not has_rope, "no rotary tables"
@@ -175,6 +181,7 @@ def _kernel(
     EPSILON_2: tl.constexpr,
     DEGREE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -184,14 +191,15 @@ def _kernel(
     peer = (rank + program % DEGREE) % DEGREE
     block = program // DEGREE
     first_head, end_head = head_range(table, peer, DEGREE)
-    heads = end_head - first_head
+    first_head //= HEADS_PER_KEY
+    heads = end_head // HEADS_PER_KEY - first_head
     live = is_live(chunk, status)
     slab = slab_pointer(bases, member_of(chunk, peer), qkv_0.dtype.element_ty)
     if block < block_1:
         _push(
             qkv_0, q_norm_0, k_norm_0, stride_0, cos, sin, table, slab, q_offset, k_offset, v_offset, rope_stride,
             rope_pair_stride, block, rank, first_head, heads, live, 0, SEGMENT_0, HAS_ROPE_0, EPSILON_0, DEGREE,
-            NUM_HEADS, HEAD_DIM, ROWS,
+            NUM_HEADS, HEADS_PER_KEY, HEAD_DIM, ROWS,
         )  # fmt: skip
     elif block < block_2:
         if qkv_1 is not None:
@@ -199,7 +207,7 @@ def _kernel(
             _push(
                 qkv_1, q_norm_1, k_norm_1, stride_1, cos, sin, table, slab, q_offset, k_offset, v_offset, rope_stride,
                 rope_pair_stride, block - block_1, rank, first_head, heads, live, target_row, SEGMENT_1, HAS_ROPE_1,
-                EPSILON_1, DEGREE, NUM_HEADS, HEAD_DIM, ROWS,
+                EPSILON_1, DEGREE, NUM_HEADS, HEADS_PER_KEY, HEAD_DIM, ROWS,
             )  # fmt: skip
     else:
         if qkv_2 is not None:
@@ -207,7 +215,7 @@ def _kernel(
             _push(
                 qkv_2, q_norm_2, k_norm_2, stride_2, cos, sin, table, slab, q_offset, k_offset, v_offset, rope_stride,
                 rope_pair_stride, block - block_2, rank, first_head, heads, live, target_row, SEGMENT_2, HAS_ROPE_2,
-                EPSILON_2, DEGREE, NUM_HEADS, HEAD_DIM, ROWS,
+                EPSILON_2, DEGREE, NUM_HEADS, HEADS_PER_KEY, HEAD_DIM, ROWS,
             )  # fmt: skip
 
 
@@ -237,10 +245,12 @@ def _push(
     EPSILON: tl.constexpr,
     DEGREE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A block of a piece. `target_row`: at which its segment begins in the regions."""
+    """A block of a piece. `target_row`: at which its segment begins in the regions. `first_head`, `heads`: of keys and
+    values."""
     start, stop = segment_range(table, SEGMENT, rank, DEGREE)
     pair_R = block * ROWS + tl.arange(0, ROWS)
     inside_R1 = (live & (pair_R < (stop - start) * heads))[:, None]
@@ -248,11 +258,13 @@ def _push(
     head_R = first_head + pair_R - row_R * heads
     dim_D = tl.arange(0, HEAD_DIM)
 
-    source_R = row_R.to(tl.int64) * stride + head_R * HEAD_DIM
+    source_R = row_R.to(tl.int64) * stride + head_R * HEADS_PER_KEY * HEAD_DIM
     source_RD = qkv + source_R[:, None] + dim_D[None, :]
+    key_R = row_R.to(tl.int64) * stride + head_R * HEAD_DIM
+    key_RD = qkv + key_R[:, None] + dim_D[None, :]
     q_RD = tl.load(source_RD, mask=inside_R1, other=0.0)
-    k_RD = tl.load(source_RD + NUM_HEADS * HEAD_DIM, mask=inside_R1, other=0.0)
-    v_RD = tl.load(source_RD + 2 * NUM_HEADS * HEAD_DIM, mask=inside_R1, other=0.0)
+    k_RD = tl.load(key_RD + NUM_HEADS * HEAD_DIM, mask=inside_R1, other=0.0)
+    v_RD = tl.load(key_RD + (NUM_HEADS + NUM_HEADS // HEADS_PER_KEY) * HEAD_DIM, mask=inside_R1, other=0.0)
     dtype = q_RD.dtype
     q_RD = _normed(q_RD, q_norm, HEAD_DIM, EPSILON)
     k_RD = _normed(k_RD, k_norm, HEAD_DIM, EPSILON)
@@ -265,10 +277,19 @@ def _push(
         q_RD = _turned(q_RD, cos_Rd, sin_Rd, ROWS, HEAD_DIM)
         k_RD = _turned(k_RD, cos_Rd, sin_Rd, ROWS, HEAD_DIM)
 
-    target_RD = (((target_row + start) * heads + pair_R) * HEAD_DIM)[:, None] + dim_D[None, :]
-    tl.store(slab + q_offset + target_RD, q_RD.to(dtype), mask=inside_R1)
+    target_R = (target_row + start) * heads + pair_R
+    target_RD = (target_R * HEAD_DIM)[:, None] + dim_D[None, :]
+    query_RD = (target_R * HEADS_PER_KEY * HEAD_DIM)[:, None] + dim_D[None, :]
+    tl.store(slab + q_offset + query_RD, q_RD.to(dtype), mask=inside_R1)
     tl.store(slab + k_offset + target_RD, k_RD.to(dtype), mask=inside_R1)
     tl.store(slab + v_offset + target_RD, v_RD, mask=inside_R1)
+
+    for query in tl.static_range(1, HEADS_PER_KEY):
+        more_RD = tl.load(source_RD + query * HEAD_DIM, mask=inside_R1, other=0.0)
+        more_RD = _normed(more_RD, q_norm, HEAD_DIM, EPSILON)
+        if HAS_ROPE:
+            more_RD = _turned(more_RD, cos_Rd, sin_Rd, ROWS, HEAD_DIM)
+        tl.store(slab + q_offset + query_RD + query * HEAD_DIM, more_RD.to(dtype), mask=inside_R1)
 
 
 @triton.jit

@@ -33,13 +33,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v without a mask; q, k, v and the result are [L, h, D]. Exact per head."""
+    """softmax(q kᵀ / √D) v without a mask; q, k, v and the result are [L, h, D]. Exact per head. k and v may have
+    fewer heads than q, each of which as many consecutive ones of q share."""
+    if (heads_per_key := q.shape[1] // k.shape[1]) > 1:
+        k, v = (x.repeat_interleave(heads_per_key, dim=1) for x in (k, v))
     q_1hLD, k_1hLD, v_1hLD = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return F.scaled_dot_product_attention(q_1hLD, k_1hLD, v_1hLD).squeeze(0).transpose(0, 1)
 
 
 def qk_norm_rope(
-    qkv: Tensor,
+    qkv: Tensor | Sequence[Tensor],
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     rope: tuple[Tensor, Tensor] | None,
@@ -47,10 +50,11 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of q and k over D, then the rotary embedding: pairs (2i, 2i+1) turn by one angle. Either may be left out.
 
-    qkv: [n, 3, H, D]; q_norm, k_norm: [D]; rope: cos, sin, [n, D] each, each value twice (diffusers' layout).
-    Returns q, k, v, each [n, H, D]; v is a view of qkv.
+    qkv: [n, 3, H, D], or q, k, v apart, [n, heads, D] each; q_norm, k_norm: [D]; rope: cos, sin, [n, D] each, each value
+        twice (diffusers' layout).
+    Returns q, k, v, each [n, heads, D]; v is a view of qkv.
     """
-    q, k, v = qkv.unbind(1)
+    q, k, v = qkv.unbind(1) if isinstance(qkv, Tensor) else qkv
     q, k = (
         x if weight is None else F.rms_norm(x, weight.shape, weight, epsilon)
         for x, weight in ((q, q_norm), (k, k_norm))
@@ -92,12 +96,15 @@ class Branch(NamedTuple):
     y: Tensor | None = None
 
 
-def residual_modulate(branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
-    """(the sum, that modulated) of each branch."""
+def residual_modulate(branches: Sequence[Branch], rms_epsilon: float | None = None) -> list[tuple[Tensor, Tensor]]:
+    """(the sum, that modulated) of each branch; with `rms_epsilon` by RMSNorm in place of LayerNorm."""
     pairs = []
     for x, shift, scale, gate, y in branches:
         total = x if gate is None or y is None else gated_residual(x, gate, y)
-        pairs.append((total, modulate(total, shift, scale)))
+        if rms_epsilon is None:
+            pairs.append((total, modulate(total, shift, scale)))
+        else:
+            pairs.append((total, torch.addcmul(shift, rms_norm(total, rms_epsilon), 1 + scale)))
     return pairs
 
 
@@ -141,6 +148,12 @@ def silu_product(x: Tensor) -> Tensor:
     """[n, 2·F] -> [n, F]: SiLU of the first half of channels, times the second (SwiGLU, arXiv:2002.05202)."""
     gate, value = x.chunk(2, dim=-1)
     return silu(gate.contiguous()).mul_(value)
+
+
+def sigmoid_product(x: Tensor, gate: Tensor) -> Tensor:
+    """x · sigmoid(gate) = x / (1 + exp(−gate)); [n, C] both. A new tensor."""
+    denominator = gate.contiguous().neg().exp_().add_(1)
+    return torch.div(x, denominator, out=denominator)
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, epsilon: float) -> Tensor:

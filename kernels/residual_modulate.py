@@ -1,4 +1,5 @@
-"""Between two sub-blocks of a transformer: x + gate · y, then LayerNorm without affine weights, · (1 + scale) + shift.
+"""Between two sub-blocks of a transformer: x + gate · y, then a norm without affine weights, · (1 + scale) + shift. The
+norm is LayerNorm, or RMSNorm with an epsilon of its own.
 
 Owns the arithmetic of `reference.residual_modulate` (adaptive layer norm: DiT, arXiv:2212.09748). One program a row,
 sums in fp32 in one fixed order: row-exact. The sum is rounded to its dtype before it is normed, as if it had been read
@@ -15,10 +16,12 @@ from tetrion.kernels.reference import EPS, Branch
 from tetrion.kernels.step_row import step_row
 
 
-def residual_modulate(branches: Sequence[Branch], *, step: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+def residual_modulate(
+    branches: Sequence[Branch], *, step: Tensor | None = None, rms_epsilon: float | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """(x + gate · y, that normed and modulated) of one or two branches of one width and dtype.
 
-    step: int32 [1] on the device, for vectors of a table. The sum takes y's place; without y it is x itself. What is
+    step: int32 [1] on the device, for vectors of a table. rms_epsilon: of RMSNorm, else LayerNorm norms. The sum takes y's place; without y it is x itself. What is
     normed is a new tensor for both branches together, the first one's rows first.
     """
     assert 1 <= len(branches) <= 2, f"{len(branches)} branches"
@@ -38,7 +41,8 @@ def residual_modulate(branches: Sequence[Branch], *, step: Tensor | None = None)
             rows[0],
             WIDTH=width,
             BLOCK=block,
-            EPSILON=EPS,
+            EPSILON=EPS if rms_epsilon is None else rms_epsilon,
+            IS_RMS=rms_epsilon is not None,
             num_warps=max(1, min(8, block // 512)),
         )
     sums = [branch.x if branch.y is None else branch.y for branch in branches]
@@ -80,6 +84,7 @@ def _kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     EPSILON: tl.constexpr,
+    IS_RMS: tl.constexpr,
 ):
     program = tl.program_id(0)
     column_C = tl.arange(0, BLOCK)
@@ -97,7 +102,10 @@ def _kernel(
         shift, scale = last_shift, last_scale
     shift_C = tl.load(shift + vector_C, mask=inside_C, other=0.0).to(tl.float32)
     scale_C = tl.load(scale + vector_C, mask=inside_C, other=0.0).to(tl.float32)
-    centred_C = tl.where(inside_C, x_C - tl.sum(x_C, 0) / WIDTH, 0.0)
+    if IS_RMS:
+        centred_C = x_C
+    else:
+        centred_C = tl.where(inside_C, x_C - tl.sum(x_C, 0) / WIDTH, 0.0)
     normed_C = centred_C * tl.rsqrt(tl.sum(centred_C * centred_C, 0) / WIDTH + EPSILON)
     result_C = normed_C * (1 + scale_C) + shift_C
     out = normed + program.to(tl.int64) * WIDTH

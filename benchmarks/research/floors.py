@@ -57,7 +57,7 @@ def work_of(spec: ModelSpec, shape: StepShape, degree: int) -> np.ndarray:
             numbers = one.rows * one.inputs + one.inputs * one.outputs + one.rows * one.outputs
             work += one.flops, 0, BYTES * numbers
         else:
-            work += 0, one.flops, BYTES * 4 * one.tokens * one.heads * one.head_dim
+            work += 0, one.flops, BYTES * 2 * one.tokens * (one.heads + one.heads // one.heads_per_key) * one.head_dim
     return work
 
 

@@ -14,7 +14,7 @@ CLIP_PREFIX = "text_model."
 """What names of CLIP's tensors begin with in some checkpoints."""
 T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """One table; checkpoints have either name, or both."""
-LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
 """What names of a language model's tensors begin with, where it has a head or is part of one that sees, too."""
 TABLE = "embed_tokens.weight"
 BESIDE_CLIP = ("text_projection.", "vision_model.", "visual_projection.", "logit_scale")

@@ -55,21 +55,37 @@ class Prompt(NamedTuple):
 class PromptReader:
     """Prompts of one model."""
 
-    def __init__(self, tokenizer: Path, form: ChatForm, vocab_size: int, max_tokens: int, num_dropped: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Path,
+        form: ChatForm,
+        vocab_size: int,
+        max_tokens: int,
+        num_dropped: int = 0,
+        keeps_end: bool = False,
+    ) -> None:
         """`tokenizer`: the component's folder; one without a vocabulary (for `dummy`) makes a token of each word.
         `padding`: the id of what fills a text up, `pads_left`: in front of it, by the config. `num_dropped`: of how
-        many of the form's first tokens nothing is kept once they are encoded; they are among `max_tokens`. Raises
-        CheckpointError for a vocabulary that cannot be used."""
+        many of the form's first tokens nothing is kept once they are encoded; they are among `max_tokens`. `keeps_end`:
+        a prompt that is too long is cut in front of what the form has behind it. Raises CheckpointError for a
+        vocabulary that cannot be used."""
         self.form, self.max_tokens, self.num_dropped = form, max_tokens, num_dropped
         self._words = None if has_vocabulary(tokenizer) else HashTokenizer(vocab_size, end=vocab_size - 1)
         self._tokenizer = load_tokenizer(tokenizer) if self._words is None else None
+        self._end = (
+            self._tokenizer.encode(form.after, add_special_tokens=False).ids
+            if keeps_end and self._tokenizer is not None
+            else []
+        )
         self.padding, self.pads_left = (0, False) if self._tokenizer is None else _padding(tokenizer, self._tokenizer)
 
     def read(self, prompt: str) -> Prompt:
         prompt = prompt[: CHARS_PER_TOKEN * self.max_tokens]
         if self._tokenizer is not None:
             ids = self._tokenizer.encode(self.form.of(prompt), add_special_tokens=not self.form.has_ends).ids
-            return Prompt(ids[: self.max_tokens], len(ids))
+            if len(ids) > self.max_tokens:
+                return Prompt(ids[: self.max_tokens - len(self._end)] + self._end, len(ids))
+            return Prompt(ids, len(ids))
         assert self._words is not None
         form, num_tokens = [0] * self.num_dropped, self._words.num_tokens(prompt)
         words = self._words.ids(prompt, min(num_tokens, self.max_tokens - len(form)))

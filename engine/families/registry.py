@@ -17,8 +17,10 @@ FAMILIES = {
     "FluxFillPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
     "ZImagePipeline": "zimage",
+    "QwenImage21Pipeline": "qwenimage21",
     "Flux2KleinPipeline": "flux2",
     "Flux2Pipeline": "flux2",
+    "Krea2Pipeline": "krea2",
     "QwenImagePipeline": "qwenimage",
 }
 """Pipeline (`_class_name` in model_index.json) -> module in `families/`, and of the same name in `models/`."""

@@ -103,7 +103,7 @@ class Calibrator:
                 "encode_ms": encode_s * 1e3,
                 "decode_ms": decode_s * 1e3,
             }
-        profile = msgspec.convert({"heads": self._spec.num_heads, "classes": classes}, Profile)
+        profile = msgspec.convert({"heads": self._spec.num_key_heads, "classes": classes}, Profile)
         return Calibration(profile=profile, inexact_degrees=tuple(sorted(inexact)), was_busy=was_busy)
 
     async def warm_up(self, table: Profile | None = None) -> None:
@@ -131,12 +131,10 @@ class Calibrator:
 
     def _sizes(self) -> list[int]:
         """Squares, in pixels: the smallest and the largest; on a CPU nothing above 256, which would take long."""
-        spec = self._spec
-        if not self._on_gpu:
-            return sorted({spec.sizes.min, max(spec.sizes.min, min(spec.sizes.max, LARGEST_ON_CPU))})
-        return sorted(
-            {spec.sizes.min, spec.sizes.max, *(s for s in SIZES_ON_GPU if spec.sizes.min < s < spec.sizes.max)}
-        )
+        sizes = self._spec.sizes
+        largest = sizes.max if self._on_gpu else max(sizes.min, min(sizes.max, LARGEST_ON_CPU))
+        between = [side for side in SIZES_ON_GPU if self._on_gpu and sizes.min < side < sizes.max]
+        return sorted({sizes.fitted((side, side))[0] for side in (sizes.min, largest, *between)})
 
     def _usual_sizes(self, table: Profile | None) -> list[Size]:
         """Smallest first."""

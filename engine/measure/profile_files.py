@@ -76,8 +76,8 @@ def profile_in(folder: Path, gpu: str, spec: ModelSpec, num_devices: int) -> Pro
         logger.info("cost table not used: %s", error)
         return None
     known = {degree for cost in profile.classes.values() for degree in cost.step_ms}
-    wanted = {degree for degree in spec.legal_degrees(num_devices) if spec.num_heads % degree == 0}
-    return profile if profile.heads == spec.num_heads and known >= wanted else None
+    wanted = {degree for degree in spec.legal_degrees(num_devices) if spec.num_key_heads % degree == 0}
+    return profile if profile.heads == spec.num_key_heads and known >= wanted else None
 
 
 def single_gpu_name(devices: tuple[DeviceSpec, ...]) -> str | None:
@@ -94,9 +94,9 @@ def _named_profile(path: Path, spec: ModelSpec) -> Profile:
         profile = read_profile(path)
     except OSError as error:
         raise ValueError(f"profiles: cannot read {str(path)!r}: {error.strerror or error}") from None
-    if profile.heads != spec.num_heads:
+    if profile.heads != spec.num_key_heads:
         raise ValueError(
-            f"profiles: {str(path)!r} is of a model with {profile.heads} heads, {spec.name!r} has {spec.num_heads}"
+            f"profiles: {str(path)!r} is of a model with {profile.heads} heads, {spec.name!r} has {spec.num_key_heads}"
         )
     return profile
 

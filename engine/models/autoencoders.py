@@ -160,6 +160,8 @@ class Autoencoder:
         decode = self._vae.decode if is_whole else self._vae.tiled_decode
         picture_CHW = self._single(decode(self._batched(latents_CHW.to(self._dtype)), return_dict=False)[0])
         picture_HWC = (picture_CHW.float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
+        if picture_HWC.shape[2] == 4:  # on white
+            picture_HWC = 1 - picture_HWC[..., 3:] * (1 - picture_HWC[..., :3])
         pixels = (picture_HWC * 255).round().to(torch.uint8).contiguous()
         return Picture(pixels, is_finite(latents) & is_finite(picture_CHW))
 

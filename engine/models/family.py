@@ -26,6 +26,10 @@ Attend = Callable[[Sequence[Stream]], Tensor]
 """See `parallel.exchange.Group.attend`."""
 
 
+PREFIX = "prefix"
+"""Among a step's constants: keys and values of rows that no step changes, [rows, blocks, 2, own heads of keys, D]."""
+
+
 class Constant(NamedTuple):
     """What steps read besides latents and vectors, the same in all of them. `segment`: the tensor has its rows, of
     which a member takes its own; None: every member takes all of it."""
@@ -126,6 +130,9 @@ class Model:
     """How far a step goes from the negative prompt's velocity towards the prompt's: 1 is the prompt's own."""
     keeps_norm: bool = False
     """Whether guidance keeps the length of the prompt's velocity, row by row."""
+    prefix: Callable[[Mapping[str, Tensor], StepShape, int], Tensor] | None = None
+    """Of a model with `prefix_blocks`: keys and values of what its steps attend to beside the image, from the slot's
+    whole fields: [rows, blocks, 2, heads of keys, D] of a branch. Each member computes it once a request."""
     weights_bytes: int = 0
     """Of what is loaded for it alone, or for it first: models may have components in common."""
 

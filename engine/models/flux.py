@@ -57,6 +57,8 @@ ROPE_THETA = 10_000.0
 TEXT, IMAGE, REFERENCE = 0, 1, 2
 """Segments, in canonical order. References go through a step as the image does, and are thrown away behind it; FLUX.1
 Kontext has them, and models to which their preset gives any."""
+ENCODING = ("text_in.", "image_in.")
+"""See `models.family.FamilyModule`."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from tetrion.kernels.reference import Branch, gelu_tanh
 from tetrion.kernels.rescaled_guidance import rescaled_guidance
 from tetrion.kernels.residual_modulate import residual_modulate
 from tetrion.kernels.residual_rms import gated_rms_sum, residual_rms
+from tetrion.kernels.sigmoid_product import sigmoid_product
 from tetrion.kernels.silu_product import silu_product
 
 MIN_ROWS = 64
@@ -66,9 +67,14 @@ class GpuOps:
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
-    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+    def sigmoid_product(self, x: Tensor, gate: Tensor) -> Tensor:
+        return sigmoid_product(x, gate)
+
+    def residual_modulate(
+        self, branches: Sequence[Branch], *, rms_epsilon: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """The sum takes y's place."""
-        return residual_modulate(branches, step=self._step)
+        return residual_modulate(branches, step=self._step, rms_epsilon=rms_epsilon)
 
     def guided_step(
         self,

@@ -11,14 +11,14 @@ import msgspec
 from tetrion.engine.model_spec import ModelSpec, ModelTooLarge
 from tetrion.engine.models.loading import Component, planned_shapes, same_components
 from tetrion.engine.models.recording import Gemm, step_operators
-from tetrion.engine.parallel.layout import SlabLayout
+from tetrion.engine.parallel.layout import SlabLayout, scratch_elements
 from tetrion.engine.roles import EXAMPLE, Stages
 from tetrion.engine.stages import STAGES
 
-EXCHANGE_SCRATCH = 3
-"""Tensors of q, k, v that a device keeps for itself (parallel/gpu/exchange.py)."""
 STEP_GEMMS = 3
 """What is alive at a step's widest point, in inputs and outputs of its widest GEMM (a block's MLP at degree 1)."""
+CACHED_PREFIXES = 4
+"""Requests' branches whose keys and values of texts a device keeps; those of a branch that steps are there twice."""
 DECODE_CHANNELS = 5 * 256
 """Channels of full-size feature maps alive at the decoder's widest point."""
 TILED_PIXELS = 1536 * 1024
@@ -27,12 +27,14 @@ TILED_PIXELS = 1536 * 1024
 
 class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     """`weights_bytes` by component; `slab_bytes`: what a worker takes at its start, for requests' states and the
-    exchange; `step_bytes`: activations of the largest picture's step; `decode_bytes`: likewise of its decoding. The two
-    never run at once, but memory once taken is kept. `whole_pixels`: larger pictures are decoded in tiles."""
+    exchange; `prefix_bytes`: keys and values that are kept for steps; `step_bytes`: activations of the largest
+    picture's step; `decode_bytes`: likewise of its decoding. The two never run at once, but memory once taken is kept.
+    `whole_pixels`: larger pictures are decoded in tiles."""
 
     model: str
     weights_bytes: Mapping[str, int]
     slab_bytes: int
+    prefix_bytes: int
     step_bytes: int
     decode_bytes: int
     whole_pixels: int
@@ -40,7 +42,9 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.weights_bytes.values()) + self.slab_bytes + self.step_bytes + self.decode_bytes
+        return (
+            sum(self.weights_bytes.values()) + self.slab_bytes + self.prefix_bytes + self.step_bytes + self.decode_bytes
+        )
 
     def fitted(self, free_bytes: int, device: str) -> "MemoryBudget":
         """This one, or with large pictures decoded in tiles if it takes that. Raises ModelTooLarge with the numbers if
@@ -62,9 +66,10 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     def describe(self) -> str:
         weights = ", ".join(f"{name} {_gb(count)}" for name, count in self.weights_bytes.items())
         what = "" if self.stages == STAGES else f" to {', '.join(self.stages)}"
+        prefix = f" keys and values of texts {_gb(self.prefix_bytes)}," if self.prefix_bytes else ""
         return (
             f"model {self.model} takes{what} {_gb(self.num_bytes)}: weights {_gb(sum(self.weights_bytes.values()))}"
-            f" ({weights}), slab {_gb(self.slab_bytes)}, a step's activations {_gb(self.step_bytes)},"
+            f" ({weights}), slab {_gb(self.slab_bytes)},{prefix} a step's activations {_gb(self.step_bytes)},"
             f" decoding {_gb(self.decode_bytes)}"
         )
 
@@ -84,12 +89,13 @@ def memory_budget(
         for name, component in components.items()
         if name not in same
     }
-    widest = max(sum(map(spec.max_rows, spec.segments)) * spec.hidden_size for spec in specs) * itemsize
+    queries, keys = scratch_elements(specs)
     whole_pixels = max(spec.sizes.max for spec in specs) ** 2
     return MemoryBudget(
         model=", ".join(spec.name for spec in specs),
         weights_bytes=weights,
-        slab_bytes=layout.num_bytes + EXCHANGE_SCRATCH * widest,
+        slab_bytes=layout.num_bytes + (queries + 2 * keys) * itemsize,
+        prefix_bytes=sum(map(_prefix_elements, specs)) * itemsize if "denoise" in stages else 0,
         step_bytes=max(map(_step_elements, specs)) * itemsize if "denoise" in stages else 0,
         decode_bytes=decode_bytes(whole_pixels, itemsize) if "decode" in stages else 0,
         stages=stages,
@@ -107,6 +113,11 @@ def _step_elements(spec: ModelSpec) -> int:
     operators = step_operators(spec, spec.largest_shape, degree=1)
     gemms = [operator for operator in operators if isinstance(operator, Gemm)]
     return STEP_GEMMS * max(gemm.rows * (gemm.inputs + gemm.outputs) for gemm in gemms)
+
+
+def _prefix_elements(spec: ModelSpec) -> int:
+    """As many as are ever there at once (worker/denoiser.py)."""
+    return (spec.max_branches + CACHED_PREFIXES) * spec.max_prefix_elements
 
 
 def _gb(num_bytes: int) -> str:

@@ -48,8 +48,14 @@ class Ops(Protocol):
 
     def silu(self, x: Tensor) -> Tensor: ...
 
-    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
-        """(x + gate · y, LayerNorm of that · (1 + scale) + shift) of one or two streams. y may be overwritten."""
+    def sigmoid_product(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x · sigmoid(gate), [n, C] both."""
+
+    def residual_modulate(
+        self, branches: Sequence[Branch], *, rms_epsilon: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(x + gate · y, LayerNorm of that · (1 + scale) + shift) of one or two streams; with `rms_epsilon` RMSNorm. y
+        may be overwritten."""
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         """x + gate · y, where no norm follows. y may be overwritten."""
@@ -99,11 +105,15 @@ class ReferenceOps:
     def silu(self, x: Tensor) -> Tensor:
         return reference.silu(x)
 
-    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+    def sigmoid_product(self, x: Tensor, gate: Tensor) -> Tensor:
+        return reference.sigmoid_product(x, gate)
+
+    def residual_modulate(
+        self, branches: Sequence[Branch], *, rms_epsilon: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         s = int(self._step)
-        return reference.residual_modulate(
-            [Branch(b.x, b.shift[s], b.scale[s], None if b.gate is None else b.gate[s], b.y) for b in branches]
-        )
+        now = [Branch(b.x, b.shift[s], b.scale[s], None if b.gate is None else b.gate[s], b.y) for b in branches]
+        return reference.residual_modulate(now, rms_epsilon)
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         return reference.gated_residual(x, gate[int(self._step)], y)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tetrion.engine.config import LoadFormat
 from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.models.family import PREFIX
 from tetrion.engine.models.loading import planned_shapes
 from tetrion.engine.models.ops import Linear
 from tetrion.engine.models.registry import family_module
-from tetrion.engine.parallel.exchange import Stream
+from tetrion.engine.parallel.exchange import Stream, prefix_of
 from tetrion.engine.parallel.group import BranchLayout, GroupShape
 from tetrion.engine.shape import StepShape
 from tetrion.kernels.reference import Branch
@@ -34,13 +35,17 @@ class Gemm(NamedTuple):
 
 
 class Attention(NamedTuple):
+    """`heads_per_key`: so many heads share one of keys and values. `prefix`: rows that have keys and values only."""
+
     tokens: int
     heads: int
     head_dim: int
+    heads_per_key: int = 1
+    prefix: int = 0
 
     @property
     def flops(self) -> int:
-        return 4 * self.tokens**2 * self.heads * self.head_dim
+        return 4 * self.tokens * (self.tokens + self.prefix) * self.heads * self.head_dim
 
 
 Operator = Gemm | Attention
@@ -58,7 +63,7 @@ def step_operators(spec: ModelSpec, shape: StepShape, degree: int) -> list[Opera
 
 def pass_operators(spec: ModelSpec, shape: StepShape, degree: int, branch: int) -> list[Operator]:
     """Of one evaluation of the network for a branch, by the first of `degree` members."""
-    most_heads = -(-spec.num_heads // degree)
+    most_heads = -(-spec.num_key_heads // degree) * spec.heads_per_key
     group = GroupShape(shape.counts(spec.segments, branch), degree, most_heads)
     recorder = Recorder(spec, group)
     network = family_module(spec).network(spec, _meta_weights(spec), recorder)
@@ -67,6 +72,9 @@ def pass_operators(spec: ModelSpec, shape: StepShape, degree: int, branch: int) 
         name: tensor if segment is None else tensor.new_empty(group.padded[segment], *tensor.shape[1:])
         for name, (tensor, segment) in network.constants(fields, shape, branch).items()
     }
+    if spec.prefix_blocks:
+        own_heads = most_heads // spec.heads_per_key
+        constants[PREFIX] = _meta(group.num_prefix(spec.stepped), spec.prefix_blocks, 2, own_heads, spec.head_dim)
     latents = _meta(group.padded[spec.stepped], network.out_channels)
     network.step(latents, constants, _meta(1, network.num_vectors, network.hidden_size), recorder.attend)
     return recorder.operators
@@ -82,7 +90,10 @@ class Recorder:
     def attend(self, streams: Sequence[Stream]) -> Tensor:
         over = [segment for stream in streams for segment in stream.segments]
         tokens = sum(self._shape.counts[segment] for segment in over)
-        self.operators.append(Attention(tokens, self._shape.own_heads, self._spec.head_dim))
+        spec, prefix = self._spec, prefix_of(streams)
+        num_prefix = 0 if prefix is None else len(prefix[0])
+        attention = Attention(tokens, self._shape.own_heads, spec.head_dim, spec.heads_per_key, num_prefix)
+        self.operators.append(attention)
         return _meta(sum(self._shape.padded[segment] for segment in over), self._spec.hidden_size)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
@@ -101,7 +112,12 @@ class Recorder:
     def silu(self, x: Tensor) -> Tensor:
         return x
 
-    def residual_modulate(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
+    def sigmoid_product(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x
+
+    def residual_modulate(
+        self, branches: Sequence[Branch], *, rms_epsilon: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         return [(branch.x, torch.empty_like(branch.x)) for branch in branches]
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

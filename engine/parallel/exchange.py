@@ -57,11 +57,17 @@ Rope = tuple[Tensor, Tensor]
 """cos, sin of a whole sequence in canonical order: fp32 [rows, D / 2], one value for each pair (2i, 2i + 1)."""
 
 
+Prefix = tuple[Tensor, Tensor]
+"""Keys and values of rows that are attended to and have no queries: [rows, own heads of keys, D] each."""
+
+
 class Stream(NamedTuple):
     """Local rows with one set of weights.
 
-    `qkv`: [n, 3 · H · D], the padded local rows of `segments`, in canonical order. `q_norm`, `k_norm`: weights of
-    RMSNorm over a head, [D]; None: not normed.
+    `qkv`: [n, (H + 2 · K) · D], the padded local rows of `segments`, in canonical order; K of the H heads are those of
+    keys and values (`ModelSpec.num_key_heads`). `q_norm`, `k_norm`: weights of RMSNorm over a head, [D]; None: not
+    normed. `prefix`: what all rows of the call attend to beside themselves, in one of its streams; it follows them in
+    the order of keys.
     """
 
     qkv: Tensor
@@ -70,6 +76,12 @@ class Stream(NamedTuple):
     k_norm: Tensor | None = None
     has_rope: bool = True
     epsilon: float = EPS
+    prefix: Prefix | None = None
+
+
+def prefix_of(streams: Sequence[Stream]) -> Prefix | None:
+    """What the rows of a call attend to beside themselves."""
+    return next((stream.prefix for stream in streams if stream.prefix is not None), None)
 
 
 class Chunk(NamedTuple):

@@ -14,12 +14,14 @@ import msgspec
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):
-    """What one member holds: of each segment a range of its rows, and a range of heads."""
+    """What one member holds: of each segment a range of its rows, and a range of heads. `key_heads`: of keys and
+    values, where several heads of queries share one."""
 
     device_id: int
     rank: int
     rows: tuple[range, ...]
     heads: range
+    key_heads: range
 
     @property
     def num_rows(self) -> int:
@@ -46,6 +48,10 @@ class GroupShape(NamedTuple):
     def num_tokens(self) -> int:
         """Rows of the whole sequence."""
         return sum(self.counts)
+
+    def num_prefix(self, stepped: int) -> int:
+        """Rows beside those of one segment."""
+        return self.num_tokens - self.counts[stepped]
 
     @property
     def num_local(self) -> int:
@@ -124,17 +130,25 @@ def split(count: int, parts: int) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in pairwise(starts))
 
 
+def split_heads(num_heads: int, heads_per_key: int, parts: int) -> tuple[range, ...]:
+    """Heads of queries, so that all that share a head of keys and values are in one part."""
+    assert num_heads % heads_per_key == 0, f"{num_heads} heads of which {heads_per_key} share a key"
+    keys = split(num_heads // heads_per_key, parts)
+    return tuple(range(part.start * heads_per_key, part.stop * heads_per_key) for part in keys)
+
+
 def first_rows(counts: Sequence[int]) -> tuple[int, ...]:
     """Where each of consecutive segments of `counts` rows begins."""
     return tuple(sum(counts[:i]) for i in range(len(counts)))
 
 
-def plan_group(members: tuple[int, ...], counts: Sequence[int], num_heads: int) -> GroupPlan:
-    """Raises ValueError if some member would get no head, or no row of the longest segment."""
+def plan_group(members: tuple[int, ...], counts: Sequence[int], num_heads: int, heads_per_key: int = 1) -> GroupPlan:
+    """`heads_per_key`: so many heads of queries share one of keys and values, and are not parted from it. Raises
+    ValueError if some member would get no head, or no row of the longest segment."""
     assert members and len(set(members)) == len(members), f"members {members} must be distinct"
     degree = len(members)
-    if degree > num_heads:
-        raise ValueError(f"degree {degree} is more than the model's {num_heads} heads")
+    if degree > num_heads // heads_per_key:
+        raise ValueError(f"degree {degree} is more than the model's {num_heads // heads_per_key} heads")
     if degree > max(counts):
         raise ValueError(f"degree {degree} is more than the longest segment's {max(counts)} rows")
     rows = list(zip(*(split(count, degree) for count in counts), strict=True))
@@ -142,7 +156,14 @@ def plan_group(members: tuple[int, ...], counts: Sequence[int], num_heads: int) 
         counts=tuple(counts),
         num_heads=num_heads,
         shards=tuple(
-            Shard(device_id=device_id, rank=rank, rows=rows[rank], heads=heads)
-            for rank, (device_id, heads) in enumerate(zip(members, split(num_heads, degree), strict=True))
+            Shard(device_id=device_id, rank=rank, rows=rows[rank], heads=heads, key_heads=key_heads)
+            for rank, (device_id, heads, key_heads) in enumerate(
+                zip(
+                    members,
+                    split_heads(num_heads, heads_per_key, degree),
+                    split(num_heads // heads_per_key, degree),
+                    strict=True,
+                )
+            )
         ),
     )

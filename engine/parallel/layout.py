@@ -5,7 +5,7 @@ Owns byte offsets and nothing else; knows no torch, no processes, no groups. A s
     ┌ counters   num_devices cache lines: word `s` is written by device `s` alone (parallel/cpu/barrier.py)
     ├ versions   num_slots cache lines, written by the slab's owner alone: the version of each of the slot's buffers,
     │            its sequence (words.py)
-    ├ q, k, v    [rows of the sequence, local heads, head_dim] each, in canonical order
+    ├ q, k, v    [rows of the sequence, local heads, head_dim] each, in canonical order; k and v may have fewer heads
     ├ output     [local rows, num_heads * head_dim]: attention output of this device's own rows
     ├ velocity   [local rows of the stepped segment, channels]: what the partner in another guidance branch computed
     └ slots      num_slots × one request's state: the fields that its model declares (ModelSpec.fields), one behind the
@@ -114,7 +114,8 @@ class SlabLayout(msgspec.Struct, frozen=True, kw_only=True):
     q_offset: int
     k_offset: int
     v_offset: int
-    exchange_bytes: int
+    query_bytes: int
+    key_bytes: int
     output_offset: int
     output_bytes: int
     velocity_offset: int
@@ -152,15 +153,16 @@ def slab_layout(specs: Sequence[ModelSpec], num_devices: int, num_slots: int, it
     if itemsize not in (2, 4):
         raise ValueError(f"slab elements are 2 or 4 bytes wide, got {itemsize}")
     slots = {spec.name: _slot_layout(spec, itemsize) for spec in specs}
-    exchange_bytes = max(map(_exchange_elements, specs)) * itemsize if num_devices > 1 else 0
+    query_bytes = max(map(_query_elements, specs)) * itemsize if num_devices > 1 else 0
+    key_bytes = max(map(_key_elements, specs)) * itemsize if num_devices > 1 else 0
     output_bytes = max(map(_output_elements, specs)) * itemsize if num_devices > 1 else 0
     velocity_bytes = max(map(_velocity_elements, specs)) * itemsize if num_devices > 1 else 0
     versions_offset = num_devices * CACHE_LINE
     q_offset = _align(versions_offset + num_slots * CACHE_LINE, PAGE)
-    exchange_bytes, output_bytes, velocity_bytes = (
-        _align(num_bytes, PAGE) for num_bytes in (exchange_bytes, output_bytes, velocity_bytes)
+    query_bytes, key_bytes, output_bytes, velocity_bytes = (
+        _align(num_bytes, PAGE) for num_bytes in (query_bytes, key_bytes, output_bytes, velocity_bytes)
     )
-    output_offset = q_offset + 3 * exchange_bytes
+    output_offset = q_offset + query_bytes + 2 * key_bytes
     velocity_offset = output_offset + output_bytes
     slots_offset = velocity_offset + velocity_bytes
     slot_bytes = max(slot.num_bytes for slot in slots.values())
@@ -171,9 +173,10 @@ def slab_layout(specs: Sequence[ModelSpec], num_devices: int, num_slots: int, it
         counters_offset=0,
         versions_offset=versions_offset,
         q_offset=q_offset,
-        k_offset=q_offset + exchange_bytes,
-        v_offset=q_offset + 2 * exchange_bytes,
-        exchange_bytes=exchange_bytes,
+        k_offset=q_offset + query_bytes,
+        v_offset=q_offset + query_bytes + key_bytes,
+        query_bytes=query_bytes,
+        key_bytes=key_bytes,
         output_offset=output_offset,
         output_bytes=output_bytes,
         velocity_offset=velocity_offset,
@@ -198,9 +201,21 @@ def _slot_layout(spec: ModelSpec, itemsize: int) -> SlotLayout:
     return SlotLayout(places=tuple(places), num_bytes=_align(offset, PAGE))
 
 
-def _exchange_elements(spec: ModelSpec) -> int:
-    """Of each of q, k, v at degree 2."""
-    return sum(map(spec.max_rows, spec.segments)) * _half(spec.num_heads) * spec.head_dim
+def scratch_elements(specs: Sequence[ModelSpec]) -> tuple[int, int]:
+    """Of q, and of each of k and v, for all rows and heads of the largest model: what one device alone takes."""
+    rows = [sum(map(spec.max_rows, spec.segments)) * spec.head_dim for spec in specs]
+    queries = max(count * spec.num_heads for count, spec in zip(rows, specs, strict=True))
+    return queries, max(count * spec.num_key_heads for count, spec in zip(rows, specs, strict=True))
+
+
+def _query_elements(spec: ModelSpec) -> int:
+    """Of q at degree 2."""
+    return spec.heads_per_key * _key_elements(spec)
+
+
+def _key_elements(spec: ModelSpec) -> int:
+    """Of each of k, v at degree 2."""
+    return sum(map(spec.max_rows, spec.segments)) * _half(spec.num_key_heads) * spec.head_dim
 
 
 def _output_elements(spec: ModelSpec) -> int:

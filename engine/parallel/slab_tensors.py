@@ -35,12 +35,17 @@ class SlabTensors(abc.ABC):
         """What steps change, in one of the slot's buffers: [max rows, width]."""
         return self._part(device, self.layout.slots[model].latents, slot, buffer)
 
-    def qkv(self, device: int, num_rows: int, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The exchange regions of `device`: q, k, v of its heads for all rows, [num_rows, num_heads, head_dim]."""
-        shape, layout = (num_rows, num_heads, head_dim), self.layout
-        self._check_fits(shape, layout.exchange_bytes)
-        offsets = layout.q_offset, layout.k_offset, layout.v_offset
-        q, k, v = (self.view(device, offset, shape, self.dtype) for offset in offsets)
+    def qkv(
+        self, device: int, num_rows: int, num_heads: int, head_dim: int, heads_per_key: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The exchange regions of `device`: q, k, v of its heads for all rows, [num_rows, num_heads, head_dim]; of k
+        and v [num_rows, num_heads / heads_per_key, head_dim]."""
+        layout = self.layout
+        queries, keys = (num_rows, num_heads, head_dim), (num_rows, num_heads // heads_per_key, head_dim)
+        self._check_fits(queries, layout.query_bytes)
+        self._check_fits(keys, layout.key_bytes)
+        places = (layout.q_offset, queries), (layout.k_offset, keys), (layout.v_offset, keys)
+        q, k, v = (self.view(device, offset, shape, self.dtype) for offset, shape in places)
         return q, k, v
 
     def output(self, device: int, num_rows: int, num_heads: int, head_dim: int) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tetrion.engine.model_spec import SchedulerSpec
 
-Spacing = Literal["even", "even in fp32", "trained"]
+Spacing = Literal["even", "even in fp32", "trained"] | tuple[float, ...]
 """Levels before they are shifted: 1 … 1/n, as pipelines that choose them do (some by torch's fp32, which rounds
-otherwise), or those of the scheduler itself."""
+otherwise), those of the scheduler itself, or those that a checkpoint lists."""
 
 
 class Schedule(NamedTuple):
@@ -80,6 +80,9 @@ def _levels(scheduler: SchedulerSpec, num_steps: int, spacing: Spacing) -> NDArr
             return torch.linspace(1.0, 1 / num_steps, num_steps).numpy()
         case "trained":
             return _trained_levels(scheduler, num_steps)
+        case listed:
+            assert len(listed) == num_steps, f"{len(listed)} levels for {num_steps} steps"
+            return np.array(listed).astype(np.float32)
 
 
 def _trained_levels(scheduler: SchedulerSpec, num_steps: int) -> NDArray[Any]:

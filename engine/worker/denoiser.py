@@ -10,6 +10,7 @@ peers do is the exchange's.
 """
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from tetrion.engine.models.family import Constant, Model
+from tetrion.engine.models.family import PREFIX, Constant, Model
+from tetrion.engine.models.memory_budget import CACHED_PREFIXES
 from tetrion.engine.models.ops import Ops
 from tetrion.engine.parallel.exchange import Chunk, Exchange, Group, Rope, Stream
-from tetrion.engine.parallel.group import BranchLayout, GroupShape, plan_group
+from tetrion.engine.parallel.group import BranchLayout, GroupShape, Shard, plan_group
 from tetrion.engine.params import Params
 from tetrion.engine.sampling.flow_match import Schedule
 from tetrion.engine.shape import StepShape
@@ -99,10 +101,18 @@ class Pass:
         self._rows = denoiser.rows(group.shape)
         self._velocity = self._rows.velocity(branch)  # a recording must find its places as they are
         self._constants = {name: self._buffer(constant) for name, constant in constants.items()}
+        spec = denoiser.model.spec
+        if spec.prefix_blocks:
+            self._constants[PREFIX] = denoiser.prefix_place(group.shape, branch)
         self.replay: Recording = denoiser.queue.record(self._run)
 
-    def load(self, shape: StepShape, constants: Mapping[str, Constant], rows: tuple[range, ...]) -> None:
-        """Enqueue: from now on for a request with these; `rows`: this member's of each segment."""
+    def load(
+        self, shape: StepShape, constants: Mapping[str, Constant], shard: Shard, prefix: Tensor | None = None
+    ) -> None:
+        """Enqueue: from now on for a request with these; `shard`: this member's; `prefix`: of all heads."""
+        rows, heads = shard.rows, shard.key_heads
+        if prefix is not None:
+            self._constants[PREFIX].copy_(prefix[..., heads.start : heads.stop, :])
         for name, (tensor, segment) in constants.items():
             if segment is not None:
                 tensor = tensor[rows[segment].start : rows[segment].stop]
@@ -154,6 +164,8 @@ class Denoiser:
         self._tails: OrderedDict[tuple[int, tuple[int, ...], int], Tail] = OrderedDict()
         self._rows: WeakValueDictionary[int, Rows] = WeakValueDictionary()
         self._vectors = functools.lru_cache(CACHED_TABLES)(self._compute_vectors)
+        self._prefix = functools.lru_cache(CACHED_PREFIXES)(self._compute_prefix)
+        self._prefix_places: dict[int, Tensor] = {}
         self._schedule = functools.lru_cache(CACHED_SCHEDULES)(self._compute_schedule)
         self._coefficients = functools.lru_cache(CACHED_SCHEDULES)(self._compute_coefficients)
         self._rope = functools.lru_cache(CACHED_ROPES)(model.network.rope)
@@ -172,7 +184,8 @@ class Denoiser:
         layout = BranchLayout(members=members, num_branches=shape.num_branches)
         part = layout.part_of(me)
         plans = tuple(
-            plan_group(part, shape.counts(spec.segments, branch), spec.num_heads) for branch in layout.branches_of(me)
+            plan_group(part, shape.counts(spec.segments, branch), spec.num_heads, spec.heads_per_key)
+            for branch in layout.branches_of(me)
         )
         return Chunk(shape, layout, plans, slot, chunk_index, source, *versions)
 
@@ -185,6 +198,16 @@ class Denoiser:
             self._rows[num_rows] = rows = Rows(num_rows, *size, self.dtype, self.queue.device)
         return rows
 
+    def prefix_place(self, shape: GroupShape, branch: int) -> Tensor:
+        """Where all passes of a branch find the prefix: it is large, and loaded before each chunk."""
+        spec = self.model.spec
+        if branch not in self._prefix_places:
+            size = spec.max_prefix_elements
+            self._prefix_places[branch] = torch.zeros(size, dtype=self.dtype, device=self.queue.device)
+        own_heads = shape.own_heads // spec.heads_per_key
+        view = shape.num_prefix(spec.stepped), spec.prefix_blocks, 2, own_heads, spec.head_dim
+        return self._prefix_places[branch][: math.prod(view)].view(view)
+
     def rope(self, shape: StepShape, branch: int) -> Rope | None:
         """The same object for all branches and requests whose positions are the same, so that a group can tell."""
         return self._rope(msgspec.structs.replace(shape, text=shape.text[branch : branch + 1]), 0)
@@ -194,6 +217,7 @@ class Denoiser:
         slot as soon as the request is there at all."""
         for branch in chunk.layout.branches_of(self._exchange.device_id):
             self._vectors(state, params, branch, first_step // TABLE_STEPS)
+            self._prefix(state, params.shape, branch)
 
     def run(self, chunk: Chunk, state: State, params: Params, steps: range) -> None:
         """Enqueue: the bound chunk's steps, from this member's rows of the state in its slot to all members' slots."""
@@ -201,7 +225,8 @@ class Denoiser:
         branches = chunk.layout.branches_of(me)
         passes = [self._passes[plan.shape_of(me), b] for plan, b in zip(chunk.plans, branches, strict=True)]
         for recorded, plan, branch in zip(passes, chunk.plans, branches, strict=True):
-            recorded.load(chunk.shape, self._constants(chunk.shape, state.slot, branch), plan.shard_of(me).rows)
+            constants = self._constants(chunk.shape, state.slot, branch)
+            recorded.load(chunk.shape, constants, plan.shard_of(me), self._prefix(state, params.shape, branch))
         tail, rows = self._tails[self._tail_key(chunk)]
         self._exchange.load_state(rows.state)
         for part in table_parts(steps):
@@ -276,6 +301,12 @@ class Denoiser:
 
     def _compute_coefficients(self, num_steps: int, skipped_steps: int, shape: StepShape) -> Tensor:
         return self.queue.to_device(self._schedule(num_steps, skipped_steps, shape).coefficients)
+
+    def _compute_prefix(self, state: State, shape: StepShape, branch: int) -> Tensor | None:
+        """`state` says whose."""
+        if self.model.prefix is None:
+            return None
+        return self.model.prefix(self._exchange.constants(state.slot, branch), shape, branch)
 
     def _compute_vectors(self, state: State, params: Params, branch: int, part: int) -> Tensor:
         """Modulation vectors of a part's steps: [k, V, C]. `state` says whose."""

@@ -77,15 +77,16 @@ class Floor:
                     x, bias = some(rows, inputs, count=2)[i % 2], some(outputs, count=1)[0]
                     weight = some(outputs, inputs, count=NUM_WEIGHTS)[i % NUM_WEIGHTS]
                     calls.append(partial(F.linear, x, weight, bias))
-                case Attention(tokens, heads, head_dim):
-                    q, k, v = some(1, heads, tokens, head_dim, count=3)
+                case Attention(tokens, heads, head_dim, heads_per_key, prefix):
+                    q, *_ = some(1, heads, tokens, head_dim, count=3)
+                    *_, k, v = some(1, heads // heads_per_key, tokens + prefix, head_dim, count=3)
                     calls.append(partial(_attend, q, k, v))
         return calls
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if q.is_cuda else SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _graph(step: Callable[[], object]) -> Callable[[], object]:

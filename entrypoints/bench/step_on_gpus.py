@@ -203,7 +203,7 @@ class StepBench:
             if row["system"] == OURS and row["ms"] is not None and row["px"] in keys:
                 steps.setdefault(keys[row["px"]], {})[row["degree"]] = row["ms"]
         classes = {key: ClassCost(step_ms=ms, encode_ms=10.0, decode_ms=50.0) for key, ms in steps.items()}
-        return Profile(heads=self._spec.num_heads, classes=classes) if classes else None
+        return Profile(heads=self._spec.num_key_heads, classes=classes) if classes else None
 
     def _usual_shape(self, size: Size) -> StepShape:
         """Of a picture of this size, guided as the model is unless told otherwise."""

@@ -45,6 +45,7 @@ INSTRUCTIONS = {
     "multiply_add": r"fma\.rn\.f32",
 }
 FLUX = {"NUM_HEADS": 24, "HEAD_DIM": 128, "DEGREE": 4}
+KREA = {"NUM_HEADS": 48, "HEADS_PER_KEY": 4}
 POINTERS = {"table": "*i32", "bases": "*i64", "expected": "*i32", "status": "*i32", "step": "*i32"}
 POINTERS |= {"abort": "*i32", "chunk": "*i32", "members": "*i32", "partners": "*i32"}
 POINTERS |= {"partials": "*fp32", "statistics": "*fp32", "epsilon": "fp32", "weight": "*bf16", "bias": "*bf16"}
@@ -92,7 +93,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    push = {"ROWS": qk_norm_rope_push.TILE_ELEMENTS // 128, "rope_pair_stride": 1} | FLUX
+    push = {"HEADS_PER_KEY": 1, "ROWS": qk_norm_rope_push.TILE_ELEMENTS // 128, "rope_pair_stride": 1} | FLUX
     push |= {f"EPSILON_{i}": 1e-6 for i in range(3)}
     joint = push | {f"SEGMENT_{i}": i for i in range(3)} | {f"HAS_ROPE_{i}": True for i in range(3)}
     flux = joint | {f"{name}_2": None for name in PIECE}
@@ -111,9 +112,12 @@ def main() -> None:
     results = {
         "qk_norm_rope_push": compiled(qk_norm_rope_push, flux, num_warps=4),
         "qk_norm_rope_push of 3": compiled(qk_norm_rope_push, joint, num_warps=4),
+        "qk_norm_rope_push of grouped heads": compiled(qk_norm_rope_push, flux | KREA, num_warps=4),
         "qk_norm_rope_push of copies": compiled(qk_norm_rope_push, plain, num_warps=4),
         "output_push": compiled(output_push, output, num_warps=4),
-        "residual_modulate": compiled(residual_modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6}, num_warps=8),
+        "residual_modulate": compiled(
+            residual_modulate, {"WIDTH": 3072, "BLOCK": 4096, "EPSILON": 1e-6, "IS_RMS": False}, num_warps=8
+        ),
         "group_norm_partial": compiled(group_norm_silu._partial_statistics, maps, num_warps=group_norm_silu.NUM_WARPS),
         "group_norm_join": compiled(group_norm_silu._join_statistics, join, num_warps=group_norm_silu.JOIN_WARPS),
         "group_norm_silu": compiled(group_norm_silu._norm_silu, maps, num_warps=group_norm_silu.NUM_WARPS),
@@ -137,8 +141,14 @@ def main() -> None:
         tile, dim = row.tile, row.head_dim
         queries, keys = (f"tensordesc<bf16[{block}, {dim}]>" for block in (tile.block_m, tile.block_n))
         types = {"q": queries, "k": keys, "v": keys, "out": queries, "scale": "fp32"}
-        constants = {"log_sum_exp": None, "HEAD_DIM": dim, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-        constants |= {"HAS_TAIL": True, "FULL_PRECISION": False}
+        constants = {
+            "log_sum_exp": None,
+            "HEADS_PER_KEY": 1,
+            "HEAD_DIM": dim,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+        }
+        constants |= {"HEADS_PER_KEY": 1, "HAS_TAIL": True, "FULL_PRECISION": False}
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         results[f"attention {dim} {tuple(tile)}"] = compiled(attention, constants, types, **options)
     print(json.dumps(results))

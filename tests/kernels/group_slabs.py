@@ -40,9 +40,12 @@ class GroupSlabs:
 
     def take_qkv(self, rank: int, over: Sequence[int]) -> list[Tensor]:
         """Copies of the member's q, k, v regions, [all rows of those segments, own heads, D]; poisoned again."""
-        shard = self.plan.shards[rank]
-        shape = (sum(self.plan.counts[s] for s in over), len(shard.heads), self.head_dim)
-        return [self._take(shard.device_id, offset, shape) for offset in self.offsets]
+        shard, num_rows = self.plan.shards[rank], sum(self.plan.counts[s] for s in over)
+        heads = len(shard.heads), len(shard.key_heads), len(shard.key_heads)
+        return [
+            self._take(shard.device_id, offset, (num_rows, count, self.head_dim))
+            for offset, count in zip(self.offsets, heads, strict=True)
+        ]
 
     def take_output(self, rank: int, num_rows: int) -> Tensor:
         """A copy of the member's output region, [num_rows, H, D]; the region is poisoned again."""

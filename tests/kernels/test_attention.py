@@ -31,6 +31,26 @@ def test_attention(device, dtype, num_tokens, head_dim) -> None:
     assert_close(out, _expected(*qkv))
 
 
+@pytest.mark.parametrize("heads_per_key", [2, 3])
+def test_several_heads_may_share_keys_and_values(device, dtype, heads_per_key) -> None:
+    """Bits are those of keys and values repeated for each."""
+    num_tokens, num_keys = 129, 2
+    q = torch.randn(num_tokens, num_keys * heads_per_key, 32).to(dtype)
+    k, v = torch.randn(2, num_tokens, num_keys, 32).to(dtype)
+    out = attention(q, k, v)
+    assert_close(out, _expected(q, k, v))
+    assert torch.equal(out, attention(q, *(x.repeat_interleave(heads_per_key, dim=1) for x in (k, v))))
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(70, 200), (128, 129), (200, 64), (1, 70)])
+def test_queries_may_be_fewer_or_more_than_keys(device, dtype, num_queries, num_keys) -> None:
+    q, (k, v) = _inputs(num_queries, 2, 32, dtype)[0], _inputs(num_keys, 2, 32, dtype)[1:]
+    log_sum_exp = poisoned(2, num_queries, dtype=torch.float32)
+    assert_close(attention(q, k, v, log_sum_exp=log_sum_exp), _expected(q, k, v))
+    scores = torch.einsum("lhd,mhd->hlm", q.double(), k.double()) / 32**0.5
+    assert relative_error(log_sum_exp, scores.logsumexp(-1)) <= 10 * LIMITS[torch.float32]
+
+
 def test_result_is_made_when_no_output_is_given(device, dtype) -> None:
     qkv = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in _inputs(40, 3, 32, dtype)]
     out = attention(*qkv)

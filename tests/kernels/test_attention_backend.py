@@ -30,6 +30,15 @@ def test_bits_do_not_depend_on_the_number_of_heads(device, num_tokens) -> None:
         assert torch.equal(attend(*(x[:, heads].contiguous() for x in (q, k, v))), whole[:, heads])
 
 
+def test_bits_of_heads_that_share_keys_do_not_depend_on_their_number(device) -> None:
+    q, k, v = (torch.randn(96, heads, 64).to(torch.bfloat16) for heads in (6, 3, 3))
+    whole = attend(q, k, v)
+    assert_close(whole, reference.attention(*(x.float() for x in (q, k, v))))
+    for first, last in ((0, 1), (1, 3)):
+        part = attend(*(x.contiguous() for x in (q[:, 2 * first : 2 * last], k[:, first:last], v[:, first:last])))
+        assert torch.equal(part, whole[:, 2 * first : 2 * last])
+
+
 def test_any_number_of_rows_and_heads_is_served_by_ours(device, dtype) -> None:
     for num_rows, num_heads, head_dim in ((1, 1, 32), (7, 5, 64), (130, 2, 128)):
         qkv = [torch.randn(num_rows, num_heads, head_dim).to(dtype) for _ in range(3)]

@@ -39,9 +39,11 @@ class Weights(NamedTuple):
 class Projections:
     """A whole sequence's projections, segment by segment, with weights of their own."""
 
-    def __init__(self, plan: GroupPlan, head_dim: int, dtype: torch.dtype) -> None:
-        self.plan, self.head_dim, self.dtype = plan, head_dim, dtype
-        width = 3 * plan.num_heads * head_dim
+    def __init__(self, plan: GroupPlan, head_dim: int, dtype: torch.dtype, heads_per_key: int = 1) -> None:
+        self.plan, self.head_dim, self.dtype, self.heads_per_key = plan, head_dim, dtype, heads_per_key
+        num_keys = plan.num_heads // heads_per_key
+        self.heads = [plan.num_heads, num_keys, num_keys]
+        width = sum(self.heads) * head_dim
         self.qkv = [torch.randn(count, width).to(dtype) for count in plan.counts]
         self.weights = [Weights(self._norm(), self._norm(), True, 1e-6) for _ in plan.counts]
         angles = torch.randn(sum(plan.counts), head_dim // 2) * 3
@@ -73,6 +75,7 @@ class Projections:
                 degree=self.plan.degree,
                 num_heads=self.plan.num_heads,
                 head_dim=self.head_dim,
+                heads_per_key=self.heads_per_key,
             )
 
     def expected(self, over: Sequence[int]) -> list[Tensor]:
@@ -83,8 +86,8 @@ class Projections:
             rows = slice(starts[segment], starts[segment] + self.plan.counts[segment])
             rope = tuple(x[rows].repeat_interleave(2, dim=1) for x in self.rope) if has_rope else None
             norms = (None if norm is None else norm.float() for norm in (q_norm, k_norm))
-            qkv = self.qkv[segment].float().unflatten(1, (3, self.plan.num_heads, self.head_dim))
-            if len(qkv):
+            qkv = self.qkv[segment].float().unflatten(1, (sum(self.heads), self.head_dim)).split(self.heads, dim=1)
+            if len(qkv[0]):
                 parts.append(reference.qk_norm_rope(qkv, *norms, rope, epsilon))
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
@@ -95,11 +98,11 @@ def check(sequence: Projections, over: Sequence[int], padding: int = 0) -> None:
     sequence.push(slabs, over, padding)
     q, k, v = sequence.expected(over)
     for shard in plan.shards:
-        heads = slice(shard.heads.start, shard.heads.stop)
+        keys = slice(shard.key_heads.start, shard.key_heads.stop)
         pushed_q, pushed_k, pushed_v = slabs.take_qkv(shard.rank, over)
-        assert_close(pushed_q, q[:, heads])
-        assert_close(pushed_k, k[:, heads])
-        assert torch.equal(pushed_v.float(), v[:, heads])
+        assert_close(pushed_q, q[:, shard.heads.start : shard.heads.stop])
+        assert_close(pushed_k, k[:, keys])
+        assert torch.equal(pushed_v.float(), v[:, keys])
     slabs.assert_untouched()
 
 
@@ -107,6 +110,29 @@ def check(sequence: Projections, over: Sequence[int], padding: int = 0) -> None:
 def test_slabs_hold_what_the_reference_computes(device, dtype, members, counts, num_heads, head_dim) -> None:
     plan = plan_group(members, counts, num_heads)
     check(Projections(plan, head_dim, dtype), range(len(counts)), padding=3)
+
+
+@pytest.mark.parametrize(("members", "num_heads", "heads_per_key"), [((0,), 6, 3), ((2, 0), 12, 4), ((1, 0, 2), 8, 2)])
+def test_queries_go_with_the_keys_that_they_share(device, dtype, members, num_heads, heads_per_key) -> None:
+    """The last group's four heads of keys are two, one and one."""
+    plan = plan_group(members, (7, 29), num_heads, heads_per_key)
+    check(Projections(plan, 32, dtype, heads_per_key), (0, 1), padding=2)
+
+
+def test_bits_of_grouped_heads_do_not_depend_on_the_group(device, dtype) -> None:
+    alone = plan_group((0,), (9, 50), 6, 2)
+    sequence, slabs = Projections(alone, 64, dtype, 2), GroupSlabs(alone, 64, dtype)
+    sequence.push(slabs, (0, 1))
+    whole_q, *whole_kv = slabs.take_qkv(0, (0, 1))
+    for members in ((0, 1), (2, 1, 0)):
+        sequence.plan = plan = plan_group(members, (9, 50), 6, 2)
+        slabs = GroupSlabs(plan, 64, dtype)
+        sequence.push(slabs, (0, 1))
+        for shard in plan.shards:
+            q, *kv = slabs.take_qkv(shard.rank, (0, 1))
+            assert torch.equal(q, whole_q[:, shard.heads.start : shard.heads.stop])
+            for part, whole in zip(kv, whole_kv, strict=True):
+                assert torch.equal(part, whole[:, shard.key_heads.start : shard.key_heads.stop])
 
 
 @pytest.mark.parametrize("over", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])

@@ -46,6 +46,19 @@ def test_residual_modulate(device, dtype, rows, width, adds) -> None:
         assert total is (b.y if adds else b.x)
 
 
+@pytest.mark.parametrize("epsilon", [1e-5, 0.5])
+def test_rms_norm_in_place_of_layer_norm(device, dtype, epsilon) -> None:
+    b = branch(5, 384, dtype)
+    ((total, normed),) = residual_modulate([copy_of(b)], rms_epsilon=epsilon)
+    given = total.float()
+    factor = (given.square().mean(dim=1, keepdim=True) + epsilon).rsqrt()
+    assert_close(normed, given * factor * (1 + b.scale.float()) + b.shift.float())
+    ((_, same),) = reference.residual_modulate([Branch(given, b.shift.float(), b.scale.float())], rms_epsilon=epsilon)
+    assert_close(normed, same)
+    ((_, one),) = residual_modulate([rows_of(b, slice(4, 5))], rms_epsilon=epsilon)
+    assert torch.equal(one, normed[4:])
+
+
 def test_rows_are_exact_whatever_else_is_in_the_call(device, dtype) -> None:
     text, image = branch(9, 96, dtype), branch(20, 96, dtype)
     whole = residual_modulate([copy_of(text), copy_of(image)])

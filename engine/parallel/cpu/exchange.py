@@ -11,7 +11,7 @@ from torch import Tensor
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.cpu.barrier import PairwiseBarrier
 from tetrion.engine.parallel.cpu.slab import SharedSlabs
-from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
+from tetrion.engine.parallel.exchange import Chunk, Prefix, Rope, Stream, prefix_of
 from tetrion.engine.parallel.group import GroupPlan, GroupShape, Shard
 from tetrion.engine.parallel.layout import Piece as SlotPiece
 from tetrion.engine.parallel.words import INVALID_VERSION
@@ -130,7 +130,8 @@ class CpuGroup:
     def __init__(self, slabs: SharedSlabs, barrier: PairwiseBarrier, spec: ModelSpec, shape: GroupShape) -> None:
         self.shape = shape
         self._slabs, self._barrier = slabs, barrier
-        self._num_heads, self._head_dim = spec.num_heads, spec.head_dim
+        self._num_heads, self._head_dim, self._heads_per_key = spec.num_heads, spec.head_dim, spec.heads_per_key
+        self._heads = [spec.num_heads, spec.num_key_heads, spec.num_key_heads]
         self._plan: GroupPlan | None = None
         self._rope: Rope | None = None
         self._local_rope: list[Rope] = []
@@ -150,22 +151,25 @@ class CpuGroup:
         local = [part for parts in pieces for part in parts]
         if self.shape.degree == 1:
             q, k, v = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*local, strict=True))
+            prefix = prefix_of(streams)
+            if prefix is not None:
+                k, v = (torch.cat(parts) for parts in zip((k, v), prefix, strict=True))
             return attention(q, k, v).flatten(1)
         assert self._plan is not None, "no chunk is bound"
         own = self._plan.shard_of(self._slabs.device_id)
         self._push_qkv(over, local, own)
         self._wait_for_all()
         num_rows = sum(self.shape.counts[segment] for segment in over)
-        output = attention(*self._slabs.qkv(own.device_id, num_rows, len(own.heads), self._head_dim))
+        output = attention(*self._own_qkv(own, num_rows, prefix_of(streams)))
         self._push_output(over, output, own)
         self._wait_for_all()
         return self._output(own.device_id, over).flatten(1)
 
     def _pieces(self, stream: Stream) -> list[Qkv]:
-        """q, k, v of each of the stream's segments, [padded rows, H, D] each, normed and turned."""
-        qkv = stream.qkv.unflatten(1, (3, self._num_heads, self._head_dim))
+        """q, k, v of each of the stream's segments, [padded rows, heads, D] each, normed and turned."""
+        qkv = stream.qkv.unflatten(1, (sum(self._heads), self._head_dim)).split(self._heads, dim=1)
         rows = [self.shape.padded[segment] for segment in stream.segments]
-        assert len(qkv) == sum(rows), f"{len(qkv)} rows for segments {stream.segments} of {self.shape}"
+        assert len(stream.qkv) == sum(rows), f"{len(stream.qkv)} rows for segments {stream.segments} of {self.shape}"
         rope = None
         if stream.has_rope and self._local_rope:
             tables = zip(*(self._local_rope[segment] for segment in stream.segments), strict=True)
@@ -196,13 +200,24 @@ class CpuGroup:
     def _push_qkv(self, over: Sequence[int], local: Sequence[Qkv], own: Shard) -> None:
         num_rows = sum(self.shape.counts[segment] for segment in over)
         for peer in self._in_push_order(own):
-            regions = self._slabs.qkv(peer.device_id, num_rows, len(peer.heads), self._head_dim)
-            heads, start = slice(peer.heads.start, peer.heads.stop), 0
+            regions, start = self._qkv(peer, num_rows), 0
             for segment, parts in zip(over, local, strict=True):
                 rows = own.rows[segment]
-                for region, part in zip(regions, parts, strict=True):
-                    region[start + rows.start : start + rows.stop].copy_(part[: len(rows), heads])
+                for region, part, heads in zip(
+                    regions, parts, (peer.heads, peer.key_heads, peer.key_heads), strict=True
+                ):
+                    theirs = part[: len(rows), heads.start : heads.stop]
+                    region[start + rows.start : start + rows.stop].copy_(theirs)
                 start += self.shape.counts[segment]
+
+    def _own_qkv(self, own: Shard, num_rows: int, prefix: Prefix | None) -> Qkv:
+        """What peers have pushed, and behind it the prefix, which nobody else writes."""
+        if prefix is None:
+            return self._qkv(own, num_rows)
+        q, k, v = self._qkv(own, num_rows + len(prefix[0]))
+        for region, rows in zip((k, v), prefix, strict=True):
+            region[num_rows:].copy_(rows)
+        return q[:num_rows], k, v
 
     def _push_output(self, over: Sequence[int], output: Tensor, own: Shard) -> None:
         """`output`: [all rows of those segments, own heads, D]."""
@@ -213,6 +228,9 @@ class CpuGroup:
                 rows = peer.rows[segment]
                 region[row : row + len(rows), heads].copy_(output[start + rows.start : start + rows.stop])
                 start, row = start + self.shape.counts[segment], row + self.shape.padded[segment]
+
+    def _qkv(self, shard: Shard, num_rows: int) -> Qkv:
+        return self._slabs.qkv(shard.device_id, num_rows, len(shard.heads), self._head_dim, self._heads_per_key)
 
     def _output(self, device: int, over: Sequence[int]) -> Tensor:
         num_rows = sum(self.shape.padded[segment] for segment in over)

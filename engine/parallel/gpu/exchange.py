@@ -28,11 +28,12 @@ from torch import Tensor
 
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.parallel.cpu.barrier import Aborted
-from tetrion.engine.parallel.exchange import Chunk, Rope, Stream
+from tetrion.engine.parallel.exchange import Chunk, Rope, Stream, prefix_of
 from tetrion.engine.parallel.gpu.slab import GpuSlabs
 from tetrion.engine.parallel.gpu.word_upload import WordUpload
-from tetrion.engine.parallel.group import GroupShape, split
+from tetrion.engine.parallel.group import GroupShape, split, split_heads
 from tetrion.engine.parallel.layout import Piece as SlotPiece
+from tetrion.engine.parallel.layout import scratch_elements
 from tetrion.kernels.attention_backend import Choice, attend
 from tetrion.kernels.barrier import ABORTED, barrier
 from tetrion.kernels.chunk_words import chunk_words, lanes_for, lists_of, num_words, publishing_words, rehearsal_words
@@ -48,7 +49,8 @@ from tetrion.kernels.velocity_push import velocity_push
 
 
 class QkvPlace(NamedTuple):
-    """Slabs' addresses by device, the three regions' offsets in bytes, and this device's own: [rows, heads, D]."""
+    """Slabs' addresses by device, the three regions' offsets in bytes, and this device's own: [rows, heads, D]; k and v
+    may have fewer heads."""
 
     bases: Tensor
     offsets: tuple[int, int, int]
@@ -85,8 +87,9 @@ class SharedResources:
         self.expected = torch.zeros(num_devices, dtype=torch.int32, device=device)
         self.lanes = lanes_for(num_devices)
         self.upload = WordUpload(device, num_words(self.lanes))
-        size = max(sum(map(spec.max_rows, spec.segments)) * spec.num_heads * spec.head_dim for spec in specs)
-        self._scratch = torch.zeros(3, size, dtype=slabs.dtype, device=device)
+        queries, keys = scratch_elements(specs)
+        self._scratch = torch.zeros(queries + 2 * keys, dtype=slabs.dtype, device=device)
+        self._scratch_starts = 0, queries, queries + keys
         self._scratch_bases = torch.full_like(slabs.bases, self._scratch.data_ptr())
         self._clear_abort = clear_abort
 
@@ -113,16 +116,19 @@ class SharedResources:
             counters_offset=self.slabs.layout.counters_offset,
         )
 
-    def qkv(self, shape: GroupShape, head_dim: int) -> QkvPlace:
+    def qkv(self, shape: GroupShape, head_dim: int, heads_per_key: int) -> QkvPlace:
         """Where q, k, v of a group go. One device alone has room for all heads in scratch memory of its own GPU."""
         slabs, layout = self.slabs, self.slabs.layout
         if shape.degree > 1:
-            regions = slabs.qkv(slabs.device_id, shape.num_tokens, shape.own_heads, head_dim)
+            regions = slabs.qkv(slabs.device_id, shape.num_tokens, shape.own_heads, head_dim, heads_per_key)
             return QkvPlace(slabs.bases, (layout.q_offset, layout.k_offset, layout.v_offset), regions)
-        region = (shape.num_tokens, shape.own_heads, head_dim)
-        q, k, v = (part[: torch.Size(region).numel()].view(region) for part in self._scratch)
-        num_bytes = self._scratch.stride(0) * self._scratch.element_size()
-        return QkvPlace(self._scratch_bases, (0, num_bytes, 2 * num_bytes), (q, k, v))
+        key_heads = shape.own_heads // heads_per_key
+        q, k, v = (
+            self._scratch[start : start + shape.num_tokens * heads * head_dim].view(shape.num_tokens, heads, head_dim)
+            for start, heads in zip(self._scratch_starts, (shape.own_heads, key_heads, key_heads), strict=True)
+        )
+        q_start, k_start, v_start = (start * self._scratch.element_size() for start in self._scratch_starts)
+        return QkvPlace(self._scratch_bases, (q_start, k_start, v_start), (q, k, v))
 
     def reset(self) -> None:
         """Forget all barriers and the abort. Waits for the device. On every device while all are idle."""
@@ -291,14 +297,14 @@ class GpuGroup:
         assert all(count <= at_most for count, at_most in zip(shape.counts, most, strict=True)), f"{shape}, max {most}"
         self.shape = shape
         self._shared, self._words, self._part = shared, words, lists_of(words)[0]
-        self._num_heads, self._head_dim = spec.num_heads, spec.head_dim
+        self._num_heads, self._head_dim, self._heads_per_key = spec.num_heads, spec.head_dim, spec.heads_per_key
         segments = [split(count, shape.degree) for count in shape.counts]
-        table = group_words(segments, split(spec.num_heads, shape.degree))
+        table = group_words(segments, split_heads(spec.num_heads, spec.heads_per_key, shape.degree))
         on_host = torch.tensor(table, dtype=torch.int32)
         if slabs.device.type == "cuda":
             on_host = on_host.pin_memory()  # from elsewhere the copy would wait for all that is enqueued
         self._table = on_host.to(slabs.device, non_blocking=True)
-        self._qkv = shared.qkv(shape, spec.head_dim)
+        self._qkv = shared.qkv(shape, spec.head_dim, spec.heads_per_key)
         if shape.degree > 1:
             self._output = slabs.output(slabs.device_id, shape.num_local, spec.num_heads, spec.head_dim).flatten(1)
         size = (shape.num_tokens, spec.head_dim // 2)
@@ -328,10 +334,15 @@ class GpuGroup:
             degree=shape.degree,
             num_heads=self._num_heads,
             head_dim=self._head_dim,
+            heads_per_key=self._heads_per_key,
         )
         self._wait_for_all()
         num_rows = sum(shape.counts[segment] for segment in over)
         q, k, v = (region[:num_rows] for region in self._qkv.regions)
+        if (prefix := prefix_of(streams)) is not None:  # behind what peers push
+            _, k, v = (region[: num_rows + len(prefix[0])] for region in self._qkv.regions)
+            for region, rows in zip((k, v), prefix, strict=True):
+                region[num_rows:].copy_(rows)
         output = attend(q, k, v, shared.attention)
         if shape.degree == 1:
             return output.flatten(1)
@@ -347,6 +358,7 @@ class GpuGroup:
             shared.slabs.layout.output_offset,
             degree=shape.degree,
             num_heads=self._num_heads,
+            heads_per_key=self._heads_per_key,
         )
         self._wait_for_all()
         return self._output[: sum(padded)]

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -23,6 +24,10 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -51,6 +56,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -82,6 +89,17 @@ CHAT_TEMPLATE = """{%- for message in messages %}
     {%- endif %}
 {%- endif %}"""
 """What Qwen3's does with one message of a user."""
+
+
+VISION_TEMPLATE = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- for part in message.content %}{{- part.text }}{%- endfor %}
+    {{- '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+"""What Qwen3-VL's does with messages of text."""
 
 
 class Drawn(NamedTuple):
@@ -485,11 +503,140 @@ class QwenImage(Case):
         return latents[0]
 
 
+class VisionProcessor(Qwen2Tokenizer):
+    """What the pipeline asks of Qwen3-VL's processor for a text alone. The library's takes torchvision to be made."""
+
+    @property
+    def tokenizer(self) -> Qwen2Tokenizer:
+        return self
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> Any:
+        return super().apply_chat_template([conversation], **options)
+
+
+class QwenImage21(Case):
+    """Prompts of different lengths; 20 rows of the image, in an odd number of pairs."""
+
+    text_rows = 96
+    sigmas: ClassVar[list[float] | None] = None
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(5)
+        transformer = QwenImage21Transformer2DModel(
+            in_channels=8, out_channels=8, num_layers=3, context_in_dim=QWEN_WIDTH, **self.options
+        )
+        vae = AutoencoderKLQwenImage21(
+            base_dim=8, decoder_base_dim=12, z_dim=8, dim_mult=[1, 1, 2, 2, 2], num_res_blocks=1,
+            latents_mean=[0.1 * i - 0.3 for i in range(8)], latents_std=[1 + 0.1 * i for i in range(8)],
+        )  # fmt: skip
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        )
+        return randomized(
+            QwenImage21Pipeline(
+                scheduler=scheduler, vae=vae, text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl_config(2)),
+                processor=qwen_tokenizer(VisionProcessor, VISION_TEMPLATE), transformer=transformer,
+                sample_sigmas=self.sigmas,
+            )
+        )  # fmt: skip
+
+    def save(self, pipeline: DiffusionPipeline, folder: Path) -> None:
+        super().save(pipeline, folder)
+        qwen_tokenizer(template=VISION_TEMPLATE).save_pretrained(folder / "processor")
+        index = msgspec.json.decode((folder / "model_index.json").read_bytes())
+        index["processor"] = ["transformers", "Qwen3VLProcessor"]
+        (folder / "model_index.json").write_bytes(msgspec.json.encode(index))
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, _, mask = pipeline.encode_prompt(prompt)
+        mask = torch.cat([mask, mask.new_ones(1, len(latents) // 4)], dim=1)
+        return pipeline.transformer(
+            latents[None], text, torch.tensor([time]) / 1000, [[(1, *self.tokens)]], mask, return_dict=False
+        )[0][0, -len(latents) :]
+
+    def draw(self, pipeline: DiffusionPipeline, num_steps: int, seed: int) -> Drawn:
+        """Its pictures have an opacity: they are put on white."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(_: Any, step: int, time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            kept.update(values)
+            return values
+
+        (pictures,) = pipeline(
+            prompt=PROMPT, height=self.height, width=self.width, num_inference_steps=num_steps, output_type="np",
+            generator=torch.Generator().manual_seed(seed), callback_on_step_end=keep, return_dict=False,
+            **self.call(pipeline),
+        )  # fmt: skip
+        colours, opacity = pictures[0][..., :3], pictures[0][..., 3:]
+        picture = colours * opacity + (1 - opacity)
+        return Drawn(self.packed(kept["latents"]), (picture * 255).round().astype(np.uint8))
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        negative = self.negative if self.num_branches == 2 else None
+        return {"true_cfg_scale": self.guidance, "negative_prompt": negative}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
+class QwenImage21Turbo(QwenImage21):
+    """With levels of its own for the number of steps that tests run. Its second prompt is empty."""
+
+    sigmas: ClassVar[list[float] | None] = [1.0, 0.9, 0.7, 0.55, 0.3, 0.1]
+    negative = ""
+
+
+class Krea2(Case):
+    """The form in front of a prompt has more tokens than are dropped, since a token is a byte."""
+
+    text_rows = 256
+    is_distilled = False
+
+    def pipeline(self) -> DiffusionPipeline:
+        torch.manual_seed(6)
+        transformer = Krea2Transformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, num_layers=3, attention_head_dim=12, intermediate_size=88,
+            text_hidden_dim=QWEN_WIDTH, num_text_layers=3, text_num_attention_heads=4, text_num_key_value_heads=2,
+            text_intermediate_size=56, num_layerwise_text_blocks=1, axes_dims_rope=(4, 4, 4), **self.options,
+        )  # fmt: skip
+        tokenizer = qwen_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "assistant"]})
+        config = qwen3_vl_config(num_layers=6)
+        config.text_config.vocab_size = len(tokenizer)
+        pipeline = Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+            vae=qwen_image_vae(), transformer=transformer, text_encoder=Qwen3VLModel(config), tokenizer=tokenizer,
+            text_encoder_select_layers=(1, 3, 5), is_distilled=self.is_distilled,
+        )  # fmt: skip
+        randomized(pipeline)
+        for name, parameter in transformer.named_parameters():
+            if "scale_shift_table" in name:
+                parameter.normal_(std=0.3)
+        return pipeline
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, mask = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
+        positions = pipeline.prepare_position_ids(text.shape[1], *self.tokens, latents.device)
+        level = torch.tensor([time]) / 1000
+        return pipeline.transformer(latents[None], text, level, positions, mask, return_dict=False)[0][0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "negative_prompt": self.negative}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
+class Krea2Turbo(Krea2):
+    is_distilled = True
+
+
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
 FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
 QWEN_IMAGE = {"num_attention_heads": 6, "attention_head_dim": 18, "axes_dims_rope": (6, 6, 6)}
 WIDER = {"default_width": 96, "default_height": 96}
 """References may have as many pixels."""
+QWEN21 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
 CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
@@ -531,6 +678,14 @@ CASES: tuple[Case, ...] = (
         "flux2-klein-base", FLUX2, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 96}
     ),
     Flux2KleinDistilled("flux2-klein", FLUX2, guidance=4.0, preset={"max_text_tokens": 96}),
+    Krea2(
+        "krea-2", {"num_attention_heads": 10, "num_key_value_heads": 5}, guidance=3.5, num_branches=2, num_devices=5,
+        preset={"max_text_tokens": 256},
+    ),
+    Krea2Turbo(
+        "krea-2-turbo", {"num_attention_heads": 12, "num_key_value_heads": 3}, guidance=0.0, num_devices=3,
+        preset={"max_text_tokens": 256}, width=64, height=64,
+    ),
     QwenImage("qwen-image", QWEN_IMAGE, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 288}),
     QwenImage("qwen-image-unguided", QWEN_IMAGE, guidance=4.0, preset={"max_text_tokens": 288}, width=64, height=40),
     QwenImage(
@@ -550,8 +705,17 @@ CASES: tuple[Case, ...] = (
         "flux2-dev-references", FLUX2 | {"guidance_embeds": True}, guidance=3.0, picture=(72, 64), second=(64, 64),
         preset={"max_text_tokens": 288} | WIDER,
     ),
+    QwenImage21(
+        "qwen-image-2.1", QWEN21, guidance=1.0, width=64, height=96, unit=16, num_devices=5,
+        preset={"max_text_tokens": 96},
+    ),
+    QwenImage21Turbo(
+        "qwen-image-2.1-turbo", QWEN21, guidance=3.0, num_branches=2, width=96, height=32, unit=16, num_devices=5,
+        preset={"max_text_tokens": 96},
+    ),
 )  # fmt: skip
-"""Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7."""
+"""Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7; of keys
+5 over 2, 3, 4 and 3 over 2."""
 
 
 def waves(width: int, height: int, phase: float) -> np.ndarray:
@@ -567,6 +731,17 @@ def vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
         layers_per_block=1, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
+
+
+def qwen_image_vae() -> AutoencoderKLQwenImage:
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+        latents_mean=[0.3, -0.2, 0.5, 0.1], latents_std=[1.5, 0.7, 2.0, 1.1],
+    )  # fmt: skip
+    for name, parameter in autoencoder.named_parameters():
+        if name.endswith("gamma"):
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return autoencoder
 
 
 def clip_config(width: int, projection_dim: int = POOLED, end: int | None = None) -> CLIPTextConfig:
@@ -659,12 +834,12 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer(kind: type[Qwen2Tokenizer] = Qwen2Tokenizer, template: str = CHAT_TEMPLATE) -> Qwen2Tokenizer:
     """A token for each byte, marks of a chat."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = kind(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>"]})
+    tokenizer.chat_template = template
     return tokenizer
 
 

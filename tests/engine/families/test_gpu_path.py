@@ -11,17 +11,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import tests.engine.parallel.quick_interpreter  # noqa: F401
 from tests.engine.families.conftest import Loaded
-from tetrion.engine.models.family import Network
+from tetrion.engine.models.family import PREFIX, Network
 from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.registry import all_components, load_on_device
-from tetrion.engine.parallel.exchange import Stream
+from tetrion.engine.parallel.exchange import Stream, prefix_of
 from tetrion.engine.parallel.group import first_rows
 from tetrion.engine.shape import StepShape
 from tetrion.kernels.reference import attention, qk_norm_rope
 
 NUM_STEPS, STEP = 4, 2
 TOLERANCE = 0.05
-NAMES = ("flux1-dev", "sd3.5-medium", "z-image", "flux2-klein", "qwen-image")
+NAMES = ("flux1-dev", "sd3.5-medium", "z-image", "flux2-klein", "krea-2-turbo", "qwen-image", "qwen-image-2.1")
 """One case of each network: the interpreter takes seconds."""
 SIZE = (32, 24)
 CPU = torch.device("cpu")
@@ -34,7 +34,8 @@ def test_a_prompt_a_step_and_a_picture_in_bf16(loaded: Loaded) -> None:
         pytest.skip("another case has the same network")
     ours, params, prompt = loaded.ours, loaded.params(NUM_STEPS, loaded.prompts[-1:]), loaded.prompts[-1]
     spec = ours.spec
-    shape = msgspec.structs.replace(spec.shape(*SIZE), text=params.shape.text)
+    width, height = (-(-side // spec.sizes.multiple) * spec.sizes.multiple for side in SIZE)
+    shape = msgspec.structs.replace(spec.shape(width, height), text=params.shape.text)
     params = msgspec.structs.replace(params, shape=shape)
     ops, components = GpuOps(torch.tensor([STEP], dtype=torch.int32)), all_components([spec], "safetensors")
     (model,) = load_on_device([spec], "safetensors", components, CPU, torch.bfloat16, ops)
@@ -46,6 +47,8 @@ def test_a_prompt_a_step_and_a_picture_in_bf16(loaded: Loaded) -> None:
     times = model.schedule(NUM_STEPS, shape).times
     vectors = model.network.vectors(fields, times, params)
     constants = {name: constant.tensor for name, constant in model.network.constants(fields, shape, 0).items()}
+    if model.prefix is not None:
+        constants[PREFIX] = model.prefix(fields, shape, 0)
     velocity = model.network.step(latents.bfloat16(), constants, vectors, attend_of(loaded, model.network, shape))
     covered = spec.sizes.num_covered(shape.width, shape.height)
     expected = ours.velocity(expected_fields, latents, params, STEP)
@@ -69,9 +72,12 @@ def attend_of(loaded: Loaded, network: Network, shape: StepShape) -> Callable[[S
                 cos, sin = (table[rows].repeat_interleave(2, dim=1) for table in rope)
                 tables = cos, sin
             norms = (None if norm is None else norm.float() for norm in (stream.q_norm, stream.k_norm))
-            qkv = stream.qkv.float().unflatten(1, (3, spec.num_heads, spec.head_dim))
+            heads = [spec.num_heads, spec.num_key_heads, spec.num_key_heads]
+            qkv = stream.qkv.float().unflatten(1, (sum(heads), spec.head_dim)).split(heads, dim=1)
             parts.append(qk_norm_rope(qkv, *norms, tables, stream.epsilon))
         q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
+        if (prefix := prefix_of(streams)) is not None:
+            k, v = (torch.cat([part, rows.float()]) for part, rows in zip((k, v), prefix, strict=True))
         return attention(q, k, v).flatten(1).bfloat16()
 
     return attend

@@ -142,7 +142,7 @@ class Device:
         layout = BranchLayout(members=tuple(members), num_branches=size.num_branches)
         part = layout.part_of(self.device_id)
         plans = tuple(
-            plan_group(part, size.counts(spec.segments, branch), spec.num_heads)
+            plan_group(part, size.counts(spec.segments, branch), spec.num_heads, spec.heads_per_key)
             for branch in layout.branches_of(self.device_id)
         )
         return Chunk(size, layout, plans, slot, chunk_index, source, *versions)

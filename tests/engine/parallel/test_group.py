@@ -67,9 +67,20 @@ def test_an_uneven_split_by_hand() -> None:
     assert plan.shape_of(2) == GroupShape((4, 8, 2), 3, 13) and plan.shape_of(2).padded == (2, 3, 1)
 
 
+@given(members=members_lists, num_keys=st.integers(8, 16), heads_per_key=st.integers(1, 5))
+def test_queries_are_with_the_keys_that_they_share(members: tuple[int, ...], num_keys: int, heads_per_key: int) -> None:
+    plan = plan_group(members, (20, 30), num_keys * heads_per_key, heads_per_key)
+    assert [h for shard in plan.shards for h in shard.key_heads] == list(range(num_keys))
+    for shard in plan.shards:
+        assert [h // heads_per_key for h in shard.heads] == [k for k in shard.key_heads for _ in range(heads_per_key)]
+        assert plan.shape_of(shard.device_id).own_heads == len(shard.heads) > 0
+
+
 def test_groups_that_are_too_large_are_errors_with_numbers() -> None:
     with pytest.raises(ValueError, match="degree 4 is more than the model's 3 heads"):
         plan_group((0, 1, 2, 3), (10, 100), 3)
+    with pytest.raises(ValueError, match="degree 4 is more than the model's 3 heads"):
+        plan_group((0, 1, 2, 3), (10, 100), 12, 4)
     with pytest.raises(ValueError, match="degree 4 is more than the longest segment's 3 rows"):
         plan_group((0, 1, 2, 3), (2, 3), 8)
 

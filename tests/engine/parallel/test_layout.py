@@ -49,7 +49,8 @@ def test_parts_of_a_slab_do_not_overlap(
     slots = range(layout.num_slots)
     sized = [(layout.counter_offset(d), CACHE_LINE) for d in range(layout.num_devices)]
     sized += [(layout.version_offset(slot), CACHE_LINE) for slot in slots]
-    sized += [(offset, layout.exchange_bytes) for offset in (layout.q_offset, layout.k_offset, layout.v_offset)]
+    sized += [(layout.q_offset, layout.query_bytes)]
+    sized += [(offset, layout.key_bytes) for offset in (layout.k_offset, layout.v_offset)]
     sized += [(layout.output_offset, layout.output_bytes), (layout.velocity_offset, layout.velocity_bytes)]
     sized += [(layout.slot_offset(slot), layout.slot_bytes) for slot in slots]
     parts = sorted((offset, offset + size) for offset, size in sized if size)
@@ -105,13 +106,14 @@ def test_regions_suffice_for_every_shard_of_every_request(
     for part in branches.parts:
         for branch in branches.branches_of(part[0]):
             counts = shape.counts(spec.segments, branch)
-            assume(len(part) <= min(spec.num_heads, max(counts)))
-            plan = plan_group(part, counts, spec.num_heads)
+            assume(len(part) <= min(spec.num_key_heads, max(counts)))
+            plan = plan_group(part, counts, spec.num_heads, spec.heads_per_key)
             for device in part:
                 own = plan.shape_of(device)
                 if own.degree > 1:
                     exchanged = own.num_tokens * own.own_heads * spec.head_dim * itemsize
-                    assert exchanged <= layout.exchange_bytes
+                    assert exchanged <= layout.query_bytes
+                    assert exchanged // spec.heads_per_key <= layout.key_bytes
                     assert own.num_local * spec.num_heads * spec.head_dim * itemsize <= layout.output_bytes
                 if len(branches.parts) > 1:
                     assert own.padded[spec.stepped] * latents.width * itemsize <= layout.velocity_bytes
@@ -124,7 +126,7 @@ def test_a_layout_travels_as_json() -> None:
 
 def test_one_device_has_no_exchange_regions(spec: ModelSpec) -> None:
     layout = slab_layout([spec], 1, 1)
-    assert layout.exchange_bytes == layout.output_bytes == layout.velocity_bytes == 0
+    assert layout.query_bytes == layout.key_bytes == layout.output_bytes == layout.velocity_bytes == 0
 
 
 def test_models_without_guidance_branches_have_no_velocity_region(spec: ModelSpec) -> None:

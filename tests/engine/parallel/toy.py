@@ -71,6 +71,7 @@ class Pass:
         self._text = torch.zeros(shape.padded[TEXT], width, **rows)
         self._pooled = torch.zeros(1, toy.channels, **rows)
         self._bias = torch.zeros(shape.num_local, 3 * width, **rows)
+        self._prefix = torch.zeros(2, shape.counts[TEXT], shape.own_heads, toy.spec.head_dim, **rows)
         self.velocity = torch.zeros(shape.padded[IMAGE], toy.channels, **rows)
 
     def load(self, plan: GroupPlan, me: int, fields: dict[str, Tensor], rope: Rope) -> None:
@@ -78,13 +79,16 @@ class Pass:
         shard, first = plan.shard_of(me), len(self._text)
         text = shard.rows[TEXT]
         self._text[: len(text)] = fields["text"][text.start : text.stop]
+        heads = fields["text"][: plan.counts[TEXT]].unflatten(1, (-1, self._prefix.shape[3]))
+        self._prefix.copy_(heads[:, shard.heads.start : shard.heads.stop])
         self._pooled.copy_(fields["pooled"][:, : self._pooled.shape[1]])
         for rows, start in zip(plan.canonical_rows(shard), (0, first), strict=True):
             self._bias[start : start + len(rows)] = self._weights.bias[rows.start : rows.stop].to(self._bias.device)
         self.group.load_rope(rope)
 
     def run(self, state: Tensor) -> None:
-        """Joint attention, attention of the image alone without norms, joint attention of one stream."""
+        """Joint attention, attention of the image without norms that sees text whose keys are given, joint attention of
+        one stream."""
         num_text, channels = len(self._text), self.velocity.shape[1]
         image = torch.nn.functional.pad(state[:, :channels].to(self._text.dtype), (0, self._text.shape[1] - channels))
         hidden = torch.cat([self._text, image])
@@ -95,7 +99,9 @@ class Pass:
         ]
         hidden = 0.5 * hidden + self.group.attend(streams)
         text, image = hidden[:num_text], hidden[num_text:]
-        image = image + 0.5 * self.group.attend([Stream(self._bias[num_text:] + image.repeat(1, 3), (IMAGE,))])
+        keys, values = self._prefix
+        alone = Stream(self._bias[num_text:] + image.repeat(1, 3), (IMAGE,), prefix=(keys, 0.5 * values))
+        image = image + 0.5 * self.group.attend([alone])
         hidden = torch.cat([text, image])
         stream = Stream(self._bias + hidden.repeat(1, 3), (TEXT, IMAGE), self._norms[2], self._norms[3])
         hidden = hidden + self.group.attend([stream])

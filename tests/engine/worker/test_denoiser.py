@@ -181,7 +181,7 @@ def test_a_group_is_given_its_positions_whichever_pass_over_it_comes_next(
     group.load_rope = given.append  # type: ignore[method-assign]
     for recorded, shape, branch in ((second, wide, 1), (first, high, 0), (second, wide, 1), (first, wide, 0)):
         constants = network.constants(loaded.exchange.constants(SLOT, branch), shape, branch)
-        recorded.load(shape, constants, chunk.plans[branch].shard_of(0).rows)
+        recorded.load(shape, constants, chunk.plans[branch].shard_of(0))
         expected = network.rope(shape, branch)
         assert expected is not None and torch.equal(given[-1][0], expected[0])
     assert given[0] is given[2] is given[3], "what is loaded already is known by being the same"
