@@ -454,6 +454,8 @@ class Krea2(Case):
         for name, parameter in transformer.named_parameters():
             if "scale_shift_table" in name:
                 parameter.normal_(std=0.3)
+            elif "projector" in name:
+                parameter.uniform_(0.3, 1)  # layers that cancel out would leave rounding
         return pipeline
 
     def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
