@@ -13,6 +13,7 @@ import click
 from tetrion.entrypoints.bench.energy_command import energy_command
 from tetrion.entrypoints.bench.serve_command import serve_command
 from tetrion.entrypoints.bench.slo_commands import COMMANDS
+from tetrion.entrypoints.config_file import ConfigurableCommand, config_options, effective, template
 from tetrion.entrypoints.errors import EXIT_INTERRUPTED, report_errors
 from tetrion.entrypoints.number_range import NumberRange
 from tetrion.entrypoints.options import command_line, engine_options, take_config
@@ -116,7 +117,8 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
     return report_errors(run)
 
 
-@cli.command()
+@cli.command(cls=ConfigurableCommand)
+@config_options
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -147,13 +149,34 @@ def batch(ctx: click.Context, requests: Path, output: Path, **options: Any) -> i
     help="How long an idle connection is kept open: longer than a proxy in front keeps it, 60 s by default for most.",
 )
 @click.option("--access-log", is_flag=True, help="Log every HTTP request.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="info: a line for each picture, and what becomes of workers.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["plain", "json"]),
+    default="plain",
+    show_default=True,
+    help="json: an object a line, with a picture's figures as fields.",
+)
 @guard_options
 @engine_options
 @click.pass_context
-def serve(ctx: click.Context, **options: Any) -> int:
-    """Serve OpenAI's image API over HTTP."""
+def serve(ctx: click.Context, print_config: bool, **options: Any) -> int:
+    """Serve OpenAI's image API over HTTP.
+
+    Every option may come from --config FILE or from the environment, as TETRION_ and its name: TETRION_PORT.
+    """
 
     def run() -> int:
+        if print_config:
+            take_config(with_server_defaults(options))  # says what is wrong with them
+            click.echo(effective(ctx))
+            return 0
         from tetrion.entrypoints.http.server import ServeOptions
         from tetrion.entrypoints.http.server import serve as serve_http
         from tetrion.entrypoints.session import open_engine, run_async
@@ -162,6 +185,13 @@ def serve(ctx: click.Context, **options: Any) -> int:
         return run_async(serve_http(ServeOptions(**options), opened))
 
     return report_errors(run)
+
+
+@cli.command("config")
+def config_template() -> int:
+    """Print a file for `tetrion serve --config FILE` with every key, what it means and what it may be."""
+    click.echo(template(serve))
+    return 0
 
 
 @cli.command()

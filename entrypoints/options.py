@@ -17,7 +17,8 @@ from tetrion.entrypoints.number_range import NumberRange
 
 Command = Callable[..., Any]
 OPTIONS_PREFIX = "options."
-SECRETS = frozenset({"api_key"})
+SECRETS = frozenset({"api_key", "api_keys"})
+"""Options whose values are written nowhere."""
 FIRST_MODELS = "profiles"
 """An option whose KEY= may be left out: it is the first model's then."""
 

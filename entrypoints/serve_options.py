@@ -56,7 +56,6 @@ _GUARDS = (
         "--api-key",
         "api_keys",
         multiple=True,
-        envvar="TETRION_API_KEY",
         metavar="[NAME:]KEY",
         help="Only requests with this key are served, /health and /ready excepted; may be repeated. NAME is the tenant"
         " it stands for, among whom the engine is shared. Other users of the machine see options: better put keys,"

@@ -190,7 +190,7 @@ class LanguageConfig(msgspec.Struct, frozen=True, kw_only=True):
 class _SectionedRope(_Rope, frozen=True, kw_only=True):
     """Pairs of channels turn by one of three positions, those of a section by the same. Text has one position."""
 
-    rope_type: Literal["default", "mrope"] = "default"
+    rope_type: Literal["default", "mrope"] = "default"  # type: ignore[assignment]
     mrope_section: Annotated[tuple[Size, ...], Meta(min_length=3, max_length=3)] = (16, 24, 24)
 
 

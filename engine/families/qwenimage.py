@@ -15,6 +15,7 @@ from tetrion.engine.config import LoadFormat
 from tetrion.engine.errors import RequestError, shown
 from tetrion.engine.families.base import Family
 from tetrion.engine.families.checkpoint import (
+    PRESET_FILE,
     SCHEDULER,
     SCHEDULER_FILE,
     Preset,
@@ -38,6 +39,7 @@ from tetrion.engine.families.components import (
 )
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import check_language, language_shapes
+from tetrion.engine.families.pictures import STRENGTH
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
 from tetrion.engine.families.qwen_image_vae import (
@@ -46,7 +48,9 @@ from tetrion.engine.families.qwen_image_vae import (
     check_autoencoder,
     check_latents,
     decoder_shapes,
+    encoder_shapes,
     frame_shapes,
+    has_encoder,
 )
 from tetrion.engine.families.tokenizers import QWEN_TOKENIZER, check_tokenizer
 from tetrion.engine.families.weights import read_shapes
@@ -65,6 +69,7 @@ CLASSES = {
 }
 PRESET = Preset(num_steps=50, guidance=4.0, max_text_tokens=1024)
 MAX_TEXT_TOKENS = 1024
+"""Of a prompt, as in diffusers."""
 CHAT = ChatForm(
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial"
     " relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
@@ -180,6 +185,13 @@ class QwenImage:
             default=(preset.default_width, preset.default_height),
         )
         check_shifts(folder, scheduler, check_sizes(folder, sizes))
+        if preset.max_text_tokens > MAX_TEXT_TOKENS:
+            raise fault(
+                folder / PRESET_FILE,
+                f": max_text_tokens {preset.max_text_tokens} must be at most {MAX_TEXT_TOKENS}",
+            )
+        begins_with_pictures = _has_encoder(folder, load_format)
+        vae_shapes = decoder_shapes(vae) | (encoder_shapes(vae) if begins_with_pictures else {})
         return ModelSpec(
             name=model_name(folder, preset),
             path=str(folder.resolve()),
@@ -197,10 +209,12 @@ class QwenImage:
             guidance=preset.guidance or 0.0,
             max_text_tokens=preset.max_text_tokens,
             sizes=sizes,
-            inputs=frozenset({"negative_prompt"}),
+            inputs=frozenset({"negative_prompt", *(["pictures", "strength"] if begins_with_pictures else [])}),
+            max_pictures=1 if begins_with_pictures else 0,
+            strength=STRENGTH if begins_with_pictures else None,
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
-                ("vae", num_weights(frame_shapes(decoder_shapes(vae)).values())),
+                ("vae", num_weights(frame_shapes(vae_shapes).values())),
                 ("text_encoder", num_weights(language_shapes(language, language.num_hidden_layers, True).values())),
             ),
         )
@@ -238,6 +252,11 @@ def _prompt_reader(folder: Path) -> PromptReader:
 def _is_guided(request: ImageRequest) -> bool:
     assert request.guidance is not None
     return request.guidance > 1 and request.negative_prompt is not None
+
+
+def _has_encoder(folder: Path, load_format: LoadFormat) -> bool:
+    """Whether the VAE has the half that makes latents of pictures. Raises CheckpointError; OSError."""
+    return load_format == "dummy" or has_encoder(read_shapes(component_folder(folder, "vae")))
 
 
 def _read_language(folder: Path, preset: Preset) -> tuple[Path, Qwen25VlConfig]:

@@ -86,7 +86,7 @@ class GpuOps:
         keeps_norm: bool = False,
     ) -> Tensor:
         if keeps_norm and len(velocities) == 2:
-            velocities = [rescaled_guidance(*velocities, guidance, self._step)]
+            velocities = [rescaled_guidance(velocities[0], velocities[1], guidance, self._step)]
         return guided_step(state, velocities, coefficients, guidance, self._step)
 
     def gated_sum(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

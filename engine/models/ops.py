@@ -138,5 +138,5 @@ class ReferenceOps:
     ) -> Tensor:
         s = int(self._step)
         if keeps_norm and len(velocities) == 2:
-            velocities = [reference.rescaled_guidance(*velocities, float(guidance[s]))]
+            velocities = [reference.rescaled_guidance(velocities[0], velocities[1], float(guidance[s]))]
         return reference.guided_step(state, velocities, coefficients[s], float(guidance[s]))

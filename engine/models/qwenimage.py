@@ -29,7 +29,7 @@ from tetrion.engine.families.qwenimage import (
     weights_plan,
 )
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.autoencoders import begins_with_noise
+from tetrion.engine.models.autoencoders import begins_with_a_picture
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
 from tetrion.engine.models.family import Attend, Constant, Model, Tokens
@@ -271,7 +271,7 @@ class QwenImageText:
             return {"text": reference.linear(normed, text_in.weight, text_in.bias)}
 
 
-def schedule(spec: ModelSpec, num_steps: int, shape: StepShape) -> Schedule:
+def _schedule(spec: ModelSpec, num_steps: int, shape: StepShape) -> Schedule:
     return euler_schedule(spec.scheduler, num_steps, shape.image)
 
 
@@ -307,13 +307,14 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
     own, reader = component_tensors(tensors, "text_encoder"), prompt_reader(path)
     encoder = LanguageEncoder(QWEN25_VL, folder, own, [num_layers], reader, is_normed=True)
     codec = QwenImageCodec(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec)
+    schedule = functools.partial(_schedule, spec)
     return Model(
         spec=spec,
         network=transformer,
         text=QwenImageText(encoder, transformer, reader.num_dropped),
         codec=codec,
-        begin=begins_with_noise(codec),
-        schedule=functools.partial(schedule, spec),
+        begin=begins_with_a_picture(codec, schedule),
+        schedule=schedule,
         guidance_factor=lambda params: params.guidance,
         keeps_norm=True,
     )

@@ -91,9 +91,22 @@ def zimage(config: Any, size: StepSize, random: Random) -> StepInputs:
     return StepInputs(latents, {"t": times, "cap_feats": texts}, "x", takes_list=True)
 
 
+def qwen_image(config: Any, size: StepSize, random: Random) -> StepInputs:
+    latents, batch = random(1, size.width * size.height, config.in_channels), size.num_branches
+    return StepInputs(
+        latents,
+        {
+            "encoder_hidden_states": random(batch, size.num_text, config.joint_attention_dim),
+            "timestep": torch.full((batch,), TIMESTEP / 1000, device=latents.device, dtype=latents.dtype),
+            "img_shapes": [[(1, size.height, size.width)]] * batch,
+        },
+    )
+
+
 INPUTS: dict[str, Callable[[Any, StepSize, Random], StepInputs]] = {
     "FluxTransformer2DModel": flux,
     "SD3Transformer2DModel": sd3,
     "Flux2Transformer2DModel": flux2,
     "ZImageTransformer2DModel": zimage,
+    "QwenImageTransformer2DModel": qwen_image,
 }

@@ -53,9 +53,11 @@ def name_tenant(label: str) -> None:
 
 
 class RequestIdFilter(logging.Filter):
-    """Gives records `request`: "[id tenant] " of the request that is being handled, or ""."""
+    """Gives records `request_id` and `tenant` of the request that is being handled, "" where there is none, and
+    `request`: "[id tenant] ", or ""."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id, record.tenant = _current.get(), _tenant.get()
         named = " ".join(filter(None, (_current.get(), _tenant.get())))
         record.request = f"[{named}] " if named else ""
         return True

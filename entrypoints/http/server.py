@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import signal
 import socket
 import ssl
@@ -24,9 +23,9 @@ import msgspec
 import uvicorn
 
 from tetrion.entrypoints.errors import EXIT_INTERRUPTED, InputError
+from tetrion.entrypoints.http import logs
 from tetrion.entrypoints.http.app import Guards, create_app, parse_origin
 from tetrion.entrypoints.http.connections import (
-    LOGGER,
     Connection,
     ConnectionLimits,
     Connections,
@@ -36,7 +35,6 @@ from tetrion.entrypoints.http.connections import (
 from tetrion.entrypoints.http.hosts import hosts_for
 from tetrion.entrypoints.http.keys import ApiKeys
 from tetrion.entrypoints.http.limits import RequestLimits, Waiting
-from tetrion.entrypoints.http.request_ids import RequestIdFilter
 from tetrion.entrypoints.http.service import ImageService
 from tetrion.entrypoints.http.store import PictureStore
 from tetrion.entrypoints.http.tenants import TrustedProxies
@@ -69,6 +67,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     allow_origins: tuple[str, ...] = ()
     keep_alive_s: float = 75.0
     access_log: bool = False
+    log_level: logs.LogLevel = "info"
+    log_format: logs.LogFormat = "plain"
     max_n: int | None = None
     max_steps: int | None = None
     max_pixels: int | None = None
@@ -241,7 +241,7 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
             body_timeout_s=options.body_timeout_s,
         )
         server = Server(_config(options, app), service, Connections(limits, service.counters), options)
-        _log_to_stderr()
+        logs.set_up(options.log_level, options.log_format)
         url, models = url_of(listening[0], is_tls=options.ssl_certfile is not None), ", ".join(engine.models.specs)
         serving = asyncio.create_task(server.serve(sockets=listening))
         try:
@@ -251,6 +251,7 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
                 freeze_gc()
                 service.is_ready, server.is_loading = True, False
                 say(f"serving {models} on {url}")
+                say(about(engine, url))
                 await _until_stopped(engine, serving)
         finally:
             service.is_ready = False
@@ -259,6 +260,20 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
             await server.cut_off()
             await engine.__aexit__(None, None, None)
     return EXIT_INTERRUPTED if server.stop_signal is signal.SIGINT else 0
+
+
+def about(engine: AsyncEngine, url: str) -> str:
+    """What is served, a line for each model, and how to ask for a picture."""
+    lines = []
+    for name, spec in engine.models.specs.items():
+        sizes, (width, height) = spec.sizes, spec.sizes.default
+        lines.append(
+            f"  {name}: {sizes.min} to {sizes.max} pixels a side, multiples of {sizes.multiple}; by default"
+            f" {width}x{height}, {spec.num_steps} steps"
+        )
+    body = '{"prompt": "a red circle left of a blue star"}'
+    lines.append(f"  try: curl {url}/v1/images/generations -H 'content-type: application/json' -d '{body}'")
+    return "\n".join(lines)
 
 
 def _service(options: ServeOptions, engine: AsyncEngine, num_connections: int) -> ImageService:
@@ -331,11 +346,3 @@ def url_of(sock: socket.socket, is_tls: bool = False) -> str:
     host, port = sock.getsockname()[:2]
     scheme = "https" if is_tls else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(RequestIdFilter())
-    logging.getLogger(LOGGER).setLevel(logging.ERROR)
-    logging.getLogger("uvicorn.access").setLevel(logging.INFO)

@@ -36,7 +36,7 @@ from tetrion.engine.families.words import unknown_words
 from tetrion.engine.request import ImageRequest, ImageResult
 from tetrion.entrypoints import pictures
 from tetrion.entrypoints.encoders import Encoders
-from tetrion.entrypoints.http import schema
+from tetrion.entrypoints.http import logs, schema
 from tetrion.entrypoints.http.answer import NO_PICTURE, PicturesAnswer, body_parts
 from tetrion.entrypoints.http.body import read_form_or_json, read_json
 from tetrion.entrypoints.http.draining import draining
@@ -332,8 +332,8 @@ class ImageService:
 
     def _answer(self, encoded: list[_Encoded], response: schema.GenerationResponse) -> PicturesAnswer:
         base64s = [picture.base64 for picture in encoded if picture.base64 is not None]
-        took_s = {picture.result.request_id: picture.made_s for picture in encoded}
-        delivery = _Delivery(self._engine, self._metrics, response.output_format, took_s)
+        made = [(picture.result, picture.made_s) for picture in encoded]
+        delivery = _Delivery(self._engine, self._metrics, response.output_format, made)
         return PicturesAnswer(body_parts(response, base64s), delivery)
 
     def _response(
@@ -370,29 +370,31 @@ class ImageService:
 
 
 class _Delivery:
-    """Says to the engine what came of an answer's pictures, and counts them. It keeps no picture: a client may take
-    long to read."""
+    """Says to the engine what came of an answer's pictures, counts and logs them. It keeps no picture: a client may
+    take long to read."""
 
     def __init__(
-        self, engine: AsyncEngine, metrics: Metrics, picture_format: pictures.PictureFormat, took_s: dict[str, float]
+        self,
+        engine: AsyncEngine,
+        metrics: Metrics,
+        picture_format: pictures.PictureFormat,
+        made: list[tuple[ImageResult, float]],
     ) -> None:
-        """`took_s`: what making each picture has taken, by request id."""
-        self._engine, self._metrics, self._format, self._took_s = engine, metrics, picture_format, took_s
+        """`made`: each picture's result, without the image, and what encoding it has taken."""
+        self._engine, self._metrics, self._format, self._made = engine, metrics, picture_format, made
 
     def delivered(self, sent_s: float) -> None:
         """Sending counts as much as making at most: the rest is the client's."""
-        for request_id, made_s in self._took_s.items():
-            own_s = made_s + min(made_s, sent_s / len(self._took_s))
-            delivered = self._engine.delivered(request_id, own_s)
+        for result, made_s in self._made:
+            own_s = made_s + min(made_s, sent_s / len(self._made))
+            delivered = self._engine.delivered(result.request_id, own_s)
             if delivered is not None:
                 self._metrics.delivered(delivered, self._format)
-                kept = {None: "no deadline", True: "deadline met", False: "deadline missed"}[delivered.slo_met]
-                latency_s, deliver_s = delivered.latency_s, delivered.deliver_s
-                log.info("%s: last byte after %.3f s, drawn %.3f s before; %s", request_id, latency_s, deliver_s, kept)
+                logs.drawn(result, delivered)
 
     def dropped(self) -> None:
-        for request_id in self._took_s:
-            self._engine.not_delivered(request_id)
+        for result, _ in self._made:
+            self._engine.not_delivered(result.request_id)
 
 
 async def _read_edit(request: Request) -> EditBody:

@@ -1,4 +1,4 @@
-"""Real workers with models whose texts are read by language models: of one length each (Z-Image) or of all (FLUX.2)."""
+"""Real workers with models whose texts are read by language models: of one length for all (FLUX.2), or of their own."""
 
 import asyncio
 import hashlib
@@ -16,7 +16,7 @@ from tetrion.engine.config import EngineConfig
 from tetrion.engine.request import ImageRequest, ImageResult
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server")]
-GUIDED, SHORT = "z-image", "flux2-klein"
+GUIDED, SHORT, KEEPING = "z-image", "flux2-klein", "qwen-image"
 NUM_STEPS, SEED = 4, 7
 DEGREES = ((1,), (2,), (1, 2, 2, 1))
 PROMPTS = ("a", NEGATIVE, PROMPT, "a red circle " * 20)
@@ -30,7 +30,7 @@ class Served(NamedTuple):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def served(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    cases = {case.name: case for case in CASES if case.name in (GUIDED, SHORT)}
+    cases = {case.name: case for case in CASES if case.name in (GUIDED, SHORT, KEEPING)}
     folders, pipelines = {}, {}
     for name, case in cases.items():
         folders[name], pipelines[name] = tmp_path_factory.mktemp("checkpoint") / name, case.pipeline()
@@ -53,7 +53,7 @@ def digest(result: ImageResult) -> str:
     return hashlib.sha256(result.image.tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("model", "negative"), [(GUIDED, NEGATIVE), (SHORT, None)])
+@pytest.mark.parametrize(("model", "negative"), [(GUIDED, NEGATIVE), (SHORT, None), (KEEPING, NEGATIVE)])
 async def test_pictures_are_diffusers_at_every_degree(served: Served, model: str, negative: str | None) -> None:
     expected = served.cases[model].draw(served.pipelines[model], NUM_STEPS, SEED).picture.astype(int)
     for degrees in DEGREES:
@@ -61,7 +61,7 @@ async def test_pictures_are_diffusers_at_every_degree(served: Served, model: str
         assert np.abs(result.image.astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("model", [GUIDED, SHORT])
+@pytest.mark.parametrize("model", [GUIDED, SHORT, KEEPING])
 async def test_prompts_of_any_length_side_by_side_are_as_alone(served: Served, model: str) -> None:
     alone = [await draw(served, model, prompt=prompt, force_degrees=(1,)) for prompt in PROMPTS]
     assert len({digest(result) for result in alone}) == len(PROMPTS)

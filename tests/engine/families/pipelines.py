@@ -25,6 +25,9 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImageImg2ImgPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
@@ -42,6 +45,8 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -475,8 +480,49 @@ class Krea2Turbo(Krea2):
     is_distilled = True
 
 
+class QwenImage(Case):
+    """Prompts of different lengths."""
+
+    img2img = QwenImageImg2ImgPipeline
+    text_rows = 288
+
+    def pipeline(self) -> DiffusionPipeline:
+        return randomized(QwenImagePipeline(tokenizer=qwen_tokenizer(), **self.parts()))
+
+    def parts(self) -> dict[str, Any]:
+        torch.manual_seed(5)
+        transformer = QwenImageTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=3, joint_attention_dim=QWEN_WIDTH,
+            **self.options,
+        )  # fmt: skip
+        autoencoder = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 2], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.3, -0.2, 0.5, 0.1], latents_std=[1.5, 0.7, 2.0, 1.1],
+        )  # fmt: skip
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            base_image_seq_len=256, base_shift=0.5, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02,
+            use_dynamic_shifting=True,
+        )  # fmt: skip
+        encoder = Qwen2_5_VLForConditionalGeneration(qwen25_vl_config(num_layers=3))
+        return {"scheduler": scheduler, "vae": autoencoder, "transformer": transformer, "text_encoder": encoder}
+
+    def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
+        text, _ = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
+        return pipeline.transformer(
+            latents[None], text, None, torch.tensor([time]) / 1000, [[(1, *self.tokens)]], return_dict=False
+        )[0][0]
+
+    def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        negative = self.negative if self.num_branches > 1 else None
+        return {"true_cfg_scale": self.guidance, "negative_prompt": negative}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[0]
+
+
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
 FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
+QWEN_IMAGE = {"num_attention_heads": 6, "attention_head_dim": 18, "axes_dims_rope": (6, 6, 6)}
 CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
@@ -521,6 +567,12 @@ CASES: tuple[Case, ...] = (
     Krea2Turbo(
         "krea-2-turbo", {"num_attention_heads": 12, "num_key_value_heads": 3}, guidance=0.0, num_devices=3,
         preset={"max_text_tokens": 256}, width=64, height=64,
+    ),
+    QwenImage("qwen-image", QWEN_IMAGE, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 288}),
+    QwenImage("qwen-image-unguided", QWEN_IMAGE, guidance=4.0, preset={"max_text_tokens": 288}, width=64, height=40),
+    QwenImage(
+        "qwen-image-strength", QWEN_IMAGE, guidance=3.0, num_branches=2, picture=(56, 72), strength=0.6,
+        preset={"max_text_tokens": 288},
     ),
     Flux2Dev("flux2-dev", FLUX2 | {"guidance_embeds": True}, guidance=3.0, preset={"max_text_tokens": 288}),
 )  # fmt: skip
@@ -574,6 +626,21 @@ def qwen3_config(num_layers: int) -> Qwen3Config:
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+
+
+def qwen25_vl_config(num_layers: int) -> Qwen2_5_VLConfig:
+    tokenizer = qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": QWEN_WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": num_layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": QWEN_WIDTH,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision)
 
 
 def qwen3_vl_config(num_layers: int) -> Qwen3VLConfig:

@@ -52,7 +52,7 @@ def replaced(value: Any, place: tuple[str | int, ...], count: int, length: int) 
     return [value[0] if value else 0] * length if isinstance(value, list) else count
 
 
-@pytest.fixture(scope="module", params=["z-image", "flux2-klein-4b"])
+@pytest.fixture(scope="module", params=["z-image", "flux2-klein-4b", "qwen-image"])
 def configs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of models that do not ship with the package."""
     return copied(request.param, tmp_path_factory.mktemp("absurd") / request.param)

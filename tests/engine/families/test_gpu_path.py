@@ -21,7 +21,7 @@ from tetrion.kernels.reference import attention, qk_norm_rope
 
 NUM_STEPS, STEP = 4, 2
 TOLERANCE = 0.05
-NAMES = ("flux1-dev", "sd3.5-medium", "z-image", "flux2-klein", "krea-2-turbo")
+NAMES = ("flux1-dev", "sd3.5-medium", "z-image", "flux2-klein", "krea-2-turbo", "qwen-image")
 """One case of each network: the interpreter takes seconds."""
 SIZE = (32, 24)
 CPU = torch.device("cpu")

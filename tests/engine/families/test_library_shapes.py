@@ -13,6 +13,7 @@ from tetrion.engine.families.components import (
     read_mistral3,
     read_part,
     read_qwen3,
+    read_qwen25_vl,
     read_t5,
 )
 from tetrion.engine.families.library_shapes import (
@@ -28,7 +29,7 @@ from tetrion.engine.families.library_shapes import (
 from tetrion.engine.models.autoencoders import Autoencoder
 from tetrion.engine.models.encoders import ClipEncoder, ProjectedClipEncoder, T5Encoder
 from tetrion.engine.models.flux2 import Flux2Codec
-from tetrion.engine.models.language_encoders import MISTRAL3, QWEN3, language_shapes_of
+from tetrion.engine.models.language_encoders import MISTRAL3, QWEN3, QWEN25_VL, language_shapes_of
 
 CLIPS = [("flux1-dev", "text_encoder"), ("shapes", "text_encoder"), ("sd3-medium", "text_encoder"),
          ("sd3-medium", "text_encoder_2"), ("shapes-sd3", "text_encoder_2")]  # fmt: skip
@@ -56,6 +57,12 @@ def test_t5(model: str) -> None:
 def test_qwen3(model: str, num_layers: int) -> None:
     path = folder(model, "text_encoder")
     assert language_shapes(read_qwen3(path, num_layers, 512), num_layers) == language_shapes_of(QWEN3, num_layers)(path)
+
+
+def test_qwen25_vl() -> None:
+    path = folder("qwen-image", "text_encoder")
+    theirs = language_shapes_of(QWEN25_VL, 28, is_normed=True)(path)
+    assert language_shapes(read_qwen25_vl(path, 1058), 28, is_normed=True) == theirs
 
 
 def test_mistral3() -> None:

@@ -129,6 +129,10 @@ async def test_the_openai_client_draws_a_picture(server: Server) -> None:
     assert np.abs(picture[4:12, 4:12].astype(int) - navy).mean() < 30
     assert 0.08 < (np.abs(picture.astype(int) - red) <= 40).all(axis=2).mean() < 0.25
     assert response.usage is not None and response.usage.output_tokens == 256
+    async with asyncio.timeout(10):
+        while not any("drew shapes 256x256, 16 steps at degree" in line for line in server.stderr):
+            await asyncio.sleep(0.01)
+    assert any(line.startswith("  shapes: ") and "pixels a side" in line for line in server.stderr)
 
 
 async def test_the_same_seed_is_the_same_picture_and_urls_work(server: Server) -> None:

@@ -21,7 +21,8 @@ LARGE = make_spec(weights=(("transformer", 3 * GB), ("vae", GB // 10)))
 
 
 @pytest.mark.parametrize(
-    "name", ["shapes", "shapes-sd3", "flux1-dev", "sd3-medium", "sd3.5-large", "z-image-turbo", "flux2-klein-9b"]
+    "name",
+    ["shapes", "shapes-sd3", "flux1-dev", "sd3-medium", "sd3.5-large", "z-image-turbo", "flux2-klein-9b", "qwen-image"],
 )
 def test_weights_are_counted_as_workers_load_them(name: str) -> None:
     load_format = "safetensors" if name.startswith("shapes") else "dummy"
