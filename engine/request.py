@@ -3,12 +3,17 @@
 One request is one picture. What a caller may put into one, and what bounds there are, is `resolve.py`'s.
 """
 
-from typing import Any, Literal
+import io
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from tetrion.engine.config import EnergyMode
 from tetrion.engine.params import Params
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_ATTEMPTS = 3
 """So many workers may die at a request's own commands before that ends it."""
@@ -150,6 +155,30 @@ class ImageResult(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float
     slo_met: bool | None
     energy: Receipt = NOT_METERED
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageResult({self.request_id!r}, {self.model} {self.width}x{self.height}, {self.num_steps} steps,"
+            f" seed {self.seed}, {self.latency_s:.3f} s)"
+        )
+
+    @property
+    def pil(self) -> "Image":
+        """The picture as a PIL image."""
+        from PIL import Image
+
+        return Image.fromarray(self.image)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the picture in the format that the name's ending says (PNG, JPEG, WebP …), over what is there. Raises
+        ValueError for an ending that is none, OSError."""
+        self.pil.save(path)
+
+    def _repr_png_(self) -> bytes:
+        """What notebooks show."""
+        buffer = io.BytesIO()
+        self.pil.save(buffer, "PNG")
+        return buffer.getvalue()
 
 
 class Delivered(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,14 +1,14 @@
-"""`GET /metrics` in Prometheus' text form: joules by model, resolution, phase and state, power, the meter's own health,
-what the engine's loop costs, and what each tenant has had.
+"""`GET /metrics` in Prometheus' text form: pictures by outcome and what their stages took, joules by model, resolution,
+phase and state, power, the meter's own health, what the engine's loop costs, and what each tenant has had.
 
 Pull only: what the engine counts is read when somebody asks. Histograms are of the pictures that this server has drawn.
 What is not known has no sample; it is never 0. Counters are those of closed windows, so they are up to one behind.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -26,10 +26,22 @@ BUCKETS_J = tuple(50.0 * 2**i for i in range(11))
 """50 J to 51.2 kJ."""
 BUCKETS_S = tuple(0.005 * 2**i for i in range(12))
 """5 ms to 10 s."""
+LONG_BUCKETS_S = tuple(0.01 * 2**i for i in range(16))
+"""10 ms to 5.5 minutes."""
+CLASS_SIDES = (256, 512, 1024, 2048, 4096)
 STALE_S = 15.0
 """A meter whose counters, read every ten seconds or more often, have not been told for so long is down."""
 LABELS = ("model", "resolution", "phase", "state")
 MEDIA_TYPE = CONTENT_TYPE_LATEST
+
+
+Outcome = Literal["drawn", "refused", "failed", "cancelled"]
+
+
+def size_class(width: int, height: int) -> str:
+    """The least square that has as many pixels: few labels, whatever sizes clients think of."""
+    side = next((side for side in CLASS_SIDES if width * height <= side * side), None)
+    return "larger" if side is None else f"up to {side}x{side}"
 
 
 class Metrics:
@@ -46,7 +58,19 @@ class Metrics:
             registry=self._registry,
             buckets=BUCKETS_J,
         )
-
+        self._pictures = Counter(
+            "tetrion_pictures",
+            "Pictures that were asked for: drawn, refused, failed, or cancelled since the client went away.",
+            ("model", "outcome"),
+            registry=self._registry,
+        )
+        self._picture_s = Histogram(
+            "tetrion_picture_seconds",
+            "Seconds of one picture from arrival to the last byte of its answer (all), and by stage.",
+            ("model", "size", "stage"),
+            registry=self._registry,
+            buckets=LONG_BUCKETS_S,
+        )
         self._deliver_s = Histogram(
             "tetrion_picture_deliver_seconds",
             "Seconds from a finished picture to the last byte of its answer.",
@@ -55,8 +79,18 @@ class Metrics:
             buckets=BUCKETS_S,
         )
 
-    def delivered(self, delivered: Delivered, picture_format: str) -> None:
+    def asked(self, model: str, outcome: Outcome, number: int = 1) -> None:
+        """`number` pictures of a request have come to this. `model`: one that is served."""
+        self._pictures.labels(model, outcome).inc(number)
+
+    def delivered(self, result: ImageResult, delivered: Delivered, picture_format: str) -> None:
+        """`result`: without the image."""
         self._deliver_s.labels(picture_format).observe(delivered.deliver_s)
+        size = size_class(result.width, result.height)
+        stages = {"all": delivered.latency_s, "queue": result.queue_s, "deliver": delivered.deliver_s}
+        stages |= {stage: getattr(result, f"{stage}_s") for stage in STAGES}
+        for stage, seconds in stages.items():
+            self._picture_s.labels(result.model, size, stage).observe(seconds)
 
     def observe(self, result: ImageResult) -> None:
         receipt, resolution = result.energy, f"{result.width}x{result.height}"

@@ -43,7 +43,7 @@ from tetrion.entrypoints.http.draining import draining
 from tetrion.entrypoints.http.edits import EditBody, decode_form, decode_json
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.http.limits import RequestLimits, Waiting, text_bytes
-from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
+from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics, Outcome
 from tetrion.entrypoints.http.request_ids import engine_ids
 from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
 from tetrion.entrypoints.png import Each
@@ -154,12 +154,17 @@ class ImageService:
             with self._reserve(body, handles) as reservation:
                 drawing = self._draw(handles, body, reservation, self._base_url(request))
                 encoded = await _unless_disconnected(request, drawing)
+            self._count(handles, "drawn")
             return self._answer(encoded, self._response(body, handles[0].request, encoded, warnings))
-        except BaseException:
+        except BaseException as error:
+            self._count(handles, _outcome(error))
             for handle in handles:
                 handle.cancel()
                 self._engine.not_delivered(handle.request_id)
             raise
+
+    def _count(self, handles: list[RequestHandle], outcome: Outcome) -> None:
+        self._metrics.asked(handles[0].request.model or "", outcome, len(handles))
 
     async def file(self, request: Request) -> Response:
         """`GET /v1/images/files/{name}`: a picture that `response_format: url` pointed to."""
@@ -250,9 +255,10 @@ class ImageService:
         except (RequestError, EngineOverloaded, GenerationError) as error:
             for handle in handles:
                 handle.cancel()
+            if isinstance(error, RequestError):
+                raise schema.invalid_request(error, body) from None
+            self._metrics.asked(self._served_model(requests[0]), "refused", len(requests))
             match error:
-                case RequestError():
-                    raise schema.invalid_request(error, body) from None
                 case DeadlineUnmeetable():
                     raise _deadline_unmeetable(error) from None
                 case EngineOverloaded():
@@ -260,6 +266,10 @@ class ImageService:
                 case GenerationError():
                     raise ApiError(503, f"Not accepted: {error}", code="not_ready") from None
         return handles
+
+    def _served_model(self, request: ImageRequest) -> str:
+        models = self._engine.models
+        return (models.default if request.model is None else models.find(request.model) or models.default).name
 
     def _reserve(self, body: schema.GenerationBody, handles: list[RequestHandle]) -> Reservation:
         """Room for the pictures if they are to be fetched by URL, else none."""
@@ -389,7 +399,7 @@ class _Delivery:
             own_s = made_s + min(made_s, sent_s / len(self._made))
             delivered = self._engine.delivered(result.request_id, own_s)
             if delivered is not None:
-                self._metrics.delivered(delivered, self._format)
+                self._metrics.delivered(result, delivered, self._format)
                 logs.drawn(result, delivered)
 
     def dropped(self) -> None:
@@ -431,6 +441,15 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _outcome(error: BaseException) -> Outcome:
+    """Of pictures that were not sent."""
+    if isinstance(error, ClientDisconnect | asyncio.CancelledError):
+        return "cancelled"
+    if isinstance(error, ApiError) and error.status != 500:
+        return "cancelled" if error.detail.code == "cancelled" else "refused"
+    return "failed"
 
 
 def _max_encoded_bytes(request: ImageRequest) -> int:

@@ -1,7 +1,10 @@
 """`/metrics`, read with Prometheus' own parser over a real socket."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
+import httpx
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,7 +17,7 @@ from tetrion.engine.loop.recovery import RecoveryFigures
 from tetrion.engine.loop.statistics import LoopFigures
 from tetrion.engine.loop.tenant_statistics import OTHERS, TenantFigures
 from tetrion.engine.request import ImageRequest, PhaseJoules, Receipt
-from tetrion.entrypoints.http.metrics import BUCKETS_J, Metrics
+from tetrion.entrypoints.http.metrics import BUCKETS_J, Metrics, size_class
 from tetrion.entrypoints.http.tenants import public_name
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -111,6 +114,42 @@ async def test_pictures_fall_into_buckets_up_to_51_kilojoules(served: Served) ->
     assert counts == [0, 1, 2] and BUCKETS_J[-1] == 51_200.0
     assert found["tetrion_picture_energy_joules_count", labels(**about)] == 3
     assert found["tetrion_picture_energy_joules_sum", labels(**(about | {"phase": "all", "state": "idle"}))] == 3.0
+
+
+async def test_pictures_are_counted_by_what_came_of_them(served: Served) -> None:
+    await served.post(n=3)
+    await served.post(prompt="full")
+    await served.post(prompt="full", n=2)
+    await served.post(prompt="fail")
+    await served.post(size="1x1")
+    with contextlib.suppress(httpx.TimeoutException):
+        await served.http.post("/v1/images/generations", json={"prompt": "slow"}, timeout=0.2)
+    async with asyncio.timeout(10):
+        while not (found := await scrape(served)).get(
+            ("tetrion_pictures_total", labels(model="shapes", outcome="cancelled"))
+        ):
+            await asyncio.sleep(0.01)
+    counted = {dict(key[1])["outcome"]: value for key, value in found.items() if key[0] == "tetrion_pictures_total"}
+    assert counted == {"drawn": 3, "refused": 3, "failed": 1, "cancelled": 1}
+
+
+async def test_what_pictures_take_by_stage_and_size(served: Served) -> None:
+    await served.post(size="256x256", n=2)
+    await served.post(size="272x256")
+    found = await scrape(served)
+    name = "tetrion_picture_seconds_sum"
+    about = {"model": "shapes", "size": "up to 256x256"}
+    sums = [found[name, labels(**about, stage=stage)] for stage in ("queue", "encode", "denoise", "decode", "all")]
+    assert sums == pytest.approx([0.2, 0.2, 0.4, 0.2, 1.0])
+    assert found["tetrion_picture_seconds_count", labels(model="shapes", size="up to 512x512", stage="deliver")] == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "name"),
+    [(64, 64, "up to 256x256"), (512, 512, "up to 512x512"), (1536, 1024, "up to 2048x2048"), (8192, 4096, "larger")],
+)
+def test_size_classes(width: int, height: int, name: str) -> None:
+    assert size_class(width, height) == name
 
 
 async def test_answers_and_refusals_are_counted(served: Served) -> None:
