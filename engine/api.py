@@ -22,6 +22,7 @@ from tetrion.engine.energy.meters.base import EnergyMeter
 from tetrion.engine.energy.sampler import SamplerCost
 from tetrion.engine.errors import EngineEnded, GenerationError, RequestError
 from tetrion.engine.executors.base import Executor
+from tetrion.engine.executors.fleet.room import with_roles
 from tetrion.engine.executors.processes import ProcessExecutor
 from tetrion.engine.families.served import ServedModels, read_served_models
 from tetrion.engine.loop.deliveries import DeliveryFigures
@@ -40,18 +41,22 @@ from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.planning.snapshot import Planner
 from tetrion.engine.request import Delivered, Failure, ImageRequest, ImageResult, Output, Progress
 from tetrion.engine.resolve import decoded, resolve_request
+from tetrion.engine.roles import ALL, Stages, roles_text, unserved
 
 logger = logging.getLogger(__name__)
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A moment's counts. By model: `profiles`, the cost tables in use; `inexact_degrees`, those that failed the
+    """A moment's counts. `roles`: which stages each device serves; `unserved`: stages that wait for a device to come
+    back. By model: `profiles`, the cost tables in use; `inexact_degrees`, those that failed the
     start-up self-test. `tenants`: what each has had (tenant_statistics.py). `loop`: what the loop has cost since the
     start; `recovery`: what was lost and started again; `delivery`: pictures handed on, and deadlines by then; `energy`:
     sums of joules; `metering_cost`: what sampling costs; `meter_age_s`: since it last told joules, None if it is not
     read. `policy`: the one in use, which is not the configured one once that has failed again and again."""
 
     num_devices: int
+    roles: str = ALL
+    unserved: Stages = ()
     num_alive: int
     num_queued: int
     num_admitted: int
@@ -150,15 +155,17 @@ class AsyncEngine:
         is asked at the end of each request, in other threads, and must answer at once."""
         self._instrument, self._g_per_kwh = instrument, g_per_kwh
         self.config = checked(config or EngineConfig())
-        self.devices: tuple[DeviceSpec, ...] = parse_devices(self.config.devices)
-        check_metering(self.config.metering, has_gpus=self.devices[0].kind == "cuda")
+        devices = parse_devices(self.config.devices)
+        check_metering(self.config.metering, has_gpus=devices[0].kind == "cuda")
         self.models: ServedModels = read_served_models(self.config)
+        self.devices: tuple[DeviceSpec, ...] = with_roles(devices, tuple(self.models.specs.values()), self.config)
+        self._num_denoising = sum("denoise" in device.stages for device in self.devices)
         self._profiles = chosen_profiles(self.devices, self.models, self.config)
         self._planner = get_planner(self.config.planner.policy)
         are_all_known = self._profiles.keys() == self.models.specs.keys()
         self._early_costs = CostTables(profiles=self._profiles)
         planner = with_options(self.config.planner)
-        check_default(self._early_costs if are_all_known else None, len(self.devices), planner)
+        check_default(self._early_costs if are_all_known else None, self._num_denoising, planner)
         self._handles: dict[str, RequestHandle] = {}
         self._executor: ProcessExecutor | None = None
         self._metering: Metering | None = None
@@ -261,8 +268,8 @@ class AsyncEngine:
     def check(self, request: ImageRequest | str) -> ImageRequest:
         """The request with every default filled in. Raises as `submit` does for what is known by now to be refused;
         may be asked before the start."""
-        resolved = resolve_request(request, self.models, len(self.devices))
-        check_early(resolved, self._early_costs, len(self.devices), with_options(self.config.planner))
+        resolved = resolve_request(request, self.models, self._num_denoising)
+        check_early(resolved, self._early_costs, self._num_denoising, with_options(self.config.planner))
         return resolved.asked
 
     async def prepared(self, request: ImageRequest | str) -> ImageRequest | str:
@@ -270,7 +277,7 @@ class AsyncEngine:
         event loop is free. `generate` does so by itself. Raises RequestError."""
         if not isinstance(request, ImageRequest) or not _brings_pictures(request):
             return request
-        return await asyncio.to_thread(decoded, request, self.models, len(self.devices))
+        return await asyncio.to_thread(decoded, request, self.models, self._num_denoising)
 
     def submit(self, request: ImageRequest | str) -> RequestHandle:
         """Queue a request; a string is a prompt with all defaults. Pictures that are not decoded yet (`prepared`) are
@@ -284,7 +291,7 @@ class AsyncEngine:
         if self._loop is None or self._task is None or self._task.done() or self._is_closed:
             raise GenerationError(self._death or "the engine is not running")
         self._check_loop()
-        resolved = resolve_request(request, self.models, len(self.devices))
+        resolved = resolve_request(request, self.models, self._num_denoising)
         request_id = resolved.asked.request_id
         if request_id in self._handles:
             raise RequestError("request_id", f"{request_id!r} is in use")
@@ -328,6 +335,8 @@ class AsyncEngine:
         table = self._loop.table
         return EngineStats(
             num_devices=len(self.devices),
+            roles=roles_text([device.stages for device in self.devices]),
+            unserved=unserved(self._executor.stages, self._executor.alive - set(self._loop.recovery_figures.overdue)),
             num_alive=len(self._executor.alive),
             num_queued=table.num_queued,
             num_admitted=len(table) - table.num_queued,

@@ -11,6 +11,7 @@ from tetrion.engine.errors import shown
 from tetrion.engine.hardware.control_groups import available_cpus
 from tetrion.engine.hardware.gpus import visible_gpus
 from tetrion.engine.shape import COST_KEY
+from tetrion.engine.stages import STAGES, Stage
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
@@ -35,11 +36,12 @@ def option(description: str, **extra: str) -> Meta:
 
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One device of the engine. `device_id` is its position in the engine; `index` the platform's own number, which
-    several devices share when one GPU is named more than once."""
+    several devices share when one GPU is named more than once. `stages`: what it serves."""
 
     device_id: int
     kind: Literal["cpu", "cuda"]
     index: int
+    stages: tuple[Stage, ...] = STAGES
 
     @property
     def name(self) -> str:
@@ -117,6 +119,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             metavar="LIST",
         ),
     ] = None
+    roles: Annotated[
+        str,
+        option(
+            "Which stages each device serves, such as 0:encode+decode,1-3:denoise (devices by their place in --devices,"
+            " from 0), so that it has the weights of these alone. all: every device serves all. auto: all where the"
+            " models fit that way, else roles with which they do.",
+            metavar="ROLES",
+        ),
+    ] = "auto"
     load_format: Annotated[
         LoadFormat, option("dummy: random weights, for measuring without a checkpoint: config files suffice.")
     ] = "safetensors"

@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from typing import Annotated, Literal
 
 import msgspec
@@ -94,6 +95,57 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
         return min(max(round(pixels / self.multiple), lowest), highest) * self.multiple
 
 
+class ReferenceArea(msgspec.Struct, frozen=True, kw_only=True):
+    """How large references are that keep their shape, whatever it is: of about `pixels`, sides multiples of `multiple`.
+
+    `is_most`: smaller ones stay as they are, and what a side has beyond a multiple is cut off around the middle (as
+    FLUX.2 has it); else all are resized, to the nearest multiples (Qwen-Image). Refused: sides below `min_side`, more
+    than `max_ratio` times as long as wide, or the other way round.
+    """
+
+    pixels: int
+    multiple: int
+    is_most: bool
+    min_side: int
+    max_ratio: int
+
+    def fault(self, size: Size) -> str | None:
+        """Why a picture is refused, after its field's name."""
+        width, height = size
+        if min(size) < self.min_side:
+            return f"must have sides of at least {self.min_side} pixels, got {width}x{height}"
+        if max(size) > self.max_ratio * min(size):
+            return f"must have sides of at most 1:{self.max_ratio}, got {width}x{height}"
+        return None
+
+    def scaled(self, size: Size) -> Size:
+        """What a reference is resized to, before anything is cut off."""
+        width, height = size
+        if self.is_most:
+            factor = math.sqrt(self.pixels / (width * height))
+            return size if width * height <= self.pixels else (int(width * factor), int(height * factor))
+        ratio = width / height
+        exact = math.sqrt(self.pixels * ratio)
+        return self._nearest(exact), self._nearest(exact / ratio)
+
+    def size(self, size: Size) -> Size:
+        """What a reference of this size becomes."""
+        width, height = (side // self.multiple * self.multiple for side in self.scaled(size))
+        return width, height
+
+    @property
+    def max_pixels(self) -> int:
+        """Of one reference; the nearest multiples may be half of one above the exact sides."""
+        square, bound = self.multiple**2, float(self.pixels)
+        if not self.is_most:
+            stretch, half = math.sqrt(self.max_ratio), self.multiple / 2
+            bound += half * math.sqrt(self.pixels) * (stretch + 1 / stretch) + half * half
+        return int(bound) // square * square
+
+    def _nearest(self, pixels: float) -> int:
+        return max(round(pixels / self.multiple), 1) * self.multiple
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Shapes and limits of one model.
 
@@ -103,8 +155,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     how many numbers each component has. `heads_per_key`: so many heads of queries share one of keys and values.
 
     Of models that take pictures: at most `max_pictures` a request. They are references, which steps attend to, where
-    there are `reference_sizes`: those that the model knows, to one of which each is resized. Else the result begins
-    with the picture, and `strength` is what holds for requests without.
+    there are `reference_sizes`: those that the model knows, to one of which each is resized; or a `reference_area`, in
+    which each keeps its shape. They are in one segment, in the order in which a request has them. Else the result
+    begins with the picture, and `strength` is what holds for requests without.
     """
 
     name: str
@@ -124,6 +177,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     inputs: frozenset[str] = frozenset()
     max_pictures: int = 0
     reference_sizes: tuple[Size, ...] = ()
+    reference_area: ReferenceArea | None = None
     strength: float | None = None
     weights: tuple[tuple[str, int], ...] = ()
 
@@ -152,18 +206,33 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.segments.index("image")
 
     @property
+    def takes_references(self) -> bool:
+        """Whether the pictures of requests are references."""
+        return bool(self.reference_sizes) or self.reference_area is not None
+
+    @property
+    def max_reference_pixels(self) -> int:
+        """Of one reference, as the model takes it."""
+        if self.reference_area is not None:
+            return self.reference_area.max_pixels
+        return max((width * height for width, height in self.reference_sizes), default=0)
+
+    @property
     def max_reference_rows(self) -> int:
-        return self.max_pictures * max((self.sizes.num_rows(*size) for size in self.reference_sizes), default=0)
+        """Of all references of a request."""
+        return self.max_pictures * (self.max_reference_pixels // self.sizes.multiple**2)
 
     @property
     def max_input_bytes(self) -> int:
         """Of the pictures of a request, uint8."""
-        if self.reference_sizes:
-            return 3 * self.max_pictures * max(width * height for width, height in self.reference_sizes)
+        if self.takes_references:
+            return 3 * self.max_pictures * self.max_reference_pixels
         return (3 * self.max_pictures + ("mask" in self.inputs)) * self.sizes.max**2
 
     def reference_size(self, size: Size) -> Size:
-        """What a reference of this size is resized to: the size nearest in shape."""
+        """What a reference of this size becomes: of known sizes the one nearest in shape."""
+        if self.reference_area is not None:
+            return self.reference_area.size(size)
         if size in self.reference_sizes:
             return size
         return min(self.reference_sizes, key=lambda known: (abs(size[0] / size[1] - known[0] / known[1]), known))
@@ -189,9 +258,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def largest_shape(self) -> StepShape:
         """Of the largest picture in one branch, with as many references as there can be."""
+        return self.shape(self.sizes.max, self.sizes.max, references=self._largest_references)
+
+    @property
+    def _largest_references(self) -> tuple[Size, ...]:
+        """Sizes of as many as there can be, with as many pixels as there can be."""
+        if (area := self.reference_area) is not None:
+            return ((area.max_pixels // area.multiple, area.multiple),) * self.max_pictures
         most = max(self.reference_sizes, key=lambda size: self.sizes.num_rows(*size), default=None)
-        references = () if most is None else (most,) * self.max_pictures
-        return self.shape(self.sizes.max, self.sizes.max, references=references)
+        return () if most is None else (most,) * self.max_pictures
 
     def legal_degrees(self, num_devices: int, num_branches: int = 1) -> tuple[int, ...]:
         """See the function of that name."""

@@ -63,6 +63,16 @@ class Picture:
         assert pixels is not None
         return Picture(pixels, alpha)
 
+    def cropped(self, size: Size) -> "Picture":
+        """The middle of it, where it is larger."""
+        if size == self.size:
+            return self
+        (left, top), (width, height) = ((own - side) // 2 for own, side in zip(self.size, size, strict=True)), size
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        pixels, alpha = (None if layer is None else _cut(layer, rows, columns) for layer in (self.pixels, self.alpha))
+        assert pixels is not None
+        return Picture(pixels, alpha)
+
 
 def read_pictures(field: str, value: object, at_most: int) -> tuple[Picture, ...]:
     """Of one, or a list of several: see `read_picture`. Raises RequestError."""
@@ -202,6 +212,10 @@ def _on_white(rgba: npt.NDArray[np.uint8]) -> Picture:
 
 def _resized(layer: Pixels, size: Size) -> Pixels:
     return _frozen(np.array(Image.fromarray(layer).resize(size, Image.Resampling.LANCZOS)))
+
+
+def _cut(layer: Pixels, rows: slice, columns: slice) -> Pixels:
+    return _frozen(np.ascontiguousarray(layer[rows, columns]))
 
 
 def _frozen(array: Pixels) -> Pixels:

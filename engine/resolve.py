@@ -142,7 +142,7 @@ def _shape(settled: ImageRequest, spec: ModelSpec) -> StepShape:
     family.check(spec, settled)
     shape = family.shape(spec, settled)
     sizes = tuple([picture.size for picture in settled.pictures])
-    if spec.reference_sizes:
+    if spec.takes_references:
         rows = sum([spec.sizes.num_rows(*size) for size in sizes])
         return msgspec.structs.replace(shape, reference=rows, references=sizes)
     return msgspec.structs.replace(shape, pictures=len(sizes), has_mask=settled.mask is not None)
@@ -173,7 +173,12 @@ def _pictures_of(spec: ModelSpec) -> _Read[tuple[Picture, ...]]:
         if isinstance(value, list | tuple) and not value:
             return ()
         _check_input(field, spec)
-        return read_pictures(field, value, spec.max_pictures)
+        pictures = read_pictures(field, value, spec.max_pictures)
+        if (area := spec.reference_area) is not None:
+            for picture in pictures:
+                if fault := area.fault(picture.size):
+                    raise RequestError(field, fault)
+        return pictures
 
     return read
 
@@ -183,14 +188,21 @@ def _default_size(spec: ModelSpec, pictures: tuple[Picture, ...]) -> Size:
     if not pictures:
         return spec.sizes.default
     size = pictures[0].size
-    return spec.sizes.fitted(spec.reference_size(size) if spec.reference_sizes else size)
+    return spec.sizes.fitted(spec.reference_size(size) if spec.takes_references else size)
 
 
 def _sized(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size) -> tuple[Picture, ...]:
     """As the model takes them for a result of this size."""
-    return tuple(
-        picture.resized(spec.reference_size(picture.size) if spec.reference_sizes else size) for picture in pictures
-    )
+    if not spec.takes_references:
+        return tuple([picture.resized(size) for picture in pictures])
+    return tuple([_reference(spec, picture) for picture in pictures])
+
+
+def _reference(spec: ModelSpec, picture: Picture) -> Picture:
+    """As the model takes it."""
+    size = spec.reference_size(picture.size)
+    scaled = size if spec.reference_area is None else spec.reference_area.scaled(picture.size)
+    return picture.resized(scaled).cropped(size)
 
 
 def _mask_of(spec: ModelSpec, pictures: tuple[Picture, ...], size: Size) -> _Read[Pixels]:

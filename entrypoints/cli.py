@@ -216,6 +216,34 @@ def profile(ctx: click.Context, **options: Any) -> int:
     return report_errors(run)
 
 
+@cli.command("check-model")
+@click.argument("model", metavar="ID_OR_FOLDER")
+@click.option("--device", metavar="NAME", help="cpu or cuda:N. Default: the first GPU, else cpu.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of diffusers' weights. Default: the engine's, float32 on a CPU and bfloat16 on a GPU.",
+)
+@click.option("--size", metavar="WxH", help="Pixels. Default: the model's.")
+@click.option("--num-steps", type=click.IntRange(1, 1000), default=4, show_default=True)
+@click.option("--prompt", metavar="TEXT", help="Default: one about shapes.")
+@click.option("--seed", type=click.IntRange(min=0), default=7, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def check_model(**options: Any) -> int:
+    """Compare one picture of a checkpoint with what diffusers' own pipeline draws here.
+
+    Text rows, embeddings, starting noise, noise levels and the picture are held against each other, each with its
+    tolerance. Exit code 0: all are equal; 1: something differs.
+    """
+
+    def run() -> int:
+        from tetrion.entrypoints.check_model import command
+
+        return command(**{name: value for name, value in options.items() if value is not None})
+
+    return report_errors(run)
+
+
 @cli.group()
 def bench() -> None:
     """Measure parts of the engine on this machine."""

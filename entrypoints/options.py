@@ -79,6 +79,14 @@ def only_model(config: EngineConfig) -> str:
     return config.models[0]
 
 
+def refuse_roles(config: EngineConfig) -> None:
+    """Of a command that measures devices which serve all stages. Raises InputError."""
+    from tetrion.engine.roles import ALL, AUTO
+
+    if config.roles not in (ALL, AUTO):
+        raise InputError(f"roles: this command measures devices that serve all stages, got {config.roles!r}")
+
+
 # From texts to values ---------------------------------------------------------------------------------------------
 
 

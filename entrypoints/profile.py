@@ -30,7 +30,7 @@ from tetrion.engine.resolve import resolve_request
 from tetrion.engine.stages import AUX_STAGES
 from tetrion.entrypoints.arguments import parse_degrees, parse_size
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.options import only_model
+from tetrion.entrypoints.options import only_model, refuse_roles
 from tetrion.entrypoints.profile_energy import StageMeter
 from tetrion.entrypoints.record import commit, host_facts
 from tetrion.entrypoints.session import run_async
@@ -215,6 +215,7 @@ def command(
     command_line: str = "tetrion profile",
 ) -> int:
     """What `tetrion profile` does: measure, write the file (after every size, so that it is never lost), print it."""
+    refuse_roles(config)
     spec = read_model(only_model(config), config.load_format)
     try:
         devices = parse_devices(config.devices)

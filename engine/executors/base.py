@@ -1,6 +1,6 @@
 """Where commands go and events come from, as the loop sees it: the `Executor` protocol."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -8,6 +8,7 @@ import msgspec
 from tetrion.engine.messages import Command, Decode, Event
 from tetrion.engine.params import Params
 from tetrion.engine.request import NOT_METERED, Receipt
+from tetrion.engine.roles import Stages
 
 
 class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +44,8 @@ class Executor(Protocol):
     way: nobody is given up."""
 
     device_ids: tuple[int, ...]
+    stages: Mapping[int, Stages]
+    """What each device serves; it is given nothing else."""
     first_time_s: float
     """So much longer a device may take for what it has not done before, in seconds."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from tetrion.engine.messages import Command, Decode
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.params import Params
 from tetrion.engine.request import Receipt
+from tetrion.engine.roles import Stages
 from tetrion.engine.transport.available_memory import available_memory_bytes
 
 WORKER_BYTES = 400_000_000
@@ -34,6 +35,7 @@ class ProcessExecutor:
     def __init__(self, devices: tuple[DeviceSpec, ...], specs: Sequence[ModelSpec], config: EngineConfig) -> None:
         self.devices = devices
         self.device_ids = tuple(device.device_id for device in devices)
+        self.stages: Mapping[int, Stages] = {device.device_id: device.stages for device in devices}
         self._specs = specs
         self.first_time_s = FIRST_TIME_S[devices[0].kind]
         self._config = config

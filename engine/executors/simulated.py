@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ from tetrion.engine.params import Params
 from tetrion.engine.planning.cost.predict import predict_s
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.request import Receipt
+from tetrion.engine.roles import Stages
+from tetrion.engine.stages import STAGES
 
 
 class Disturbance:
@@ -88,8 +90,11 @@ class SimulatedExecutor:
         duration: Callable[[Command, float], float] = lambda _, seconds: seconds,
         respawn_s: float | None = None,
         answer_gap_s: float = 0.0,
+        stages: Sequence[Stages] = (),
     ) -> None:
+        """`stages`: of each device; all of all by default."""
         self.device_ids = tuple(range(num_devices))
+        self.stages: Mapping[int, Stages] = dict(enumerate(stages or (STAGES,) * num_devices))
         self.alive: frozenset[int] = frozenset(self.device_ids)
         self.occupied: frozenset[int] = frozenset()
         self._respawn_s = respawn_s
@@ -135,6 +140,8 @@ class SimulatedExecutor:
             return True
         if not isinstance(command, StageCommand):
             raise ValueError(f"a simulated device does not execute {type(command).__name__}")
+        if others := [member for member in members if command.stage not in self.stages[member]]:
+            raise ValueError(f"device {others[0]} does not serve {command.stage}")
         start_s = max(self._now_s, self._state_s.get(_source(command), 0.0), *[self._free_s[m] for m in members])
         end_s = start_s + self._duration(command, predict_s(command, self._costs))
         self._state_s[_result(command)] = end_s

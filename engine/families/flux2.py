@@ -1,10 +1,12 @@
 """FLUX.2, for the engine: dev, and klein 4B and 9B, base and distilled, which `is_distilled` in model_index.json tells.
 
 klein's base models are guided by a second branch, whose prompt is empty unless there is a negative one; distilled ones
-take no guidance, dev takes it as an input. All rows of a text are attended to, those of padding, too.
+take no guidance, dev takes it as an input. All rows of a text are attended to, those of padding, too. Pictures are
+references, each in its own shape.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -45,12 +47,19 @@ from tetrion.engine.families.components import (
     read_qwen3,
 )
 from tetrion.engine.families.files import fault, read_object
-from tetrion.engine.families.library_shapes import check_autoencoder, check_language, decoder_shapes, language_shapes
+from tetrion.engine.families.library_shapes import (
+    check_autoencoder,
+    check_language,
+    decoder_shapes,
+    encoder_shapes,
+    language_shapes,
+)
+from tetrion.engine.families.pictures import takes_pictures
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
 from tetrion.engine.families.tokenizers import MISTRAL_TOKENIZER, QWEN_TOKENIZER, TokenizerKind, check_tokenizer
 from tetrion.engine.families.weights import read_shapes
-from tetrion.engine.model_spec import ModelSpec, Sizes, SlotField
+from tetrion.engine.model_spec import ModelSpec, ReferenceArea, Sizes, SlotField
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.shape import StepShape
 
@@ -106,6 +115,9 @@ DEV = TextKind(
 TEXT_KINDS = {"Flux2KleinPipeline": KLEIN, "Flux2Pipeline": DEV}
 LATENTS_PER_ROW = 2
 """A row of the image segment covers 2 × 2 latent pixels."""
+MAX_PICTURES = 4
+MIN_REFERENCE_SIDE, MAX_REFERENCE_RATIO = 64, 8
+"""Of pictures that are brought: diffusers' bounds."""
 VECTORS_PER_STREAM = 6
 VECTORS_PER_SINGLE = 3
 VECTORS_AT_END = 2
@@ -230,6 +242,9 @@ class Flux2:
             default=(preset.default_width, preset.default_height),
         )
         _check_shift(folder, check_sizes(folder, sizes))
+        area = _reference_area(sizes) if takes_pictures(folder, load_format, vae) else None
+        has_references = area is not None
+        vae_shapes = decoder_shapes(vae) | (encoder_shapes(vae) if has_references else {})
         max_branches = 1 if is_distilled or text is DEV else 2
         return ModelSpec(
             name=model_name(folder, preset),
@@ -237,9 +252,10 @@ class Flux2:
             family="flux2",
             num_heads=transformer.num_attention_heads,
             head_dim=transformer.attention_head_dim,
-            segments=("text", "image"),
+            segments=("text", "image", "reference") if has_references else ("text", "image"),
             fields=(
                 SlotField(name="text", rows="text", width=transformer.hidden_size, per_branch=True),
+                *([SlotField(name="reference", rows="reference", width=transformer.in_channels)] if area else []),
                 SlotField(name="latents", rows="image", width=transformer.in_channels, fp32=True, changes=True),
             ),
             max_branches=max_branches,
@@ -248,10 +264,13 @@ class Flux2:
             guidance=preset.guidance or 0.0,
             max_text_tokens=preset.max_text_tokens,
             sizes=sizes,
-            inputs=frozenset({"negative_prompt"}) if max_branches > 1 else frozenset(),
+            inputs=frozenset({"negative_prompt"} if max_branches > 1 else ())
+            | frozenset({"pictures"} if has_references else ()),
+            max_pictures=MAX_PICTURES if has_references else 0,
+            reference_area=area,
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
-                ("vae", num_weights(decoder_shapes(vae).values())),
+                ("vae", num_weights(vae_shapes.values())),
                 ("text_encoder", num_weights(language_shapes(language, text.num_layers).values())),
             ),
         )
@@ -301,6 +320,17 @@ def _prompt_reader(folder: Path) -> PromptReader:
 def _is_guided(spec: ModelSpec, request: ImageRequest) -> bool:
     assert request.guidance is not None
     return request.guidance > 1 and spec.max_branches > 1
+
+
+def _reference_area(sizes: Sizes) -> ReferenceArea:
+    """As large as the picture that is drawn by default, which is diffusers' 1024²."""
+    return ReferenceArea(
+        pixels=max(math.prod(sizes.default), 2 * MAX_REFERENCE_RATIO * sizes.multiple**2),
+        multiple=sizes.multiple,
+        is_most=True,
+        min_side=MIN_REFERENCE_SIDE,
+        max_ratio=MAX_REFERENCE_RATIO,
+    )
 
 
 def _check_files(

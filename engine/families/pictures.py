@@ -26,10 +26,11 @@ KONTEXT_SIZES: tuple[Size, ...] = (
 """Those that FLUX.1 Kontext was trained on, all of about 1024² pixels."""
 
 
-def takes_pictures(folder: Path, load_format: LoadFormat) -> bool:
-    """Whether the checkpoint's VAE has the half that makes latents of them. Raises CheckpointError; OSError."""
+def takes_pictures(folder: Path, load_format: LoadFormat, vae: VaeConfig | None = None) -> bool:
+    """Whether the checkpoint's VAE has the half that makes latents of them. `vae`: its config, if it is another than
+    AutoencoderKL. Raises CheckpointError; OSError."""
     path = component_folder(folder, "vae")
-    config = read_part(path, VaeConfig, "AutoencoderKL")
+    config = vae or read_part(path, VaeConfig, "AutoencoderKL")
     return config.has_encoder if load_format == "dummy" else has_encoder(config, read_shapes(path))
 
 

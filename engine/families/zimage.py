@@ -43,7 +43,14 @@ from tetrion.engine.families.components import (
     read_qwen3,
 )
 from tetrion.engine.families.files import fault
-from tetrion.engine.families.library_shapes import check_autoencoder, check_language, decoder_shapes, language_shapes
+from tetrion.engine.families.library_shapes import (
+    check_autoencoder,
+    check_language,
+    decoder_shapes,
+    encoder_shapes,
+    language_shapes,
+)
+from tetrion.engine.families.pictures import picture_inputs, picture_limits
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
 from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
 from tetrion.engine.families.tokenizers import QWEN_TOKENIZER, check_tokenizer
@@ -207,7 +214,8 @@ class ZImage:
         )
         check_shifts(folder, scheduler, check_sizes(folder, sizes))
         _check_positions(folder, transformer, sizes, preset)
-        row = transformer.dim
+        row, inputs = transformer.dim, picture_inputs(folder, load_format)
+        vae_shapes = decoder_shapes(vae) | (encoder_shapes(vae) if "pictures" in inputs else {})
         return ModelSpec(
             name=model_name(folder, preset),
             path=str(folder.resolve()),
@@ -225,10 +233,11 @@ class ZImage:
             guidance=preset.guidance or 0.0,
             max_text_tokens=preset.max_text_tokens,
             sizes=sizes,
-            inputs=frozenset({"negative_prompt"}),
+            inputs=frozenset({"negative_prompt"}) | inputs,
+            **picture_limits(folder, load_format),
             weights=(
                 ("transformer", num_planned(weights_plan(transformer))),
-                ("vae", num_weights(decoder_shapes(vae).values())),
+                ("vae", num_weights(vae_shapes.values())),
                 ("text_encoder", num_weights(language_shapes(language, num_encoder_layers(language)).values())),
             ),
         )

@@ -140,7 +140,7 @@ def check_plan(plan: RoundPlan, snapshot: Snapshot, view_of: ViewOf) -> None:
     if not plan.assignments:
         return
     limit_s = snapshot.now_s + snapshot.config.lead_s
-    idle = {device.device_id for device in snapshot.devices if device.free_s <= limit_s}
+    idle = {device.device_id: device.stages for device in snapshot.devices if device.free_s <= limit_s}
     assigned: set[str] = set()
     for assignment in plan.assignments:
         view = view_of(assignment.request_id)
@@ -151,7 +151,8 @@ def check_plan(plan: RoundPlan, snapshot: Snapshot, view_of: ViewOf) -> None:
         for member in assignment.members:
             if type(member) is not int or member not in idle:
                 raise PlanFault(f"device {shown(member)} is not idle, or was given something: {shown(assignment)}")
-            idle.remove(member)
+            if assignment.stage not in idle.pop(member):
+                raise PlanFault(f"device {member} does not serve {assignment.stage}: {shown(assignment)}")
 
 
 def _check_stage(assignment: Assignment, view: RequestView, snapshot: Snapshot) -> None:

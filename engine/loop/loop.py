@@ -61,6 +61,7 @@ from tetrion.engine.planning.policies.registry import with_options
 from tetrion.engine.planning.remaining import Remaining, remaining
 from tetrion.engine.planning.snapshot import Assignment, Planner, RoundPlan
 from tetrion.engine.request import Delivered, Output, ResolvedRequest
+from tetrion.engine.roles import able
 
 logger = logging.getLogger(__name__)
 FIRST_COMMAND_ID = 1_000_000
@@ -183,7 +184,7 @@ class EngineLoop:
             self._refuse_hopeless(request, request.asked.slo_ms)
 
     def _degree_tables(self) -> DegreeTables:
-        return DegreeTables(self.cost_models.tables, len(self.executor.device_ids))
+        return DegreeTables(self.cost_models.tables, len(able(self.executor.stages, "denoise")))
 
     def _refuse_hopeless(self, request: Request, slo_ms: float) -> None:
         """Raises DeadlineUnmeetable."""

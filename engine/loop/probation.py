@@ -1,7 +1,7 @@
 """Requests on probation: devices died, or fell silent, at all but the last of their attempts.
 
-Each runs alone, one after the other: on one device that has been kept free of everything else, so that no other request
-pays if that device dies too, and nobody else is blamed for it.
+Each runs alone, one after the other: on one device that has been kept free of everything else (where devices have
+roles, another one a stage), so that no other request pays if that device dies too, and nobody else is blamed for it.
 """
 
 from tetrion.engine.loop.in_flight import InFlightTable
@@ -28,8 +28,9 @@ class Probation:
             self._snapshots.kept_free = None
             return ()
         kept_free = self._snapshots.kept_free
-        if kept_free is None or kept_free not in self._snapshots.usable:
-            kept_free = self._snapshots.kept_free = self._soonest_free()
+        able = self._snapshots.able(request)
+        if kept_free is None or kept_free not in able:
+            kept_free = self._snapshots.kept_free = self._soonest_free(able)
         if kept_free is None or request.cancelled or self._in_flight.of_device(kept_free):
             return ()
         snapshot = self._snapshots.of_one(request, kept_free, costs)
@@ -42,6 +43,5 @@ class Probation:
         self._request_id = "" if request is None else request.request_id
         return request
 
-    def _soonest_free(self) -> int | None:
-        usable = sorted(self._snapshots.usable)
-        return min(usable, key=lambda device_id: len(self._in_flight.of_device(device_id)), default=None)
+    def _soonest_free(self, able: frozenset[int]) -> int | None:
+        return min(sorted(able), key=lambda device_id: len(self._in_flight.of_device(device_id)), default=None)

@@ -23,9 +23,10 @@ and the next time the request is waited for twice as long.
 
 A stage that lasts longer than the stall timeout has a device that does not answer: whoever owes an answer is killed,
 and hit requests fail, with the reason; all that comes later is served once the loss is reported. (A reset that is not
-answered is left as long again, since no request has waited for the drain: killing its device alone may do.) If there is
-no worker, requests wait for one to come back; an engine that has had none for `no_worker_timeout_s`, or whose recovery
-has stood still for so long after its devices were killed, gives itself up: whoever runs it can start another.
+answered is left as long again, since no request has waited for the drain: killing its device alone may do.) If no
+worker serves a stage, requests wait for one to come back; an engine that has had none for `no_worker_timeout_s`, or
+whose recovery has stood still for so long after its devices were killed, gives itself up: whoever runs it can start
+another.
 
 A worker that is started in a lost one's place joins without any pause. While it starts, it is in no group; when it is
 ready and all is HEALTHY, it alone is given `ResetBarriers`, and when it has answered, commands. That suffices, for
@@ -59,6 +60,7 @@ from tetrion.engine.loop.requests import Request
 from tetrion.engine.loop.stalls import Stalls, patience
 from tetrion.engine.messages import BarriersReset, Decode, Denoise, Failed, ResetBarriers, StageCommand
 from tetrion.engine.request import MAX_ATTEMPTS
+from tetrion.engine.roles import Stages, unserved
 
 logger = logging.getLogger(__name__)
 STALL_CHECK_S = 0.2
@@ -167,7 +169,11 @@ class Recovery:
     @property
     def is_waiting(self) -> bool:
         """Whether something is due that may never come: an answer, or a worker."""
-        return bool(self._resets or self._stalls.devices) or not self.is_healthy or not self._executor.alive
+        return bool(self._resets or self._stalls.devices) or not self.is_healthy or bool(self._unserved())
+
+    def _unserved(self) -> Stages:
+        """Stages that no living worker serves."""
+        return unserved(self._executor.stages, self._executor.alive)
 
     def is_hit(self, request_id: str) -> bool:
         """Whether something that is in flight for the request has come to nothing."""
@@ -266,7 +272,7 @@ class Recovery:
         if now_s < self._check_s:
             return
         self._check_s = now_s + STALL_CHECK_S
-        if self._executor.alive:
+        if not self._unserved():
             self._no_worker_since_s = None
         elif self._no_worker_since_s is None:
             self._no_worker_since_s = now_s
@@ -361,7 +367,10 @@ class Recovery:
     def _check_workers(self, now_s: float) -> None:
         timeout_s = self._no_worker_timeout_s
         if self._no_worker_since_s is not None and now_s >= self._no_worker_since_s + timeout_s:
-            raise EngineEnded(f"no worker has been alive for {timeout_s:g} s; the last one lost, {self._last_loss}")
+            what = f" that serves {' or '.join(self._unserved())}" if self._executor.alive else ""
+            raise EngineEnded(
+                f"no worker{what} has been alive for {timeout_s:g} s; the last one lost, {self._last_loss}"
+            )
 
     def proceed(self) -> None:
         """Go one stage further, if it is time to; let workers join that were started anew."""

@@ -12,7 +12,7 @@ import itertools
 import math
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import itemgetter
 
 import msgspec
@@ -56,6 +56,7 @@ class SnapshotBuilder:
         self._energy_mode = horizon_options(config).energy
         self.kept_free: int | None = None
         """A device that is given nothing but what `of_one` is asked for."""
+        self._all_stages = all(stages == STAGES for stages in executor.stages.values())
         self._tables: DegreeTables | None = None
         self._shares = DeviceShares(len(executor.device_ids), config.tenant_weights)
         self._entries: dict[str, Entry] = {}
@@ -89,7 +90,8 @@ class SnapshotBuilder:
         now_s = self._executor.now_s()
         self._refresh(now_s)
         free_s = self._free_s(now_s)
-        num_before, num_after = num_around(len(free_s), self._config)
+        num_denoising = self._num_denoising(free_s)
+        num_before, num_after = num_around(num_denoising, self._config)
         others, work_s = self._table.feasible_around(newcomer, num_before, num_after)
         ranks = self._shares.ranks(self._holders.keys() | {_holder(newcomer)}, now_s)
         own, last = ranks.get(_holder(newcomer), 0), max(ranks.values(), default=0)
@@ -102,15 +104,15 @@ class SnapshotBuilder:
         snapshot = Snapshot(
             now_s=now_s,
             requests=tuple(views),
-            devices=_devices(free_s),
-            tables=self._tables_for(costs, len(free_s)),
+            devices=self._devices(free_s),
+            tables=self._tables_for(costs, num_denoising),
             config=self._config,
             backlog=tuple([entry[3] for entry in late if entry[0] >= now_s or not self._is_overdue(entry[3])]),
         )
         forecast = Forecast(snapshot=snapshot, newcomer=self.view_of_new(newcomer))
         if own < last:
             return forecast
-        crowded_until_s = self._table.crowded_until_s(newcomer, num_after, max(1, len(free_s)))
+        crowded_until_s = self._table.crowded_until_s(newcomer, num_after, num_denoising)
         return msgspec.structs.replace(forecast, work_before_s=work_s, crowded_until_s=crowded_until_s)
 
     def _view_in_forecast(self, request: Request) -> RequestView | None:
@@ -131,7 +133,7 @@ class SnapshotBuilder:
         return Snapshot(
             now_s=now_s,
             requests=(view,),
-            devices=(DeviceView(device_id=device_id, free_s=now_s),),
+            devices=self._devices({device_id: now_s}),
             tables=DegreeTables(costs, 1),
             config=self._config,
         )
@@ -145,6 +147,11 @@ class SnapshotBuilder:
         """Devices that may be given something."""
         return self._executor.alive & self._in_flight.devices
 
+    def able(self, request: Request) -> frozenset[int]:
+        """Those that serve its next stage."""
+        stage, stages = request.planned_stage, self._executor.stages
+        return self.usable if stage is None else frozenset({d for d in self.usable if stage in stages[d]})
+
     def view_of(self, request_id: str) -> RequestView | None:
         """The view of a request in the latest snapshot."""
         entry = self._entries.get(request_id)
@@ -155,13 +162,13 @@ class SnapshotBuilder:
         return self._view(request, STAGES[0], request.arrival_s)
 
     def _snapshot(self, now_s: float, free_s: dict[int, float], costs: CostTables) -> Snapshot:
-        tables = self._tables_for(costs, len(free_s))
+        tables = self._tables_for(costs, self._num_denoising(free_s))
         self._set_aside(now_s, tables)
         self._rank(now_s)
         return Snapshot(
             now_s=now_s,
             requests=tuple([entry[3] for entry in self._current]),
-            devices=_devices(free_s),
+            devices=self._devices(free_s),
             tables=tables,
             config=self._config,
             backlog=self._backlog or (),
@@ -170,7 +177,17 @@ class SnapshotBuilder:
 
     def tables(self, costs: CostTables) -> DegreeTables:
         """For the devices that there are."""
-        return self._tables_for(costs, max(1, len(self.usable - {self.kept_free})))
+        return self._tables_for(costs, self._num_denoising(self.usable - {self.kept_free}))
+
+    def _num_denoising(self, device_ids: Collection[int]) -> int:
+        """How many of these form degrees; 1 if none does, for costs are asked for all the same."""
+        if self._all_stages:
+            return max(1, len(device_ids))
+        return max(1, sum(["denoise" in self._executor.stages[device_id] for device_id in device_ids]))
+
+    def _devices(self, free_s: Mapping[int, float]) -> tuple[DeviceView, ...]:
+        stages = self._executor.stages
+        return tuple([DeviceView(device_id=d, free_s=time_s, stages=stages[d]) for d, time_s in free_s.items()])
 
     def _rank(self, now_s: float) -> None:
         """Whose turn it is, and the backlog in that order."""
@@ -289,7 +306,3 @@ class SnapshotBuilder:
 
 def _holder(request: Request) -> Holder:
     return request.asked.tenant, request.asked.user
-
-
-def _devices(free_s: Mapping[int, float]) -> tuple[DeviceView, ...]:
-    return tuple([DeviceView(device_id=device_id, free_s=time_s) for device_id, time_s in free_s.items()])

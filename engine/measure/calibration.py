@@ -91,7 +91,7 @@ class Calibrator:
             for degree in self._legal_degrees(probe.request(size, num_steps)):
                 request = probe.request(size, num_steps)
                 await probe.encode(request)
-                chunks = [await probe.denoise(request, [(tuple(range(degree)), 1)]) for _ in range(num_steps)]
+                chunks = [await probe.denoise(request, [(probe.able("denoise")[:degree], 1)]) for _ in range(num_steps)]
                 step_ms[degree] = 1e3 * min(times.step_s for (times,) in chunks)
                 latents = await probe.latents(request)
                 reference = latents if reference is None else reference
@@ -111,19 +111,19 @@ class Calibrator:
         every GPU, so that its worker has recorded them and loaded all kernels before the first request comes: what is
         recorded later holds up the group that wants it. Where pictures are references, also with one. CPUs have nothing
         to load."""
-        num_devices, pictures = len(self._executor.device_ids), (False, True)[: 1 + bool(self._spec.reference_sizes)]
+        devices, pictures = self._probe.able("denoise"), (False, True)[: 1 + self._spec.takes_references]
         for size, with_picture in product(self._usual_sizes(table) if self._on_gpu else [], pictures):
             for degree in self._legal_degrees(self._probe.request(size, 1)):
                 groups = [
-                    tuple((first + rank) % num_devices for rank in range(degree))
-                    for first in range(0, num_devices, degree)
+                    tuple(devices[(first + rank) % len(devices)] for rank in range(degree))
+                    for first in range(0, len(devices), degree)
                 ]
                 await self._probe.rehearse(
                     size, groups, decoding=degree == 1 and not with_picture, with_picture=with_picture
                 )
 
     def _legal_degrees(self, request: Request) -> tuple[int, ...]:
-        return self._spec.legal_degrees(len(self._executor.device_ids), request.params.shape.num_branches)
+        return self._spec.legal_degrees(len(self._probe.able("denoise")), request.params.shape.num_branches)
 
     @property
     def _on_gpu(self) -> bool:
@@ -184,7 +184,7 @@ def _cache_path(executor: ProcessExecutor, spec: ModelSpec, config: EngineConfig
     facts = (
         msgspec.json.encode(spec, order="deterministic"),
         checkpoint_identity(Path(spec.path), config.load_format),
-        (config.peer_access, [(device.name, *gpus[device.index : device.index + 1]) for device in executor.devices]),
+        (config.peer_access, [(device.name, device.stages, *gpus[device.index :][:1]) for device in executor.devices]),
         threads_per_worker(config, num_workers),
         (platform.machine(), platform.node(), cpu_name(), os.cpu_count()),
         (version("torch"), version("tetrion")),

@@ -21,7 +21,9 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.planning.snapshot import Assignment
 from tetrion.engine.request import ImageRequest
 from tetrion.engine.resolve import resolve_request
+from tetrion.engine.roles import able
 from tetrion.engine.shape import StepShape
+from tetrion.engine.stages import Stage
 
 PROMPT = "a red circle left of a large blue star"
 SEED = 1
@@ -58,11 +60,13 @@ class Probe:
         self._input_slots: dict[StepShape, int] = {}
 
     def request(
-        self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int = 0, with_picture: bool = False
+        self, size: Size, num_steps: int, prompt: str = PROMPT, device_id: int | None = None, with_picture: bool = False
     ) -> Request:
-        """A fresh request that starts on this device. `with_picture`: it brings one of its own size, as it does for a
-        model that draws nothing without, and a mask if it takes one."""
+        """A fresh request that starts on this device, or the first one that encodes. `with_picture`: it brings one of
+        its own size, or of the least that the model takes, as it does for a model that draws nothing without, and a mask if it takes one."""
         width, height = size
+        least = 0 if self.spec.reference_area is None else self.spec.reference_area.min_side
+        picture = np.zeros((max(height, least), max(width, least), 3), np.uint8)
         has_mask = "mask" in self.spec.inputs
         asked = ImageRequest(
             prompt=prompt,
@@ -70,14 +74,23 @@ class Probe:
             height=height,
             num_steps=num_steps,
             seed=SEED,
-            pictures=(np.zeros((height, width, 3), np.uint8),) if with_picture or has_mask else (),
+            pictures=(picture,) if with_picture or has_mask else (),
             mask=np.zeros((height, width), np.uint8) if has_mask else None,
             request_id="measurement",
         )
-        resolved = resolve_request(asked, self.spec, len(self.executor.device_ids))
+        resolved = resolve_request(asked, self.spec, len(self.able("denoise")))
         request = Request(resolved, self.executor.now_s())
-        request.slot, request.planned_holders = 0, (device_id,)
+        request.slot, request.planned_holders = 0, (self._able_at_best("encode", device_id),)
         return request
+
+    def able(self, stage: Stage) -> Members:
+        """Devices that serve a stage."""
+        return able(self.executor.stages, stage)
+
+    def _able_at_best(self, stage: Stage, device_id: int | None) -> int:
+        """This device if it serves the stage, else the first one that does."""
+        devices = self.able(stage)
+        return device_id if device_id in devices else devices[0]
 
     def new_prompt(self) -> str:
         """A prompt that no worker has seen before: what it has seen, a GPU worker keeps."""
@@ -106,7 +119,8 @@ class Probe:
         self, size: Size, groups: Sequence[Members], *, decoding: bool, with_picture: bool = False
     ) -> None:
         """On each group a request of its own: encoded on the first member, one step on all, decoded on the first if
-        `decoding`. All are queued at once, so that groups without a common member work side by side."""
+        `decoding`; elsewhere what that one does not serve. All are queued at once, so that groups without a common
+        member work side by side."""
         commands: list[tuple[GroupCommand, Members]] = []
         with ExitStack() as image_slots:
             for members in groups:
@@ -134,7 +148,7 @@ class Probe:
             return self.executor.read_latents(image_slot, copied.num_tokens, copied.num_channels)
 
     async def decode(self, request: Request) -> Decoded:
-        """Decode a finished request where its first member is."""
+        """Decode a finished request where its first member is, if that decodes."""
         with self._image_slot() as image_slot:
             (decoded,) = await self._run([self._decode(request, image_slot)])
         assert isinstance(decoded, Decoded)
@@ -146,7 +160,7 @@ class Probe:
         return command, request.planned_holders
 
     def _decode(self, request: Request, image_slot: int) -> tuple[GroupCommand, Members]:
-        device_id = request.planned_holders[0]
+        device_id = self._able_at_best("decode", request.planned_holders[0])
         return decode_command(request, next(self._ids), device_id, image_slot), (device_id,)
 
     def _next_chunk(self, request: Request, members: Members, num_steps: int) -> tuple[GroupCommand, Members]:

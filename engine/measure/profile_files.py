@@ -59,7 +59,8 @@ def _found_profile(devices: tuple[DeviceSpec, ...], spec: ModelSpec, config: Eng
         return None
     cache = cache_folder() if config.profile_cache else None
     folders = (committed_folder(),) if cache is None else (cache, committed_folder())
-    found = (profile_in(folder, gpu, spec, len(devices)) for folder in folders)
+    num_denoising = sum("denoise" in device.stages for device in devices)
+    found = (profile_in(folder, gpu, spec, num_denoising) for folder in folders)
     return next((profile for profile in found if profile is not None), None)
 
 

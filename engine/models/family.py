@@ -133,6 +133,10 @@ class Model:
 class FamilyModule(Protocol):
     """What `engine/models/NAME.py` has."""
 
+    ENCODING: tuple[str, ...]
+    """What the names of those of the transformer's tensors begin with that text encoding and `begin` read, which a
+    device needs that encodes and does not denoise."""
+
     def components(self, spec: ModelSpec, load_format: LoadFormat) -> Mapping[str, Component]:
         """All that is to be loaded. Raises CheckpointError."""
 

@@ -57,6 +57,8 @@ ROPE_THETA = 10_000.0
 TEXT, IMAGE, REFERENCE = 0, 1, 2
 """Segments, in canonical order. References go through a step as the image does, and are thrown away behind it; only
 FLUX.1 Kontext has any."""
+ENCODING = ("text_in.", "image_in.")
+"""See `models.family.FamilyModule`."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -351,7 +353,7 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         network=transformer,
         text=FluxText(clip, t5, transformer),
         codec=codec,
-        begin=_begins_with_references(codec, transformer) if spec.reference_sizes else begin,
+        begin=_begins_with_references(codec, transformer) if spec.takes_references else begin,
         schedule=schedule,
         guidance_factor=lambda params: params.true_cfg_scale,
     )

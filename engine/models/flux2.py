@@ -38,10 +38,10 @@ from tetrion.engine.families.flux2 import (
     weights_plan,
 )
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.autoencoders import Autoencoder, begins_with_noise, unused_parts
+from tetrion.engine.models.autoencoders import Autoencoder, unused_parts
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
-from tetrion.engine.models.family import Attend, Constant, Model, Tokens
+from tetrion.engine.models.family import Attend, Begin, Beginning, Constant, Model, ToDevice, Tokens
 from tetrion.engine.models.language_encoders import (
     MISTRAL3,
     QWEN3,
@@ -66,11 +66,15 @@ from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
 from tetrion.engine.parallel.exchange import Rope, Stream
 from tetrion.engine.params import Params
-from tetrion.engine.sampling.flow_match import Schedule, euler_schedule, unpack_latents
+from tetrion.engine.sampling.flow_match import Schedule, euler_schedule, pack_latents, unpack_latents
 from tetrion.engine.shape import StepShape
 
-TEXT, IMAGE = 0, 1
-"""Segments, in canonical order."""
+ENCODING = ("text_in.",)
+"""See `models.family.FamilyModule`."""
+TEXT, IMAGE, REFERENCE = 0, 1, 2
+"""Segments, in canonical order. References go through a step as the image does, and are thrown away behind it."""
+REFERENCE_TIME = 10
+"""The first axis is that of time: references are so far apart."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -140,30 +144,54 @@ def modulations(ops: Ops, weights: Flux2Weights, timesteps: Tensor, guidance: fl
     return ops.linear(ops.silu(conditioning), weights.modulation).view(len(timesteps), -1, hidden_size)
 
 
-def rope(config: Flux2Config, rows: int, columns: int, num_text: int) -> Rope:
-    """Rotary tables of a whole sequence: cos, sin [num_text + rows · columns, head_dim / 2]; sizes in tokens. Positions
-    are (0, 0, 0, i) for text and (0, row, column, 0) for the picture."""
-    text, image = torch.zeros(num_text, 4), torch.zeros(rows * columns, 4)
+def rope(
+    config: Flux2Config, rows: int, columns: int, num_text: int, references: Sequence[tuple[int, int]] = ()
+) -> Rope:
+    """Rotary tables of a whole sequence: cos, sin [num_text + rows · columns + …, head_dim / 2]; sizes in tokens, of
+    references (rows, columns). Positions are (0, 0, 0, i) for text, (0, row, column, 0) for the picture, (10 i, row,
+    column, 0) for the i-th reference, from 1."""
+    text = torch.zeros(num_text, 4)
     text[:, 3] = torch.arange(num_text)
-    image[:, 1:3] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
-    angles = rotary_angles(torch.cat([text, image]), config.axes_dims_rope, config.rope_theta)
+    grids = [_grid(REFERENCE_TIME * i, *size) for i, size in enumerate([(rows, columns), *references])]
+    angles = rotary_angles(torch.cat([text, *grids]), config.axes_dims_rope, config.rope_theta)
     return angles.cos().float(), angles.sin().float()
 
 
-def step(ops: Ops, weights: Flux2Weights, latents: Tensor, text: Tensor, table: Tensor, attend: Attend) -> Tensor:
+def _grid(time: int, rows: int, columns: int) -> Tensor:
+    """Positions of a picture's tokens: [rows · columns, 4]."""
+    grid = torch.zeros(rows * columns, 4)
+    grid[:, 0] = time
+    grid[:, 1:3] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
+    return grid
+
+
+def step(
+    ops: Ops,
+    weights: Flux2Weights,
+    latents: Tensor,
+    text: Tensor,
+    table: Tensor,
+    attend: Attend,
+    reference: Tensor | None = None,
+) -> Tensor:
     """Velocity [n_img, in_channels] at one step, for this member's rows.
 
     latents: [n_img, in_channels]; text: [n_txt, C], projected; table: all of `modulations`, of which `ops` knows the
-    step.
+    step; reference: latents of all references, [n_ref, in_channels].
     """
     vectors = Vectors.of(table)
-    streams = [Sum(text), Sum(ops.linear(latents, weights.image_in))]
+    pictures: tuple[int, ...] = (IMAGE,)
+    x = latents
+    if reference is not None and len(reference):
+        pictures, x = (IMAGE, REFERENCE), torch.cat([latents, reference])
+    streams = [Sum(text), Sum(ops.linear(x, weights.image_in))]
     for double in weights.double_blocks:
-        streams = _double_block(ops, double, streams, (vectors.text, vectors.image), attend)
+        streams = _double_block(ops, double, streams, (vectors.text, vectors.image), pictures, attend)
     for single in weights.single_blocks:
-        streams = [_single_block(ops, single, streams, vectors.single, attend)]
+        streams = [_single_block(ops, single, streams, vectors.single, pictures, attend)]
     scale, shift = vectors.end
-    image = streams[1] if len(streams) == 2 else streams[0].rows(len(text), len(text) + len(latents))
+    first = 0 if len(streams) == 2 else len(text)
+    image = streams[-1].rows(first, first + len(latents))
     ((_, modulated),) = ops.residual_modulate([image.branch(shift, scale)])
     return ops.narrow_linear(modulated, weights.final)
 
@@ -173,14 +201,15 @@ def _double_block(
     block: Sequence[StreamBlock],
     streams: Sequence[Sum],
     vectors: Sequence[Sequence[Tensor]],
+    pictures: tuple[int, ...],
     attend: Attend,
 ) -> list[Sum]:
-    """All of text's and image's."""
+    """All of text's and of the pictures'. `pictures`: their segments."""
     xs, modulated = normed(ops, streams, [(v[0], v[1]) for v in vectors])
     attended = attend(
         [
-            Stream(ops.linear(n, layer.qkv), (segment,), layer.q_norm, layer.k_norm)
-            for n, layer, segment in zip(modulated, block, (TEXT, IMAGE), strict=True)
+            Stream(ops.linear(n, layer.qkv), segments, layer.q_norm, layer.k_norm)
+            for n, layer, segments in zip(modulated, block, ((TEXT,), pictures), strict=True)
         ]
     ).split([len(x) for x in xs])
     outs = [ops.linear(part, layer.out) for part, layer in zip(attended, block, strict=True)]
@@ -193,15 +222,20 @@ def _double_block(
 
 
 def _single_block(
-    ops: Ops, block: SingleBlock, streams: Sequence[Sum], vectors: Sequence[Tensor], attend: Attend
+    ops: Ops,
+    block: SingleBlock,
+    streams: Sequence[Sum],
+    vectors: Sequence[Tensor],
+    pictures: tuple[int, ...],
+    attend: Attend,
 ) -> Sum:
-    """`streams`: text's and image's, or both in one, as all blocks but the first have it."""
+    """`streams`: text's and the pictures', or both in one, as all blocks but the first have it."""
     shift, scale, gate = vectors
     x, modulated = (
         parts[0] if len(parts) == 1 else torch.cat(parts)
         for parts in normed(ops, streams, [(shift, scale)] * len(streams))
     )
-    attended = attend([Stream(ops.linear(modulated, block.qkv), (TEXT, IMAGE), block.q_norm, block.k_norm)])
+    attended = attend([Stream(ops.linear(modulated, block.qkv), (TEXT, *pictures), block.q_norm, block.k_norm)])
     return Sum(x, gate, ops.joined_linear(attended, ops.gated_linear(modulated, block.mlp_in), block.out))
 
 
@@ -219,13 +253,19 @@ class Flux2Transformer:
         return modulations(self.ops, self.weights, times, params.guidance, fields["text"].dtype)
 
     def constants(self, fields: Mapping[str, Tensor], shape: StepShape, branch: int) -> Mapping[str, Constant]:
-        return {"text": Constant(fields["text"][: shape.text[branch]], TEXT)}
+        constants = {"text": Constant(fields["text"][: shape.text[branch]], TEXT)}
+        if "reference" in fields:
+            constants["reference"] = Constant(fields["reference"][: shape.reference], REFERENCE)
+        return constants
 
     def rope(self, shape: StepShape, branch: int) -> Rope:
-        return rope(self.config, shape.height // self._unit, shape.width // self._unit, shape.text[branch])
+        unit = self._unit
+        references = [(height // unit, width // unit) for width, height in shape.references]
+        return rope(self.config, shape.height // unit, shape.width // unit, shape.text[branch], references)
 
     def step(self, latents: Tensor, constants: Mapping[str, Tensor], vectors: Tensor, attend: Attend) -> Tensor:
-        return step(self.ops, self.weights, latents, constants["text"], vectors, attend)
+        text, reference = constants["text"], constants.get("reference")
+        return step(self.ops, self.weights, latents, text, vectors, attend, reference)
 
 
 class Flux2Text:
@@ -263,8 +303,25 @@ class Flux2Codec(Autoencoder):
         size = (1, 4 * self._num_channels, rows, columns)
         return torch.randn(size, generator=generator, dtype=torch.float32)[0].flatten(1).T.contiguous()
 
+    def reference(self, picture: Tensor) -> Tensor:
+        """See `Autoencoder`."""
+        mean, _ = self._distribution(picture).chunk(2)
+        return (pack_latents(mean) - self._mean) / self._deviation
+
     def _decodable(self, latents: Tensor, rows: int, columns: int) -> Tensor:
         return unpack_latents(latents * self._deviation + self._mean, rows, columns)
+
+
+def _begins_with_references(codec: Flux2Codec, dtype: torch.dtype) -> Begin:
+    """Noise, and latents of each picture, in one segment."""
+
+    def begin(params: Params, pictures: Sequence[Tensor], to_device: ToDevice) -> Beginning:
+        state = codec.noise(params.seed, params.shape)
+        if not pictures:
+            return Beginning(state)
+        return Beginning(state, {"reference": torch.cat([codec.reference(each) for each in pictures]).to(dtype)})
+
+    return begin
 
 
 def schedule(spec: ModelSpec, num_steps: int, shape: StepShape) -> Schedule:
@@ -308,7 +365,7 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
         network=transformer,
         text=Flux2Text(encoder, transformer),
         codec=codec,
-        begin=begins_with_noise(codec),
+        begin=_begins_with_references(codec, transformer.weights.image_in.weight.dtype),
         schedule=functools.partial(schedule, spec),
         guidance_factor=lambda params: params.guidance,
     )

@@ -61,6 +61,8 @@ from tetrion.kernels import reference
 
 TEXT, IMAGE = 0, 1
 """Segments, in canonical order."""
+ENCODING = ("text_",)
+"""What a prompt's rows are made with: what puts layers together, refines and projects them."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

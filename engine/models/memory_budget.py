@@ -12,6 +12,8 @@ from tetrion.engine.model_spec import ModelSpec, ModelTooLarge
 from tetrion.engine.models.loading import Component, planned_shapes, same_components
 from tetrion.engine.models.recording import Gemm, step_operators
 from tetrion.engine.parallel.layout import SlabLayout, scratch_elements
+from tetrion.engine.roles import EXAMPLE, Stages
+from tetrion.engine.stages import STAGES
 
 STEP_GEMMS = 3
 """What is alive at a step's widest point, in inputs and outputs of its widest GEMM (a block's MLP at degree 1)."""
@@ -32,6 +34,7 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     step_bytes: int
     decode_bytes: int
     whole_pixels: int
+    stages: Stages = STAGES
 
     @property
     def num_bytes(self) -> int:
@@ -46,21 +49,30 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
             tiled_bytes = self.decode_bytes * TILED_PIXELS // self.whole_pixels
             tiled = msgspec.structs.replace(self, decode_bytes=tiled_bytes, whole_pixels=TILED_PIXELS)
             return tiled.fitted(free_bytes, device)
-        raise ModelTooLarge(f"devices: {device} has {_gb(free_bytes)} of memory free, {self.describe()}")
+        raise ModelTooLarge(f"devices: {device} has {_gb(free_bytes)} of memory free, {self.describe()}{self._hint}")
+
+    @property
+    def _hint(self) -> str:
+        """Told who has not tried it."""
+        others = "several devices" if self.stages == STAGES else "other devices"
+        return f"; with roles ({EXAMPLE}) stages, and the weights of each, can be parted among {others}"
 
     def describe(self) -> str:
         weights = ", ".join(f"{name} {_gb(count)}" for name, count in self.weights_bytes.items())
+        what = "" if self.stages == STAGES else f" to {', '.join(self.stages)}"
         return (
-            f"model {self.model} takes {_gb(self.num_bytes)}: weights {_gb(sum(self.weights_bytes.values()))}"
+            f"model {self.model} takes{what} {_gb(self.num_bytes)}: weights {_gb(sum(self.weights_bytes.values()))}"
             f" ({weights}), slab {_gb(self.slab_bytes)}, a step's activations {_gb(self.step_bytes)},"
             f" decoding {_gb(self.decode_bytes)}"
         )
 
 
-def memory_budget(specs: Sequence[ModelSpec], components: Mapping[str, Component], layout: SlabLayout) -> MemoryBudget:
-    """Of a device that has all of `specs` and decodes all pictures whole. `components`: by "model/component"; what is
-    the same in two models is there once. Weights and activations have the slab's element size. Raises CheckpointError
-    for missing tensors."""
+def memory_budget(
+    specs: Sequence[ModelSpec], components: Mapping[str, Component], layout: SlabLayout, stages: Stages = STAGES
+) -> MemoryBudget:
+    """Of a device that serves `stages` and decodes all pictures whole. `components`: those that it needs, by
+    "model/component"; what is the same in two models is there once. Weights and activations have the slab's element
+    size. Raises CheckpointError for missing tensors."""
     itemsize = layout.itemsize
     same = same_components(components)
     weights = {
@@ -76,8 +88,9 @@ def memory_budget(specs: Sequence[ModelSpec], components: Mapping[str, Component
         model=", ".join(spec.name for spec in specs),
         weights_bytes=weights,
         slab_bytes=layout.num_bytes + (queries + 2 * keys) * itemsize,
-        step_bytes=max(map(_step_elements, specs)) * itemsize,
-        decode_bytes=decode_bytes(whole_pixels, itemsize),
+        step_bytes=max(map(_step_elements, specs)) * itemsize if "denoise" in stages else 0,
+        decode_bytes=decode_bytes(whole_pixels, itemsize) if "decode" in stages else 0,
+        stages=stages,
         whole_pixels=whole_pixels,
     )
 

@@ -1,6 +1,7 @@
 """Family name -> how its models are loaded on a worker.
 
-Owns the way from checkpoint folders to `Model`s, over weights that all CPU workers share or over a device's own.
+Owns the way from checkpoint folders to `Model`s, over weights that all CPU workers share or over a device's own. What a
+device's stages do not need it has as meta tensors: shapes without values, which nothing can be computed from.
 Worker-only: importing it takes seconds. A new family is one line of `engine/families/registry.py`.
 """
 
@@ -27,22 +28,36 @@ from tetrion.engine.models.loading import (
     same_components,
 )
 from tetrion.engine.models.ops import Ops
+from tetrion.engine.roles import TRANSFORMER, Stages, stages_of
+from tetrion.engine.stages import STAGES
 from tetrion.engine.transport.segment import SharedMemoryError
 
 logger = logging.getLogger(__name__)
 
 
 def load_shared(
-    specs: Sequence[ModelSpec], fd: int, publish_weights: bool, load_format: LoadFormat, ops: Ops
+    specs: Sequence[ModelSpec],
+    fd: int,
+    publish_weights: bool,
+    load_format: LoadFormat,
+    ops: Ops,
+    stages: Stages = STAGES,
 ) -> list[Model]:
-    """The models of `specs` over the shared weights segment `fd`, fp32, for a CPU worker.
+    """The models of `specs` over the shared weights segment `fd`, fp32, for a CPU worker that serves `stages`.
 
     The one worker with `publish_weights` reads the checkpoints and fills the segment (which may be empty: it is sized
-    here); the others map what it wrote. Raises CheckpointError (ModelTooLarge if the segment cannot be filled).
+    here) with all that any worker needs; the others map what it wrote. Raises CheckpointError (ModelTooLarge if the
+    segment cannot be filled).
     """
     if publish_weights:
         _publish(fd, all_components(specs, load_format))
-    return _build_all(specs, load_format, attach(fd), ops)
+    tensors = attach(fd)
+    for spec in specs:
+        for name in [name for name in tensors if name.startswith(f"{spec.name}/")]:
+            component, _, tensor = name.removeprefix(f"{spec.name}/").partition("/")
+            if not is_needed(spec, component, tensor, stages):
+                tensors[name] = tensors[name].to("meta")
+    return _build_all(specs, load_format, tensors, ops)
 
 
 def load_on_device(
@@ -52,12 +67,39 @@ def load_on_device(
     device: torch.device,
     dtype: torch.dtype,
     ops: Ops,
+    stages: Stages = STAGES,
 ) -> list[Model]:
-    """The models of `specs`, whose components (`all_components`) are given, in the memory of `device`.
+    """The models of `specs`, whose components (`all_components`) are given, in the memory of `device`, as far as
+    `stages` need them.
 
     Raises CheckpointError, or the device's out-of-memory.
     """
-    return _build_all(specs, load_format, load_to_device(components, device, dtype), ops)
+    shapes = planned_shapes(components)
+    absent = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    loaded = load_to_device(needed_components(specs, components, stages), device, dtype)
+    return _build_all(specs, load_format, absent | loaded, ops)
+
+
+def needed_components(
+    specs: Sequence[ModelSpec], components: Mapping[str, Component], stages: Stages
+) -> dict[str, Component]:
+    """What of `components` (`all_components`) a device needs that serves these stages; none that are empty."""
+    needed: dict[str, Component] = {}
+    for spec in specs:
+        for name, (files, plan) in components.items():
+            model, _, component = name.rpartition("/")
+            if model == spec.name:
+                own = {tensor: part for tensor, part in plan.items() if is_needed(spec, component, tensor, stages)}
+                if own:
+                    needed[name] = Component(files, own)
+    return needed
+
+
+def is_needed(spec: ModelSpec, component: str, tensor: str, stages: Stages) -> bool:
+    """Whether a device that serves these stages needs a tensor of a component."""
+    if component == TRANSFORMER and "encode" in stages and tensor.startswith(family_module(spec).ENCODING):
+        return True
+    return any(stage in stages for stage in stages_of(component, pictures_in=spec.max_pictures > 0))
 
 
 def _publish(fd: int, components: Mapping[str, Component]) -> None:
@@ -95,7 +137,8 @@ def _build_all(
     counted: set[int] = set()
     for spec in specs:
         own = component_tensors(tensors, spec.name)
-        new = {tensor.data_ptr(): tensor.nbytes for tensor in own.values() if tensor.data_ptr() not in counted}
+        present = [tensor for tensor in own.values() if not tensor.is_meta]
+        new = {tensor.data_ptr(): tensor.nbytes for tensor in present if tensor.data_ptr() not in counted}
         counted |= new.keys()
         with _blaming(spec):
             model = family_module(spec).build(spec, load_format, own, ops)

@@ -46,6 +46,8 @@ from tetrion.engine.shape import StepShape
 
 TEXT, IMAGE = 0, 1
 """Segments, in canonical order."""
+ENCODING = ("text_in.",)
+"""See `models.family.FamilyModule`."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -37,10 +37,10 @@ from tetrion.engine.families.zimage import (
     weights_plan,
 )
 from tetrion.engine.model_spec import ModelSpec
-from tetrion.engine.models.autoencoders import Autoencoder, begins_with_noise, unused_parts
+from tetrion.engine.models.autoencoders import Autoencoder, begins_with_a_picture, unused_parts
 from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
-from tetrion.engine.models.family import Attend, Constant, Model, Picture, Tokens
+from tetrion.engine.models.family import Attend, Constant, Model, Picture, ToDevice, Tokens
 from tetrion.engine.models.language_encoders import QWEN3, LanguageEncoder, language_component, language_shapes_of
 from tetrion.engine.models.layers import Embedder, linear_of, rotary_angles, take, timestep_embedding
 from tetrion.engine.models.loading import Component, component_tensors
@@ -56,6 +56,8 @@ from tetrion.kernels.reference import Branch
 IMAGE, TEXT = 0, 1
 """Segments, in canonical order."""
 QK_EPSILON = 1e-5
+ENCODING = ("text_norm", "text_in.", "text_padding", "context_refiner.")
+"""See `models.family.FamilyModule`."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -298,11 +300,17 @@ class ZImageCodec(Autoencoder):
         self._sizes = spec.sizes
 
     def noise(self, seed: int, shape: StepShape) -> Tensor:
-        packed = super().noise(seed, shape)
-        return F.pad(packed, (0, 0, 0, shape.image - len(packed)))
+        return self._filled_up(super().noise(seed, shape))
+
+    def noised(self, picture: Tensor, generator: torch.Generator, level: float, to_device: ToDevice) -> Tensor:
+        return self._filled_up(super().noised(picture, generator, level, to_device))
 
     def decode(self, latents: Tensor, shape: StepShape) -> Picture:
         return super().decode(latents[: self._sizes.num_covered(shape.width, shape.height)], shape)
+
+    def _filled_up(self, packed: Tensor) -> Tensor:
+        multiple = self._sizes.row_multiple
+        return F.pad(packed, (0, 0, 0, -len(packed) % multiple))
 
 
 def schedule(spec: ModelSpec, num_steps: int, shape: StepShape) -> Schedule:
@@ -342,13 +350,14 @@ def build(spec: ModelSpec, load_format: LoadFormat, tensors: Mapping[str, Tensor
     own = component_tensors(tensors, "text_encoder")
     encoder = LanguageEncoder(QWEN3, folder, own, [num_layers], prompt_reader(path))
     codec = ZImageCodec(component_folder(path, "vae"), component_tensors(tensors, "vae"), spec)
+    levels = functools.partial(schedule, spec)
     return Model(
         spec=spec,
         network=transformer,
         text=ZImageText(encoder, transformer, spec.max_text_tokens),
         codec=codec,
-        begin=begins_with_noise(codec),
-        schedule=functools.partial(schedule, spec),
+        begin=begins_with_a_picture(codec, levels),
+        schedule=levels,
         guidance_factor=lambda params: 1 + params.guidance,
     )
 

@@ -18,7 +18,7 @@ from tetrion.engine.planning.free_profile import FreeProfile
 from tetrion.engine.planning.horizon_options import horizon_options
 from tetrion.engine.planning.slo import MARGIN_S, denoise_due_s, due_s
 from tetrion.engine.planning.snapshot import RequestView, Snapshot
-from tetrion.engine.stages import AFTER_STEPS, AUX_FROM, BEFORE_STEPS
+from tetrion.engine.stages import AFTER_STEPS, AUX_FROM, AUX_STAGES, BEFORE_STEPS, STAGES
 
 MIN_BEFORE, BEFORE_A_DEVICE = 48, 4
 """More than `horizon` weighs against each other at once: it looks again when those ahead are done."""
@@ -42,13 +42,13 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def earliest_deadline_s(forecast: Forecast) -> float | None:
-    """None if the newcomer can meet its deadline, has none, or nothing is known of the devices; else the earliest
+    """None if the newcomer can meet its deadline, has none, or no device serves some stage now; else the earliest
     deadline that it could meet with nobody displaced for it, as far as the forecast shows them."""
     snapshot, newcomer = forecast.snapshot, forecast.newcomer
-    if newcomer.deadline_s is None or not snapshot.devices:
+    if newcomer.deadline_s is None or not all([snapshot.devices_for(stage) for stage in STAGES]):
         return None
     if forecast.work_before_s:
-        snapshot = _later(snapshot, forecast.work_before_s / len(snapshot.devices))
+        snapshot = _later(snapshot, forecast.work_before_s / snapshot.tables.num_devices)
     earliest_s, is_in_time = _judge(snapshot, newcomer, newcomer.deadline_s)
     if forecast.crowded_until_s is not None:
         return max(earliest_s, forecast.crowded_until_s)
@@ -87,19 +87,21 @@ def _later(snapshot: Snapshot, seconds: float) -> Snapshot:
 
 
 def _aux_s(snapshot: Snapshot, tables: DegreeTables, views: Sequence[RequestView]) -> float:
-    """How long the encodes and decodes that these requests still need keep every device busy."""
+    """How long the encodes and decodes that these requests still need keep all devices busy that serve them."""
     costs = [(view.stage, tables[view.model, view.cost_key].cost.aux_s) for view in views]
-    return sum(aux_s[stage] for next_stage, aux_s in costs for stage in AUX_FROM[next_stage]) / len(snapshot.devices)
+    num_devices = {stage: len(snapshot.devices_for(stage)) for stage in AUX_STAGES}
+    return sum(aux_s[stage] / num_devices[stage] for following, aux_s in costs for stage in AUX_FROM[following])
 
 
 def _free_profile(snapshot: Snapshot) -> FreeProfile:
-    return FreeProfile(snapshot.now_s, (device.free_s for device in snapshot.devices))
+    return FreeProfile(snapshot.now_s, (device.free_s for device in snapshot.devices_for("denoise")))
 
 
 def _work(snapshot: Snapshot, tables: DegreeTables, view: RequestView, lost_s: float = 0.0) -> Work:
     """`lost_s` of the time until it is due are needed for something else."""
     table, start_s = tables[view.model, view.cost_key], max(snapshot.now_s, view.ready_s)
     if view.stage in BEFORE_STEPS:
-        start_s = max(start_s, min(device.free_s for device in snapshot.devices)) + table.before_s[view.stage]
+        soonest_s = min(device.free_s for device in snapshot.devices_for(view.stage))
+        start_s = max(start_s, soonest_s) + table.before_s[view.stage]
     due = denoise_due_s(due_s(view, snapshot.config), table.after_s) - lost_s
     return Work(view, table, start_s, due, True)

@@ -9,7 +9,7 @@ import msgspec
 from tetrion.engine.config import EnergyMode, PlannerConfig
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables
-from tetrion.engine.stages import Stage
+from tetrion.engine.stages import STAGES, Stage
 
 Holder = tuple[str, str]
 """Tenant and user."""
@@ -47,10 +47,12 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
-    """`free_s`: when the device's last queued command is predicted to end (now or earlier: idle)."""
+    """`free_s`: when the device's last queued command is predicted to end (now or earlier: idle). `stages`: what it may
+    be given."""
 
     device_id: int
     free_s: float
+    stages: tuple[Stage, ...] = STAGES
 
 
 NO_RANKS: Mapping[Holder, int] = MappingProxyType({})
@@ -58,7 +60,7 @@ NO_RANKS: Mapping[Holder, int] = MappingProxyType({})
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Times are seconds on one clock. Devices are ordered by id, requests by urgency (see `slo.urgency`). `tables`:
-    what a request's stages cost, and at which degrees so many devices may run it.
+    what a request's stages cost, and at which degrees the devices that denoise may run it.
 
     `backlog`: requests that nothing can bring home in time and nothing is in flight for: their deadline has passed and
     they are ready to denoise. Kept apart since there may be thousands of them in an overload, which a policy
@@ -79,6 +81,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     def rank(self, request: RequestView) -> int:
         return self.ranks.get(request.holder, 0) if self.ranks else 0
+
+    def devices_for(self, stage: Stage) -> tuple[DeviceView, ...]:
+        """Those that serve a stage."""
+        return tuple([device for device in self.devices if stage in device.stages])
 
     @property
     def costs(self) -> CostTables:

@@ -37,7 +37,8 @@ class CpuBackend:
         self._ops = ReferenceOps(self._step)
 
     def load(self, publish: bool) -> list[Model]:
-        return load_shared(self._spec.models, self._spec.weights_fd, publish, self._spec.load_format, self._ops)
+        spec = self._spec
+        return load_shared(spec.models, spec.weights_fd, publish, spec.load_format, self._ops, spec.device.stages)
 
     def exchange(self, spec: ModelSpec) -> Exchange:
         return CpuExchange(self._slabs, self._barrier, spec)

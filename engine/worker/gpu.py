@@ -7,7 +7,7 @@ from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.family import Model
 from tetrion.engine.models.gpu_ops import GpuOps
 from tetrion.engine.models.memory_budget import memory_budget
-from tetrion.engine.models.registry import all_components, load_on_device
+from tetrion.engine.models.registry import all_components, load_on_device, needed_components
 from tetrion.engine.parallel.exchange import Exchange
 from tetrion.engine.parallel.gpu.exchange import GpuExchange, SharedResources
 from tetrion.engine.parallel.gpu.memory import GpuMemory
@@ -34,15 +34,16 @@ class GpuBackend:
 
     def load(self, publish: bool) -> list[Model]:
         device, spec = self.queue.device, self._spec
-        components = all_components(spec.models, spec.load_format)
-        budget = memory_budget(spec.models, components, spec.layout)
+        components, stages = all_components(spec.models, spec.load_format), spec.device.stages
+        needed = needed_components(spec.models, components, stages)
+        budget = memory_budget(spec.models, needed, spec.layout, stages)
         if device.type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(device)
             budget = budget.fitted(free_bytes + budget.slab_bytes, spec.device.name)  # the slab is already taken
-        models = load_on_device(spec.models, spec.load_format, components, device, self._slabs.dtype, self._ops)
+        models = load_on_device(spec.models, spec.load_format, components, device, self._slabs.dtype, self._ops, stages)
         for model in models:
             model.codec.whole_pixels = budget.whole_pixels
-            if device.type == "cuda":
+            if device.type == "cuda" and "decode" in stages:
                 model.codec.fuse()
         return models
 

@@ -6,7 +6,7 @@ What a CPU and a GPU do differently is the backend's. Commands are self-containe
 embeddings) may be dropped at any time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -80,13 +80,13 @@ class Backend(Protocol):
 
 
 class Resident(NamedTuple):
-    """A model with all that works on it."""
+    """A model with all that works on it; None where the device does not serve the stage."""
 
     model: Model
     exchange: Exchange
     denoiser: Denoiser
-    encoders: RecordedEncoders
-    decoder: DecoderRehearsal
+    encoders: RecordedEncoders | None
+    decoder: DecoderRehearsal | None
 
 
 class Runner:
@@ -108,20 +108,25 @@ class Runner:
 
     @property
     def has_to_rehearse(self) -> bool:
-        return any(resident.decoder.has_to_rehearse for resident in self._residents.values())
+        return any(decoder.has_to_rehearse for decoder in self._decoders)
 
     def rehearse(self) -> None:
         """A size that a decoder has not had yet. To be called when the device has work and no command waits."""
-        next(it.decoder for it in self._residents.values() if it.decoder.has_to_rehearse).rehearse()
+        next(decoder for decoder in self._decoders if decoder.has_to_rehearse).rehearse()
+
+    @property
+    def _decoders(self) -> Iterator[DecoderRehearsal]:
+        return (resident.decoder for resident in self._residents.values() if resident.decoder is not None)
 
     # Answered at once ---------------------------------------------------------------------------------------------
 
     def load(self, command: LoadWeights) -> Event:
+        stages = self._spec.device.stages
         for model in self._backend.load(command.publish):
             exchange = self._backend.exchange(model.spec)
             denoiser = self._backend.denoiser(model, exchange)
-            encoders = RecordedEncoders(model.text, self._queue)
-            decoder = DecoderRehearsal(model.codec, model.spec, self._queue)
+            encoders = RecordedEncoders(model.text, self._queue) if "encode" in stages else None
+            decoder = DecoderRehearsal(model.codec, model.spec, self._queue) if "decode" in stages else None
             self._residents[model.spec.name] = Resident(model, exchange, denoiser, encoders, decoder)
             exchange.warm_up()
         weights_bytes = sum(resident.model.weights_bytes for resident in self._residents.values())
@@ -146,6 +151,7 @@ class Runner:
     def encode(self, command: EncodePrompt) -> None:
         it, params = self._residents[command.params.model], command.params
         prompts = (command.prompt, command.negative_prompt or "")[: params.shape.num_branches]
+        assert it.encoders is not None, "the planner respects roles"
         started = self._queue.mark()
         embeddings = [it.encoders.embedding(prompt) for prompt in prompts]
         pictures = [self._queue.to_device(picture) for picture in self._pictures(command)]
@@ -194,10 +200,12 @@ class Runner:
             return command.denoised(self.device_id, started.time_s(), ended.time_s(), waited_s)
 
         self._completions.add(command, finish)
-        it.decoder.expect(params.shape)
+        if it.decoder is not None:
+            it.decoder.expect(params.shape)
 
     def decode(self, command: Decode) -> None:
         it, params = self._residents[command.params.model], command.params
+        assert it.decoder is not None, "the planner respects roles"
         version, alone = slot_version(command.state_id, params.num_steps), (self.device_id,)
         place = command.slot, command.chunk_index
         it.exchange.bind(it.denoiser.chunk(params.shape, alone, *place, command.source, (version, version)))

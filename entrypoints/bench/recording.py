@@ -255,6 +255,7 @@ class _RecordedExecutor:
         self._executor = executor
         self._heard = heard
         self.device_ids = executor.device_ids
+        self.stages = executor.stages
         self.first_time_s = executor.first_time_s
         self.now_s = executor.now_s
         self.wait = executor.wait

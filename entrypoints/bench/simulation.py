@@ -22,6 +22,7 @@ from tetrion.engine.planning.cost.profile import Profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.policies.registry import get_planner, with_options
 from tetrion.engine.request import Failure, ImageRequest, ImageResult, Output, ResolvedRequest
+from tetrion.engine.roles import ALL, Stages, parse_roles
 from tetrion.engine.shape import StepShape
 from tetrion.entrypoints.bench.outcomes import Chunk, Mode, Run
 from tetrion.entrypoints.bench.recording import Recorder
@@ -44,7 +45,7 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
 class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
     """What `tetrion bench slo` runs traces on in virtual time. `noise`, `bias`, `step_overhead_s`, `regroup_s`: see
     `Disturbance`; `losses`: devices that die in every run. `planner`: its settings, with the options of each policy by
-    its name in `options`; `max_inflight`: see `simulate`."""
+    its name in `options`; `max_inflight`: see `simulate`. `roles`: of the devices, as the engine's option."""
 
     tables: CostTables
     num_devices: int
@@ -56,6 +57,7 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
     planner: PlannerConfig = PlannerConfig()
     options: Mapping[str, Mapping[str, object]] = {}
     max_inflight: int = MAX_INFLIGHT
+    roles: str = ALL
     mode: Mode = "sim"
 
     def check(self) -> None:
@@ -67,6 +69,7 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"lose: device must be from 0 to {self.num_devices - 1}, got {loss.device_id}")
         if not 1 <= self.max_inflight <= MAX_INFLIGHT:
             raise ValueError(f"max_inflight: must be from 1 to {MAX_INFLIGHT}, got {self.max_inflight}")
+        parse_roles(self.roles, self.num_devices)
         self._disturbance(seed=0)
 
     def run(self, trace: Sequence[TraceRequest], policy: str, seed: int) -> tuple[Run, tuple[Chunk, ...]]:
@@ -82,6 +85,7 @@ class SimulatedSystem(msgspec.Struct, frozen=True, kw_only=True):
             max_inflight=self.max_inflight,
             planner_config=msgspec.structs.replace(self.planner, options=self.options.get(policy, {})),
             recorder=recorder,
+            roles=self.roles,
         )
         return run, tuple(recorder.chunks)
 
@@ -106,6 +110,7 @@ def simulate(
     max_inflight: int = MAX_INFLIGHT,
     planner_config: PlannerConfig | None = None,
     recorder: Recorder | None = None,
+    roles: str = ALL,
 ) -> Run:
     """Run `trace` (in order of arrival) to its end. Deterministic but for `decision_s`.
 
@@ -114,6 +119,7 @@ def simulate(
     policy sees at once (a server's default is 64; here nearly all, so that policies are compared and not admission).
     `planner_config`: settings besides the policy; what its admission refuses is not run. `recorder` is given every
     command.
+    `roles`: as the engine's option.
     Raises ValueError for an unknown policy, too few devices, too long a trace, a model without a table or a loss of a
     device that is not there.
     """
@@ -129,10 +135,11 @@ def simulate(
         max_queued=MAX_QUEUED,
         planner=with_options(msgspec.structs.replace(planner_config or PlannerConfig(), policy=policy)),
     )
+    stages = parse_roles(roles, num_devices)
     costs = CostTables(profiles={"": profile} if isinstance(profile, Profile) else dict(profile))
     if unknown := {request.model for request in trace} - set(costs.profiles):
         raise ValueError(f"trace: model: {min(unknown)!r} has no cost table")
-    return _Simulation(trace, costs, num_devices, duration, losses, config, recorder or Recorder()).to_end()
+    return _Simulation(trace, costs, num_devices, duration, losses, config, recorder or Recorder(), stages).to_end()
 
 
 class _Simulation:
@@ -145,13 +152,14 @@ class _Simulation:
         losses: Sequence[Loss],
         config: EngineConfig,
         recorder: Recorder,
+        stages: Sequence[Stages],
     ) -> None:
         self.trace = trace
         self.finished: list[tuple[float | None, tuple[int, ...]]] = [(None, ())] * len(trace)
         self.refused: set[int] = set()
         self.num_alive = len(trace)
         self.recorder = recorder
-        self.executor = SimulatedExecutor(costs, num_devices, duration)
+        self.executor = SimulatedExecutor(costs, num_devices, duration, stages=stages)
         self.loop = EngineLoop(
             executor=recorder.wrap_executor(self.executor),
             planner=recorder.wrap_planner(get_planner(config.planner.policy)),

@@ -17,6 +17,7 @@ from tetrion.engine.config import EngineConfig, PlannerConfig
 from tetrion.engine.planning.cost.profile import Profile, read_profile
 from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.policies.registry import OPTIONS, NoOptions, get_planner, with_options
+from tetrion.engine.roles import ALL
 from tetrion.entrypoints.arguments import parse_size
 from tetrion.entrypoints.bench.arrivals import SESSIONS
 from tetrion.entrypoints.bench.attainment_plots import draw_attainment
@@ -180,6 +181,7 @@ def simulated_system(
     regroup_ms: float = 0.2,
     lose: Sequence[str] = (),
     max_inflight: int | None = None,
+    roles: str = ALL,
     planner: PlannerConfig = DEFAULT_PLANNER,
     policy_options: Mapping[str, Mapping[str, object]] = NO_OPTIONS,
 ) -> SimulatedSystem:
@@ -200,6 +202,7 @@ def simulated_system(
         planner=planner,
         options=policy_options,
         max_inflight=MAX_INFLIGHT if max_inflight is None else max_inflight,
+        roles=roles,
     )
     system.check()
     return system

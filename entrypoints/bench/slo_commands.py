@@ -80,9 +80,9 @@ SIMULATION_OPTIONS = (
     ),
 )
 PLANNER_OPTIONS = (some_engine_options("planner"),)
-ENGINE_OPTIONS = (some_engine_options("models", "load_format", "num_threads"),)
+ENGINE_OPTIONS = (some_engine_options("models", "load_format", "num_threads", "roles"),)
 """Of the engine that runs live."""
-LIVE = ("model", "load_format", "num_threads")
+LIVE = ("model", "load_format", "num_threads", "roles")
 TABLE_OPTIONS = (
     click.option(
         "--profile",
@@ -143,6 +143,7 @@ def slo(**options: Any) -> int:
     """
 
     def run() -> int:
+        from tetrion.engine.roles import AUTO
         from tetrion.entrypoints.bench.slo import command
 
         given = given_options(options)
@@ -154,6 +155,8 @@ def slo(**options: Any) -> int:
         simulation = {name: given.pop(name) for name in SIMULATION if name in given}
         if options["simulate"] and devices is not None:
             given["devices"] = number_of_devices(devices)
+        if options["simulate"] and engine.roles != AUTO:
+            simulation["roles"] = engine.roles
         command(engine=engine, simulation=simulation, **given)
         return 0
 

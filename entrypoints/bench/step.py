@@ -15,7 +15,7 @@ from tetrion.entrypoints.bench.step_on_gpus import OTHERS, SECTIONS, StepBench, 
 from tetrion.entrypoints.bench.step_picture import draw_steps
 from tetrion.entrypoints.bench.step_record import FLOOR, OURS, StepRecord, read_record, table
 from tetrion.entrypoints.errors import InputError
-from tetrion.entrypoints.options import only_model
+from tetrion.entrypoints.options import only_model, refuse_roles
 from tetrion.entrypoints.plotting import check_png
 from tetrion.entrypoints.profile import checked_degrees, checked_sizes
 from tetrion.entrypoints.record import check_writable, make_record, write_record
@@ -48,6 +48,7 @@ def command(
 
     Returns the record. Raises InputError, or CheckpointError.
     """
+    refuse_roles(config)
     model, devices = only_model(config), parse_devices(config.devices)
     check_writable(output, "output")
     if plot is not None:

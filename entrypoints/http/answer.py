@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tetrion.entrypoints.http.schema import GenerationResponse
+from tetrion.entrypoints.http.schema import GenerationResponse, Picture
 
 NO_PICTURE = ""
 """`b64_json` of a picture that is put there later."""
@@ -32,8 +32,9 @@ class Courier(Protocol):
         """The client went away, or was cut off."""
 
 
-def body_parts(response: GenerationResponse, base64s: Sequence[bytes]) -> list[bytes]:
-    """The body as JSON, in parts. `base64s`: of the pictures whose `b64_json` is `NO_PICTURE`, in order."""
+def body_parts(response: GenerationResponse | Picture, base64s: Sequence[bytes]) -> list[bytes]:
+    """The body, or an event's data, as JSON in parts. `base64s`: in order, of the pictures whose `b64_json` is
+    `NO_PICTURE`."""
     first, *others = msgspec.json.encode(response).split(_PLACE)
     assert len(others) == len(base64s)
     parts = [first]

@@ -22,7 +22,7 @@ IMAGES = ("image", "image[]", "images", "images[]")
 MAX_IMAGES = 16
 NUMBERS = frozenset(
     {"n", "width", "height", "output_compression", "seed", "num_inference_steps", "guidance_scale", "true_cfg_scale"}
-    | {"slo_ms", "priority", "strength", "stream"}
+    | {"slo_ms", "priority", "strength", "stream", "partial_images"}
 )
 """Fields that are numbers or booleans, which a form has as text."""
 ENERGY = re.compile(r"energy\[(mode|budget_j)\]")

@@ -122,6 +122,7 @@ class _EngineCollector(Collector):
         yield from _loop(stats)
         yield from _deadlines(stats)
         yield from _tenants(stats)
+        yield _stages(stats)
         for name, value, says in (
             ("tetrion_devices_overdue", len(stats.recovery.overdue), "Devices whose answer is overdue."),
             ("tetrion_devices_alive", stats.num_alive, "Devices whose worker lives."),
@@ -152,6 +153,15 @@ class _EngineCollector(Collector):
             if total_j is not None:
                 family.add_metric(("", "", "", state), total_j)
         return family
+
+
+def _stages(stats: "EngineStats") -> Metric:
+    family = GaugeMetricFamily(
+        "tetrion_stage_served", "1 if a living device that answers serves the stage, else 0.", labels=("stage",)
+    )
+    for stage in STAGES:
+        family.add_metric((stage,), float(stage not in stats.unserved))
+    return family
 
 
 def _power(stats: "EngineStats") -> Iterator[Metric]:

@@ -23,6 +23,7 @@ from tetrion.entrypoints.pictures import PictureFormat
 PARAM_OF_FIELD = {"num_steps": "num_inference_steps", "guidance": "guidance_scale", "pictures": "image"}
 MAX_PICTURES = 10
 MAX_COMPRESSION = 100
+MAX_PARTIAL_IMAGES = 3
 ResponseQuality = Literal["low", "medium", "high", "xhigh", "max"]
 
 _T = TypeVar("_T")
@@ -42,6 +43,7 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     output_format: PictureFormat | None = None
     output_compression: int | None = None
     stream: bool | None = None
+    partial_images: int | None = None
     seed: int | None = None
     num_inference_steps: Any = None
     guidance_scale: Any = None
@@ -59,6 +61,7 @@ class _RawBody(GenerationBody, frozen=True, kw_only=True):
     model: Any = None
     n: Any = None
     output_compression: Any = None
+    partial_images: Any = None
     seed: Any = None
     user: Any = None
 
@@ -114,6 +117,25 @@ class GenerationResponse(msgspec.Struct, frozen=True, kw_only=True, omit_default
     warnings: tuple[str, ...] = ()
 
 
+class CompletedEvent(Picture, frozen=True, kw_only=True, omit_defaults=True):
+    """Data of a stream's event: the `index`-th picture of a request. `usage`: of this picture; the prompt counts
+    in one event alone, so that the events' sums are those of an answer in one piece."""
+
+    type: str
+    created_at: int
+    background: Literal["opaque"]
+    output_format: PictureFormat
+    quality: ResponseQuality
+    size: str
+    model: str
+    index: int
+    usage: Usage
+    warnings: tuple[str, ...] = ()
+
+
+P = TypeVar("P", bound=Picture)
+
+
 def decode_body(data: bytes) -> GenerationBody:
     """Decode and check a request body in UTF-8. Raises ApiError (400) with the field in `param`."""
     try:
@@ -140,8 +162,9 @@ def _checked(raw: _RawBody) -> GenerationBody:
         body = _settled(raw)
     except RequestError as error:
         raise ApiError(400, str(error), param=error.field, code="invalid_value") from None
-    if body.stream:
-        raise ApiError(400, "stream: streaming is not supported", param="stream", code="unsupported_value")
+    if body.stream and body.response_format == "url":
+        message = "response_format: pictures of a stream are in its events, as b64_json"
+        raise ApiError(400, message, param="response_format", code="unsupported_value")
     if (body.output_format or "png") == "png" and body.output_compression not in (None, MAX_COMPRESSION):
         message = "output_compression: below 100 it needs output_format webp or jpeg; png is lossless"
         raise ApiError(400, message, param="output_compression", code="invalid_value")
@@ -161,6 +184,9 @@ def _settled(raw: _RawBody) -> GenerationBody:
         "n": given("n", lambda field, value: whole_within(field, value, 1, MAX_PICTURES)),
         "output_compression": given(
             "output_compression", lambda field, value: whole_within(field, value, 0, MAX_COMPRESSION)
+        ),
+        "partial_images": given(
+            "partial_images", lambda field, value: whole_within(field, value, 0, MAX_PARTIAL_IMAGES)
         ),
         "seed": given("seed", lambda field, value: whole_number(field, value, f" from 0 to {MAX_SEED}")),
         "user": given("user", lambda field, value: text(field, value, MAX_NAME_CHARS)),
@@ -216,14 +242,10 @@ def invalid_request(error: RequestError, body: GenerationBody) -> ApiError:
     return ApiError(400, f"{param}: {detail}", param=param, code="invalid_value")
 
 
-def describe_picture(
-    result: ImageResult, slo_ms: float | None, deliver_s: float, *, b64_json: str | None = None, url: str | None = None
-) -> Picture:
-    """`deliver_s`: since it was drawn."""
+def describe_picture(result: ImageResult, slo_ms: float | None, deliver_s: float, kind: type[P], **more: Any) -> P:
+    """`deliver_s`: since it was drawn. `more`: what else this `kind` has."""
     latency_s = result.latency_s + deliver_s
-    return Picture(
-        b64_json=b64_json,
-        url=url,
+    return kind(
         request_id=result.request_id,
         seed=result.seed,
         num_inference_steps=result.num_steps,
@@ -236,6 +258,7 @@ def describe_picture(
         deliver_s=deliver_s,
         slo_met=None if slo_ms is None else 1e3 * latency_s <= slo_ms,
         energy=result.energy,
+        **more,
     )
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from tetrion.engine.api import AsyncEngine
+from tetrion.engine.roles import ALL, roles_text
 
 CUT_OFF_TIMEOUT_S = 5
 BACKLOG = 1024
@@ -246,6 +247,8 @@ async def serve(options: ServeOptions, engine: AsyncEngine) -> int:
         serving = asyncio.create_task(server.serve(sockets=listening))
         try:
             devices = ", ".join(device.name for device in engine.devices)
+            roles = roles_text([device.stages for device in engine.devices])
+            devices += "" if roles == ALL else f" (roles {roles})"
             say(f"tetrion: loading {models} on {devices}, listening on {url} (/ready says 200 when it is done)")
             if await _start(engine, serving):
                 freeze_gc()

@@ -1,78 +1,53 @@
-"""The image API's handlers: from a decoded body to pictures, on one engine.
+"""The image API's handlers: from a decoded body to requests that the engine has taken.
 
-Owns the way of a request through the engine and the picture store; routes and error handlers are in `app.py`, the
-bodies in `schema.py`, how they are sent in `answer.py`. A closed connection cancels its requests. Encoding runs in
-threads, so that the loop that drives the engine is not held up, and begins with each picture as it is drawn.
+Routes and error handlers are in `app.py`, the bodies in `schema.py`; what becomes of the requests, up to an answer, is
+in `drawing.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import binascii
-import logging
 import math
 import secrets
 import time
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from tetrion.engine.errors import (
     DeadlineUnmeetable,
-    Displaced,
     EngineOverloaded,
     GenerationError,
     ModelNotFound,
-    QueueTimeout,
-    RequestCancelled,
     RequestError,
     one_line,
     shown,
 )
 from tetrion.engine.families.words import unknown_words
-from tetrion.engine.request import ImageRequest, ImageResult
-from tetrion.entrypoints import pictures
+from tetrion.engine.request import ImageRequest
 from tetrion.entrypoints.encoders import Encoders
-from tetrion.entrypoints.http import logs, schema
-from tetrion.entrypoints.http.answer import NO_PICTURE, PicturesAnswer, body_parts
+from tetrion.entrypoints.http import schema
 from tetrion.entrypoints.http.body import read_form_or_json, read_json
 from tetrion.entrypoints.http.draining import draining
+from tetrion.entrypoints.http.drawing import Desk, Drawing, max_encoded_bytes, overloaded
 from tetrion.entrypoints.http.edits import EditBody, decode_form, decode_json
 from tetrion.entrypoints.http.errors import ApiError
 from tetrion.entrypoints.http.limits import RequestLimits, Waiting, text_bytes
-from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics, Outcome
+from tetrion.entrypoints.http.metrics import MEDIA_TYPE, Metrics
 from tetrion.entrypoints.http.request_ids import engine_ids
 from tetrion.entrypoints.http.store import PictureStore, Reservation, StoreFull
-from tetrion.entrypoints.png import Each
 
 if TYPE_CHECKING:
     from tetrion.engine.api import AsyncEngine, RequestHandle
 
 MAX_WAITING_BYTES = 256 << 20
 RANDOM_SEEDS = 2**32
-OVERLOAD_RETRY_AFTER_S = 1
 DECODING_AT_ONCE = 2
 """Pictures of requests: each may take some hundred MB meanwhile."""
 NO_WORKER_RETRY_AFTER_S = 5
 LONG_WAIT_S = 60
-
-T = TypeVar("T")
-
-log = logging.getLogger("tetrion.http")
-
-
-class _Encoded(msgspec.Struct, frozen=True, kw_only=True):
-    """A picture that is ready to be sent. `result` is without the image. `drawn_s`: when it was drawn, on the clock of
-    `time.monotonic`; `made_s`: what encoding took. `base64` or `url`, whichever was asked for."""
-
-    result: ImageResult
-    drawn_s: float
-    made_s: float
-    base64: bytes | None = None
-    url: str | None = None
 
 
 class ImageService:
@@ -91,7 +66,7 @@ class ImageService:
         self._public_url = public_url.rstrip("/") if public_url else None
         self._created = int(time.time())
         self._metrics = Metrics(engine)
-        self._encoders = Encoders()
+        self._desk = Desk(engine=engine, metrics=self._metrics, encoders=Encoders(), store=store)
         self._decoding = asyncio.Semaphore(DECODING_AT_ONCE)
         self._limits = limits or RequestLimits()
         self.waiting = waiting or Waiting(MAX_WAITING_BYTES)
@@ -106,7 +81,7 @@ class ImageService:
         request.state.held.hold(_text_bytes(body))
         self._check_ready()
         requests, warnings = self._requests(request, body)
-        return await self._drawn(request, body, requests, warnings)
+        return await self._drawn(request, body, requests, warnings, "image_generation")
 
     async def edits(self, request: Request) -> Response:
         """`POST /v1/images/edits`."""
@@ -118,7 +93,7 @@ class ImageService:
         num_bytes = sum(picture.num_bytes for picture in requests[0].pictures)
         request.state.held.hold(_text_bytes(body) + num_bytes)
         body, pictures = msgspec.structs.replace(body, images=(), mask=None), {}
-        return await self._drawn(request, body, requests, warnings)
+        return await self._drawn(request, body, requests, warnings, "image_edit")
 
     def _requests(
         self, request: Request, body: schema.GenerationBody, **pictures: Any
@@ -146,25 +121,21 @@ class ImageService:
         body: schema.GenerationBody,
         requests: list[ImageRequest],
         warnings: tuple[str, ...],
+        kind: str,
     ) -> Response:
+        """`kind`: what the names of a stream's events begin with."""
         handles = self._submit(requests, body)
+        warnings += self._warn_of_words(handles[0].request) + _warn_of_previews(body)
+        drawing = Drawing(self._desk, body, handles, warnings)
         try:
             self._limits.check(handles[0].request, len(handles))
-            warnings += self._warn_of_words(handles[0].request)
+            if body.stream:
+                return drawing.events(kind)
             with self._reserve(body, handles) as reservation:
-                drawing = self._draw(handles, body, reservation, self._base_url(request))
-                encoded = await _unless_disconnected(request, drawing)
-            self._count(handles, "drawn")
-            return self._answer(encoded, self._response(body, handles[0].request, encoded, warnings))
+                return await drawing.whole(request, reservation, self._base_url(request))
         except BaseException as error:
-            self._count(handles, _outcome(error))
-            for handle in handles:
-                handle.cancel()
-                self._engine.not_delivered(handle.request_id)
+            drawing.given_up(error)
             raise
-
-    def _count(self, handles: list[RequestHandle], outcome: Outcome) -> None:
-        self._metrics.asked(handles[0].request.model or "", outcome, len(handles))
 
     async def file(self, request: Request) -> Response:
         """`GET /v1/images/files/{name}`: a picture that `response_format: url` pointed to."""
@@ -215,10 +186,14 @@ class ImageService:
             raise ApiError(503, f"The engine is not ready: {error}", code="not_ready") from None
         if stats.num_alive == len(stats.recovery.overdue):
             raise ApiError(503, "No device is alive and answers.", code="not_ready")
+        if stats.unserved:
+            served = f"No device that serves {' or '.join(stats.unserved)} is alive and answers."
+            raise ApiError(503, served, code="not_ready")
         counts = {name: getattr(stats, name) for name in ("num_devices", "num_alive", "num_queued", "num_admitted")}
         counts["num_overdue"] = len(stats.recovery.overdue)
         counts["num_returning"] = stats.num_devices - stats.num_alive
-        return _json({"status": "ready", "models": list(self._engine.models.specs), **counts})
+        models = list(self._engine.models.specs)
+        return _json({"status": "ready", "models": models, "roles": stats.roles, **counts})
 
     async def metrics(self, request: Request) -> Response:
         """`GET /metrics`, for Prometheus; answers while the engine loads, too."""
@@ -262,7 +237,7 @@ class ImageService:
                 case DeadlineUnmeetable():
                     raise _deadline_unmeetable(error) from None
                 case EngineOverloaded():
-                    raise _overloaded(error, has_deadline=body.slo_ms is not None) from None
+                    raise overloaded(error, has_deadline=body.slo_ms is not None) from None
                 case GenerationError():
                     raise ApiError(503, f"Not accepted: {error}", code="not_ready") from None
         return handles
@@ -275,7 +250,7 @@ class ImageService:
         """Room for the pictures if they are to be fetched by URL, else none."""
         if body.response_format != "url":
             return self._store.reserve(0)
-        num_bytes = sum(_max_encoded_bytes(handle.request) for handle in handles)
+        num_bytes = sum(max_encoded_bytes(handle.request) for handle in handles)
         try:
             return self._store.reserve(num_bytes)
         except StoreFull as full:
@@ -292,119 +267,8 @@ class ImageService:
                 should_retry=wait_s <= LONG_WAIT_S,
             ) from None
 
-    async def _draw(
-        self,
-        handles: list[RequestHandle],
-        body: schema.GenerationBody,
-        reservation: Reservation,
-        base_url: str,
-    ) -> list[_Encoded]:
-        """All pictures, in order. The first failure is raised at once; the caller cancels the rest."""
-        tasks = [asyncio.create_task(self._picture(handle, body, reservation, base_url)) for handle in handles]
-        try:
-            return await asyncio.gather(*tasks)
-        except Displaced as error:
-            raise _overloaded(error, has_deadline=body.slo_ms is not None) from None
-        except QueueTimeout as error:
-            message, code = f"The server is overloaded: {error}", "queue_timeout"
-            raise ApiError(503, message, code=code, retry_after_s=OVERLOAD_RETRY_AFTER_S) from None
-        except GenerationError as error:
-            log.error("generation failed: %s", error)
-            raise ApiError(500, f"Generation failed: {error}", code="generation_failed") from None
-        except RequestCancelled:
-            raise ApiError(503, "The request was cancelled by the server.", code="cancelled") from None
-        finally:
-            await _end(*tasks)
-
-    async def _picture(
-        self, handle: RequestHandle, body: schema.GenerationBody, reservation: Reservation, base_url: str
-    ) -> _Encoded:
-        result = await handle.result()
-        drawn_s = time.monotonic()
-        self._metrics.observe(result)
-        slo_ms, is_url = handle.request.slo_ms, body.response_format == "url"
-        due_s = None if slo_ms is None else drawn_s - result.latency_s + slo_ms / 1e3
-        image, result = result.image, msgspec.structs.replace(result, image=None)
-
-        def encode(each: Each) -> bytes:
-            text = pictures.metadata(result)
-            encoded = pictures.encode(image, body.output_format or "png", body.output_compression, text, each)
-            return encoded if is_url else binascii.b2a_base64(encoded, newline=False)
-
-        data = await self._encoders.run(encode, due_s)
-        made_s = time.monotonic() - drawn_s
-        if not is_url:
-            return _Encoded(result=result, drawn_s=drawn_s, made_s=made_s, base64=data)
-        picture_format = body.output_format or "png"
-        name = self._store.put(reservation, data, pictures.MEDIA_TYPES[picture_format], picture_format)
-        url = f"{base_url}/v1/images/files/{name}"
-        return _Encoded(result=result, drawn_s=drawn_s, made_s=made_s, url=url)
-
-    def _answer(self, encoded: list[_Encoded], response: schema.GenerationResponse) -> PicturesAnswer:
-        base64s = [picture.base64 for picture in encoded if picture.base64 is not None]
-        made = [(picture.result, picture.made_s) for picture in encoded]
-        delivery = _Delivery(self._engine, self._metrics, response.output_format, made)
-        return PicturesAnswer(body_parts(response, base64s), delivery)
-
-    def _response(
-        self, body: schema.GenerationBody, asked: ImageRequest, encoded: list[_Encoded], warnings: tuple[str, ...]
-    ) -> schema.GenerationResponse:
-        """Without the pictures themselves. `asked`: one of the requests."""
-        first, now_s = encoded[0].result, time.monotonic()
-        sizes = self._engine.models.specs[first.model].sizes
-        num_image_tokens = sizes.num_rows(first.width, first.height) * len(encoded)
-        num_picture_tokens = sum(sizes.num_rows(*picture.size) for picture in asked.pictures)
-        return schema.GenerationResponse(
-            created=int(time.time()),
-            background="opaque",
-            output_format=body.output_format or "png",
-            quality="high",
-            size=f"{first.width}x{first.height}",
-            model=first.model,
-            data=[
-                schema.describe_picture(
-                    picture.result,
-                    asked.slo_ms,
-                    now_s - picture.drawn_s,
-                    b64_json=None if picture.base64 is None else NO_PICTURE,
-                    url=picture.url,
-                )
-                for picture in encoded
-            ],
-            usage=schema.usage(first.num_text_tokens, num_image_tokens, num_picture_tokens),
-            warnings=warnings,
-        )
-
     def _base_url(self, request: Request) -> str:
         return self._public_url or str(request.base_url).rstrip("/")
-
-
-class _Delivery:
-    """Says to the engine what came of an answer's pictures, counts and logs them. It keeps no picture: a client may
-    take long to read."""
-
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        metrics: Metrics,
-        picture_format: pictures.PictureFormat,
-        made: list[tuple[ImageResult, float]],
-    ) -> None:
-        """`made`: each picture's result, without the image, and what encoding it has taken."""
-        self._engine, self._metrics, self._format, self._made = engine, metrics, picture_format, made
-
-    def delivered(self, sent_s: float) -> None:
-        """Sending counts as much as making at most: the rest is the client's."""
-        for result, made_s in self._made:
-            own_s = made_s + min(made_s, sent_s / len(self._made))
-            delivered = self._engine.delivered(result.request_id, own_s)
-            if delivered is not None:
-                self._metrics.delivered(result, delivered, self._format)
-                logs.drawn(result, delivered)
-
-    def dropped(self) -> None:
-        for result, _ in self._made:
-            self._engine.not_delivered(result.request_id)
 
 
 async def _read_edit(request: Request) -> EditBody:
@@ -419,43 +283,10 @@ def _text_bytes(body: schema.GenerationBody) -> int:
     return text_bytes(body.prompt, body.negative_prompt, body.user, body.model)
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client goes away first. Raises ClientDisconnect then."""
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        await _end(working, watching)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-
-
-async def _end(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _outcome(error: BaseException) -> Outcome:
-    """Of pictures that were not sent."""
-    if isinstance(error, ClientDisconnect | asyncio.CancelledError):
-        return "cancelled"
-    if isinstance(error, ApiError) and error.status != 500:
-        return "cancelled" if error.detail.code == "cancelled" else "refused"
-    return "failed"
-
-
-def _max_encoded_bytes(request: ImageRequest) -> int:
-    """More than a picture of this request can take in any format: noise in a PNG takes its raw size and a little."""
-    raw_bytes = 3 * (request.width or 0) * (request.height or 0)
-    return raw_bytes * 5 // 4 + 4 * len(request.prompt) + 16_384
+def _warn_of_previews(body: schema.GenerationBody) -> tuple[str, ...]:
+    if not body.partial_images:
+        return ()
+    return ("partial_images: no previews are drawn; a stream has each finished picture",)
 
 
 def _deadline_unmeetable(error: DeadlineUnmeetable) -> ApiError:
@@ -468,14 +299,6 @@ def _deadline_unmeetable(error: DeadlineUnmeetable) -> ApiError:
         should_retry=False,
         earliest_slo_ms=error.earliest_slo_ms,
     )
-
-
-def _overloaded(error: EngineOverloaded | Displaced, has_deadline: bool) -> ApiError:
-    """Without a deadline the client may try again; with one, its retries would only amplify the overload."""
-    message = f"The server is overloaded: {error}"
-    if has_deadline:
-        return ApiError(429, message, code="engine_overloaded", should_retry=False)
-    return ApiError(429, message, code="engine_overloaded", retry_after_s=OVERLOAD_RETRY_AFTER_S)
 
 
 def _json(value: object) -> Response:

@@ -1,14 +1,19 @@
 """What a request may bring of pictures, by what its model does with them, and what it then looks like."""
 
+import math
+
 import msgspec
 import numpy as np
 import pytest
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.engine.specs import make_spec
 from tetrion.engine.errors import RequestError
-from tetrion.engine.model_spec import ModelSpec
+from tetrion.engine.model_spec import ModelSpec, ReferenceArea
 from tetrion.engine.pictures import Picture
 from tetrion.engine.request import ImageRequest, ResolvedRequest
 from tetrion.engine.resolve import decoded, resolve_request
@@ -17,6 +22,11 @@ PLAIN = make_spec()
 EDITOR = msgspec.structs.replace(
     PLAIN, inputs=PLAIN.inputs | {"pictures"}, max_pictures=2, reference_sizes=((128, 256), (192, 192), (256, 128))
 )
+WITHIN = ReferenceArea(pixels=1024**2, multiple=16, is_most=True, min_side=64, max_ratio=8)
+"""FLUX.2's."""
+ABOUT = ReferenceArea(pixels=1024**2, multiple=32, is_most=False, min_side=8, max_ratio=8)
+"""Qwen-Image's."""
+KEEPER = msgspec.structs.replace(PLAIN, inputs=PLAIN.inputs | {"pictures"}, max_pictures=3, reference_area=WITHIN)
 BEGINNER = msgspec.structs.replace(PLAIN, inputs=PLAIN.inputs | {"pictures", "strength"}, max_pictures=1, strength=0.5)
 FILLER = msgspec.structs.replace(PLAIN, inputs=PLAIN.inputs | {"pictures", "mask"}, max_pictures=1)
 
@@ -56,6 +66,44 @@ def test_references_are_resized_to_the_known_size_nearest_in_shape() -> None:
 def test_references_have_a_bound() -> None:
     said = refusal(EDITOR, "pictures", pictures=[picture(64, 64)] * 3)
     assert said == "pictures: has 3 pictures, at most 2 are taken"
+
+
+def test_references_of_an_area_keep_their_shapes_and_order() -> None:
+    resolved = resolve(KEEPER, pictures=[picture(100, 71), picture(64, 200), picture(100, 71)])
+    shape = resolved.params.shape
+    assert shape.references == ((96, 64), (64, 192), (96, 64)) and shape.reference == 6 * 4 + 4 * 12 + 6 * 4
+    assert shape.inputs == ((64, 96, 3), (192, 64, 3), (64, 96, 3)) and shape.cost_key.endswith("+r96")
+    assert "has 4 pictures, at most 3 are taken" in refusal(KEEPER, "pictures", pictures=[picture(64, 64)] * 4)
+
+
+def test_what_a_reference_has_beyond_multiples_is_cut_off_around_the_middle() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (71, 100, 3), np.uint8)
+    (reference,) = resolve(KEEPER, pictures=[pixels]).asked.pictures
+    assert np.array_equal(reference.pixels, pixels[3:67, 2:98])
+
+
+def test_references_that_are_too_small_or_too_long_are_refused() -> None:
+    said = refusal(KEEPER, "pictures", pictures=[picture(640, 640), picture(640, 63)])
+    assert said == "pictures: must have sides of at least 64 pixels, got 640x63"
+    said = refusal(KEEPER, "pictures", pictures=[picture(641, 80)])
+    assert said == "pictures: must have sides of at most 1:8, got 641x80"
+    assert resolve(KEEPER, pictures=[picture(640, 80)]).params.shape.references == ((640, 80),)
+
+
+@settings(deadline=None, max_examples=100)
+@given(short=st.integers(64, 4000), ratio=st.floats(1, 8), is_tall=st.booleans())
+def test_references_are_as_large_as_diffusers_has_them(short: int, ratio: float, is_tall: bool) -> None:
+    width, height = (int(short * ratio), short)[:: -1 if is_tall else 1]
+    width, height = min(width, 8 * height), min(height, 8 * width)
+    scaled = Image.new("L", (width, height))
+    if width * height > 1024**2:
+        scaled = Flux2ImageProcessor._resize_to_target_area(scaled)
+    assert WITHIN.scaled((width, height)) == scaled.size
+    assert WITHIN.size((width, height)) == (scaled.width // 16 * 16, scaled.height // 16 * 16)
+    assert ABOUT.size((width, height)) == calculate_dimensions(1024**2, width / height)
+    for area in (WITHIN, ABOUT):
+        assert area.fault((width, height)) is None
+        assert math.prod(area.size((width, height))) <= area.max_pixels < 1.06 * area.pixels
 
 
 @settings(deadline=None, max_examples=50)
@@ -114,6 +162,7 @@ def test_a_settled_request_settles_to_itself() -> None:
     """It comes from `check`, and from another thread."""
     for spec, fields in (
         (EDITOR, {"pictures": [picture(333, 100), picture(64, 99)]}),
+        (KEEPER, {"pictures": [picture(2000, 1333), picture(72, 99)]}),
         (BEGINNER, {"pictures": [picture(333, 100)], "strength": 0.7}),
         (FILLER, {"pictures": [picture(333, 100)], "mask": picture(20, 20)}),
     ):
@@ -129,6 +178,8 @@ def test_a_settled_request_settles_to_itself() -> None:
 def test_slots_hold_whatever_a_request_may_bring() -> None:
     for spec, fields in (
         (EDITOR, {"pictures": [picture(128, 256)] * 2}),
+        (KEEPER, {"pictures": [picture(4000, 4000)] * 3}),
+        (KEEPER, {"pictures": [picture(3333, 420)] * 3}),
         (BEGINNER, {"pictures": [picture(512, 512)], "width": 512, "height": 512}),
         (FILLER, {"pictures": [picture(512, 512)], "mask": picture(64, 64), "width": 512, "height": 512}),
     ):

@@ -34,6 +34,7 @@ from tetrion.engine.loop.tenant_statistics import TenantFigures
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.request import Delivered, ImageRequest, ImageResult, Progress
 from tetrion.engine.resolve import decoded, resolve_request
+from tetrion.engine.stages import Stage
 from tetrion.entrypoints.cli import run
 
 SPEC = make_spec(name="shapes", path="", in_channels=64, pooled_dim=64, num_steps=4)
@@ -62,6 +63,8 @@ NO_LOOP = LoopFigures(num_ticks=0, num_commands=0, cpu_s=0.0, device_s=0.0, lost
 
 class FakeStats(msgspec.Struct, frozen=True, kw_only=True):
     num_devices: int
+    roles: str = "all"
+    unserved: tuple[Stage, ...] = ()
     num_alive: int
     num_queued: int
     num_admitted: int
@@ -183,6 +186,7 @@ class FakeEngine:
         self.recovery = RecoveryFigures()
         self.tenants: dict[str, TenantFigures] = {}
         self.num_alive = len(self.devices)
+        self.unserved: tuple[Stage, ...] = ()
         self.death: GenerationError | None = None
         self._ended = asyncio.Event()
 
@@ -242,6 +246,7 @@ class FakeEngine:
             raise self.death
         return FakeStats(
             num_devices=len(self.devices),
+            unserved=self.unserved,
             num_alive=self.num_alive,
             num_queued=0,
             num_admitted=0,

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tetrion.engine.config import EngineConfig, MeteringConfig, PlannerConfig
 from tetrion.engine.planning.horizon_options import HorizonOptions, horizon_options
 from tetrion.engine.planning.policies.registry import with_options
+from tetrion.entrypoints.cli import run
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.options import OPTIONS, engine_options, only_model, some_engine_options, take_config
 
@@ -39,7 +40,7 @@ def test_every_option_reaches_its_field() -> None:
     values = {
         "model": "a", "model_alias": "x=a", "devices": "cpu:3", "load_format": "dummy", "attention": "triton",
         "profile": "a=p.json", "num_threads": 2, "max_inflight": 3, "max_queued": 4, "queue_timeout_s": 6,
-        "planner": "late_worth=2",
+        "planner": "late_worth=2", "roles": "all",
         "policy": "horizon", "meter": "model", "carbon": 5,
         "start_timeout_s": 7, "stall_timeout_s": 8, "no_worker_timeout_s": 9,
     }  # fmt: skip
@@ -49,6 +50,7 @@ def test_every_option_reaches_its_field() -> None:
         models=("a",),
         model_aliases={"x": "a"},
         devices="cpu:3",
+        roles="all",
         load_format="dummy",
         attention="triton",
         profiles={"a": "p.json"},
@@ -115,3 +117,8 @@ def test_a_command_that_knows_one_model_refuses_several() -> None:
     assert only_model(EngineConfig()) == "shapes"
     with pytest.raises(InputError, match="model: this command takes one, got 2"):
         only_model(EngineConfig(models=("a", "b")))
+
+
+def test_what_measures_every_stage_takes_no_roles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["profile", "--devices", "cpu:2", "--roles", "0:encode+decode,1:denoise"]) == 2
+    assert "roles: this command measures devices that serve all stages" in capsys.readouterr().err

@@ -47,7 +47,7 @@ class Segments:
         if kind == "cpu":
             check_room_on_cpu(specs, num * self._layout.num_bytes)
         else:
-            check_room_on_gpus(specs, self._layout.num_bytes)
+            check_room_on_gpus(specs, self._layout.num_bytes, devices)
         with contextlib.ExitStack() as undo:
             self._slab_fds = [_anonymous_file(undo, f"slab-{device.device_id}") for device in devices]
             if self.slabs_in_host_memory:

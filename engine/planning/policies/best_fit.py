@@ -20,7 +20,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     start_aux(builder, requests)
     for request in ready_to_denoise(builder, requests):
         table = tables[request.model, request.cost_key]
-        degree = table.largest[min(best_fit(snapshot, request, table), len(builder.idle))]
+        degree = table.largest[min(best_fit(snapshot, request, table), builder.room)]
         if degree:
             builder.start(request, degree)
     return builder.build()

@@ -20,7 +20,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     builder = RoundBuilder(snapshot)
     requests = sorted(snapshot.all_requests, key=lambda request: urgency(request, snapshot.config))
     start_aux(builder, requests)
-    left, starting = len(builder.idle), []
+    left, starting = builder.room, []
     for request in ready_to_denoise(builder, requests):
         if not left:
             break

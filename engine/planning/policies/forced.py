@@ -7,7 +7,7 @@ They are for tests and experiments, so what counts is that they run exactly as a
   busy to the policy. Reservations are made in order of arrival, so nothing can wait in a circle.
 * One whose turn has not come takes what the policy leaves idle. Once it has waited `patience_s`, the unpinned requests
   that arrived after it are held back until those before it are finished: neither side can starve the other.
-* Encode and decode take the first idle device.
+* Encode and decode take the first idle device that serves them.
 * A chunk ends where the degree changes. A degree that the devices (that are left) cannot form becomes the largest
   legal one below it.
 """
@@ -18,7 +18,7 @@ import msgspec
 
 from tetrion.engine.planning.round_builder import RoundBuilder
 from tetrion.engine.planning.slo import arrival_order, urgency
-from tetrion.engine.planning.snapshot import DeviceView, Planner, RequestView, RoundPlan, Snapshot
+from tetrion.engine.planning.snapshot import Planner, RequestView, RoundPlan, Snapshot
 from tetrion.engine.stages import AFTER_STEPS
 
 
@@ -96,9 +96,10 @@ class _Reservations:
         if not builder.is_ready(request) or self.start_if_idle(request):
             return
         degree = self._degree(request)
-        if request.stage != "denoise" or degree > len(self.open):
+        able = [device for device in self.open if builder.serves(device, "denoise")]
+        if request.stage != "denoise" or degree > len(able):
             return
-        reserved = sorted(self.open, key=lambda d: (builder.free_s[d], d not in request.members, d))[:degree]
+        reserved = sorted(able, key=lambda d: (builder.free_s[d], d not in request.members, d))[:degree]
         step_s = self._step_s(request, degree)
         builder.occupy(reserved, max(builder.free_s[d] for d in reserved) + step_s * self._chunk_steps(request, step_s))
         self.open.difference_update(reserved)
@@ -106,7 +107,7 @@ class _Reservations:
     def start_if_idle(self, request: RequestView) -> bool:
         """Start the request if it is ready and enough devices are idle."""
         degree = self._degree(request)
-        if not self.builder.is_ready(request) or degree > len(self.builder.idle):
+        if not self.builder.is_ready(request) or degree > len(self.builder.idle_for(request.stage)):
             return False
         num_steps = None
         if request.stage == "denoise":
@@ -120,7 +121,7 @@ class _Reservations:
         devices = tuple(
             device
             if device.device_id in self.open
-            else DeviceView(device_id=device.device_id, free_s=max(self.builder.free_s[device.device_id], busy_s))
+            else msgspec.structs.replace(device, free_s=max(self.builder.free_s[device.device_id], busy_s))
             for device in self.snapshot.devices
         )
         return msgspec.structs.replace(self.snapshot, requests=requests, backlog=(), devices=devices)

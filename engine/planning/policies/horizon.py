@@ -117,10 +117,10 @@ class _Tick:
         claimed = {device for request in requests if request.stage == "denoise" for device in request.members}
         for request in aux:
             table, stage = self.tables[request.model, request.cost_key], request.stage
-            if self.builder.idle and self.builder.is_ready(request):
+            if self.builder.idle_for(stage) and self.builder.is_ready(request):
                 end_s = self.builder.free_s[self.builder.start(request, claimed=claimed).members[0]]
             else:
-                end_s = max(request.ready_s, min(self.builder.free_s.values())) + table.cost.aux_s[stage]
+                end_s = max(request.ready_s, self.builder.soonest_s(stage)) + table.cost.aux_s[stage]
             if stage in BEFORE_STEPS:
                 self.first_step_s[request.request_id] = end_s + (table.before_s[stage] - table.cost.aux_s[stage])
 
@@ -129,7 +129,7 @@ class _Tick:
     def collect(self) -> None:
         """Every request with steps left, of the backlog the first few: on time, in the pool, or not urgent enough to be
         looked at."""
-        bound = self.options.max_candidates or max(MIN_CANDIDATES, len(self.snapshot.devices))
+        bound = self.options.max_candidates or max(MIN_CANDIDATES, self.tables.num_devices)
         works, num_on_time = self.works, 0
         for request in self.requests:
             if request.stage in AFTER_STEPS:
@@ -167,7 +167,7 @@ class _Tick:
     def fill(self) -> None:
         """Place the most urgent in the free profile, and drop what does not fit: of a higher rank before a lower."""
         drop_first = DROP_FIRST[self.options.drop]
-        profile = FreeProfile(self.now_s, self.builder.free_s.values())
+        profile = FreeProfile(self.now_s, self.builder.free_for("denoise").values())
         self.placed = self._whose_turn_it_is()
         for work in self.placed:
             profile.take_devices(
@@ -197,7 +197,8 @@ class _Tick:
         """Give each that is placed its level while devices last. Who had better wait for more gets none."""
         busy = {device for request in self.in_chunk for device in request.members}
         builder, soon_s = self.builder, self.now_s + AUX_SOON_S
-        self.capacity = sum([d in builder.idle or d in busy or free <= soon_s for d, free in builder.free_s.items()])
+        devices = builder.free_for("denoise").items()
+        self.capacity = sum([d in builder.idle or d in busy or free <= soon_s for d, free in devices])
         left = self.capacity
         ends: list[tuple[float, int]] = []
         holding: list[Work] = []
@@ -241,7 +242,7 @@ class _Tick:
     def _pool_worth(self) -> float:
         """Of left-over devices, to the first of the pool."""
         waiting = len(self.pool) + len(self.snapshot.backlog[POOL_ITEMS:])
-        return self.options.late_worth * min(1.0, FAR_BEHIND * len(self.snapshot.devices) / max(1, waiting))
+        return self.options.late_worth * min(1.0, FAR_BEHIND * self.tables.num_devices / max(1, waiting))
 
     def _options(self, works: Sequence[Work], are_in_pool: bool, worth: float) -> Iterator[tuple[Work, list[Option]]]:
         """What could be done for each with so many more devices."""
@@ -268,7 +269,7 @@ class _Tick:
     def start_denoise(self) -> RoundPlan:
         """Start what is ready: first those with a target, then whatever can use devices that are promised to nobody."""
         starting: list[tuple[RequestView, int]] = []
-        room, promised = len(self.builder.idle), self._promised()
+        room, promised = self.builder.room, self._promised()
         for work in itertools.chain(self.placed, self.dropped, self.pool):
             if work.is_ready and work.target:
                 degree = work.target if work.target <= room else self._degree_now(work, room)
@@ -282,7 +283,7 @@ class _Tick:
         self.builder.start_all([(view, degree, self._affordable_steps(view, degree)) for view, degree in starting])
         num_ready = sum([work.is_ready for work in self.works]) + len(self.snapshot.backlog)
         num_ready += sum(map(self._may_start, self.beyond))
-        return self.builder.build(num_held=len(self.builder.idle) if num_ready > len(starting) else 0)
+        return self.builder.build(num_held=self.builder.room if num_ready > len(starting) else 0)
 
     def _affordable_steps(self, view: RequestView, degree: int) -> int | None:
         """Steps that the budget leaves for a chunk; one where it leaves none. None: there is no budget."""
@@ -326,7 +327,7 @@ class _Tick:
 
     def _promised(self) -> int:
         """Devices that requests whose chunk or encode still runs will take in addition to those they have."""
-        held = {request.request_id: len(request.members) for request in self.in_chunk}
+        held = {request.request_id: self.builder.num_denoising(request) for request in self.in_chunk}
         coming = [work for work in self.works if work.target and not work.is_ready]
         return sum([max(0, work.target - held.get(work.view.request_id, 0)) for work in coming])
 
@@ -336,11 +337,14 @@ class _Tick:
         targets = {work.view.request_id: work.target for work in self.works}
         times: list[float] = []
         for request in self.in_chunk:
-            kept = 1 if request.stage in AFTER_STEPS else targets.get(request.request_id, 0)
-            times += [request.ready_s] * (len(request.members) - kept)
+            kept = targets.get(request.request_id, 0)
+            if request.stage in AFTER_STEPS:
+                kept = any([self.builder.serves(member, request.stage) for member in request.members])
+            times += [request.ready_s] * (self.builder.num_denoising(request) - kept)
         in_chunk = {device for request in self.in_chunk for device in request.members}
         soon_s, idle = self.now_s + AUX_SOON_S, self.builder.idle
-        times += [t for d, t in self.builder.free_s.items() if t <= soon_s and d not in idle and d not in in_chunk]
+        devices = self.builder.free_for("denoise").items()
+        times += [t for d, t in devices if t <= soon_s and d not in idle and d not in in_chunk]
         return sorted(times)
 
     def _degree_now(self, work: Work, room: int) -> int:

@@ -19,7 +19,7 @@ def plan(snapshot: Snapshot) -> RoundPlan:
     start_aux(builder, requests)
     for request in ready_to_denoise(builder, requests):
         degree = tables[request.model, request.cost_key].widest
-        if degree > len(builder.idle):
+        if degree > builder.room:
             break
         builder.start(request, degree)
     return builder.build()

@@ -1,4 +1,5 @@
-"""The stages besides denoising as most policies start them: at once, on any idle device, ahead of denoising."""
+"""The stages besides denoising as most policies start them: at once, on any idle device that serves them, ahead of
+denoising."""
 
 from collections.abc import Sequence
 
@@ -13,8 +14,8 @@ def start_aux(builder: RoundBuilder, requests: Sequence[RequestView]) -> None:
     held = {device for request in requests if request.stage == "denoise" for device in request.members}
     for stage in reversed(AUX_STAGES):
         for request in requests:
-            if not builder.idle:
-                return
+            if not builder.idle_for(stage):
+                break
             if request.stage == stage and builder.is_ready(request):
                 builder.start(request, claimed=held)
 

@@ -42,7 +42,7 @@ def plan_continuously(snapshot: Snapshot) -> RoundPlan:
         return RoundPlan()
     builder, chunk_s = RoundBuilder(snapshot), snapshot.config.chunk_s
     works = _begin(builder, snapshot.tables)
-    decide(works, len(builder.idle), snapshot.now_s + chunk_s)
+    decide(works, builder.room, snapshot.now_s + chunk_s)
     _start(builder, works, lambda step_s, _: int(chunk_s / step_s + 1e-9))
     return builder.build()
 
@@ -59,7 +59,7 @@ def rounds_planner(steps_per_round: int) -> Planner:
         start_s = length_s * math.floor((builder.limit_s + 1e-9) / length_s)
         works = _begin(builder, _paced_tables(snapshot, length_s))
         if builder.limit_s - start_s <= snapshot.config.lead_s + min(OPENING_S, length_s / 4):
-            decide(works, len(builder.idle), start_s + length_s)
+            decide(works, builder.room, start_s + length_s)
             end_s = start_s + length_s * (1 + OVERRUN)
             _start(builder, works, lambda step_s, from_s: int((end_s - from_s) / step_s + 1e-9))
         if snapshot.all_requests:
@@ -130,7 +130,7 @@ def _paced_tables(snapshot: Snapshot, length_s: float) -> Tables:
     true_tables, tables = snapshot.tables, {}
     for name in {(request.model, request.cost_key) for request in snapshot.all_requests}:
         table = true_tables[name]
-        paced = DegreeTable(_paced(table.cost, length_s), table.legal, len(snapshot.devices))
+        paced = DegreeTable(_paced(table.cost, length_s), table.legal, true_tables.num_devices)
         paced.fastest_step_s = table.fastest_step_s  # "definitely late" is judged by the true step, as published
         tables[name] = paced
     return tables

@@ -33,9 +33,8 @@ class Loaded:
         each; all by default."""
         case, spec = self.case, self.ours.spec
         prompts = self.prompts if prompts is None else prompts
-        references = () if case.picture is None or case.strength is not None else (case.picture,)
         shape = msgspec.structs.replace(
-            spec.shape(case.width, case.height, len(prompts), references), text=self._text(prompts),
+            spec.shape(case.width, case.height, len(prompts), case.references), text=self._text(prompts),
             pictures=int(case.strength is not None), has_mask=case.has_mask,
         )  # fmt: skip
         skipped = 0 if case.strength is None else int(num_steps - num_steps * case.strength)

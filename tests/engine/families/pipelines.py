@@ -31,6 +31,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    ZImageImg2ImgPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -96,7 +97,8 @@ class Drawn(NamedTuple):
 @dataclass(frozen=True)
 class Case(abc.ABC):
     """`options`: of the transformer. `guidance`, `true_cfg_scale`: of the request; `num_branches` follow from them.
-    `picture`: size of the one that it brings; `strength`: how far the result goes from it, where it begins with it."""
+    `picture`: size of the one that it brings; `second`: of another; `strength`: how far the result goes from it, where
+    it begins with it."""
 
     name: str
     options: Mapping[str, Any]
@@ -108,6 +110,7 @@ class Case(abc.ABC):
     width: int = 56
     height: int = 72
     picture: tuple[int, int] | None = None
+    second: tuple[int, int] | None = None
     strength: float | None = None
     unit: int = 8
     """Pixels of a token's side."""
@@ -140,12 +143,15 @@ class Case(abc.ABC):
     @property
     def pictures(self) -> tuple[np.ndarray, ...]:
         """What the request brings: waves of colours, of which no two rows are alike."""
-        if self.picture is None:
+        sizes = (size for size in (self.picture, self.second) if size is not None)
+        return tuple(waves(*size, float(phase)) for phase, size in enumerate(sizes))
+
+    @property
+    def references(self) -> tuple[tuple[int, int], ...]:
+        """Sizes of those pictures that steps attend to."""
+        if self.strength is not None:
             return ()
-        width, height = self.picture
-        x, y, channel = np.arange(width)[None, :, None], np.arange(height)[:, None, None], np.arange(3)
-        waves = np.sin(x / 5.0 + channel) + np.cos(y / (4.0 + channel))
-        return ((waves * 60 + 128).round().astype(np.uint8),)
+        return tuple(size for size in (self.picture, self.second) if size is not None)
 
     @property
     def inputs(self) -> tuple[np.ndarray, ...]:
@@ -335,6 +341,7 @@ class SD3WithoutT5(SD3):
 class ZImage(Case):
     """Prompts of different lengths, neither a multiple of 32; nor is the number of image rows (63)."""
 
+    img2img = ZImageImg2ImgPipeline
     text_rows = 96
     shift: ClassVar[float] = 6.0
 
@@ -400,14 +407,22 @@ class Flux2Klein(Case):
 
     def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
         text, text_ids = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
-        image_ids = pipeline._prepare_latent_ids(torch.empty(1, 1, *self.tokens))
+        rows, image_ids = latents[None], pipeline._prepare_latent_ids(torch.empty(1, 1, *self.tokens))
+        if self.picture is not None:
+            pictures = [pipeline.image_processor.preprocess(image) for image in self.images]
+            reference, ids = pipeline.prepare_image_latents(pictures, 1, torch.Generator(), "cpu", torch.float32)
+            rows, image_ids = torch.cat([rows, reference], dim=1), torch.cat([image_ids, ids], dim=1)
         guidance = torch.tensor([self.guidance]) if pipeline.transformer.config.guidance_embeds else None
         return pipeline.transformer(
-            latents[None], text, torch.tensor([time]) / 1000, image_ids, text_ids, guidance, return_dict=False
-        )[0][0]
+            rows, text, torch.tensor([time]) / 1000, image_ids, text_ids, guidance, return_dict=False
+        )[0][0, : len(latents)]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [Image.fromarray(picture) for picture in self.pictures]
 
     def call(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        return {"guidance_scale": self.guidance}
+        return {"guidance_scale": self.guidance} | ({} if self.picture is None else {"image": self.images})
 
     def packed(self, latents: Tensor) -> Tensor:
         return latents[0]
@@ -528,6 +543,8 @@ class QwenImage(Case):
 SIX_HEADS = {"num_attention_heads": 6, "attention_head_dim": 10}
 FLUX2 = {"num_attention_heads": 6, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False}
 QWEN_IMAGE = {"num_attention_heads": 6, "attention_head_dim": 18, "axes_dims_rope": (6, 6, 6)}
+WIDER = {"default_width": 96, "default_height": 96}
+"""References may have as many pixels."""
 CASES: tuple[Case, ...] = (
     Flux("flux1-dev", {"guidance_embeds": True}, guidance=3.5),
     Flux("flux1-schnell", {"guidance_embeds": False}, guidance=0.0),
@@ -561,6 +578,10 @@ CASES: tuple[Case, ...] = (
         "z-image-turbo", {"dim": 300, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [2, 4, 4]}, guidance=0.0,
         preset={"max_text_tokens": 96}, width=64, height=64,
     ),
+    ZImage(
+        "z-image-strength", {"dim": 60, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [2, 4, 4]}, guidance=4.0,
+        num_branches=2, num_devices=5, preset={"max_text_tokens": 96}, picture=(56, 72), strength=0.6,
+    ),
     Flux2Klein(
         "flux2-klein-base", FLUX2, guidance=4.0, num_branches=2, num_devices=5, preset={"max_text_tokens": 96}
     ),
@@ -580,9 +601,28 @@ CASES: tuple[Case, ...] = (
         preset={"max_text_tokens": 288},
     ),
     Flux2Dev("flux2-dev", FLUX2 | {"guidance_embeds": True}, guidance=3.0, preset={"max_text_tokens": 288}),
+    Flux2Klein(
+        "flux2-klein-base-reference", FLUX2, guidance=4.0, num_branches=2, num_devices=5, picture=(88, 72),
+        preset={"max_text_tokens": 96} | WIDER,
+    ),
+    Flux2KleinDistilled(
+        "flux2-klein-references", FLUX2, guidance=4.0, picture=(64, 104), second=(120, 72),
+        preset={"max_text_tokens": 96} | WIDER,
+    ),
+    Flux2Dev(
+        "flux2-dev-references", FLUX2 | {"guidance_embeds": True}, guidance=3.0, picture=(72, 64), second=(64, 64),
+        preset={"max_text_tokens": 288} | WIDER,
+    ),
 )  # fmt: skip
 """Heads that do not divide by the members of a branch's part: 6 over 4 and 5, 7 over 2 … 6, 38 over 3, 4, 5, 7; of keys
 5 over 2, 3, 4 and 3 over 2."""
+
+
+def waves(width: int, height: int, phase: float) -> np.ndarray:
+    """A picture."""
+    x, y, channel = np.arange(width)[None, :, None], np.arange(height)[:, None, None], np.arange(3)
+    pixels = np.sin(x / 5.0 + channel + phase) + np.cos(y / (4.0 + channel))
+    return (pixels * 60 + 128).round().astype(np.uint8)
 
 
 def vae() -> AutoencoderKL:

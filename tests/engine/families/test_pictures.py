@@ -24,6 +24,15 @@ def test_kontext_knows_the_sizes_that_it_was_trained_on() -> None:
     assert spec.largest_shape.reference == 4150
 
 
+@pytest.mark.parametrize("name", ["flux2-dev", "flux2-klein-4b", "flux2-klein-base-9b"])
+def test_flux2_has_references_in_their_own_shapes(name: str) -> None:
+    spec = published(name)
+    assert "pictures" in spec.inputs and "strength" not in spec.inputs and spec.max_pictures == 4
+    assert spec.reference_size((4000, 3000)) == (1168, 880) and spec.reference_size((100, 70)) == (96, 64)
+    assert spec.max_rows("reference") == spec.largest_shape.reference == 4 * 4096
+    assert spec.max_input_bytes == 4 * 3 * 1024**2
+
+
 def test_fill_takes_a_mask_and_no_negative_prompt() -> None:
     spec = published("flux1-fill-dev")
     assert spec.inputs == {"pictures", "mask", "strength"} and (spec.strength, spec.max_branches) == (1.0, 1)
@@ -31,7 +40,7 @@ def test_fill_takes_a_mask_and_no_negative_prompt() -> None:
     assert {field.name: field.width for field in spec.fields}["around"] == 320 and spec.latents.width == 64
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "sd3-medium", "shapes", "shapes-sd3"])
+@pytest.mark.parametrize("name", ["flux1-dev", "sd3-medium", "z-image-turbo", "shapes", "shapes-sd3"])
 def test_others_begin_with_a_picture(name: str) -> None:
     spec = published(name)
     assert {"pictures", "strength"} <= spec.inputs and spec.strength == 0.6 and not spec.reference_sizes

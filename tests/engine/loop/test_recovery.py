@@ -35,6 +35,7 @@ from tetrion.engine.messages import (
 )
 from tetrion.engine.parallel.layout import NUM_BUFFERS
 from tetrion.engine.request import MAX_ATTEMPTS, Failure, Output
+from tetrion.engine.roles import parse_roles
 
 
 class Held(NamedTuple):
@@ -387,6 +388,29 @@ def test_an_engine_that_has_no_worker_for_too_long_ends_with_all_its_requests() 
         simulation.run()
     assert set(simulation.failures) == {"a", "b"} and simulation.executor.now_s() == pytest.approx(31.0, abs=1.5)
     assert all(isinstance(error, EngineEnded) for error in simulation.failures.values())
+
+
+def test_requests_wait_for_the_only_device_of_their_stage_while_others_go_on() -> None:
+    stages = parse_roles("0:encode+decode,1-2:denoise", 3)
+    simulation = Simulation(3, executor=SimulatedExecutor(COSTS, 3, respawn_s=20.0, stages=stages))
+    simulation.request("a", num_steps=12)
+    simulation.request("b", at_s=0.5)
+    progress_s: dict[int, float] = {}
+    simulation.executor.at(0.1, lambda: simulation.executor.lose(0))
+    simulation.executor.at(15.0, lambda: progress_s.update({simulation.progress["a"][-1].step_index: 15.0}))
+    simulation.run()
+    assert progress_s == {12: 15.0}
+    assert simulation.results.keys() == {"a", "b"} and not simulation.failures
+    assert min(result.latency_s for result in simulation.results.values()) > 15.0
+
+
+def test_an_engine_whose_stage_nobody_serves_for_long_ends() -> None:
+    stages = parse_roles("0:encode,1:denoise+decode", 2)
+    simulation = Simulation(2, executor=SimulatedExecutor(COSTS, 2, stages=stages), no_worker_timeout_s=30.0)
+    simulation.executor.at(0.1, lambda: simulation.executor.lose(0))
+    simulation.request("a", at_s=1.0)
+    with pytest.raises(EngineEnded, match="no worker that serves encode has been alive for 30 s"):
+        simulation.run()
 
 
 def test_a_worker_that_is_back_in_time_keeps_the_engine_from_ending() -> None:

@@ -26,6 +26,9 @@ class Watched:
         self.decoded: list[tuple[int, int]] = []
         self.with_pictures: list[tuple[int, int]] = []
 
+    def able(self, stage: str) -> tuple[int, ...]:
+        return (0, 1, 2)
+
     def request(self, size: tuple[int, int], num_steps: int) -> SimpleNamespace:
         return SimpleNamespace(params=SimpleNamespace(shape=SimpleNamespace(num_branches=1)))
 

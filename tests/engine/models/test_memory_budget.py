@@ -7,8 +7,10 @@ from tetrion.engine.families.locate import resolve_model
 from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelSpec
 from tetrion.engine.models.memory_budget import TILED_PIXELS, MemoryBudget, memory_budget
-from tetrion.engine.models.registry import all_components
+from tetrion.engine.models.registry import all_components, needed_components
 from tetrion.engine.parallel.layout import slab_layout
+from tetrion.engine.roles import Stages
+from tetrion.engine.stages import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +18,20 @@ def flux() -> ModelSpec:
     return read_model_spec(resolve_model("flux1-dev"), "dummy")
 
 
-def budget_of(*specs: ModelSpec) -> MemoryBudget:
-    return memory_budget(specs, all_components(specs, "dummy"), slab_layout(specs, 4, 64, itemsize=2))
+def budget_of(*specs: ModelSpec, stages: Stages = STAGES) -> MemoryBudget:
+    components = needed_components(specs, all_components(specs, "dummy"), stages)
+    return memory_budget(specs, components, slab_layout(specs, 4, 64, itemsize=2), stages)
+
+
+def test_a_device_is_charged_for_its_stages_alone(flux: ModelSpec) -> None:
+    encode, denoise, decode = (budget_of(flux, stages=(stage,)) for stage in STAGES)
+    whole = budget_of(flux).weights_bytes
+    assert denoise.weights_bytes == {"transformer": whole["transformer"]}
+    assert {"text_encoder", "text_encoder_2"} < encode.weights_bytes.keys()
+    assert encode.weights_bytes["transformer"] < whole["transformer"] / 100, "what projects text"
+    assert decode.weights_bytes.keys() == {"vae"} and decode.step_bytes == denoise.decode_bytes == 0
+    with pytest.raises(ValueError, match=r"model flux1-dev takes to denoise 2.* with roles .* other devices"):
+        denoise.fitted(20_000_000_000, "cuda:1")
 
 
 def test_flux_in_bf16(flux: ModelSpec) -> None:

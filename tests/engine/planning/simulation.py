@@ -17,7 +17,8 @@ from tetrion.engine.planning.cost.tables import CostTables
 from tetrion.engine.planning.degrees import DegreeTables, legal_for
 from tetrion.engine.planning.slo import urgency
 from tetrion.engine.planning.snapshot import Assignment, DeviceView, Planner, RequestView, RoundPlan, Snapshot
-from tetrion.engine.stages import NEXT_STAGE, Stage
+from tetrion.engine.roles import Stages
+from tetrion.engine.stages import NEXT_STAGE, STAGES, Stage
 
 HEADS = 24
 BASE_SLO_S = {8: (1.5, 2.0, 3.0, 5.0), 4: (1.5, 2.5, 5.0, 10.0)}
@@ -117,11 +118,14 @@ class Simulation:
         config: PlannerConfig | None = None,
         on_plan: Callable[[Snapshot, RoundPlan], None] | None = None,
         overhead_s: tuple[float, float] = (0.0003, 0.0002),
+        stages: Sequence[Stages] = (),
     ) -> None:
+        """`stages`: of each device; all of all by default."""
+        self.stages = stages or (STAGES,) * num_devices
         self.planner = planner
         self.trace = list(trace)
         self.costs = costs_of(profile)
-        self.tables = DegreeTables(self.costs, num_devices)
+        self.tables = DegreeTables(self.costs, sum("denoise" in own for own in self.stages))
         self.config = config or PlannerConfig()
         self.on_plan = on_plan
         self.step_overhead_s, self.regroup_s = overhead_s
@@ -166,7 +170,9 @@ class Simulation:
         return Snapshot(
             now_s=now_s,
             requests=tuple(sorted(views, key=lambda view: urgency(view, self.config))),
-            devices=tuple(DeviceView(device_id=d, free_s=max(t, now_s)) for d, t in self.free_s.items()),
+            devices=tuple(
+                DeviceView(device_id=d, free_s=max(t, now_s), stages=self.stages[d]) for d, t in self.free_s.items()
+            ),
             tables=self.tables,
             config=self.config,
         )
@@ -204,6 +210,7 @@ def check_plan(snapshot: Snapshot, plan: RoundPlan) -> None:
     limit_s = snapshot.now_s + snapshot.config.lead_s
     requests = {request.request_id: request for request in snapshot.requests}
     free_s = {device.device_id: device.free_s for device in snapshot.devices}
+    stages = {device.device_id: device.stages for device in snapshot.devices}
     devices = [device for assignment in plan.assignments for device in assignment.members]
     assert len(set(devices)) == len(devices), "a device twice"
     assert len({a.request_id for a in plan.assignments}) == len(plan.assignments), "a request twice"
@@ -212,8 +219,10 @@ def check_plan(snapshot: Snapshot, plan: RoundPlan) -> None:
         assert assignment.stage == request.stage
         assert request.ready_s <= limit_s, "not ready"
         assert all(free_s[device] <= limit_s for device in assignment.members), "not free"
+        assert all(assignment.stage in stages[device] for device in assignment.members), "against its role"
         if assignment.stage == "denoise":
-            profile, num_devices = snapshot.costs.profiles[request.model], len(snapshot.devices)
+            profile = snapshot.costs.profiles[request.model]
+            num_devices = sum("denoise" in own for own in stages.values())
             assert len(assignment.members) in legal_for(profile, request.cost_key, num_devices)
             assert assignment.step_index == request.step_index
             assert 1 <= assignment.chunk_steps <= request.num_steps - request.step_index

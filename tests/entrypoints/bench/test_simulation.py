@@ -99,6 +99,7 @@ def test_arrivals_do_not_wait_for_the_system() -> None:
         ({"num_devices": 0}, "devices: must be at least 1, got 0"),
         ({"policy": "best"}, "policy: expected one of"),
         ({"trace": ()}, "trace: must have from 1 to 100000 requests, got 0"),
+        ({"roles": "0:encode+decode,1-2:denoise"}, "roles: devices are from 0 to 1"),
         ({"losses": (Loss(time_s=0, device_id=2),)}, "losses: device must be from 0 to 1, got 2"),
     ],
 )
@@ -107,6 +108,13 @@ def test_bad_arguments_are_named(changes: dict[str, object], complaint: str) -> 
     requests = arguments.pop("trace")
     with pytest.raises(ValueError, match=complaint):
         simulate(requests, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_with_roles_degrees_are_those_of_the_devices_that_denoise(policy: str) -> None:
+    run = simulate(trace(20), profile=PROFILE, policy=policy, num_devices=4, roles="0:encode+decode,1-3:denoise")
+    degrees = {degree for outcome in run.outcomes for degree in outcome.degrees}
+    assert all(outcome.latency_s for outcome in run.outcomes) and degrees <= {1, 2, 3}
 
 
 def test_what_admission_refuses_is_not_met_and_takes_no_device_time() -> None:

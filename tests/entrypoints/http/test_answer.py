@@ -45,8 +45,8 @@ def test_parts_make_up_the_body(images: list[bytes], text: str, is_mean: bool) -
     base64s = [base64.b64encode(picture) for picture in images]
     text = f'"b64_json":""{text}' if is_mean else text
     result = draw(ImageRequest(prompt="x", model=text, width=16, height=16, num_steps=1, seed=1))
-    entries = [schema.describe_picture(result, 100.0, 0.25, b64_json=NO_PICTURE) for _ in images]
-    entries.insert(1, schema.describe_picture(result, None, 0.25, url=f"http://h/{text}"))
+    entries = [schema.describe_picture(result, 100.0, 0.25, schema.Picture, b64_json=NO_PICTURE) for _ in images]
+    entries.insert(1, schema.describe_picture(result, None, 0.25, schema.Picture, url=f"http://h/{text}"))
     response = schema.GenerationResponse(
         created=1,
         background="opaque",

@@ -25,8 +25,9 @@ from tetrion.entrypoints import pictures
 from tetrion.entrypoints.errors import InputError
 from tetrion.entrypoints.http.app import create_app, parse_origin
 from tetrion.entrypoints.http.body import MAX_BODY_BYTES
+from tetrion.entrypoints.http.drawing import max_encoded_bytes
 from tetrion.entrypoints.http.schema import GenerationBody
-from tetrion.entrypoints.http.service import ImageService, _max_encoded_bytes
+from tetrion.entrypoints.http.service import ImageService
 from tetrion.entrypoints.http.store import PictureStore
 
 GENERATIONS = "/v1/images/generations"
@@ -191,7 +192,7 @@ async def test_urls_behind_a_proxy() -> None:
 
 
 async def test_a_full_store_refuses_urls_but_not_b64() -> None:
-    room = _max_encoded_bytes(ImageRequest(prompt="a star", width=256, height=256))
+    room = max_encoded_bytes(ImageRequest(prompt="a star", width=256, height=256))
     async with serving(store_bytes=room) as served:
         assert (await served.post(response_format="url")).status_code == 200
         refused = await served.post(response_format="url")
@@ -247,7 +248,8 @@ async def test_a_full_store_refuses_urls_but_not_b64() -> None:
         ({"output_format": "gif"}, "output_format", "'gif'"),
         ({"output_compression": 101, "output_format": "webp"}, "output_compression", "from 0 to 100"),
         ({"output_compression": 50}, "output_compression", "png is lossless"),
-        ({"stream": True}, "stream", "not supported"),
+        ({"stream": True, "response_format": "url"}, "response_format", "as b64_json"),
+        ({"partial_images": 4}, "partial_images", "from 0 to 3"),
         ({"stream": "yes"}, "stream", "expected `bool"),
         ({"user": "x" * 257}, "user", "at most 256"),
     ],
@@ -415,6 +417,17 @@ async def test_models_health_and_ready(served: Served) -> None:
     assert (await served.http.get("/health")).json() == {"status": "ok"}
     ready = (await served.http.get("/ready")).json()
     assert ready["status"] == "ready" and ready["models"] == ["shapes"] and ready["num_alive"] == 2
+    assert ready["roles"] == "all"
+
+
+async def test_a_server_is_not_ready_while_nobody_serves_a_stage(served: Served) -> None:
+    served.engine.unserved = ("encode",)
+    response = await served.http.get("/ready")
+    assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
+    assert "No device that serves encode" in error_of(response)["message"]
+    assert 'tetrion_stage_served{stage="encode"} 0.0' in (await served.http.get("/metrics")).text
+    served.engine.unserved = ()
+    assert 'tetrion_stage_served{stage="encode"} 1.0' in (await served.http.get("/metrics")).text
 
 
 async def test_before_the_engine_is_ready(served: Served) -> None:
@@ -547,4 +560,4 @@ def test_no_encoding_needs_more_room_than_is_reserved() -> None:
         text = {"prompt": request.prompt, "model": "m" * 200}
         for picture_format in ("png", "webp", "jpeg"):
             encoded = pictures.encode(image, picture_format, 100 if picture_format != "png" else None, text)
-            assert len(encoded) <= _max_encoded_bytes(request)
+            assert len(encoded) <= max_encoded_bytes(request)

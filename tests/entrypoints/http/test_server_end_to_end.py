@@ -135,6 +135,20 @@ async def test_the_openai_client_draws_a_picture(server: Server) -> None:
     assert any(line.startswith("  shapes: ") and "pixels a side" in line for line in server.stderr)
 
 
+async def test_the_openai_client_streams_pictures(server: Server) -> None:
+    async with server.client() as client:
+        stream = await client.images.generate(
+            prompt="a red circle", size="128x128", n=2, stream=True, partial_images=0, extra_body={"seed": 3}
+        )
+        events = [event async for event in stream]
+        whole = await client.images.generate(prompt="a red circle", size="128x128", n=2, extra_body={"seed": 3})
+    assert [event.type for event in events] == ["image_generation.completed"] * 2
+    assert whole.data is not None
+    for event in events:
+        index = event.index  # type: ignore[union-attr]
+        assert event.b64_json == whole.data[index].b64_json and event.usage.output_tokens == 64  # type: ignore[union-attr]
+
+
 async def test_the_same_seed_is_the_same_picture_and_urls_work(server: Server) -> None:
     extra = {"seed": 11, "num_inference_steps": 4}
     async with server.client() as client, httpx.AsyncClient() as http:
@@ -178,8 +192,9 @@ async def test_errors_over_the_wire(server: Server) -> None:
         with pytest.raises(openai.BadRequestError) as steps:
             await client.images.generate(prompt="a", extra_body={"num_inference_steps": 0})
         with pytest.raises(openai.BadRequestError) as stream:
-            await client.images.generate(prompt="a", stream=True)
-    assert (size.value.param, steps.value.param, stream.value.param) == ("size", "num_inference_steps", "stream")
+            await client.images.generate(prompt="a", stream=True, response_format="url")
+    assert (size.value.param, steps.value.param) == ("size", "num_inference_steps")
+    assert stream.value.param == "response_format"
 
 
 async def test_a_port_in_use_is_told_at_once(server: Server) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.families.folders import change, copied
 from tests.engine.specs import make_spec
-from tetrion.engine.config import EngineConfig, parse_devices
+from tetrion.engine.config import DeviceSpec, EngineConfig, parse_devices
 from tetrion.engine.executors.fleet import room
 from tetrion.engine.executors.fleet.segments import Segments
 from tetrion.engine.families.locate import resolve_model
@@ -15,6 +15,7 @@ from tetrion.engine.families.registry import read_model_spec
 from tetrion.engine.model_spec import ModelTooLarge
 from tetrion.engine.models.loading import planned_shapes
 from tetrion.engine.models.registry import all_components
+from tetrion.engine.roles import roles_text
 
 GB = 10**9
 LARGE = make_spec(weights=(("transformer", 3 * GB), ("vae", GB // 10)))
@@ -45,9 +46,44 @@ def test_on_cpus_weights_are_there_once_beside_all_slabs(monkeypatch: pytest.Mon
 
 def test_on_gpus_the_largest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "largest_gpu_bytes", lambda: 7 * GB)
-    room.check_room_on_gpus([LARGE], GB // 2)
+    room.check_room_on_gpus([LARGE], GB // 2, parse_devices("cpu:1"))
     with pytest.raises(ModelTooLarge, match=r"6\.2 GB .* 7\.0 GB is what the largest GPU has"):
-        room.check_room_on_gpus([LARGE], GB)
+        room.check_room_on_gpus([LARGE], GB, parse_devices("cpu:1"))
+
+
+FLUX2_DEV = make_spec(weights=(("text_encoder", 24 * GB), ("transformer", 32 * GB), ("vae", GB // 10)))
+
+
+@pytest.mark.parametrize(
+    ("available_gb", "num_devices", "roles"),
+    [
+        (141, 2, "all"),
+        (80, 2, "0:encode,1:denoise+decode"),
+        (65, 4, "0:encode+decode,1-3:denoise"),
+        (60, 4, None),
+        (80, 1, None),
+    ],
+)
+def test_roles_are_chosen_where_devices_cannot_have_everything(
+    available_gb: int, num_devices: int, roles: str | None
+) -> None:
+    chosen = room.roles_that_fit([FLUX2_DEV], num_devices, GB * 9 // 10, available_gb * GB)
+    assert (None if chosen is None else roles_text(chosen)) == roles
+
+
+def test_a_refusal_says_with_which_roles_it_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "largest_gpu_bytes", lambda: 80 * GB)
+    gpus = tuple(DeviceSpec(device_id=i, kind="cuda", index=i) for i in range(2))
+    with pytest.raises(ModelTooLarge, match=r"112\.2 GB .*; they fit with roles 0:encode,1:denoise\+decode$"):
+        room.check_room_on_gpus([FLUX2_DEV], GB, gpus)
+    config = EngineConfig(max_inflight=1)
+    fitted = room.with_roles(gpus, [FLUX2_DEV], config)
+    assert roles_text([gpu.stages for gpu in fitted]) == "0:encode,1:denoise+decode"
+    room.check_room_on_gpus([FLUX2_DEV], GB, fitted)
+    swapped = room.with_roles(gpus, [FLUX2_DEV], EngineConfig(roles="0:denoise,1:encode+decode"))
+    room.check_room_on_gpus([FLUX2_DEV], GB, swapped)
+    with pytest.raises(ModelTooLarge, match=r"on cuda:0 to denoise: weights take 64\.0 GB \(transformer 64\.0 GB\)"):
+        room.check_room_on_gpus([FLUX2_DEV], 30 * GB, swapped)
 
 
 def test_what_models_may_have_in_common_counts_once() -> None:
