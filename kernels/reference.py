@@ -50,8 +50,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of q and k over D, then the rotary embedding: pairs (2i, 2i+1) turn by one angle. Either may be left out.
 
-    qkv: [n, 3, H, D], or q, k, v apart, [n, heads, D] each; q_norm, k_norm: [D]; rope: cos, sin, [n, D] each, each value
-        twice (diffusers' layout).
+    qkv: [n, 3, H, D], or q, k, v apart, [n, heads, D] each; q_norm, k_norm: [D]; rope: cos, sin, [n, D] each, with each
+        value twice (diffusers' layout).
     Returns q, k, v, each [n, heads, D]; v is a view of qkv.
     """
     q, k, v = qkv.unbind(1) if isinstance(qkv, Tensor) else qkv

@@ -21,8 +21,9 @@ def residual_modulate(
 ) -> list[tuple[Tensor, Tensor]]:
     """(x + gate · y, that normed and modulated) of one or two branches of one width and dtype.
 
-    step: int32 [1] on the device, for vectors of a table. rms_epsilon: of RMSNorm, else LayerNorm norms. The sum takes y's place; without y it is x itself. What is
-    normed is a new tensor for both branches together, the first one's rows first.
+    step: int32 [1] on the device, for vectors of a table. rms_epsilon: of RMSNorm, in place of LayerNorm. The sum takes
+    y's place; without y it is x itself. What is normed is a new tensor for both branches together, the first one's rows
+    first.
     """
     assert 1 <= len(branches) <= 2, f"{len(branches)} branches"
     first, last = branches[0], branches[-1]
@@ -102,10 +103,7 @@ def _kernel(
         shift, scale = last_shift, last_scale
     shift_C = tl.load(shift + vector_C, mask=inside_C, other=0.0).to(tl.float32)
     scale_C = tl.load(scale + vector_C, mask=inside_C, other=0.0).to(tl.float32)
-    if IS_RMS:
-        centred_C = x_C
-    else:
-        centred_C = tl.where(inside_C, x_C - tl.sum(x_C, 0) / WIDTH, 0.0)
+    centred_C = x_C if IS_RMS else tl.where(inside_C, x_C - tl.sum(x_C, 0) / WIDTH, 0.0)
     normed_C = centred_C * tl.rsqrt(tl.sum(centred_C * centred_C, 0) / WIDTH + EPSILON)
     result_C = normed_C * (1 + scale_C) + shift_C
     out = normed + program.to(tl.int64) * WIDTH

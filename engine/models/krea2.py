@@ -61,6 +61,8 @@ from tetrion.kernels import reference
 
 TEXT, IMAGE = 0, 1
 """Segments, in canonical order."""
+ENCODING = ("text_",)
+"""What a prompt's rows are made with: what puts layers together, refines and projects them."""
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -162,8 +164,8 @@ def _folded(scale: Tensor, norm: Tensor) -> Tensor:
 
 
 def rope(config: Krea2Config, rows: int, columns: int, num_text: int) -> Rope:
-    """Rotary tables of a whole sequence: cos, sin [num_text + rows · columns, head_dim / 2]; sizes in tokens. Text is at
-    the origin, the picture at (0, row, column)."""
+    """Rotary tables of a whole sequence: cos, sin [num_text + rows · columns, head_dim / 2]; sizes in tokens. Text is
+    at the origin, the picture at (0, row, column)."""
     positions = torch.zeros(num_text + rows * columns, 3)
     positions[num_text:, 1:] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
     angles = rotary_angles(positions, config.axes_dims_rope, config.rope_theta)

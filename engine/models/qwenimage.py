@@ -50,6 +50,7 @@ from tetrion.engine.sampling.flow_match import Schedule, euler_schedule
 from tetrion.engine.shape import StepShape
 from tetrion.kernels import reference
 
+ENCODING = ("text_norm", "text_in.")
 ROPE_THETA = 10_000.0
 TEXT, IMAGE, REFERENCE = 0, 1, 2
 """Segments, in canonical order. References go through a step as the image does, and are thrown away behind it."""

@@ -32,7 +32,7 @@ def test_nothing_spills_and_everything_fits(kernels: dict[str, Any]) -> None:
 
 WIDE = ["qk_norm_rope_push", "qk_norm_rope_push of 3", "qk_norm_rope_push of copies", "output_push"]
 WIDE += ["residual_modulate", "group_norm_silu", "state_pull", "state_read", "state_push", "velocity_push"]
-WIDE += ["euler_step", "guided_step"]
+WIDE += ["euler_step", "guided_step", "qk_norm_rope_push of grouped heads"]
 
 
 @pytest.mark.parametrize("name", WIDE)

@@ -599,8 +599,7 @@ class Krea2(Case):
             text_hidden_dim=QWEN_WIDTH, num_text_layers=3, text_num_attention_heads=4, text_num_key_value_heads=2,
             text_intermediate_size=56, num_layerwise_text_blocks=1, axes_dims_rope=(4, 4, 4), **self.options,
         )  # fmt: skip
-        tokenizer = qwen_tokenizer()
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "assistant"]})
+        tokenizer = self.tokenizer()
         config = qwen3_vl_config(num_layers=6)
         config.text_config.vocab_size = len(tokenizer)
         pipeline = Krea2Pipeline(
@@ -612,7 +611,15 @@ class Krea2(Case):
         for name, parameter in transformer.named_parameters():
             if "scale_shift_table" in name:
                 parameter.normal_(std=0.3)
+            elif "projector" in name:
+                parameter.uniform_(0.3, 1)  # layers that cancel out would leave rounding
         return pipeline
+
+    def tokenizer(self) -> Qwen2Tokenizer:
+        """What is behind a prompt has five tokens, as in the published one."""
+        tokenizer = qwen_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "assistant"]})
+        return tokenizer
 
     def velocity(self, pipeline: DiffusionPipeline, latents: Tensor, time: float, prompt: str) -> Tensor:
         text, mask = pipeline.encode_prompt(prompt, max_sequence_length=self.text_rows)
