@@ -40,6 +40,9 @@ PROMPT, SEED, NUM_STEPS = "a red circle left of a large blue star", 7, 4
 TEXT_OUTPUT = {
     "flux": "context_embedder",
     "flux2": "context_embedder",
+    "krea2": "txt_in",
+    "qwenimage": "txt_in",
+    "qwenimage21": "txt_in",
     "sd3": "context_embedder",
     "zimage": "context_refiner",
 }

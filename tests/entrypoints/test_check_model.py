@@ -18,7 +18,16 @@ from tetrion.entrypoints.check_model import TOLERANCES, Ours, begun_by_us, compa
 from tetrion.entrypoints.cli import run
 
 CPU, EXACT = torch.device("cpu"), TOLERANCES["float32"]
-NAMES = ("flux1-dev", "sd3-medium", "sd3-without-t5", "z-image", "flux2-klein")
+NAMES = (
+    "flux1-dev",
+    "sd3-medium",
+    "sd3-without-t5",
+    "z-image",
+    "flux2-klein",
+    "krea-2-turbo",
+    "qwen-image",
+    "qwen-image-2.1",
+)
 
 
 @pytest.fixture(autouse=True)
