@@ -9,8 +9,9 @@ a pipeline; they share no code with this, which knows of a pipeline only what is
 
 import gc
 import inspect
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -188,9 +189,17 @@ def drawn_by_diffusers(
     if spec.family in TEXT_OUTPUT:
         module = pipeline.transformer.get_submodule(TEXT_OUTPUT[spec.family])
         module = list(module)[-1] if isinstance(module, nn.ModuleList) else module
-        module.register_forward_hook(lambda _, __, output: texts.extend(_each(output)))
+        module.register_forward_hook(lambda _, __, output: texts.extend(map(_own_rows, _each(output), masks())))
+
+    def masks() -> Iterator[Tensor | None]:
+        """Of the texts of the call that runs: which rows are not there to fill up. Endless."""
+        yield from _each(given.get("encoder_attention_mask"))
+        yield from itertools.repeat(None)
+
+    given: dict[str, Any] = {}
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given.update(kwargs)
         if not latents:
             latents.extend(_each(args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))))
 
@@ -205,6 +214,11 @@ def drawn_by_diffusers(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return theirs
+
+
+def _own_rows(text: Tensor, mask: Tensor | None) -> Tensor:
+    """Those that the mask leaves; all where it is not of the text alone."""
+    return text if mask is None or mask.shape != text.shape[:1] else text[mask.bool()]
 
 
 def _arguments(pipeline: Any, spec: ModelSpec, params: Params, prompt: str) -> dict[str, Any]:
