@@ -20,7 +20,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 PLAIN = "%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s"
 FIELDS = "fields"
 """Attribute of a record: a mapping with what its message says, for machines."""
-QUIET = ("asyncio", "httpx", "httpcore", "urllib3", "filelock", "PIL", "matplotlib")
+QUIET = ("uvicorn.error", "asyncio", "httpx", "httpcore", "urllib3", "filelock", "PIL", "matplotlib")
 """Libraries whose chatter below WARNING is not the server's log."""
 
 log = logging.getLogger("tetrion.http")

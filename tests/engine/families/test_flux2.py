@@ -50,7 +50,7 @@ def test_published_models_have_their_defaults(
     assert (spec.name, spec.family, spec.num_heads) == (name, "flux2", heads)
     assert (spec.num_steps, spec.guidance, spec.max_text_tokens) == (num_steps, guidance, 512)
     assert (spec.sizes.default, spec.sizes.max, spec.sizes.multiple) == ((1024, 1024), 2048, 16)
-    assert [field.width for field in spec.fields] == [128 * heads, 128]
+    assert {field.name: field.width for field in spec.fields} == {"text": 128 * heads, "latents": 128, "reference": 128}
 
 
 @pytest.mark.parametrize("name", BILLIONS)
