@@ -72,6 +72,19 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def command(
+    *, output: Path | None = None, as_json: bool = False, command_line: str = "tetrion bench serve", **asked: Any
+) -> dict[str, Any]:
+    """Measure, print the table (or one JSON object), write `output`. `asked`: of `measure`. Raises InputError for what
+    the caller can put right."""
+    check_writable(output, "output")
+    found = measure(**asked)
+    made = make_record(command_line, found.pop("rows")) | found
+    write_record(made, output)
+    print(as_text(made) if as_json else table(made))
+    return made
+
+
+def measure(
     *,
     url: str,
     load: Load,
@@ -81,23 +94,14 @@ def command(
     images: Sequence[Path] = (),
     slo_s: float | None = None,
     timeout_s: float = 600.0,
-    output: Path | None = None,
-    as_json: bool = False,
-    command_line: str = "tetrion bench serve",
 ) -> dict[str, Any]:
-    """Run `load` against `url`, print the table (or one JSON object), write `output`. `fields`: of each body. `prompts`
-    are taken in turn, else each request has its own; `images` are sent with every request, which makes it an edit.
-    Raises InputError for what the caller can put right."""
-    check_writable(output, "output")
+    """Run `load` against `url`: rows, and what they are of. `fields`: of each body. `prompts` are taken in turn, else
+    each request has its own; `images` are sent with every request, which makes it an edit. Raises InputError."""
     files = [_read(path) for path in images]
     client = ImageClient(url, api_key, timeout_s)
     sent, elapsed_s, model = asyncio.run(_run(client, load, fields, prompts, files))
-    made = make_record(command_line, rows(sent, elapsed_s, slo_s))
-    made |= {"url": client.url, "model": model, "load": msgspec.to_builtins(load), "slo_s": slo_s}
-    made |= {"fields": fields, "errors": _errors(sent)}
-    write_record(made, output)
-    print(as_text(made) if as_json else table(made))
-    return made
+    about = {"url": client.url, "model": model, "load": msgspec.to_builtins(load), "slo_s": slo_s, "fields": fields}
+    return {"rows": rows(sent, elapsed_s, slo_s), **about, "errors": _errors(sent)}
 
 
 def _read(path: Path) -> InputFile:
