@@ -46,7 +46,7 @@ from tetrion.engine.families.components import (
 from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import check_language, language_shapes
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
-from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
+from tetrion.engine.families.prompts import DESCRIBED, NUM_BEFORE_DESCRIBED, PromptReader, check_template
 from tetrion.engine.families.qwen_image_vae import (
     VAE_CLASS,
     QwenImageVaeConfig,
@@ -75,13 +75,7 @@ TURBO = Preset(num_steps=8, guidance=None, max_text_tokens=512)
 TURBO_SHIFT = 1.15
 """Of its noise levels, whatever the size."""
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
-CHAT = ChatForm(
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial"
-    " relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
-    "<|im_end|>\n<|im_start|>assistant\n",
-)
-NUM_DROPPED = 34
-"""Tokens in front of the prompt."""
+CHAT, NUM_DROPPED = DESCRIBED, NUM_BEFORE_DESCRIBED
 NUM_BEHIND = 5
 """Tokens behind it, which are kept of a prompt that is cut."""
 PATCH = 2

@@ -45,6 +45,16 @@ class ChatForm(NamedTuple):
         return frozenset(MARK.findall(self.of("")))
 
 
+DESCRIBED = ChatForm(
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial"
+    " relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+"""Qwen-Image's and Krea 2's."""
+NUM_BEFORE_DESCRIBED = 34
+"""Tokens in front of its prompt."""
+
+
 class Prompt(NamedTuple):
     """`ids`: at most as many as the encoder takes; `num_tokens`: before that, of what was read."""
 

@@ -41,7 +41,7 @@ from tetrion.engine.families.files import fault
 from tetrion.engine.families.library_shapes import check_language, language_shapes
 from tetrion.engine.families.pictures import STRENGTH
 from tetrion.engine.families.plan import TIME_CHANNELS, WeightsPlan, check_plan, num_planned, num_weights
-from tetrion.engine.families.prompts import ChatForm, PromptReader, check_template
+from tetrion.engine.families.prompts import DESCRIBED, NUM_BEFORE_DESCRIBED, PromptReader, check_template
 from tetrion.engine.families.qwen_image_vae import (
     VAE_CLASS,
     QwenImageVaeConfig,
@@ -70,13 +70,7 @@ CLASSES = {
 PRESET = Preset(num_steps=50, guidance=4.0, max_text_tokens=1024)
 MAX_TEXT_TOKENS = 1024
 """Of a prompt, as in diffusers."""
-CHAT = ChatForm(
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial"
-    " relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
-    "<|im_end|>\n<|im_start|>assistant\n",
-)
-NUM_DROPPED = 34
-"""Tokens in front of the prompt."""
+CHAT, NUM_DROPPED = DESCRIBED, NUM_BEFORE_DESCRIBED
 PATCH = 2
 """A row of the image segment covers 2 × 2 latent pixels."""
 MLP_RATIO = 4
