@@ -17,6 +17,8 @@ from tetrion.engine.request import ImageRequest, ImageResult
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("fork_server")]
 GUIDED, SHORT, KEEPING, CAUSAL = "z-image", "flux2-klein", "qwen-image", "qwen-image-2.1"
+REFERRING, BEGINNING, GROUPED = "flux2-klein-references", "z-image-strength", "krea-2"
+NAMES = (GUIDED, SHORT, KEEPING, CAUSAL, REFERRING, BEGINNING, GROUPED)
 NUM_STEPS, SEED = 4, 7
 DEGREES = ((1,), (2,), (1, 2, 2, 1))
 PROMPTS = ("a", NEGATIVE, PROMPT, "a red circle " * 20)
@@ -30,7 +32,7 @@ class Served(NamedTuple):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def served(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    cases = {case.name: case for case in CASES if case.name in (GUIDED, SHORT, KEEPING, CAUSAL)}
+    cases = {case.name: case for case in CASES if case.name in NAMES}
     folders, pipelines = {}, {}
     for name, case in cases.items():
         folders[name], pipelines[name] = tmp_path_factory.mktemp("checkpoint") / name, case.pipeline()
@@ -54,16 +56,33 @@ def digest(result: ImageResult) -> str:
 
 
 @pytest.mark.parametrize(
-    ("model", "negative"), [(GUIDED, NEGATIVE), (SHORT, None), (KEEPING, NEGATIVE), (CAUSAL, None)]
+    ("model", "negative"),
+    [
+        (GUIDED, NEGATIVE),
+        (SHORT, None),
+        (KEEPING, NEGATIVE),
+        (CAUSAL, None),
+        (REFERRING, None),
+        (BEGINNING, NEGATIVE),
+        (GROUPED, NEGATIVE),
+    ],
 )
 async def test_pictures_are_diffusers_at_every_degree(served: Served, model: str, negative: str | None) -> None:
-    expected = served.cases[model].draw(served.pipelines[model], NUM_STEPS, SEED).picture.astype(int)
+    case = served.cases[model]
+    expected = case.draw(served.pipelines[model], NUM_STEPS, SEED).picture.astype(int)
     for degrees in DEGREES:
-        result = await draw(served, model, negative_prompt=negative, force_degrees=degrees)
+        result = await draw(
+            served,
+            model,
+            negative_prompt=negative,
+            pictures=case.pictures,
+            strength=case.strength,
+            force_degrees=degrees if case.strength is None else degrees[:-1] or degrees,
+        )
         assert np.abs(result.image.astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("model", [GUIDED, SHORT, KEEPING, CAUSAL])
+@pytest.mark.parametrize("model", [GUIDED, SHORT, KEEPING, CAUSAL, GROUPED])
 async def test_prompts_of_any_length_side_by_side_are_as_alone(served: Served, model: str) -> None:
     alone = [await draw(served, model, prompt=prompt, force_degrees=(1,)) for prompt in PROMPTS]
     assert len({digest(result) for result in alone}) == len(PROMPTS)
