@@ -134,7 +134,7 @@ class _Tick:
         for request in self.requests:
             if request.stage in AFTER_STEPS:
                 continue
-            if num_on_time >= bound and request.deadline_s is not None and request.energy_mode == "fastest":
+            if num_on_time >= bound and request.deadline_s is not None and not self._saves_energy(request):
                 self.beyond.append(request)
                 continue
             work = self._work(request)
@@ -145,6 +145,10 @@ class _Tick:
         pool = [work for work in works if work.is_late or work.is_soft]
         pool += [self._work(request) for request in self.snapshot.backlog[:POOL_ITEMS]]
         self.pool = sorted(pool, key=self._seniority)
+
+    def _saves_energy(self, request: RequestView) -> bool:
+        """Whether what it is given depends on joules, which its table has to know."""
+        return request.energy_mode != "fastest" and bool(self.tables[request.model, request.cost_key].step_j)
 
     def _seniority(self, work: Work) -> tuple[int, float, int, str]:
         return self.snapshot.rank(work.view), *turn(work.view, work.table)
