@@ -3,7 +3,7 @@
 What is checked here is what would otherwise show only in a worker, or in a wrong picture.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -371,6 +371,15 @@ def convert(path: Path, config: Mapping[str, Any], kind: type[_T]) -> _T:
         return msgspec.convert(config, kind)
     except (msgspec.ValidationError, OverflowError) as error:
         raise fault(path, f": {error}") from None
+
+
+def check_axes(path: Path, axes: Sequence[int], head_dim: int) -> None:
+    """Raises CheckpointError unless rotary tables of these axes cover a head; `path`: of the transformer's config."""
+    if sum(axes) != head_dim or any(dim % 2 for dim in axes):
+        raise fault(
+            path,
+            f": axes_dims_rope {shown(list(axes))} must be even numbers that add up to attention_head_dim {head_dim}",
+        )
 
 
 def check_width(folder: Path, field: str, width: int, expected_by: str, expected: int) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.errors import RequestError, shown
+from tetrion.engine.errors import RequestError
 from tetrion.engine.families.base import Family
 from tetrion.engine.families.checkpoint import (
     INDEX_FILE,
@@ -39,6 +39,7 @@ from tetrion.engine.families.components import (
     Flux2VaeConfig,
     LanguageConfig,
     Size,
+    check_axes,
     check_latents,
     check_width,
     convert,
@@ -168,12 +169,7 @@ def read_config(path: Path) -> Flux2Config:
         raise fault(path, f": out_channels {config.out_channels} must equal in_channels {config.in_channels}")
     if config.eps != EPSILON:
         raise fault(path, f": eps must be {EPSILON:g}, got {config.eps:g}")
-    if sum(config.axes_dims_rope) != config.attention_head_dim or any(dim % 2 for dim in config.axes_dims_rope):
-        raise fault(
-            path,
-            f": axes_dims_rope {shown(list(config.axes_dims_rope))} must be even numbers that add up to"
-            f" attention_head_dim {config.attention_head_dim}",
-        )
+    check_axes(path, config.axes_dims_rope, config.attention_head_dim)
     return config
 
 

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.errors import RequestError, shown
+from tetrion.engine.errors import RequestError
 from tetrion.engine.families.base import Family
 from tetrion.engine.families.checkpoint import (
     INDEX_FILE,
@@ -38,6 +38,7 @@ from tetrion.engine.families.components import (
     Count,
     LanguageConfig,
     Size,
+    check_axes,
     check_width,
     convert,
     read_part,
@@ -156,12 +157,7 @@ class _Index(msgspec.Struct, frozen=True, kw_only=True):
 def read_config(path: Path) -> Krea2Config:
     """Read `transformer/config.json`. Raises CheckpointError for what the forward pass does not cover; OSError."""
     config = read_part(path.parent, Krea2Config, TRANSFORMER)
-    if sum(config.axes_dims_rope) != config.attention_head_dim or any(dim % 2 for dim in config.axes_dims_rope):
-        raise fault(
-            path,
-            f": axes_dims_rope {shown(list(config.axes_dims_rope))} must be even numbers that add up to"
-            f" attention_head_dim {config.attention_head_dim}",
-        )
+    check_axes(path, config.axes_dims_rope, config.attention_head_dim)
     return config
 
 
@@ -280,7 +276,7 @@ class Krea2:
         assert request.width is not None and request.height is not None
         reader = prompt_reader(Path(spec.path))
         prompts = [request.prompt, *([request.negative_prompt or ""] if _is_guided(request) else [])]
-        text = tuple(len(reader.read(prompt).ids) - reader.num_dropped for prompt in prompts)
+        text = tuple(reader.num_rows(prompt) for prompt in prompts)
         return msgspec.structs.replace(spec.shape(request.width, request.height), text=text)
 
 

@@ -101,6 +101,10 @@ class PromptReader:
         words = self._words.ids(prompt, min(num_tokens, self.max_tokens - len(form)))
         return Prompt(form + words, len(form) + num_tokens)
 
+    def num_rows(self, prompt: str) -> int:
+        """Of the text that steps see: what is dropped in front is none of it."""
+        return len(self.read(prompt).ids) - self.num_dropped
+
 
 def check_template(folder: Path, form: ChatForm) -> None:
     """Raises CheckpointError if the tokenizer's chat template is of another kind; OSError."""

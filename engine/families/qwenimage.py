@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from tetrion.engine.config import LoadFormat
-from tetrion.engine.errors import RequestError, shown
+from tetrion.engine.errors import RequestError
 from tetrion.engine.families.base import Family
 from tetrion.engine.families.checkpoint import (
     PRESET_FILE,
@@ -33,6 +33,7 @@ from tetrion.engine.families.components import (
     Count,
     Qwen25VlConfig,
     Size,
+    check_axes,
     check_width,
     read_part,
     read_qwen25_vl,
@@ -117,12 +118,7 @@ def read_config(path: Path) -> QwenImageConfig:
     config = read_part(path.parent, QwenImageConfig, TRANSFORMER)
     if PATCH**2 * (config.out_channels or config.in_channels) != config.in_channels:
         raise fault(path, f": in_channels {config.in_channels} must be four times out_channels {config.out_channels}")
-    if sum(config.axes_dims_rope) != config.attention_head_dim or any(dim % 2 for dim in config.axes_dims_rope):
-        raise fault(
-            path,
-            f": axes_dims_rope {shown(list(config.axes_dims_rope))} must be even numbers that add up to"
-            f" attention_head_dim {config.attention_head_dim}",
-        )
+    check_axes(path, config.axes_dims_rope, config.attention_head_dim)
     return config
 
 
@@ -223,7 +219,7 @@ class QwenImage:
         assert request.width is not None and request.height is not None
         reader = prompt_reader(Path(spec.path))
         prompts = [request.prompt, *([request.negative_prompt or ""] if _is_guided(request) else [])]
-        text = tuple(len(reader.read(prompt).ids) - reader.num_dropped for prompt in prompts)
+        text = tuple(reader.num_rows(prompt) for prompt in prompts)
         return msgspec.structs.replace(spec.shape(request.width, request.height), text=text)
 
 

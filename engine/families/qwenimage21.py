@@ -38,6 +38,7 @@ from tetrion.engine.families.components import (
     Count,
     LanguageConfig,
     Size,
+    check_axes,
     check_width,
     convert,
     read_part,
@@ -129,12 +130,7 @@ def read_config(path: Path) -> QwenImage21Config:
         raise fault(path, ": causal_condition false is not supported")
     if config.eps != EPSILON:
         raise fault(path, f": eps {config.eps:g} is not supported ({EPSILON:g} is)")
-    if sum(config.axes_dims_rope) != config.attention_head_dim or any(dim % 2 for dim in config.axes_dims_rope):
-        raise fault(
-            path,
-            f": axes_dims_rope {shown(list(config.axes_dims_rope))} must be even numbers that add up to"
-            f" attention_head_dim {config.attention_head_dim}",
-        )
+    check_axes(path, config.axes_dims_rope, config.attention_head_dim)
     return config
 
 
@@ -235,7 +231,7 @@ class QwenImage21:
         assert request.width is not None and request.height is not None
         reader = prompt_reader(Path(spec.path))
         prompts = [request.prompt, *([request.negative_prompt or ""] if _is_guided(request) else [])]
-        text = tuple(len(reader.read(prompt or EMPTY).ids) - reader.num_dropped for prompt in prompts)
+        text = tuple(reader.num_rows(prompt or EMPTY) for prompt in prompts)
         return msgspec.structs.replace(spec.shape(request.width, request.height), text=text)
 
 

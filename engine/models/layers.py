@@ -38,7 +38,7 @@ class Embedder:
 
 @dataclass(frozen=True, slots=True)
 class StreamBlock:
-    """One stream (text or image) of a FLUX double block. `qkv`: [3·C, C]."""
+    """One stream (text or image) of a FLUX double block, or a block of Qwen-Image-2.1. `qkv`: [3·C, C]."""
 
     qkv: Linear
     q_norm: Tensor

@@ -46,7 +46,7 @@ from tetrion.engine.models.dummy import module_shapes
 from tetrion.engine.models.encoders import one_thread
 from tetrion.engine.models.family import PREFIX, Attend, Constant, Model, Tokens
 from tetrion.engine.models.language_encoders import QWEN3_VL, LanguageEncoder, language_component, language_shapes_of
-from tetrion.engine.models.layers import Embedder, Sum, linear_of, normed, time_conditioning
+from tetrion.engine.models.layers import Embedder, StreamBlock, Sum, linear_of, normed, time_conditioning
 from tetrion.engine.models.loading import Component, component_tensors
 from tetrion.engine.models.ops import Linear, Ops
 from tetrion.engine.models.sources import component_files, whole
@@ -69,23 +69,6 @@ def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """`qkv`: [3·C, C]; `mlp_in`: [2·F, C], of a gated MLP."""
-
-    qkv: Linear
-    q_norm: Tensor
-    k_norm: Tensor
-    out: Linear
-    mlp_in: Linear
-    mlp_out: Linear
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "Block":
-        qkv, out, mlp_in, mlp_out = (linear_of(tensors, f"{name}.{n}") for n in ("qkv", "out", "mlp_in", "mlp_out"))
-        return cls(qkv, tensors[f"{name}.q_norm"], tensors[f"{name}.k_norm"], out, mlp_in, mlp_out)
-
-
-@dataclass(frozen=True, slots=True)
 class QwenImage21Weights:
     """All of the transformer. `text_norm`: what is added to 1. `modulation`: [4·C, C]."""
 
@@ -96,7 +79,7 @@ class QwenImage21Weights:
     time_in: Embedder
     modulation: Linear
     final_scale: Linear
-    blocks: tuple[Block, ...]
+    blocks: tuple[StreamBlock, ...]
     final: Linear
 
 
@@ -111,7 +94,7 @@ def build_weights(config: QwenImage21Config, tensors: Mapping[str, Tensor]) -> Q
         time_in=Embedder.of(tensors, "time_in"),
         modulation=layer("modulation"),
         final_scale=layer("final_scale"),
-        blocks=tuple(Block.of(tensors, f"block.{i}") for i in range(config.num_layers)),
+        blocks=tuple(StreamBlock.of(tensors, f"block.{i}") for i in range(config.num_layers)),
         final=layer("final"),
     )
 
@@ -246,7 +229,7 @@ class QwenImage21Text:
             x = reference.gated_residual(x, mlp_gate, out)
         return result
 
-    def _qkv(self, qkv: Tensor, block: Block, turns: Rope) -> tuple[Tensor, ...]:
+    def _qkv(self, qkv: Tensor, block: StreamBlock, turns: Rope) -> tuple[Tensor, ...]:
         """[T, H, D] each."""
         heads_fp32 = qkv.float().unflatten(1, (3, self._network.config.num_attention_heads, -1))
         norms = block.q_norm.float(), block.k_norm.float()

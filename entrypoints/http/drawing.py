@@ -23,7 +23,7 @@ from tetrion.entrypoints.encoders import Encoders
 from tetrion.entrypoints.http import logs, schema
 from tetrion.entrypoints.http.answer import NO_PICTURE, Courier, PicturesAnswer, body_parts
 from tetrion.entrypoints.http.errors import ApiError
-from tetrion.entrypoints.http.events import EventsAnswer, Gone
+from tetrion.entrypoints.http.events import EventsAnswer, Gone, disconnected, end_all
 from tetrion.entrypoints.http.metrics import Metrics, Outcome
 from tetrion.entrypoints.http.store import PictureStore, Reservation
 from tetrion.entrypoints.png import Each
@@ -85,7 +85,7 @@ class Drawing:
         try:
             return await asyncio.gather(*tasks)
         finally:
-            await _end(*tasks)
+            await end_all(*tasks)
 
     def _response(self, encoded: Sequence[Encoded]) -> schema.GenerationResponse:
         """Without the pictures themselves."""
@@ -106,7 +106,7 @@ class Drawing:
 
     def events(self, kind: str) -> EventsAnswer:
         """`kind`: what the events' names begin with."""
-        sources = [_Source(self, handle, index, f"{kind}.completed") for index, handle in enumerate(self._handles)]
+        sources = [_Source(self, index, f"{kind}.completed") for index in range(len(self._handles))]
 
         def on_end(error: BaseException | None) -> None:
             num_sent = sum(source.is_sent for source in sources)
@@ -215,29 +215,21 @@ class Drawing:
 
 
 class _Source:
-    """One picture of a stream (see events.py), and its courier."""
+    """One picture of a stream (see events.py)."""
 
-    def __init__(self, drawing: Drawing, handle: RequestHandle, index: int, name: str) -> None:
-        self._drawing, self._request_id, self._index, self.name = drawing, handle.request_id, index, name
+    def __init__(self, drawing: Drawing, index: int, name: str) -> None:
+        self._drawing, self._index, self.name = drawing, index, name
         self._courier: Courier | None = None
         self.is_sent = False
-
-    @property
-    def courier(self) -> Courier:
-        return self
 
     async def draw(self) -> list[bytes]:
         parts, self._courier = await self._drawing.event(self._index, self.name)
         return parts
 
-    def delivered(self, sent_s: float) -> None:
+    def sent(self, sent_s: float) -> None:
         assert self._courier is not None
         self.is_sent = True
         self._courier.delivered(sent_s)
-
-    def dropped(self) -> None:
-        if self._courier is not None:
-            self._courier.dropped()
 
 
 class _Delivery:
@@ -290,22 +282,11 @@ def max_encoded_bytes(request: ImageRequest) -> int:
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled if the client goes away first. Raises ClientDisconnect then."""
     working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnected(request))
+    watching = asyncio.create_task(disconnected(request.receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
     finally:
-        await _end(working, watching)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-
-
-async def _end(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        await end_all(working, watching)

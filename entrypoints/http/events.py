@@ -13,7 +13,6 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tetrion.entrypoints.http.answer import Courier
 from tetrion.entrypoints.http.errors import ApiError, ErrorBody
 
 KEEP_AWAKE_S = 10.0
@@ -31,11 +30,11 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def courier(self) -> Courier: ...
-
     def draw(self) -> Coroutine[Any, Any, Parts]:
         """Raises ApiError."""
+
+    def sent(self, sent_s: float) -> None:
+        """All of it has left, `sent_s` after its first byte."""
 
 
 class EventsAnswer(Response):
@@ -51,9 +50,8 @@ class EventsAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        sending = _Sending(scope, send, asyncio.create_task(_disconnected(receive)))
+        sending = _Sending(scope, send, asyncio.create_task(disconnected(receive)))
         drawing = {asyncio.create_task(source.draw()): source for source in self._sources}
-        unsent = list(self._sources)
         ended: BaseException | None = None
         try:
             await sending.send(FIRST)
@@ -62,8 +60,7 @@ class EventsAnswer(Response):
                 for task in [task for task in drawing if task in done]:
                     source = drawing.pop(task)
                     sent_s = await sending.picture(source.name, task.result())
-                    unsent.remove(source)
-                    source.courier.delivered(sent_s)
+                    source.sent(sent_s)
         except asyncio.CancelledError as error:
             ended = error
             await sending.send(error_event(ApiError(503, "The server is shutting down.", code="cancelled")))
@@ -72,10 +69,13 @@ class EventsAnswer(Response):
             ended = error
             if isinstance(error, ApiError):
                 await sending.send(error_event(error))
+        except Exception as error:  # what nobody foresaw: the traceback is for the log
+            ended = error
+            message = "The server had an error while processing the request."
+            await sending.send(error_event(ApiError(500, message, code="internal_error")))
+            raise
         finally:
-            await _end(sending.gone, *drawing)
-            for source in unsent:
-                source.courier.dropped()
+            await end_all(sending.gone, *drawing)
             self._on_end(ended)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -122,12 +122,14 @@ def error_event(error: ApiError) -> bytes:
     return b"event: error\ndata: " + msgspec.json.encode(data) + b"\n\n"
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Returns once the client has gone away."""
     while (await receive())["type"] != "http.disconnect":
         continue
 
 
-async def _end(*tasks: asyncio.Task[Any]) -> None:
+async def end_all(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels those that are not done, and waits for all."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

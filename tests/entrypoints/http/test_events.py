@@ -116,6 +116,17 @@ async def test_what_fails_after_the_first_byte_is_an_event_and_the_last_one() ->
         assert await outcomes(served) == {"failed": 2}
 
 
+async def test_a_defect_is_an_event_without_its_details_and_gives_the_others_up() -> None:
+    async with live() as served:
+        reader, writer = await served.open(post(prompt="crash"))
+        async with asyncio.timeout(10):
+            served_text = await reader.read()
+        writer.close()
+        assert b'"code":"internal_error"' in served_text and b"secret" not in served_text
+        await until(lambda: "r0" in served.engine.dropped_ids)
+        assert await outcomes(served) == {"failed": 1}
+
+
 async def test_what_is_wrong_from_the_start_is_an_answer_as_ever() -> None:
     async with live(max_n=2) as served:
         for fields, status, param in (
